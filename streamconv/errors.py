@@ -1,0 +1,89 @@
+"""The errors that users see, each with its exit code, and the cautions that do not stop a run.
+
+Owns: the kinds of failure. Does not own: printing (cli.py) or the report's layout (report.py).
+Invariant: one line of message, naming file and tensor where there is one, and a hint that says the way out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Caution:
+    """A warning of a run: the result is complete, and the user should know this of it."""
+
+    code: str
+    message: str
+    tensor: str | None = None
+
+
+class StreamconvError(Exception):
+    """Base of all failures that streamconv reports. `kind` and `exit_code` are fixed by the subclass."""
+
+    kind: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self, message: str, *, file: str | Path | None = None, tensor: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = None if file is None else str(file)
+        self.tensor = tensor
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.tensor) if part)
+        line = f"{where}: {self.message}" if where else self.message
+        return f"{line} ({self.hint})" if self.hint else line
+
+
+class UsageError(StreamconvError):
+    """The call itself is wrong: an option, a combination of options, a name that does not exist."""
+
+    kind = "usage"
+    exit_code = 2
+
+
+class SourceError(StreamconvError):
+    """Anything wrong with the files that are read: missing, malformed, unsupported, changed while being read."""
+
+    kind = "source"
+    exit_code = 3
+
+
+class BudgetError(StreamconvError):
+    """The memory bound is too small; the message carries the bound that would be needed."""
+
+    kind = "memory"
+    exit_code = 4
+
+
+class DestinationError(StreamconvError):
+    """Anything wrong with the file to be written: it exists, is locked, the disk is full or fails."""
+
+    kind = "destination"
+    exit_code = 5
+
+
+class VerifyError(StreamconvError):
+    """A file does not hold what its source says it should."""
+
+    kind = "verify"
+    exit_code = 6
+
+
+class Interrupted(StreamconvError):
+    """The run was asked to stop: SIGINT (exit 130), or SIGTERM (exit 143, `InterruptedByTerm`), or `cancel`."""
+
+    kind = "interrupted"
+    exit_code = 130
+
+
+class InterruptedByTerm(Interrupted):
+    """The run was stopped by SIGTERM."""
+
+    exit_code = 143

@@ -1,0 +1,59 @@
+"""Working memory of one worker, taken once: what a step declares is what it can get.
+
+Owns: aligned buffers. Invariant: a node that uses more than it declared raises, it does not grow the process.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+ALIGNMENT = 64  # a cache line; enough for any vector load
+
+
+def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
+    """`nbytes` of zeroed memory that starts on a page (as O_DIRECT asks), given back to the system when dropped."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
+
+
+def padded_nbytes(nbytes: int) -> int:
+    """What `nbytes` cost in a Scratch."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Scratch:
+    """A stack of temporaries inside one fixed buffer."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer = aligned_buffer(nbytes)
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def take(self, shape: tuple[int, ...] | int, dtype: DTypeLike = np.uint8) -> NDArray[np.generic]:
+        """An uninitialised C-contiguous array, valid until the enclosing `frame` ends. MemoryError beyond the declared size."""
+        kind = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else shape
+        nbytes = kind.itemsize
+        for extent in shape:
+            nbytes *= extent
+        start, end = self._used, self._used + padded_nbytes(nbytes)
+        if end > self._buffer.nbytes:
+            raise MemoryError(f"scratch of {self._buffer.nbytes} bytes cannot give {nbytes} at {start}")
+        self._used = end
+        return self._buffer[start : start + nbytes].view(kind).reshape(shape)
+
+    @contextmanager
+    def frame(self) -> Iterator[None]:
+        """What is taken inside is free again after it."""
+        mark = self._used
+        try:
+            yield
+        finally:
+            self._used = mark
