@@ -1,0 +1,157 @@
+"""llama.cpp itself as the judge of a GGUF file: what it predicts, how it tokenizes, whether it loads.
+
+Owns: a llama.cpp server in this process (PyPI `xllamacpp`), set up so that its numbers can be compared at KL 1e-8.
+Does not own: reading GGUF files (ggufs.py) or making reference logits (tools/make_goldens.py).
+Invariant: the KV cache is F32, flash attention is off and one thread computes, so the same file gives the same numbers;
+log-probabilities are renormalised in float64, as the server sums them in float32 (1e-7).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xllamacpp
+from numpy.typing import ArrayLike, NDArray
+
+Adapters = Iterable[tuple[Path | str, float]]
+
+ALL_TOKENS = 1 << 24  # more probabilities than any vocabulary has; the server gives as many as there are
+FORCING = 1000.0  # a logit bias that decides the sampled token and that reported probabilities do not see
+
+
+class Runtime:
+    """A GGUF model loaded by llama.cpp, with adapters applied at run time. A context manager; RuntimeError if llama.cpp refuses."""
+
+    def __init__(self, gguf: Path | str, adapters: Adapters = (), *, n_ctx: int = 512) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(gguf)
+        params.n_ctx = n_ctx
+        params.n_parallel = 1
+        params.warmup = False
+        params.verbosity = -1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), scale) for path, scale in adapters]
+        self._server: Any = xllamacpp.Server(params)
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        # A sampled token that is no complete UTF-8 is reported without probabilities, so an ASCII one is sampled always.
+        self._forced = self.tokenize("A")[-1]
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._server = None  # llama.cpp frees the model with its server
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; special tokens are found in it, and BOS is put before it only with `add_special`."""
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/tokenize", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with self._opener.open(request) as response:
+            tokens: list[int] = json.load(response)["tokens"]
+        return tokens
+
+    def next_logprobs(self, ids: Sequence[int]) -> NDArray[np.float64]:
+        """Natural log-probabilities [vocab] of the token after `ids`."""
+        top = self._top(ids, ALL_TOKENS)
+        logprobs = np.full(len(top), -np.inf)
+        logprobs[[entry["id"] for entry in top]] = [entry["logprob"] for entry in top]
+        return normalized(logprobs)
+
+    def greedy(self, ids: Sequence[int], n: int) -> list[int]:
+        """The `n` tokens that follow `ids` when the likeliest is taken each time."""
+        sequence = list(ids)
+        for _ in range(n):
+            sequence.append(self._top(sequence, 1)[0]["id"])
+        return sequence[len(ids) :]
+
+    def _top(self, ids: Sequence[int], n_probs: int) -> list[dict[str, Any]]:
+        answer = self._server.handle_completions(
+            {
+                "prompt": [list(ids)],
+                "n_predict": 1,
+                "n_probs": n_probs,
+                "temperature": 0.0,
+                "cache_prompt": False,
+                "logit_bias": [[self._forced, FORCING]],
+            }
+        )
+        top: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return top
+
+
+def next_token_logprobs(gguf: Path | str, ids: Sequence[int], adapters: Adapters = ()) -> NDArray[np.float64]:
+    """Natural log-probabilities [len(ids), vocab]: row i is the distribution after ids[: i + 1], as a model's logits row i."""
+    with Runtime(gguf, adapters) as runtime:
+        return np.stack([runtime.next_logprobs(ids[: i + 1]) for i in range(len(ids))])
+
+
+def tokenize(gguf: Path | str, text: str, *, add_special: bool = False) -> list[int]:
+    """Token ids that llama.cpp makes of `text` with the tokenizer inside `gguf`."""
+    with Runtime(gguf) as runtime:
+        return runtime.tokenize(text, add_special=add_special)
+
+
+def greedy(gguf: Path | str, ids: Sequence[int], n: int, adapters: Adapters = ()) -> list[int]:
+    """The `n` tokens that llama.cpp finds likeliest after `ids`, one after the other."""
+    with Runtime(gguf, adapters) as runtime:
+        return runtime.greedy(ids, n)
+
+
+def normalized(logits: ArrayLike) -> NDArray[np.float64]:
+    """Natural log-probabilities in float64 of logits (or of log-probabilities that do not quite sum to 1), over the last axis."""
+    values = np.asarray(logits, dtype=np.float64)
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def kl(logits: ArrayLike, logprobs: ArrayLike) -> float:
+    """The largest KL(reference || candidate) over all positions, in nats: reference logits against candidate log-probabilities."""
+    p, q = normalized(logits), np.asarray(logprobs, dtype=np.float64)
+    assert p.shape == q.shape, (p.shape, q.shape)
+    return float(np.max(np.sum(np.exp(p) * (p - q), axis=-1)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a load in a process of its own: `loaded`, `refused` (llama.cpp said no) or `died` (it took the process)."""
+
+    status: str
+    log: str
+
+
+def load(gguf: Path | str, adapters: Adapters = ()) -> Outcome:
+    """Load and run `gguf` in another process, since llama.cpp aborts on some files instead of refusing them."""
+    arguments = [str(gguf), *(f"{path}={scale}" for path, scale in adapters)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.oracles.runtime", *arguments], cwd=root, capture_output=True, text=True, errors="replace"
+    )
+    return Outcome({0: "loaded", 3: "refused"}.get(done.returncode, "died"), done.stdout + done.stderr)
+
+
+def _main(gguf: str, *adapters: str) -> int:
+    pairs = [(path, float(scale)) for path, _, scale in (adapter.rpartition("=") for adapter in adapters)]
+    try:
+        runtime = Runtime(gguf, pairs)
+    except RuntimeError as error:
+        print(error)
+        return 3
+    runtime.next_logprobs([0, 1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
