@@ -1,0 +1,157 @@
+"""Where a conversion's seconds and memory went: what `--profile FILE.json` writes.
+
+Owns: the timeline of resident memory, the seconds of each phase, and their JSON. Does not own: which places are timed.
+Invariant: a profile of any length costs bounded memory (the timeline thins itself out and keeps each interval's highest
+sample), and with profiling off a timed phase costs one method call and reads no clock.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, Protocol, get_args
+
+from streamconv.errors import DestinationError
+
+SCHEMA: Final = 1
+Phase = Literal["read", "encode", "write", "wait"]
+PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
+
+_STATUS = Path("/proc/self/status")
+_NOTHING: Final = nullcontext()
+
+
+class Memory(NamedTuple):
+    """Resident bytes of this process: anon has no file behind it (shared buffers included), file is mapped files."""
+
+    rss_nbytes: int
+    anon_nbytes: int
+    file_nbytes: int
+
+
+class Sample(NamedTuple):
+    seconds: float  # since the profile began
+    memory: Memory
+
+
+class Stopwatch(Protocol):
+    """What the main path times its phases with."""
+
+    def time(self, phase: Phase, /) -> AbstractContextManager[None]: ...
+
+
+class ProfileOff:
+    """The stopwatch of a run without `--profile`."""
+
+    def time(self, phase: Phase, /) -> AbstractContextManager[None]:
+        return _NOTHING
+
+
+class Timeline:
+    """Fewer than `limit` samples: when full, the larger of each two neighbours stays and the interval doubles."""
+
+    def __init__(self, interval_seconds: float, limit: int = 4096) -> None:
+        self.interval_seconds = interval_seconds
+        self.samples: list[Sample] = []
+        self._limit = limit
+
+    def add(self, sample: Sample) -> None:
+        self.samples.append(sample)
+        if len(self.samples) >= self._limit:
+            pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
+            self.samples = [max(pair, key=lambda one: one.memory.rss_nbytes) for pair in pairs]
+            self.interval_seconds *= 2
+
+
+class Profile:
+    """Memory over time while the `with` block runs, and seconds by phase from any thread.
+
+    Phases are summed over threads, so together they may exceed the wall time.
+    """
+
+    def __init__(self, interval_seconds: float = 0.02) -> None:
+        self.timeline = Timeline(interval_seconds)
+        self.wall_seconds = 0.0
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._calls = dict.fromkeys(PHASES, 0)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample_until_done, name="profile", daemon=True)
+        self._started = 0.0
+
+    @contextmanager
+    def time(self, phase: Phase, /) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            with self._lock:
+                self._seconds[phase] += elapsed
+                self._calls[phase] += 1
+
+    def __enter__(self) -> Profile:
+        self._started = time.perf_counter()
+        self._add_sample()
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._sampler.join()
+        self._add_sample()
+        self.wall_seconds = time.perf_counter() - self._started
+
+    def as_json(self) -> dict[str, Any]:
+        """The profile as `--profile` writes it; memory rows are in the order of `memory.columns`."""
+        samples = self.timeline.samples
+        return {
+            "schema": SCHEMA,
+            "seconds": {"wall": self.wall_seconds, **self._seconds},
+            "calls": self._calls,
+            "memory": {
+                "interval_seconds": self.timeline.interval_seconds,
+                "highest_rss_nbytes": max((sample.memory.rss_nbytes for sample in samples), default=0),
+                "columns": ["seconds", *Memory._fields],
+                "samples": [[round(seconds, 4), *memory] for seconds, memory in samples],
+            },
+        }
+
+    def write(self, path: Path) -> None:
+        """Write `as_json` to `path`. Raises DestinationError where that cannot be written."""
+        try:
+            path.write_text(json.dumps(self.as_json()) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise DestinationError(
+                f"the profile cannot be written: {error.strerror}", file=path, hint="give --profile another path"
+            ) from error
+
+    def _add_sample(self) -> None:
+        self.timeline.add(Sample(time.perf_counter() - self._started, read_memory()))
+
+    def _sample_until_done(self) -> None:
+        while not self._done.wait(self.timeline.interval_seconds):
+            self._add_sample()
+
+
+def read_memory() -> Memory:
+    """Resident memory of this process now; where the system does not tell anon from file, all of it counts as anon."""
+    try:
+        lines = _STATUS.read_bytes().splitlines()
+    except OSError:
+        import psutil
+
+        rss_nbytes = psutil.Process().memory_info().rss
+        return Memory(rss_nbytes, rss_nbytes, 0)
+    # psutil's `shared` adds anonymous shared buffers to mapped files, so on Linux the kernel's own split is read.
+    fields = {
+        name: int(value.split()[0]) * 1024
+        for name, _, value in (line.partition(b":") for line in lines)
+        if name.startswith(b"Rss")
+    }
+    anon_nbytes, file_nbytes = fields[b"RssAnon"] + fields[b"RssShmem"], fields[b"RssFile"]
+    return Memory(anon_nbytes + file_nbytes, anon_nbytes, file_nbytes)
