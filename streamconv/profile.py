@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from streamconv.errors import DestinationError
 
@@ -38,14 +38,8 @@ class Sample(NamedTuple):
     memory: Memory
 
 
-class Stopwatch(Protocol):
-    """What the main path times its phases with."""
-
-    def time(self, phase: Phase, /) -> AbstractContextManager[None]: ...
-
-
-class ProfileOff:
-    """The stopwatch of a run without `--profile`."""
+class Stopwatch:
+    """What the main path times its phases with; this one, of a run without `--profile`, does nothing."""
 
     def time(self, phase: Phase, /) -> AbstractContextManager[None]:
         return _NOTHING
@@ -67,7 +61,7 @@ class Timeline:
             self.interval_seconds *= 2
 
 
-class Profile:
+class Profile(Stopwatch):
     """Memory over time while the `with` block runs, and seconds by phase from any thread.
 
     Phases are summed over threads, so together they may exceed the wall time.

@@ -11,7 +11,7 @@ import pytest
 
 from streamconv import profile as profile_module
 from streamconv.errors import DestinationError
-from streamconv.profile import PHASES, Memory, Profile, ProfileOff, Sample, Timeline, read_memory
+from streamconv.profile import PHASES, Memory, Profile, Sample, Stopwatch, Timeline, read_memory
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_no_call_is_lost_between_threads() -> None:
 
 
 def test_off_times_nothing_and_makes_nothing() -> None:
-    off = ProfileOff()
+    off = Stopwatch()
     assert off.time("read") is off.time("write")
     with off.time("read"):
         pass
