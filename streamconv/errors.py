@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import ClassVar
 
 
+def printable(text: str) -> str:
+    """`text` on one line and without effect on a terminal: what a stranger's file brings is shown, never obeyed."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Caution:
     """A warning of a run: the result is complete, and the user should know this of it."""
@@ -38,7 +45,7 @@ class StreamconvError(Exception):
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
         line = f"{where}: {self.message}" if where else self.message
-        return f"{line} ({self.hint})" if self.hint else line
+        return printable(f"{line} ({self.hint})" if self.hint else line)
 
 
 class UsageError(StreamconvError):

@@ -22,7 +22,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_NAME_NBYTES = 63  # ggml's GGML_MAX_NAME is 64 with the terminating NUL
 MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
 
-_SCALAR_FORMATS: dict[GGUFValueType, str] = {
+SCALAR_FORMATS: dict[GGUFValueType, str] = {
     GGUFValueType.UINT8: "<B",
     GGUFValueType.INT8: "<b",
     GGUFValueType.UINT16: "<H",
@@ -60,7 +60,7 @@ class PackedArray:
     @classmethod
     def of_numbers(cls, element: GGUFValueType, values: Sequence[int | float] | NDArray[np.generic]) -> PackedArray:
         """Numbers of exactly the type `element`; OverflowError where one does not fit."""
-        dtype = np.dtype(_SCALAR_FORMATS[element])
+        dtype = np.dtype(SCALAR_FORMATS[element])
         return cls(element, len(values), np.asarray(values, dtype=dtype).tobytes())
 
 
@@ -141,7 +141,9 @@ def align(offset: int, alignment: int = DEFAULT_ALIGNMENT) -> int:
     return -(-offset // alignment) * alignment
 
 
-def encode_header(keys: Sequence[KeyValue], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT) -> bytearray:
+def encode_header(
+    keys: Sequence[KeyValue], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
+) -> bytearray:
     """All bytes before the tensor data, padding included. ValueError on what no loader takes."""
     _check(keys, tensors)
     out = bytearray(struct.pack("<4sIQQ", MAGIC, VERSION, len(tensors), len(keys)))
@@ -162,7 +164,7 @@ def _encode_key(out: bytearray, entry: KeyValue) -> None:
     elif entry.type == GGUFValueType.STRING:
         out += encode_string(str(entry.value))
     else:
-        out += struct.pack(_SCALAR_FORMATS[entry.type], entry.value)
+        out += struct.pack(SCALAR_FORMATS[entry.type], entry.value)
 
 
 def _check(keys: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> None:
