@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis without clocks or chance, and parity tests only where they are asked for (`-m parity`)."""
+"""What all tests share: hypothesis without clocks or chance, and parity tests only where asked for (`-m parity`)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""GGUF files as gguf-py reads them, for comparison: keys with their exact types, tensors with shape, type, digest and values.
+"""GGUF files as gguf-py reads them, for comparison: keys with exact types, tensors with shape, type, digest and values.
 
-Owns: reading with a reader that is not ours, and the form of the committed goldens. Does not own: llama.cpp's run time (runtime.py).
+Owns: reading with a reader that is not ours, and the form of the committed goldens.
+Does not own: llama.cpp's run time (runtime.py).
 Invariant: nothing here imports streamconv, so a mistake of ours cannot be made twice.
 
-A golden is {"kv": {key: {"type": [...], "value": ...}}, "tensors": {name: {"ne": [...], "type": ..., "sha256": ...}}, "order": [names]};
-an array of more than MAX_LISTED values is {"n": ..., "sha256": ...} of its JSON text.
+A golden is {"kv": {key: {"type": [...], "value": ...}}, "tensors": {name: {"ne": [...], "type": ..., "sha256": ...}},
+"order": [names]}; an array of more than MAX_LISTED values is {"n": ..., "sha256": ...} of its JSON text.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as stored. `shape` is row-major; `raw` are its bytes; `offset` counts from the start of the tensor data."""
+    """A tensor as stored: `shape` is row-major, `raw` its bytes, `offset` counts from the start of the tensor data."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +44,7 @@ class Tensor:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.raw).hexdigest()
+        return hashlib.sha256(self.raw.tobytes()).hexdigest()
 
     def float64(self) -> NDArray[np.float64]:
         """The values, dequantised by gguf-py."""
@@ -73,7 +74,10 @@ class Gguf:
     def golden(self) -> dict[str, Any]:
         """This file in the form of the committed goldens."""
         return {
-            "kv": {key: {"type": list(entry.type), "value": _listed(entry.value)} for key, entry in sorted(self.keys.items())},
+            "kv": {
+                key: {"type": list(entry.type), "value": _listed(entry.value)}
+                for key, entry in sorted(self.keys.items())
+            },
             "tensors": {
                 name: {"ne": list(reversed(tensor.shape)), "sha256": tensor.sha256, "type": tensor.type}
                 for name, tensor in sorted(self.tensors.items())
@@ -108,7 +112,9 @@ def tensor_faults(ours: Gguf, golden: dict[str, Any]) -> list[str]:
     theirs, mine = golden["tensors"], ours.golden()["tensors"]
     faults = [f"{name}: only in the golden" for name in theirs if name not in mine]
     faults += [f"{name}: only in {ours.path.name}" for name in mine if name not in theirs]
-    faults += [f"{name}: {mine[name]} is not {theirs[name]}" for name in theirs if name in mine and mine[name] != theirs[name]]
+    faults += [
+        f"{name}: {mine[name]} is not {theirs[name]}" for name in theirs if name in mine and mine[name] != theirs[name]
+    ]
     return faults
 
 
@@ -123,7 +129,7 @@ def key_faults(ours: Gguf, golden: dict[str, Any]) -> list[str]:
 
 
 def layout_faults(path: Path | str) -> list[str]:
-    """Where a file breaks the rules that gguf.cpp checks: offsets contiguous and padded, padding zero, short names, the exact end."""
+    """Where a file breaks gguf.cpp's rules: offsets contiguous and padded, padding zero, short names, the exact end."""
     return list(_layout_faults(Path(path)))
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import xllamacpp
+import xllamacpp  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
 
 Adapters = Iterable[tuple[Path | str, float]]
@@ -29,35 +29,39 @@ FORCING = 1000.0  # a logit bias that decides the sampled token and that reporte
 
 
 class Runtime:
-    """A GGUF model loaded by llama.cpp, with adapters applied at run time. A context manager; RuntimeError if llama.cpp refuses."""
+    """A model loaded by llama.cpp, adapters applied at run time; a context manager. RuntimeError if it is refused."""
 
-    def __init__(self, gguf: Path | str, adapters: Adapters = (), *, n_ctx: int = 512) -> None:
+    def __init__(self, gguf: Path | str, adapters: Adapters = (), *, n_ctx: int = 512, verbosity: int = -1) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(gguf)
         params.n_ctx = n_ctx
         params.n_parallel = 1
         params.warmup = False
-        params.verbosity = -1
+        params.verbosity = verbosity
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), scale) for path, scale in adapters]
         self._server: Any = xllamacpp.Server(params)
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        # A sampled token that is no complete UTF-8 is reported without probabilities, so an ASCII one is sampled always.
+        # A sampled token that is no complete UTF-8 comes without probabilities, so an ASCII one is sampled always.
         self._forced = self.tokenize("A")[-1]
 
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._server = None  # llama.cpp frees the model with its server
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text`; special tokens are found in it, and BOS is put before it only with `add_special`."""
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self._server.listening_address}/tokenize",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with self._opener.open(request) as response:
             tokens: list[int] = json.load(response)["tokens"]
@@ -93,7 +97,7 @@ class Runtime:
 
 
 def next_token_logprobs(gguf: Path | str, ids: Sequence[int], adapters: Adapters = ()) -> NDArray[np.float64]:
-    """Natural log-probabilities [len(ids), vocab]: row i is the distribution after ids[: i + 1], as a model's logits row i."""
+    """Natural log-probabilities [len(ids), vocab]: row i follows ids[: i + 1], as row i of a model's logits does."""
     with Runtime(gguf, adapters) as runtime:
         return np.stack([runtime.next_logprobs(ids[: i + 1]) for i in range(len(ids))])
 
@@ -111,14 +115,14 @@ def greedy(gguf: Path | str, ids: Sequence[int], n: int, adapters: Adapters = ()
 
 
 def normalized(logits: ArrayLike) -> NDArray[np.float64]:
-    """Natural log-probabilities in float64 of logits (or of log-probabilities that do not quite sum to 1), over the last axis."""
+    """Natural log-probabilities over the last axis, in float64, of logits (or of what does not quite sum to 1)."""
     values = np.asarray(logits, dtype=np.float64)
     shifted = values - values.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def kl(logits: ArrayLike, logprobs: ArrayLike) -> float:
-    """The largest KL(reference || candidate) over all positions, in nats: reference logits against candidate log-probabilities."""
+    """The largest KL(reference || candidate) of all positions, in nats; `logits` are the reference's."""
     p, q = normalized(logits), np.asarray(logprobs, dtype=np.float64)
     assert p.shape == q.shape, (p.shape, q.shape)
     return float(np.max(np.sum(np.exp(p) * (p - q), axis=-1)))
@@ -126,7 +130,7 @@ def kl(logits: ArrayLike, logprobs: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a load in a process of its own: `loaded`, `refused` (llama.cpp said no) or `died` (it took the process)."""
+    """What became of a load in its own process: `loaded`, `refused` (llama.cpp said no) or `died` (it aborted)."""
 
     status: str
     log: str
@@ -137,7 +141,11 @@ def load(gguf: Path | str, adapters: Adapters = ()) -> Outcome:
     arguments = [str(gguf), *(f"{path}={scale}" for path, scale in adapters)]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.oracles.runtime", *arguments], cwd=root, capture_output=True, text=True, errors="replace"
+        [sys.executable, "-m", "tests.oracles.runtime", *arguments],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     return Outcome({0: "loaded", 3: "refused"}.get(done.returncode, "died"), done.stdout + done.stderr)
 
@@ -145,7 +153,7 @@ def load(gguf: Path | str, adapters: Adapters = ()) -> Outcome:
 def _main(gguf: str, *adapters: str) -> int:
     pairs = [(path, float(scale)) for path, _, scale in (adapter.rpartition("=") for adapter in adapters)]
     try:
-        runtime = Runtime(gguf, pairs)
+        runtime = Runtime(gguf, pairs, verbosity=1)
     except RuntimeError as error:
         print(error)
         return 3

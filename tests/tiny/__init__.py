@@ -1,0 +1,38 @@
+"""Tiny checkpoints and adapters made from seeds by numpy alone, in a few milliseconds each.
+
+Owns: the inputs of the tests. Does not own: what others make of them (tests/tools/make_goldens.py).
+"""
+
+from tests.tiny.adapters import mlx_adapter, peft_adapter
+from tests.tiny.files import (
+    ABSENT,
+    Tensor,
+    digest,
+    noise,
+    read_safetensors,
+    tensors_of,
+    write_json,
+    write_safetensors,
+    write_shards,
+)
+from tests.tiny.models import lfm2, lfm2moe, llama
+from tests.tiny.tokenizer import write_bpe, write_spm
+
+__all__ = [
+    "ABSENT",
+    "Tensor",
+    "digest",
+    "lfm2",
+    "lfm2moe",
+    "llama",
+    "mlx_adapter",
+    "noise",
+    "peft_adapter",
+    "read_safetensors",
+    "tensors_of",
+    "write_bpe",
+    "write_json",
+    "write_safetensors",
+    "write_shards",
+    "write_spm",
+]

@@ -1,0 +1,243 @@
+"""Tokenizer files small enough for tests, real enough for their readers: byte-level BPE, and SentencePiece with bytes.
+
+Owns: tokenizer.json, tokenizer.model, tokenizer_config.json, special_tokens_map.json.
+Invariant: `tokenizers`, `sentencepiece` and llama.cpp load these files, and a text with digits, contractions, newlines,
+spaces and non-ASCII letters splits differently under a wrong pre-tokenizer, since the merges reach across its borders.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SPECIALS = ("<|pad|>", "<|startoftext|>", "<|im_end|>", "<|im_start|>", "<|endoftext|>")
+SPM_SPECIALS = ("<unk>", "<s>", "</s>")
+N_BPE_TOKENS = 404
+N_SPM_TOKENS = 341
+
+# Merges that make words, runs of digits, spaces and newlines, and bytes of non-ASCII letters, in an order of use.
+_WORDS = (
+    "the and ing her over 123 12345 's 'll ... == .. \n\n \n \n\n\n\n      \t\t "
+    "ü é они 我们 1999 2026 don't hello world quick brown"
+)
+CHAT_TEMPLATE = (
+    "{{bos_token}}{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
+)
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLIT = {"type": "Split", "pattern": {"Regex": CL100K}, "behavior": "Isolated", "invert": False}
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+PRE_TOKENIZERS: dict[str, Any] = {
+    "lfm2": {"type": "Sequence", "pretokenizers": [_SPLIT, _byte_level(False)]},
+    "llama-bpe": {"type": "Sequence", "pretokenizers": [_SPLIT, _byte_level(False)]},
+    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level(True)]},
+    "gpt-2": _byte_level(True),
+}
+
+
+def write_bpe(
+    directory: Path, *, pre: str = "lfm2", n_tokens: int = N_BPE_TOKENS, pair_merges: bool = True, bos: bool = True
+) -> None:
+    """tokenizer.json and its companions: special tokens, 256 bytes, merges, and last `<tool>`, added and not special.
+
+    `pre` names a row of PRE_TOKENIZERS; `pair_merges` picks one of the two JSON spellings of a merge; `bos` is
+    tokenizer_config's add_bos_token.
+    """
+    merges = _bpe_merges(n_tokens - len(SPECIALS) - 256 - 1)
+    if len(SPECIALS) + 256 + len(merges) + 1 != n_tokens:
+        raise ValueError(f"a tokenizer of {n_tokens} tokens: there are merges for {N_BPE_TOKENS} at most")
+    tokens = [*SPECIALS, *_BYTE_CHARS, *(left + right for left, right in merges)]
+    added = [(index, token, True) for index, token in enumerate(SPECIALS)] + [(len(tokens), "<tool>", False)]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(index, token, special) for index, token, special in added],
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in ("lfm2", "llama-bpe"),
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": [list(pair) if pair_merges else " ".join(pair) for pair in merges],
+        },
+    }
+    _write_json(directory / "tokenizer.json", tokenizer)
+    _write_companions(directory, SPECIALS[1], SPECIALS[2], SPECIALS[0], bos)
+
+
+def write_spm(directory: Path, *, n_tokens: int = N_SPM_TOKENS, model: bool = True, fast: bool = True) -> None:
+    """Llama 2's kind: tokenizer.model (`model`), tokenizer.json of the same vocabulary (`fast`), their companions."""
+    characters = ["▁", *dict.fromkeys("etaoinshrdlucmfwypvbgkqxjzTHEWQ,.!?0123456789'")]
+    pieces: list[str] = []
+    merges: list[tuple[str, str]] = []
+    for left, right in _merge_steps(
+        [list("▁" + word) for word in ("the", "and", "over", "ing", "her", "hello", "world", "quick", "brown")]
+    ):
+        if len(SPM_SPECIALS) + 256 + len(characters) + len(pieces) == n_tokens:
+            break
+        merges.append((left, right))
+        pieces.append(left + right)
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    tokens = [*SPM_SPECIALS, *bytes_, *pieces, *characters]
+    if model:
+        scores = [0.0] * (3 + 256) + [-float(index) for index in range(len(pieces) + len(characters))]
+        kinds = [_UNKNOWN, _CONTROL, _CONTROL] + [_BYTE] * 256 + [_NORMAL] * (len(pieces) + len(characters))
+        (directory / "tokenizer.model").write_bytes(_sentencepiece_model(tokens, scores, kinds))
+    if fast:
+        _write_json(directory / "tokenizer.json", _spm_tokenizer_json(tokens, merges))
+    _write_companions(
+        directory, "<s>", "</s>", "<unk>", True, chat_template=None, unk_token="<unk>", tokenizer_class="LlamaTokenizer"
+    )
+
+
+def _write_companions(directory: Path, bos: str, eos: str, pad: str, add_bos: bool, **more: Any) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "add_bos_token": add_bos,
+        "add_eos_token": False,
+        "chat_template": CHAT_TEMPLATE,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(
+        directory / "tokenizer_config.json", {key: value for key, value in (config | more).items() if value is not None}
+    )
+    _write_json(directory / "special_tokens_map.json", {"bos_token": bos, "eos_token": eos, "pad_token": pad})
+
+
+def _byte_chars() -> list[str]:
+    """The letters that byte-level BPE writes for bytes, printable bytes first, as GPT-2 orders them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [value for value in range(256) if value not in printable]
+    return [chr(value) for value in printable] + [chr(256 + index) for index, _ in enumerate(others)]
+
+
+_BYTE_CHARS = _byte_chars()
+
+
+def _letters(text: str) -> list[str]:
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    order = printable + [value for value in range(256) if value not in printable]
+    letter = {value: _BYTE_CHARS[index] for index, value in enumerate(order)}
+    return [letter[value] for value in text.encode("utf-8")]
+
+
+def _bpe_merges(limit: int) -> list[tuple[str, str]]:
+    words = [word for text in _WORDS.split(" ") if text for word in (text, " " + text)] + ["  ", "    "]
+    return _merge_steps([_letters(word) for word in words])[:limit]
+
+
+def _merge_steps(words: Sequence[list[str]]) -> list[tuple[str, str]]:
+    """Merges that build each word by joining neighbours, level by level; each pair once, in order of need."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        parts = list(word)
+        while len(parts) > 1:
+            pairs = list(zip(parts[::2], parts[1::2], strict=False))
+            merges.update(dict.fromkeys(pairs))
+            parts = [left + right for left, right in pairs] + parts[len(pairs) * 2 :]
+    return list(merges)
+
+
+def _added(index: int, content: str, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+    return {"id": index, "content": content, **flags}
+
+
+def _spm_tokenizer_json(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(index, token, True) for index, token in enumerate(SPM_SPECIALS)],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+
+
+# sentencepiece_model.proto: field numbers and the values of SentencePiece.Type and TrainerSpec.ModelType.
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+_MODEL_TYPE_BPE = 2
+
+
+def _sentencepiece_model(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> bytes:
+    pieces = b"".join(
+        _field(1, _field(1, token.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", score) + _number(3, kind))
+        for token, score, kind in zip(tokens, scores, kinds, strict=True)
+    )
+    byte_fallback = _number(35, 1)
+    trainer = _field(2, _number(3, _MODEL_TYPE_BPE) + _number(4, len(tokens)) + byte_fallback)
+    normalizer = _field(3, _field(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1))
+    return pieces + trainer + normalizer
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
+
+
+def _number(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
