@@ -37,7 +37,10 @@ class Scratch:
         return self._buffer.nbytes
 
     def take(self, shape: tuple[int, ...] | int, dtype: DTypeLike = np.uint8) -> NDArray[np.generic]:
-        """An uninitialised C-contiguous array, valid until the enclosing `frame` ends. MemoryError beyond the declared size."""
+        """An uninitialised C-contiguous array, valid until the enclosing `frame` ends.
+
+        MemoryError beyond the declared size.
+        """
         kind = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else shape
         nbytes = kind.itemsize

@@ -1,0 +1,336 @@
+"""A Hugging Face checkpoint on disk: its config, its shards, and where each tensor's bytes lie.
+
+Owns: finding the files, validating every header before anything is believed, positioned reads, and noticing that a
+shard changed under the run. Does not own: what the tensors mean (recipe.py).
+Invariants: a source is opened for reading only; no weight is read before it is asked for; no file is mapped, so a shard
+that is truncated while it is read is a short read, an error of ours, and never a SIGBUS, and none of its pages count
+against the memory bound. Format: https://github.com/huggingface/safetensors#format and its reader, tensor.rs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from streamconv.errors import BudgetError, SourceError
+from streamconv.graph import Source, TensorSpec
+from streamconv.strict_json import load_object, load_object_if_present, parse_object
+
+MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
+# What a parsed header holds for each of its bytes, safetensors' own copy included. Measured: 7 on 2,302 tensors.
+HEADER_OBJECT_NBYTES = 12
+INDEX = "model.safetensors.index.json"
+
+FLOAT_TYPES = {
+    "F32": GGMLQuantizationType.F32,
+    "F16": GGMLQuantizationType.F16,
+    "BF16": GGMLQuantizationType.BF16,
+}
+_NUMBERED_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A stored tensor: its dtype as safetensors names it, row-major shape, and place in its shard."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: Shard
+    offset: int  # from the start of the file
+    nbytes: int
+
+    def lazy(self) -> Source:
+        """The tensor as a graph's source; SourceError where its dtype is none that converts."""
+        if self.dtype not in FLOAT_TYPES:
+            raise SourceError(
+                f"dtype {self.dtype} cannot be converted",
+                file=self.shard.path,
+                tensor=self.name,
+                hint="streamconv reads F32, F16 and BF16: save the checkpoint in one of them",
+            )
+        return Source(self.name, self.shard, self.offset, TensorSpec(self.shape, FLOAT_TYPES[self.dtype]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What tells that a file is still the one that was opened."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Identity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class Shard:
+    """One safetensors file, open for positioned reads. `tensors` is its validated table."""
+
+    def __init__(self, path: Path, max_header_nbytes: int) -> None:
+        self.path = path
+        self._fd = _open_regular(path)
+        try:
+            self._identity = _Identity.of(os.fstat(self._fd))
+            header = self._read_header(max_header_nbytes)
+            self.header_sha256 = hashlib.sha256(header).hexdigest()
+            self.tensors = self._parse(header)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        return self._identity.nbytes
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the bytes without reading them all: size, time and the header's digest."""
+        return f"{self._identity.nbytes} {self._identity.mtime_ns} {self.header_sha256}"
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` from `offset`. SourceError where the file ends early or the disk fails."""
+        view = out.data
+        while view:
+            try:
+                n = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise SourceError(f"read failed at byte {offset}: {error.strerror}", file=self.path) from None
+            if n == 0:
+                raise self._changed(f"it ends at byte {offset}, inside a tensor")
+            view, offset = view[n:], offset + n
+
+    def check_unchanged(self) -> None:
+        """SourceError if the file under this path is no longer the one that was opened, as it was then."""
+        if _Identity.of(os.fstat(self._fd)) != self._identity:
+            raise self._changed("its size or time is not what it was")
+        try:
+            now = self.path.stat()
+        except OSError:
+            raise self._changed("it is gone from its path") from None
+        if _Identity.of(now) != self._identity:
+            raise self._changed("another file has taken its place")
+
+    def _changed(self, how: str) -> SourceError:
+        return SourceError(
+            f"the shard changed while it was read: {how}",
+            file=self.path,
+            hint="let its writer finish, then start again",
+        )
+
+    def _read_header(self, max_header_nbytes: int) -> bytes:
+        """The header's JSON text, once safetensors' own reader has accepted it."""
+        if self.nbytes < 8:
+            raise self._malformed(f"{self.nbytes} bytes are no safetensors file")
+        prefix = np.empty(8, dtype=np.uint8)
+        self.read_into(0, prefix)
+        length = int(prefix.view("<u8")[0])
+        if length > min(MAX_HEADER_NBYTES, self.nbytes - 8):
+            what = (
+                "a Git LFS pointer, not the file itself"
+                if prefix.tobytes() == b"version "
+                else "truncated or no safetensors"
+            )
+            raise self._malformed(f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}: {what}")
+        if length * HEADER_OBJECT_NBYTES > max_header_nbytes:
+            raise BudgetError(
+                f"the header of {length:,} bytes needs about {length * HEADER_OBJECT_NBYTES >> 20} MiB to parse",
+                file=self.path,
+                hint="raise --max-memory",
+            )
+        text = np.empty(length, dtype=np.uint8)
+        self.read_into(8, text)
+        header = text.tobytes()
+        self._validate(prefix.tobytes() + header)
+        return header
+
+    def _validate(self, head: bytes) -> None:
+        """Let safetensors judge the header and the file's size: on a copy of the head with a hole behind it where the
+        system has anonymous files, so that its map cannot die of a change to the file."""
+        try:
+            if not hasattr(os, "memfd_create"):
+                with safe_open(str(self.path), framework="numpy"):
+                    return
+            fd = os.memfd_create("safetensors-header")
+            try:
+                os.truncate(fd, self.nbytes)
+                os.pwrite(fd, head, 0)
+                with safe_open(f"/proc/self/fd/{fd}", framework="numpy"):
+                    return
+            finally:
+                os.close(fd)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._malformed(f"not a valid safetensors file: {error}") from None
+
+    def _parse(self, header: bytes) -> dict[str, SourceTensor]:
+        start = 8 + len(header)
+        tensors: dict[str, SourceTensor] = {}
+        for name, entry in parse_object(header, self.path, MAX_HEADER_NBYTES).items():
+            if name == "__metadata__":
+                continue
+            _check_name(name, self.path)
+            first, last = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if not all(type(extent) is int for extent in shape):
+                raise self._malformed(f"tensor {name!r} has no whole-number shape")
+            tensors[name] = SourceTensor(name, entry["dtype"], shape, self, start + first, last - first)
+        return tensors
+
+    def _malformed(self, message: str) -> SourceError:
+        return SourceError(message, file=self.path, hint="download the file again, or save it anew")
+
+
+@dataclass
+class Checkpoint:
+    """A model on disk, headers read and nothing else. Use as a context manager: it holds the shards open."""
+
+    directory: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, SourceTensor] = field(repr=False)
+
+    @classmethod
+    def open(cls, src: Path, *, max_header_nbytes: int = MAX_HEADER_NBYTES * HEADER_OBJECT_NBYTES) -> Checkpoint:
+        """The checkpoint in the directory `src`, or the single file `src` with its config.json beside it.
+
+        SourceError on anything missing or malformed; BudgetError where a header alone would take more than
+        `max_header_nbytes` of memory.
+        """
+        directory = src.parent if src.suffix == ".safetensors" and src.is_file() else src
+        if not directory.is_dir():
+            raise SourceError("no such checkpoint directory", file=src)
+        if not (directory / "config.json").is_file():
+            what = "the directory is empty" if not any(directory.iterdir()) else "no config.json"
+            raise SourceError(what, file=directory, hint="name the folder that holds config.json and *.safetensors")
+        config = load_object(directory / "config.json")
+        index = load_object_if_present(directory / INDEX)
+        paths = [src] if directory != src else _find_shards(directory, index)
+        shards: list[Shard] = []
+        try:
+            for path in paths:
+                shards.append(Shard(path, max_header_nbytes))
+            tensors = _merge_tables(shards, index if len(paths) > 1 else {}, directory)
+        except BaseException:
+            for shard in shards:
+                shard.close()
+            raise
+        return cls(directory, config, tuple(shards), tensors)
+
+    def lazy_tensors(self) -> Iterator[Source]:
+        """Every stored tensor as a source, in the files' own order."""
+        return (tensor.lazy() for tensor in self.tensors.values())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for shard in self.shards:
+            shard.close()
+
+
+def _open_regular(path: Path) -> int:
+    """A file descriptor of a regular file, links followed (the Hugging Face cache is made of them)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        what = "the shard is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
+        raise SourceError(what, file=path, hint="download it again") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SourceError("not a regular file", file=path)
+    return fd
+
+
+def _check_name(name: str, file: Path) -> None:
+    if not name or not name.isprintable() or "/" in name or "\\" in name:
+        raise SourceError(f"tensor name {name!r} holds what no tensor name holds", file=file)
+
+
+def _find_shards(directory: Path, index: Mapping[str, Any]) -> list[Path]:
+    """The files that hold the weights, in the order transformers looks for them: one file, an index, numbered parts."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if index:
+        return [directory / name for name in _indexed_names(index, directory / INDEX)]
+    candidates = sorted(directory.glob("*.safetensors"))
+    numbered = [match for path in candidates if (match := _NUMBERED_SHARD.fullmatch(path.name))]
+    if numbered:
+        prefix, count = numbered[0][1], numbered[0][3]
+        return [directory / f"{prefix}-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+    if len(candidates) == 1:
+        return candidates
+    if candidates:
+        raise SourceError(
+            f"{len(candidates)} .safetensors files and no {INDEX}", file=directory, hint="name the one file to convert"
+        )
+    if any(directory.glob("pytorch_model*.bin")) or any(directory.glob("*.pth")):
+        raise SourceError(
+            "only pickled weights (pytorch_model.bin), which are never loaded here",
+            file=directory,
+            hint="get the safetensors version, or save it with transformers: model.save_pretrained(folder)",
+        )
+    raise SourceError("no .safetensors file", file=directory, hint="download the weights as well")
+
+
+def _indexed_names(index: Mapping[str, Any], file: Path) -> list[str]:
+    """The shards' file names in an index, sorted; SourceError on one that leaves the directory."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError("the index has no weight_map", file=file, hint="download it again")
+    names = set()
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or "\0" in name or "/" in name or "\\" in name or name in (".", ".."):
+            raise SourceError(f"the index names {name!r}, which is no file beside it", file=file, tensor=tensor)
+        names.add(name)
+    return sorted(names)
+
+
+def _merge_tables(shards: list[Shard], index: Mapping[str, Any], directory: Path) -> dict[str, SourceTensor]:
+    """All shards' tensors under one roof; SourceError where shards and index disagree."""
+    tensors: dict[str, SourceTensor] = {}
+    for shard in shards:
+        for name, tensor in shard.tensors.items():
+            if name in tensors:
+                other = tensors[name].shard.path.name
+                raise SourceError(f"the tensor is in {other} as well", file=shard.path, tensor=name)
+            tensors[name] = tensor
+    weight_map: Mapping[str, str] = index.get("weight_map", {})
+    for name, file_name in weight_map.items():
+        if name not in tensors or tensors[name].shard.path.name != file_name:
+            raise SourceError(
+                f"the index promises a tensor that {file_name} does not hold",
+                file=directory / INDEX,
+                tensor=name,
+                hint="download the index and its shards again, from the same revision",
+            )
+    if weight_map and len(tensors) > len(weight_map):
+        name = next(name for name in tensors if name not in weight_map)
+        raise SourceError("the index does not name this tensor", file=tensors[name].shard.path, tensor=name)
+    return tensors
+
+
+def n_parameters(tensors: Mapping[str, SourceTensor]) -> int:
+    """Elements of all tensors."""
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())

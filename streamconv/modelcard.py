@@ -1,0 +1,113 @@
+"""The `general.*` keys: what a file says of the model it holds, from its model card, its configs and its name.
+
+Owns: asking gguf's own heuristics and carrying their answer over with exact types. Does not own: the heuristics.
+Invariant: a model card is a stranger's text; whatever it holds gives keys or a caution, never a failed conversion.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
+
+from streamconv.errors import Caution
+from streamconv.gguf_format import KeyValue, PackedArray
+from streamconv.graph import TensorSpec
+
+MAX_CARD_NBYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class General:
+    """The general.* keys of a file, the stem of its conventional name (without type), and what to tell the user."""
+
+    keys: tuple[KeyValue, ...]
+    cautions: tuple[Caution, ...]
+    metadata: Any  # gguf.Metadata, for the naming convention
+
+    def file_name(self, outtype: str, kind: str | None = None) -> str:
+        """GGUF's naming convention: Name-1.2B-BF16.gguf, with `kind` "LoRA" for adapters."""
+        from gguf.utility import naming_convention
+
+        m = self.metadata
+        stem = naming_convention(m.name, m.basename, m.finetune, m.version, m.size_label, outtype, kind)  # type: ignore[arg-type]
+        return "".join(c if c.isprintable() and c not in "/\\" else "-" for c in stem)[:200] + ".gguf"
+
+
+def read_general(
+    directory: Path, *, arch: str, name: str | None, specs: Iterable[tuple[str, TensorSpec]], kind: str = "model"
+) -> General:
+    """The keys as llama.cpp's converter writes them, general.architecture and general.type first.
+
+    `specs`: every target's logical name and spec, for the size label. `name` overrides what the card says.
+    """
+    from gguf.gguf_writer import GGUFWriter
+    from gguf.metadata import Metadata
+    from gguf.utility import size_label
+
+    total, shared, expert, n_experts = count_parameters(specs)
+    cautions = []
+    fallback = name or directory.name
+    with _quiet("gguf.metadata"):
+        try:
+            if any(f.stat().st_size > MAX_CARD_NBYTES for f in directory.glob("README.md")):
+                raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES >> 20} MiB")
+            metadata = Metadata.load(None, directory.absolute(), name, total)
+            metadata.name = metadata.name or fallback
+            if metadata.size_label is None and total > 0:
+                metadata.size_label = size_label(total, shared, expert, n_experts)
+            writer = GGUFWriter("", arch)
+            metadata.set_gguf_meta_model(writer)
+            keys = tuple(_carried_over(writer.kv_data[0]))
+        except Exception as error:  # gguf and yaml raise whatever comes; the card is optional
+            cautions.append(Caution("model-card", f"the model card was left out: {type(error).__name__}: {error}"))
+            metadata = Metadata(
+                name=fallback, size_label=size_label(total, shared, expert, n_experts) if total > 0 else None
+            )
+            writer = GGUFWriter("", arch)
+            metadata.set_gguf_meta_model(writer)
+            keys = tuple(_carried_over(writer.kv_data[0]))
+    head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
+    tail = (KeyValue.u32("general.quantization_version", GGML_QUANT_VERSION),)
+    return General((*head, *keys, *tail), tuple(cautions), metadata)
+
+
+def count_parameters(specs: Iterable[tuple[str, TensorSpec]]) -> tuple[int, int, int, int]:
+    """(all, shared, of one expert, experts), as GGUFWriter.get_total_parameter_count in gguf counts them."""
+    total = shared = expert = n_experts = 0
+    for target, spec in specs:
+        total += spec.n_elements
+        if "_exps." in target and len(spec.shape) >= 3:
+            n_experts = spec.shape[-3]
+            expert += spec.n_elements // n_experts
+        else:
+            shared += spec.n_elements
+    return total, shared, expert, n_experts
+
+
+def _carried_over(entries: Any) -> Iterator[KeyValue]:
+    for key, entry in entries.items():
+        if key in ("general.architecture", "general.type"):
+            continue
+        if entry.type == GGUFValueType.ARRAY:
+            yield KeyValue.array(key, PackedArray.of_strings([str(item) for item in entry.value]))
+        elif entry.type == GGUFValueType.STRING:
+            yield KeyValue.string(key, str(entry.value))
+        else:
+            yield KeyValue(key, entry.type, entry.value)
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """A library that prints is made silent: its remarks on a model card are not ours to show."""
+    logger = logging.getLogger(logger_name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

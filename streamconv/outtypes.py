@@ -1,0 +1,52 @@
+"""Which type each tensor of the output gets: one table, llama.cpp's rules.
+
+Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and measured on its output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from gguf.constants import GGMLQuantizationType, LlamaFileType
+
+from streamconv.gguf_format import block_size
+from streamconv.graph import TensorSpec
+
+F32, F16, BF16, Q8_0 = (
+    GGMLQuantizationType.F32,
+    GGMLQuantizationType.F16,
+    GGMLQuantizationType.BF16,
+    GGMLQuantizationType.Q8_0,
+)
+
+OUTTYPES: Final[Mapping[str, GGMLQuantizationType]] = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
+
+FILE_TYPES: Final[Mapping[GGMLQuantizationType, LlamaFileType]] = {
+    F32: LlamaFileType.ALL_F32,
+    F16: LlamaFileType.MOSTLY_F16,
+    BF16: LlamaFileType.MOSTLY_BF16,
+    Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+
+# Small and sensitive: norms, routers, convolution kernels, and whatever is no weight matrix (biases, tables).
+_ALWAYS_F32 = re.compile(r".*(_norm|ffn_gate_inp|shortconv\.conv)\.weight|.*(?<!\.weight)(?<!\.lora_a)(?<!\.lora_b)")
+
+
+def resolve_auto(specs: Iterable[TensorSpec]) -> str:
+    """What `auto` means: the first tensor of two or more dimensions that is BF16 or F16 decides, F16 where none is."""
+    for spec in specs:
+        if len(spec.shape) >= 2 and spec.type in (BF16, F16):
+            return "bf16" if spec.type == BF16 else "f16"
+    return "f16"
+
+
+def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuantizationType:
+    """The type that the tensor `target` of row-major `shape` gets in a file of `outtype`."""
+    if len(shape) <= 1 or _ALWAYS_F32.fullmatch(target):
+        return F32
+    wanted = OUTTYPES[outtype]
+    if shape[-1] % block_size(wanted)[0]:
+        return F16
+    return wanted

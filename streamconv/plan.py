@@ -1,0 +1,118 @@
+"""What will be written where, and the proof that making it fits in memory. Pure: no file is touched.
+
+Owns: the order and offsets of tensors, the size of slabs and chunks, the number of workers. Does not own: making bytes.
+Invariant: the output's bytes are a function of header and steps alone; memory, chunks and threads never show in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gguf.constants import GGMLQuantizationType
+
+from streamconv.errors import BudgetError
+from streamconv.gguf_format import KeyValue, TensorInfo, align, encode_header
+from streamconv.graph import Encode, LazyTensor, peak_nbytes
+from streamconv.memory import MIB
+from streamconv.scratch import padded_nbytes
+
+# A slab's rows are read, encoded and forgotten while they lie in the cache. Measured in benchmarks/LOG.md.
+SLAB_NBYTES = 1 << 19
+# Chunks are what one worker makes and writes at a time, largest first; all are multiples of any page and disk block.
+CHUNK_NBYTES = (4 * MIB, 2 * MIB, 1 * MIB, MIB // 4)
+WORKER_OVERHEAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
+RUN_OVERHEAD_NBYTES = 4 * MIB  # what is imported and allocated between the plan and the end (progress bar, report)
+MAX_DEFAULT_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tensor of the output: where its bytes lie and how many of its rows make a slab."""
+
+    target: str
+    tensor: Encode
+    sources: tuple[str, ...]
+    offset: int  # from the start of the file
+    slab_rows: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.spec.nbytes
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """What a worker needs for a slab, and for one row more that a chunk's border cuts."""
+        return padded_nbytes(self.tensor.spec.row_nbytes) + peak_nbytes(self.tensor, self.slab_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A whole output file before memory is considered: header bytes, then steps in order of their offsets."""
+
+    header: bytearray
+    steps: tuple[Step, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryProof:
+    """The bound and what adds up to the promised peak; all in bytes. `slab` is the scratch of one worker."""
+
+    limit: int
+    fixed: int
+    slab: int
+    chunk: int
+    workers: int
+
+    @property
+    def peak(self) -> int:
+        return self.fixed + self.workers * worker_nbytes(self.chunk, self.slab)
+
+
+def worker_nbytes(chunk: int, slab: int) -> int:
+    return chunk + slab + WORKER_OVERHEAD_NBYTES
+
+
+def make_layout(
+    keys: Sequence[KeyValue], tensors: Sequence[tuple[str, LazyTensor, tuple[str, ...], GGMLQuantizationType]]
+) -> Layout:
+    """The file that holds `keys` and `tensors` (target, rows, source names, type), in this order."""
+    infos, offset = [], 0
+    encoded = [(target, Encode(tensor, target, type_), sources) for target, tensor, sources, type_ in tensors]
+    for target, tensor, _ in encoded:
+        infos.append(TensorInfo(target, tensor.spec.shape, tensor.spec.type, offset))
+        offset = align(offset + tensor.spec.nbytes)
+    header = encode_header(keys, infos)
+    steps = tuple(
+        Step(target, tensor, sources, len(header) + info.offset, _slab_rows(tensor))
+        for (target, tensor, sources), info in zip(encoded, infos, strict=True)
+    )
+    return Layout(header, steps, len(header) + offset)
+
+
+def _slab_rows(tensor: Encode) -> int:
+    widest = max(tensor.spec.row_nbytes, tensor.parents[0].spec.row_nbytes)
+    return max(1, min(SLAB_NBYTES // max(widest, 1), tensor.spec.n_rows))
+
+
+def prove_memory(layout: Layout, *, limit: int, resident: int, peak_so_far: int, threads: int) -> MemoryProof:
+    """How many workers with which chunks fit under `limit`; BudgetError, with what would be needed, where none does.
+
+    `resident`: the process's resident set now, everything parsed and the header made. Fewer workers are taken only
+    where the smallest useful chunk does not let all of them fit.
+    """
+    slab = max((step.scratch_nbytes for step in layout.steps), default=0)
+    fixed = resident + RUN_OVERHEAD_NBYTES
+    for workers in range(max(1, threads), 0, -1):
+        for chunk in CHUNK_NBYTES:
+            proof = MemoryProof(limit, fixed, slab, chunk, workers)
+            if max(proof.peak, peak_so_far) <= limit:
+                return proof
+    needed = max(fixed + worker_nbytes(CHUNK_NBYTES[-1], slab), peak_so_far)
+    largest = max(layout.steps, key=lambda step: step.scratch_nbytes, default=None)
+    raise BudgetError(
+        f"--max-memory {limit / MIB:.0f} MiB is too small: this conversion needs {-(-needed // MIB)} MiB",
+        tensor=largest.target if largest and largest.scratch_nbytes > MIB else None,
+        hint=f"--max-memory {-(-needed // MIB)}MiB",
+    )

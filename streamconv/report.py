@@ -1,0 +1,121 @@
+"""What a run did: the facts, and their one JSON form, which scripts rely on (schema 1).
+
+Owns: the layout of `--json`. Does not own: printing it, or the lines people read (cli.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from streamconv.errors import Caution, StreamconvError
+
+SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One file that was (or, in a dry run, would be) written. sha256 is None unless it was asked for."""
+
+    path: Path
+    nbytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TypeTotal:
+    n_tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A row of the plan: what a target is made of. `changed_by`: adapters that are merged into it."""
+
+    source: tuple[str, ...]
+    target: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+    changed_by: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did, or in a dry run would do (`plan` and `memory` are set then)."""
+
+    command: str
+    output: Path
+    architecture: str
+    dialect: str
+    outtype: str
+    n_tensors: int
+    n_parameters: int
+    types: Mapping[str, TypeTotal]
+    outputs: Sequence[Output] = ()
+    seconds: float = 0.0
+    peak_rss_nbytes: int = 0
+    verified: bool | None = None
+    resumed: bool = False
+    warnings: list[Caution] = field(default_factory=list)
+    plan: Sequence[PlannedTensor] | None = None
+    memory: Mapping[str, int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "command": self.command,
+            "output": str(self.output),
+            "outputs": [{"path": str(o.path), "nbytes": o.nbytes, "sha256": o.sha256} for o in self.outputs],
+            "architecture": self.architecture,
+            "dialect": self.dialect,
+            "outtype": self.outtype,
+            "n_tensors": self.n_tensors,
+            "n_parameters": self.n_parameters,
+            "types": {name: {"n_tensors": t.n_tensors, "nbytes": t.nbytes} for name, t in self.types.items()},
+            "seconds": round(self.seconds, 3),
+            "peak_rss_nbytes": self.peak_rss_nbytes,
+            "verified": self.verified,
+            "resumed": self.resumed,
+            "warnings": [{"code": w.code, "tensor": w.tensor, "message": w.message} for w in self.warnings],
+        }
+        if self.plan is not None:
+            result["plan"] = [_planned(row) for row in self.plan]
+        if self.memory is not None:
+            result["memory"] = dict(self.memory)
+        return result
+
+
+def _planned(row: PlannedTensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "source": list(row.source),
+        "target": row.target,
+        "shape": list(row.shape),
+        "type": row.type,
+        "nbytes": row.nbytes,
+    }
+    if row.changed_by:
+        entry["changed_by"] = list(row.changed_by)
+    return entry
+
+
+def error_to_json(error: StreamconvError) -> dict[str, Any]:
+    """The object that `--json` prints for a failure."""
+    return {
+        "schema": SCHEMA,
+        "error": {
+            "kind": error.kind,
+            "exit_code": error.exit_code,
+            "message": error.message,
+            "file": error.file,
+            "tensor": error.tensor,
+            "hint": error.hint,
+        },
+    }
