@@ -223,13 +223,14 @@ class Checkpoint:
             what = "the directory is empty" if not any(directory.iterdir()) else "no config.json"
             raise SourceError(what, file=directory, hint="name the folder that holds config.json and *.safetensors")
         config = load_object(directory / "config.json")
-        index = load_object_if_present(directory / INDEX)
+        alone = directory != src or (directory / "model.safetensors").is_file()
+        index = {} if alone else load_object_if_present(directory / INDEX)
         paths = [src] if directory != src else _find_shards(directory, index)
         shards: list[Shard] = []
         try:
             for path in paths:
                 shards.append(Shard(path, max_header_nbytes))
-            tensors = _merge_tables(shards, index if len(paths) > 1 else {}, directory)
+            tensors = _merge_tables(shards, index, directory)
         except BaseException:
             for shard in shards:
                 shard.close()

@@ -1,0 +1,219 @@
+"""What is found, what is refused, and what is noticed while a checkpoint is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from streamconv.checkpoint import INDEX, Checkpoint, Shard
+from streamconv.errors import BudgetError, SourceError
+
+RNG = np.random.default_rng(20)
+
+
+def raw_shard(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: str, shape: list[int], first: int, last: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Two shards with an index: a.weight [3, 5] and b.weight [7, 2]."""
+    (tmp_path / "config.json").write_text('{"architectures": ["X"]}')
+    arrays = {"a.weight": RNG.standard_normal((3, 5)), "b.weight": RNG.standard_normal((7, 2))}
+    for number, (name, array) in enumerate(arrays.items(), start=1):
+        save_file({name: array.astype(np.float32)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    weight_map = {name: f"model-0000{n}-of-00002.safetensors" for n, name in enumerate(arrays, start=1)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+def test_an_indexed_checkpoint(checkpoint: Path) -> None:
+    with Checkpoint.open(checkpoint) as found:
+        assert {name: (t.dtype, t.shape) for name, t in found.tensors.items()} == {
+            "a.weight": ("F32", (3, 5)),
+            "b.weight": ("F32", (7, 2)),
+        }
+        assert len(found.shards) == 2
+
+
+def test_numbered_shards_without_an_index(checkpoint: Path) -> None:
+    (checkpoint / INDEX).unlink()
+    with Checkpoint.open(checkpoint) as found:
+        assert len(found.tensors) == 2
+
+
+def test_a_single_file_with_its_config_beside_it(checkpoint: Path) -> None:
+    with Checkpoint.open(checkpoint / "model-00002-of-00002.safetensors") as found:
+        assert list(found.tensors) == ["b.weight"]
+        assert found.config == {"architectures": ["X"]}
+
+
+def test_shards_behind_links(checkpoint: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for path in [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.json")]:
+        (linked / path.name).symlink_to(path)
+    with Checkpoint.open(linked) as found:
+        assert len(found.tensors) == 2
+
+
+def test_bytes_are_read_where_they_lie(checkpoint: Path) -> None:
+    with Checkpoint.open(checkpoint) as found:
+        tensor = found.tensors["b.weight"]
+        out = np.empty(8, dtype=np.uint8)
+        tensor.shard.read_into(tensor.offset + 16, out)
+        stored = (checkpoint / "model-00002-of-00002.safetensors").read_bytes()
+        assert out.tobytes() == stored[-7 * 2 * 4 :][16:24]
+
+
+def edit_index(change: Callable[[dict[str, str]], None]) -> Callable[[Path], None]:
+    def edit(checkpoint: Path) -> None:
+        index = json.loads((checkpoint / INDEX).read_text())
+        change(index["weight_map"])
+        (checkpoint / INDEX).write_text(json.dumps(index))
+
+    return edit
+
+
+def clear(checkpoint: Path) -> None:
+    for path in checkpoint.iterdir():
+        path.unlink()
+
+
+def only_pickles(checkpoint: Path) -> None:
+    for path in [*checkpoint.glob("*.safetensors"), checkpoint / INDEX]:
+        path.unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+
+
+def cut_first_shard(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "model-00001-of-00002.safetensors", 150)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 7\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (clear, "empty"),
+        (lambda c: (c / "config.json").unlink(), "no config.json"),
+        (lambda c: (c / "config.json").write_text("{"), "malformed JSON"),
+        (lambda c: (c / "config.json").write_text('{"a": 1, "a": 2}'), "duplicate key 'a'"),
+        (lambda c: (c / "config.json").write_text('{"a": NaN}'), "NaN"),
+        (lambda c: (c / "config.json").write_text("[1]"), "expected a JSON object"),
+        (lambda c: (c / "config.json").write_bytes(b'{"a": "\xff"}'), "not UTF-8"),
+        (lambda c: (c / "config.json").write_text("[" * 200_000), "nested too deeply"),
+        (only_pickles, "pickled weights"),
+        (lambda c: (c / "model-00001-of-00002.safetensors").unlink(), "shard is missing"),
+        (cut_first_shard, "not a valid safetensors file"),
+        (lambda c: (c / "model-00001-of-00002.safetensors").write_bytes(LFS_POINTER), "Git LFS pointer"),
+        (edit_index(lambda m: m.update({"c.weight": "model-00001-of-00002.safetensors"})), "does not hold"),
+        (edit_index(lambda m: m.update({"a.weight": "model-00002-of-00002.safetensors"})), "does not hold"),
+        (edit_index(lambda m: m.update({"a.weight": "../model.safetensors"})), "no file beside it"),
+        (edit_index(lambda m: m.update({"a.weight": "/etc/passwd"})), "no file beside it"),
+        (edit_index(lambda m: m.clear()), "no weight_map"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(checkpoint)
+    with pytest.raises(SourceError, match=message) as caught:
+        Checkpoint.open(checkpoint)
+    assert caught.value.file and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes"),
+        (b"\x07" + b"\0" * 6, "7 bytes"),
+        (struct.pack("<Q", 2**63), "claims a header"),
+        (struct.pack("<Q", 100) + b"{}", "claims a header"),
+        (raw_shard(b"[]"), "not a valid safetensors"),
+        (raw_shard({"a": entry("F32", [2], 0, 4)}, bytes(4)), "not a valid safetensors"),  # shape and bytes disagree
+        (raw_shard({"a": entry("F32", [1], 0, 4)}, bytes(8)), "not a valid safetensors"),  # bytes after the last tensor
+        (raw_shard({"a": entry("F32", [1], 4, 8)}, bytes(8)), "not a valid safetensors"),  # a hole
+        (raw_shard({"a": entry("F31", [1], 0, 4)}, bytes(4)), "not a valid safetensors"),
+        (raw_shard({"a": entry("F32", [2**40, 2**40], 0, 4)}, bytes(4)), "not a valid safetensors"),
+        (raw_shard({"a": entry("F32", [-1], 0, 4)}, bytes(4)), "not a valid safetensors"),
+        (
+            raw_shard({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, bytes(4)),
+            "not a valid safetensors",
+        ),  # an overlap
+        (
+            raw_shard(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+                      b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+            "duplicate key 'a'",
+        ),
+        (raw_shard({"a\0b": entry("F32", [1], 0, 4)}, bytes(4)), "no tensor name holds"),
+        (raw_shard({"../a": entry("F32", [1], 0, 4)}, bytes(4)), "no tensor name holds"),
+    ],
+)  # fmt: skip
+def test_malformed_shards_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=message) as caught:
+        Shard(path, 1 << 30)
+    assert caught.value.file == str(path)
+
+
+def test_a_header_too_large_for_the_bound_is_not_parsed(checkpoint: Path) -> None:
+    with pytest.raises(BudgetError, match="header"):
+        Checkpoint.open(checkpoint, max_header_nbytes=100)
+
+
+def test_a_dtype_that_does_not_convert(tmp_path: Path) -> None:
+    save_file({"a": np.arange(6, dtype=np.int64)}, tmp_path / "model.safetensors")
+    tensor = Shard(tmp_path / "model.safetensors", 1 << 30).tensors["a"]
+    with pytest.raises(SourceError, match="dtype I64") as caught:
+        tensor.lazy()
+    assert caught.value.tensor == "a"
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+def rewrite(path: Path) -> None:
+    content = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    path.write_bytes(content)
+
+
+def replace(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize("change", [truncate, rewrite, replace, Path.unlink])
+def test_a_shard_that_changes_is_noticed(checkpoint: Path, change: Callable[[Path], None]) -> None:
+    path = checkpoint / "model-00001-of-00002.safetensors"
+    shard = Shard(path, 1 << 30)
+    shard.check_unchanged()
+    change(path)
+    with pytest.raises(SourceError, match="changed while it was read") as caught:
+        shard.check_unchanged()
+    assert caught.value.file == str(path)
+
+
+def test_a_truncated_shard_is_a_short_read_and_no_signal(checkpoint: Path) -> None:
+    path = checkpoint / "model-00001-of-00002.safetensors"
+    shard = Shard(path, 1 << 30)
+    tensor = shard.tensors["a.weight"]
+    os.truncate(path, tensor.offset + 10)
+    with pytest.raises(SourceError, match="ends at byte"):
+        shard.read_into(tensor.offset, np.empty(tensor.nbytes, dtype=np.uint8))

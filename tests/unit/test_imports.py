@@ -1,0 +1,88 @@
+"""Imports run one way: a module may import what stands in an earlier line of LAYERS, or its own line's listed order."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "streamconv"
+
+# From what everything rests on to what users call. A module imports only from lines above its own.
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    frozenset(line.split())
+    for line in (
+        "errors",
+        "scratch gguf_format strict_json magic profile memory",
+        "kernels",
+        "codecs",
+        "graph",
+        "checkpoint recipe cursor",
+        "gguf_reader",
+        "gguf_set",
+        "vocab modelcard outtypes dialects report",
+        "plan",
+        "stream sink",
+        "job",
+        "convert adapter",
+        "cli",
+        "__init__ __main__",
+    )
+)
+
+
+def imported(path: Path) -> set[str]:
+    """The streamconv modules that a file imports anywhere, TYPE_CHECKING blocks left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == "streamconv":
+            names |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("streamconv."):
+            names.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("streamconv.")}
+    return names
+
+
+def test_every_module_has_its_layer() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules == set().union(*LAYERS)
+
+
+def test_imports_run_one_way() -> None:
+    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    upward = [
+        f"{path.stem} imports {name}"
+        for path in PACKAGE.glob("*.py")
+        for name in imported(path)
+        if level[name] >= level[path.stem]
+    ]
+    assert not upward
+
+
+def test_recipes_import_the_recipe_vocabulary_alone() -> None:
+    for path in (PACKAGE / "recipes").glob("*.py"):
+        assert imported(path) <= {"recipe", "recipes"}, path.name
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from streamconv.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'gguf', 'tqdm', 'psutil', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "exit codes" in done.stdout
