@@ -1,4 +1,4 @@
-"""GGUF headers of every shape: what is encoded is read; whatever is done to the bytes gives a value or a SourceError."""
+"""GGUF headers of every shape: what is encoded is read; whatever is done to it gives a value or a SourceError."""
 
 from __future__ import annotations
 
