@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from streamconv.cursor import PositionedFile
 from streamconv.errors import BudgetError, SourceError
 from streamconv.graph import Source, TensorSpec
 from streamconv.strict_json import load_object, load_object_if_present, parse_object
@@ -65,28 +65,13 @@ class SourceTensor:
         return Source(self.name, self.shard, self.offset, TensorSpec(self.shape, FLOAT_TYPES[self.dtype]))
 
 
-@dataclass(frozen=True, slots=True)
-class _Identity:
-    """What tells that a file is still the one that was opened."""
-
-    device: int
-    inode: int
-    nbytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> _Identity:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
 class Shard:
     """One safetensors file, open for positioned reads. `tensors` is its validated table."""
 
     def __init__(self, path: Path, max_header_nbytes: int) -> None:
         self.path = path
-        self._fd = _open_regular(path)
+        self.file = PositionedFile(path)
         try:
-            self._identity = _Identity.of(os.fstat(self._fd))
             header = self._read_header(max_header_nbytes)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             self.tensors = self._parse(header)
@@ -96,47 +81,23 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        return self._identity.nbytes
+        return self.file.nbytes
 
     @property
     def fingerprint(self) -> str:
         """What identifies the bytes without reading them all: size, time and the header's digest."""
-        return f"{self._identity.nbytes} {self._identity.mtime_ns} {self.header_sha256}"
+        return f"{self.nbytes} {self.file.identity.mtime_ns} {self.header_sha256}"
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self.file.close()
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill `out` from `offset`. SourceError where the file ends early or the disk fails."""
-        view = out.data
-        while view:
-            try:
-                n = os.preadv(self._fd, [view], offset)
-            except OSError as error:
-                raise SourceError(f"read failed at byte {offset}: {error.strerror}", file=self.path) from None
-            if n == 0:
-                raise self._changed(f"it ends at byte {offset}, inside a tensor")
-            view, offset = view[n:], offset + n
+        self.file.read_into(offset, out)
 
     def check_unchanged(self) -> None:
         """SourceError if the file under this path is no longer the one that was opened, as it was then."""
-        if _Identity.of(os.fstat(self._fd)) != self._identity:
-            raise self._changed("its size or time is not what it was")
-        try:
-            now = self.path.stat()
-        except OSError:
-            raise self._changed("it is gone from its path") from None
-        if _Identity.of(now) != self._identity:
-            raise self._changed("another file has taken its place")
-
-    def _changed(self, how: str) -> SourceError:
-        return SourceError(
-            f"the shard changed while it was read: {how}",
-            file=self.path,
-            hint="let its writer finish, then start again",
-        )
+        self.file.check_unchanged()
 
     def _read_header(self, max_header_nbytes: int) -> bytes:
         """The header's JSON text, once safetensors' own reader has accepted it."""
@@ -229,6 +190,8 @@ class Checkpoint:
         shards: list[Shard] = []
         try:
             for path in paths:
+                if not path.exists():
+                    raise SourceError("the shard is missing", file=path, hint="download it again")
                 shards.append(Shard(path, max_header_nbytes))
             tensors = _merge_tables(shards, index, directory)
         except BaseException:
@@ -249,19 +212,6 @@ class Checkpoint:
     ) -> None:
         for shard in self.shards:
             shard.close()
-
-
-def _open_regular(path: Path) -> int:
-    """A file descriptor of a regular file, links followed (the Hugging Face cache is made of them)."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    except OSError as error:
-        what = "the shard is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
-        raise SourceError(what, file=path, hint="download it again") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise SourceError("not a regular file", file=path)
-    return fd
 
 
 def _check_name(name: str, file: Path) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,20 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells that a file is still the one that was opened, as it was then."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 class PositionedFile:
     """An open regular file, read at given positions, from any number of threads."""
 
@@ -37,6 +52,7 @@ class PositionedFile:
         except (OSError, ValueError) as error:
             raise SourceError(f"cannot be opened: {getattr(error, 'strerror', error)}", file=path) from None
         status = os.fstat(self._fd)
+        self.identity = Identity.of(status)
         self.nbytes = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -56,6 +72,21 @@ class PositionedFile:
                 message = f"ends at byte {offset}, it had {self.nbytes:,} bytes when it was opened"
                 raise SourceError(message, file=self.path, hint="leave the file alone while it is read")
             view, offset = view[n_read:], offset + n_read
+
+    def check_unchanged(self) -> None:
+        """SourceError if the file under this path is no longer the one that was opened, as it was then."""
+        try:
+            now = self.path.stat()
+        except OSError:
+            raise self._changed("it is gone from its path") from None
+        if Identity.of(os.fstat(self._fd)) != self.identity:
+            raise self._changed("its size or time is not what it was")
+        if Identity.of(now) != self.identity:
+            raise self._changed("another file has taken its place")
+
+    def _changed(self, how: str) -> SourceError:
+        hint = "let its writer finish, then start again"
+        return SourceError(f"changed while it was read: {how}", file=self.path, hint=hint)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

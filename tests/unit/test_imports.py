@@ -14,11 +14,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "scratch gguf_format strict_json magic profile memory",
+        "scratch cursor gguf_format strict_json magic profile memory",
         "kernels",
         "codecs",
         "graph",
-        "checkpoint recipe cursor",
+        "checkpoint recipe",
         "gguf_reader",
         "gguf_set",
         "vocab modelcard outtypes dialects report",
