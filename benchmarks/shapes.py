@@ -1,11 +1,11 @@
 """Checkpoints in the shapes of published models, made from a seed: what the benchmarks convert.
 
 Owns: shapes, configs, tensor lists, shards and their cache. Does not own: tokenizers (vocabulary.py).
-Invariant: a folder that carries a shape's name is complete (renamed when its last byte is on disk), the same shape gives
-the same bytes, and no two matrices of a dense checkpoint start at the same place of the random block.
+Invariant: a folder that carries a shape's name is complete (renamed when its last byte is on disk), the same shape
+gives the same bytes, and no two matrices of a dense checkpoint start at the same place of the random block.
 
-Configs have the keys and values of the published ones (LiquidAI/LFM2-350M, -1.2B, -2.6B and -8B-A1B), and the parameter
-counts are the published ones too: 354,483,968, 1,170,340,608, 2,569,272,320 and 8.3 billion.
+Configs have the keys and values of the published ones (LiquidAI/LFM2-350M, -1.2B, -2.6B and -8B-A1B), and the
+parameter counts are the published ones too: 354,483,968, 1,170,340,608, 2,569,272,320 and 8.3 billion.
 
     python -m benchmarks.shapes 350m 1.2b            # fills BENCH_CACHE, .cache/bench by default
     python -m benchmarks.shapes --sparse 8b-a1b      # holes in place of weights: right sizes, hardly any disk
@@ -78,18 +78,20 @@ class SourceTensor:
 
 
 _SIXTEEN = (2, 5, 8, 10, 12, 14)
+_TINY = Shape("tiny", 256, 768, 4, 4, 2, (2,), vocabulary.SMALL, n_shards=2)
 _350M = Shape("350m", 1024, 4608, 16, 16, 8, _SIXTEEN)
 _LAYERED = Shape("", 64, 0, 0, 2, 1, (), vocabulary.SMALL)
 
 SHAPES: Final = {
     shape.name: shape
     for shape in (
-        Shape("tiny", 256, 768, 4, 4, 2, (2,), vocabulary.SMALL, n_shards=2),
+        _TINY,
         _350M,
         Shape("1.2b", 2048, 8192, 16, 32, 8, _SIXTEEN, n_shards=3),
         Shape("2.6b", 2048, 10752, 30, 32, 8, (2, 5, 9, 13, 17, 21, 24, 27), n_shards=2),
         Shape("8b-a1b", 2048, 7168, 24, 32, 8, (2, 6, 10, 14, 18, 21), n_shards=4, experts=Experts(32, 4, 2, 1792)),
         replace(_350M, name="350m-128k", vocabulary=vocabulary.LLAMA_3),
+        replace(_TINY, name="tiny-128k", vocabulary=vocabulary.LLAMA_3),
         # The same bytes in ten times as many tensors: what a tensor costs beside its bytes.
         replace(_LAYERED, name="few-tensors", n_layers=25, feed_forward=2336, attention_layers=tuple(range(2, 25, 5))),
         replace(

@@ -1,0 +1,1 @@
+"""What streamconv is measured against; each file says what is fair in it and what is not."""

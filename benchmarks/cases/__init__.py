@@ -1,0 +1,25 @@
+"""The cases, each a module with `measure(bench)`, which takes samples, and `rows(samples)`, which makes figures of
+them.
+
+A case's docstring says what it claims and why the comparison is fair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from benchmarks.bench import Bench, Sample
+from benchmarks.cases import cgroup, convert, memory, per_tensor, startup, vocabulary
+from benchmarks.summary import Row
+
+
+class Case(Protocol):
+    NAME: str
+
+    def measure(self, bench: Bench) -> None: ...
+
+    def rows(self, samples: Sequence[Sample]) -> list[Row]: ...
+
+
+CASES: tuple[Case, ...] = (startup, convert, memory, vocabulary, per_tensor, cgroup)

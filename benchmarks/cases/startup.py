@@ -1,0 +1,49 @@
+"""What a run costs before its first byte: `--help`, and a dry run on 2,302 tensors.
+
+Claim: `--help` takes under 0.15 s; a dry run on the 8B-A1B shape takes under 1 s more than importing what it
+imports.
+Fair: whole processes with their bytecode cached, as after a first run. The dry run prints its whole plan as JSON.
+"imports" is a process that imports numpy, safetensors, gguf, psutil and streamconv and ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from benchmarks.bench import Bench, Sample
+from benchmarks.converters import streamconv
+from benchmarks.summary import Row, middle, paired
+
+NAME: Final = "startup"
+HELP, DRY_RUN, IMPORTS = "--help", "dry run", "imports"
+HELP_BAR_SECONDS: Final = 0.15
+DRY_RUN_BAR_SECONDS: Final = 1.0
+
+
+def measure(bench: Bench) -> None:
+    src = bench.source(bench.settings.startup_model, sparse=True)
+    commands = {
+        HELP: streamconv("--help"),
+        DRY_RUN: streamconv("convert", str(src), "--dry-run", "--json"),
+        IMPORTS: [sys.executable, "-c", "import numpy, safetensors, gguf, psutil, streamconv"],
+    }
+    for command in commands.values():
+        bench.command(f"{NAME} warm-up", "", command, 0)
+    for pair in range(bench.settings.n_pairs):
+        for name, command in commands.items():
+            bench.command(NAME, name, command, pair)
+
+
+def rows(samples: Sequence[Sample]) -> list[Row]:
+    helps = [sample.wall_seconds for sample in samples if sample.converter == HELP]
+    beyond = [one.wall_seconds - other.wall_seconds for one, other in paired(samples, DRY_RUN, IMPORTS)]
+    imports = [sample.wall_seconds for sample in samples if sample.converter == IMPORTS]
+    if not helps:
+        return []
+    return [
+        Row(NAME, "", "", "", HELP, "wall seconds", *middle(helps), HELP_BAR_SECONDS),
+        Row(NAME, "", "", "", IMPORTS, "wall seconds", *middle(imports)),
+        Row(NAME, "", "", "", DRY_RUN, "seconds beyond imports", *middle(beyond), DRY_RUN_BAR_SECONDS),
+    ]

@@ -1,0 +1,32 @@
+"""The command lines that are measured as "streamconv", and the form that all measured commands have.
+
+Owns: how ours is called. Does not own: the others (baselines/).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """Something that makes `dst` of the checkpoint folder `src`: called with src, dst and an outtype."""
+
+    name: str
+    command: Callable[[Path, Path, str], list[str]]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def streamconv(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "streamconv", *arguments]
+
+
+def _convert(src: Path, dst: Path, outtype: str) -> list[str]:
+    return streamconv("convert", str(src), "-o", str(dst), "--outtype", outtype, "--quiet", "--json")
+
+
+STREAMCONV = Converter("streamconv", _convert)
+STREAMCONV_NUMPY = Converter("streamconv-numpy", _convert, {"STREAMCONV_KERNELS": "0"})

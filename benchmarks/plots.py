@@ -1,0 +1,126 @@
+"""The pictures of a run: memory over time, peak against size, wall against cp.
+
+Owns: drawing. Does not own: figures (summary.py). Invariant: one colour a converter in all pictures.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.baselines.cp import CP
+from benchmarks.bench import Sample
+from benchmarks.cases import convert, memory
+from benchmarks.converters import STREAMCONV, STREAMCONV_NUMPY
+from benchmarks.shapes import SHAPES
+from benchmarks.summary import MIB, ratios
+
+COLOURS: Final = {
+    STREAMCONV.name: "#0b6e4f",
+    STREAMCONV_NUMPY.name: "#6bbf59",
+    "llama.cpp": "#c1440e",
+    CP.name: "#555555",
+}
+MARKERS: Final = {"bf16": "o", "f16": "s", "q8_0": "^", "f32": "D"}
+
+
+def draw(samples: Sequence[Sample], folder: Path, host: str) -> list[Path]:
+    """Write the pictures that `samples` allow into `folder`. Raises ImportError without the `bench` extra."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    made = []
+    for name, paint in (
+        ("memory-over-time", _memory_over_time),
+        ("peak-against-size", _peak_against_size),
+        ("wall-against-cp", _wall_against_cp),
+    ):
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        if paint(axes, samples):
+            axes.annotate(host, (1, 1.01), xycoords="axes fraction", ha="right", fontsize=8, color="#777777")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=8)
+            figure.savefig(folder / f"{name}.png", dpi=120)
+            made.append(folder / f"{name}.png")
+        pyplot.close(figure)
+    return made
+
+
+def _largest(samples: Sequence[Sample]) -> str:
+    return max((sample.model for sample in samples), key=lambda name: SHAPES[name].nbytes)
+
+
+def _memory_over_time(axes: Any, samples: Sequence[Sample]) -> bool:
+    """Of each converter the first warm sample on the largest model: all that is resident, and mapped files of it."""
+    warm = [s for s in samples if (s.case, s.cache, s.pair) == (convert.NAME, "warm", 0)]
+    if not warm:
+        return False
+    model = _largest(warm)
+    outtype = next(s.outtype for s in reversed(warm) if s.model == model)
+    for sample in warm:
+        if (sample.model, sample.outtype) != (model, outtype) or not sample.timeline:
+            continue
+        seconds = [point.seconds for point in sample.timeline]
+        colour = COLOURS[sample.converter]
+        total = [max(point.anon_nbytes + point.file_nbytes, MIB) / MIB for point in sample.timeline]
+        mapped = [max(point.file_nbytes, MIB) / MIB for point in sample.timeline]
+        axes.plot(seconds, total, color=colour, label=f"{sample.converter}: resident")
+        axes.plot(seconds, mapped, color=colour, linestyle=":", linewidth=1, label=f"{sample.converter}: mapped files")
+    axes.axhline(convert.PEAK_BAR_MIB, color="#999999", linewidth=0.8, linestyle="--")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set(title=f"Resident memory, {model} to {outtype}", xlabel="seconds", ylabel="MiB")
+    return True
+
+
+def _peak_against_size(axes: Any, samples: Sequence[Sample]) -> bool:
+    peaks: dict[tuple[str, str], dict[str, int]] = {}
+    for sample in samples:
+        if sample.case in (convert.NAME, memory.NAME) and sample.converter != CP.name:
+            of_model = peaks.setdefault((sample.converter, sample.outtype), {})
+            of_model[sample.model] = max(of_model.get(sample.model, 0), sample.peak_rss_nbytes)
+    for (converter, outtype), of_model in sorted(peaks.items()):
+        sizes = sorted((SHAPES[model].nbytes / 1e9, peak / MIB) for model, peak in of_model.items())
+        axes.plot(
+            *zip(*sizes, strict=True),
+            color=COLOURS[converter],
+            marker=MARKERS.get(outtype, "x"),
+            linewidth=1,
+            label=f"{converter} {outtype}",
+        )
+    axes.axhline(convert.PEAK_BAR_MIB, color="#999999", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set(title="Peak resident memory", xlabel="checkpoint, GB", ylabel="MiB")
+    return bool(peaks)
+
+
+def _wall_against_cp(axes: Any, samples: Sequence[Sample]) -> bool:
+    warm = [sample for sample in samples if (sample.case, sample.cache) == (convert.NAME, "warm")]
+    if not warm:
+        return False
+    model = _largest(warm)
+    warm = [sample for sample in warm if sample.model == model]
+    outtypes = list(dict.fromkeys(sample.outtype for sample in warm))
+    converters = [name for name in COLOURS if name != CP.name and any(s.converter == name for s in warm)]
+    width = 0.8 / len(converters)
+    for index, name in enumerate(converters):
+        each = [ratios([s for s in warm if s.outtype == outtype], name, CP.name) for outtype in outtypes]
+        medians = [statistics.median(values) for values in each]
+        below = [median - min(values) for median, values in zip(medians, each, strict=True)]
+        above = [max(values) - median for median, values in zip(medians, each, strict=True)]
+        places = [place + (index - (len(converters) - 1) / 2) * width for place in range(len(outtypes))]
+        bars = axes.bar(places, medians, width * 0.9, yerr=(below, above), color=COLOURS[name], label=name, capsize=3)
+        axes.bar_label(bars, [f"{median:.2f}" for median in medians], fontsize=8, padding=3)
+    axes.axhline(1, color=COLOURS[CP.name], linewidth=1, linestyle="--", label="cp + sync")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(range(len(outtypes)), outtypes)
+    axes.set(title=f"Wall time against cp + sync, {model}, warm source", ylabel="times cp")
+    return True

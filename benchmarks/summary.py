@@ -1,0 +1,124 @@
+"""From samples to figures: rows with a median, a spread and a bar, as a table, Markdown and CSV.
+
+Owns: arithmetic and layout. Does not own: measuring. Invariant: a ratio is taken pair by pair, then its median; a
+peak is the highest of all samples, since it is a ceiling that is promised; every row follows from raw.csv alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.bench import Sample
+
+MIB: Final = 1 << 20
+_RAW: Final = [field.name for field in fields(Sample) if field.name != "timeline"]
+_HEAD: Final = ("case", "model", "type", "cache", "what", "figure", "median", "spread", "n", "bar")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure. `bar` is the highest value that is good enough, where there is such a promise."""
+
+    case: str
+    model: str
+    outtype: str
+    cache: str
+    what: str
+    figure: str
+    value: float
+    low: float
+    high: float
+    n: int
+    bar: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        spread = f"{self.low:.3g}-{self.high:.3g}" if self.n > 1 else ""
+        verdict = "" if self.bar is None else f"<= {self.bar:g} {'held' if self.value <= self.bar else 'MISSED'}"
+        name = (self.case, self.model, self.outtype, self.cache, self.what, self.figure)
+        return (*name, f"{self.value:.3g}", spread, str(self.n), verdict)
+
+
+def middle(values: Sequence[float]) -> tuple[float, float, float, int]:
+    """(median, lowest, highest, count): the last fields of a Row."""
+    return statistics.median(values), min(values), max(values), len(values)
+
+
+def highest(values: Sequence[float]) -> tuple[float, float, float, int]:
+    """(highest, lowest, highest, count)."""
+    return max(values), min(values), max(values), len(values)
+
+
+def paired(samples: Iterable[Sample], of: str, to: str) -> list[tuple[Sample, Sample]]:
+    """The samples of two converters that ran in the same pair."""
+    by_pair = {(sample.converter, sample.pair): sample for sample in samples}
+    pairs = sorted(pair for converter, pair in by_pair if converter == of and (to, pair) in by_pair)
+    return [(by_pair[of, pair], by_pair[to, pair]) for pair in pairs]
+
+
+def ratios(samples: Iterable[Sample], of: str, to: str) -> list[float]:
+    """Wall time of one converter as a ratio to another's in the same pair."""
+    return [one.wall_seconds / other.wall_seconds for one, other in paired(samples, of, to)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in columns."""
+    lines = [_HEAD, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def markdown(rows: Sequence[Row], environment: dict[str, Any], notes: Sequence[str], plots: Sequence[Path]) -> str:
+    """summary.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    lines = [
+        f"# {environment['date']}, {environment['host']}",
+        "",
+        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_nbytes'] / 2**30:.0f} GiB,"
+        f" {environment['kernel']}, {environment['filesystem']['type']}; Python {environment['python']}, {versions};"
+        f" streamconv {environment['streamconv']['commit']} ({environment['streamconv']['kernels']} kernels).",
+        "",
+        *(f"**{note}**\n" for note in notes),
+        "| " + " | ".join(_HEAD) + " |",
+        "|" + "---|" * len(_HEAD),
+        *("| " + " | ".join(row.cells()) + " |" for row in rows),
+        "",
+        "Ratios are taken pair by pair; a spread goes from lowest to highest; a peak is the highest of all samples.",
+        "",
+        *(f"![{path.stem}]({path.name})" for path in plots),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_raw(path: Path, samples: Iterable[Sample]) -> None:
+    """raw.csv: every sample, one a line."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_RAW)
+        writer.writerows([_short(getattr(sample, name)) for name in _RAW] for sample in samples)
+
+
+def write_timelines(path: Path, samples: Iterable[Sample]) -> None:
+    """timeline.csv: memory over time of the first sample of its kind, at most some 200 points each."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "model", "outtype", "cache", "converter", "seconds", "anon_nbytes", "file_nbytes"])
+        for sample in samples:
+            if sample.pair or not sample.model:
+                continue
+            name = (sample.case, sample.model, sample.outtype, sample.cache, sample.converter)
+            step = len(sample.timeline) // 200 + 1
+            writer.writerows([*name, f"{point.seconds:.3f}", *point[1:]] for point in sample.timeline[::step])
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _short(value: object) -> object:
+    return f"{value:.6f}" if isinstance(value, float) else value
