@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -57,6 +59,17 @@ def _compiled() -> ModuleType | None:
 
 
 _kernels = _compiled()
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Inside, every thread of the process encodes with numpy: what fast paths are checked against."""
+    global _kernels
+    before, _kernels = _kernels, None
+    try:
+        yield
+    finally:
+        _kernels = before
 
 
 def kernel_name() -> str:

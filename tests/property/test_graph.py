@@ -47,7 +47,7 @@ class BytesFile:
         self.data = np.frombuffer(data, dtype=np.uint8)
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        assert 0 <= offset and offset + out.nbytes <= self.data.nbytes
+        assert offset >= 0 and offset + out.nbytes <= self.data.nbytes
         out[:] = self.data[offset : offset + out.nbytes]
 
 

@@ -196,7 +196,7 @@ def rewrite(path: Path) -> None:
 def replace(path: Path) -> None:
     other = path.with_suffix(".new")
     other.write_bytes(path.read_bytes())
-    os.replace(other, path)
+    other.replace(path)
 
 
 @pytest.mark.parametrize("change", [truncate, rewrite, replace, Path.unlink])
