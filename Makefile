@@ -1,25 +1,47 @@
-# `make` lists the targets. Each target makes the environment it needs.
+# `make` lists the targets. Each target makes the environment it needs; nothing is installed outside this folder.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(VENV)/.ready: pyproject.toml streamconv/_kernels.c
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e ".[test,dev]"
 	touch $@
 
-test: $(VENV)/.ready ## run the tests (sets up .venv; no torch)
+$(VENV)/.bench-ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet -e ".[bench]"
+	touch $@
+
+.venv-demo/.ready: pyproject.toml streamconv/_kernels.c
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install --quiet -e .
+	touch $@
+
+demo: .venv-demo/.ready ## a small LFM2 checkpoint becomes BF16 and Q8_0 files; shows what is in them and what it cost
+	.venv-demo/bin/python -m benchmarks.demo
+
+test: $(VENV)/.ready ## the tests (no torch)
 	$(BIN)/pytest -q
 
-check: $(VENV)/.ready ## formatter, linter, types, import rules
+check: $(VENV)/.ready ## formatter, linter, types, import rules, generated docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/unit/test_imports.py
 
-.PHONY: help test check
+bench: $(VENV)/.bench-ready ## speed and memory: MODELS="350m 1.2b 2.6b 8b-a1b" OUTTYPES="bf16 f16 q8_0" LLAMA_CPP=FOLDER PAIRS=9
+	$(BIN)/python -m benchmarks.run
+
+bench-smoke: $(VENV)/.bench-ready ## the benchmark in seconds, so that it cannot rot
+	$(BIN)/python -m benchmarks.run --smoke
+
+clean: ## remove environments and made files
+	rm -rf $(VENV) .venv-demo .venv-parity .demo .cache build dist *.egg-info
+
+.PHONY: help demo test check bench bench-smoke clean
 .DEFAULT_GOAL := help

@@ -1,0 +1,81 @@
+"""Digests of a finished file: one of the whole, one of each tensor's data.
+
+Owns: `digest` and the JSON of OUT.manifest.json (schema 1). The bytes are read back from the file, not remembered from
+the writing, so that a digest says what is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamconv.cursor import PositionedFile
+from streamconv.plan import Layout
+
+BUFFER_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """sha256 in hexadecimal: of the whole file, and of each tensor's data by target name, in file order."""
+
+    whole: str
+    tensors: dict[str, str]
+
+
+def digest(path: Path, layout: Layout) -> Digests:
+    """The digests of the file at `path`, which `layout` describes. SourceError where it cannot be read."""
+    file = PositionedFile(path)
+    try:
+        whole = hashlib.sha256()
+        tensors = {}
+        at = 0
+        for step in layout.steps:
+            for block in _blocks(file, at, step.offset):
+                whole.update(block)
+            one = hashlib.sha256()
+            for block in _blocks(file, step.offset, step.offset + step.nbytes):
+                one.update(block)
+                whole.update(block)
+            tensors[step.target] = one.hexdigest()
+            at = step.offset + step.nbytes
+        for block in _blocks(file, at, layout.nbytes):
+            whole.update(block)
+        return Digests(whole.hexdigest(), tensors)
+    finally:
+        file.close()
+
+
+def _blocks(file: PositionedFile, start: int, end: int) -> Iterator[memoryview]:
+    buffer = np.empty(min(BUFFER_NBYTES, end - start), dtype=np.uint8)
+    for offset in range(start, end, BUFFER_NBYTES):
+        part = buffer[: min(BUFFER_NBYTES, end - offset)]
+        file.read_into(offset, part)
+        yield part.data
+
+
+def manifest_path(dst: Path) -> Path:
+    return dst.with_name(dst.name + ".manifest.json")
+
+
+def manifest_json(name: str, layout: Layout, digests: Digests) -> str:
+    """The manifest of a file called `name`; shapes row-major, offsets from the file's start."""
+    tensors: list[dict[str, Any]] = [
+        {
+            "name": step.target,
+            "shape": list(step.tensor.spec.shape),
+            "type": step.tensor.spec.type.name,
+            "offset": step.offset,
+            "nbytes": step.nbytes,
+            "sha256": digests.tensors[step.target],
+        }
+        for step in layout.steps
+    ]
+    record = {"schema": 1, "file": name, "nbytes": layout.nbytes, "sha256": digests.whole, "tensors": tensors}
+    return json.dumps(record, indent=1) + "\n"
