@@ -14,7 +14,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "scratch cursor gguf_format strict_json magic profile memory",
+        "scratch cursor gguf_format strict_json magic profile memory directio",
         "kernels",
         "codecs",
         "graph",
@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "gguf_set",
         "vocab modelcard outtypes dialects report",
         "plan",
+        "journal destination",
         "stream sink",
         "job",
         "convert adapter",

@@ -1,0 +1,196 @@
+"""The journal beside an unfinished output: what it is made from, and how much of it has reached the disk.
+
+Owns: the lines of `OUT.part.journal` and their checksums. Does not own: when a record is due, or whether what it
+claims is durable (sink.py syncs the data first).
+Invariant: what is read back was written whole by one run and those that resumed it. Every line carries a digest over
+itself and the line before it, so a torn, missing or foreign line ends the journal there.
+
+A line is `<digest> <JSON>\\n`. The first one is the header; each later one replaces what the one before it said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamconv.directio import open_plain, reserve_beyond_end, sync_data, unlink_own
+
+VERSION = 1
+MAX_LINE_NBYTES = 16 << 20  # far above a header that names every shard of a large model
+_DIGEST_NBYTES = 16
+_RECORD_ALLOWANCE_NBYTES = 1024  # disk space kept for one record
+_MAX_NAMED_DIFFERENCES = 4
+_MAX_SHOWN_CHARS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """All that decides the bytes of the output. `identity` maps the name of an input or option to its value."""
+
+    nbytes: int
+    identity: Mapping[str, str]
+    version: int = VERSION
+
+    def differences(self, other: Header) -> str:
+        """What differs in `other`, in words, old value first; empty where the two describe the same output."""
+        mine, theirs = self._items(), other._items()
+        names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        named = [_change(name, mine.get(name), theirs.get(name)) for name in names[:_MAX_NAMED_DIFFERENCES]]
+        if len(names) > len(named):
+            named.append(f"{len(names) - len(named)} more")
+        return ", ".join(named)
+
+    def _items(self) -> dict[str, str]:
+        return {**self.identity, "output size": str(self.nbytes), "journal format": str(self.version)}
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A finished file, recognisable under another name: a rename changes none of the three."""
+
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> Stamp:
+        return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Bytes 0 to `prefix_nbytes` are on the disk. `state` is the caller's own, of exactly these bytes.
+
+    `finished` is there once the whole file has been synced and only its rename is missing.
+    """
+
+    prefix_nbytes: int = 0
+    state: Mapping[str, Any] = field(default_factory=dict)
+    finished: Stamp | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a journal holds: its header, its last whole record, and where and with which digest that one ends."""
+
+    header: Header
+    record: Record
+    end: int
+    digest: bytes
+
+
+def read(path: Path) -> Contents | None:
+    """What the journal at `path` holds up to its first invalid line; None where there is no valid header.
+
+    Raises OSError where the file is there and cannot be read.
+    """
+    try:
+        fd = open_plain(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    contents = None
+    with os.fdopen(fd, "rb") as file:
+        for payload, end, digest in _valid_lines(iter(lambda: file.readline(MAX_LINE_NBYTES), b"")):
+            try:
+                if contents is None:
+                    contents = Contents(_header(json.loads(payload)), Record(), end, digest)
+                else:
+                    contents = Contents(contents.header, _record(json.loads(payload)), end, digest)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                break
+    return contents
+
+
+class Journal:
+    """An open journal, ready for the next record. Every method raises OSError as the system gives it."""
+
+    def __init__(self, path: Path, fd: int, end: int, digest: bytes) -> None:
+        self._path = path
+        self._fd = fd
+        self._end = end
+        self._digest = digest
+
+    @classmethod
+    def create(cls, path: Path, header: Header, n_records: int) -> Journal:
+        """A new journal, its header durable, with disk space for `n_records`. FileExistsError where there is one."""
+        journal = cls(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), 0, b"")
+        try:
+            # A disk that others fill must not stop a run whose output has its space already.
+            reserve_beyond_end(journal._fd, n_records * _RECORD_ALLOWANCE_NBYTES)
+            journal._append(asdict(header))
+        except BaseException:
+            journal.remove()
+            raise
+        return journal
+
+    @classmethod
+    def reopen(cls, path: Path, contents: Contents) -> Journal:
+        """The journal that `contents` was read from, without what follows its last whole record."""
+        journal = cls(path, open_plain(path, os.O_RDWR), contents.end, contents.digest)
+        try:
+            os.ftruncate(journal._fd, contents.end)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def append(self, record: Record) -> None:
+        """Returns when the record is durable. The caller has synced what it covers."""
+        self._append(asdict(record))
+
+    def remove(self) -> None:
+        """Ends the journal: the file goes, unless the name belongs to another run by now."""
+        unlink_own(self._path, self._fd)
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _append(self, value: Mapping[str, Any]) -> None:
+        payload = json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+        digest = _digest(self._digest, payload)
+        line = memoryview(digest.hex().encode() + b" " + payload + b"\n")
+        done = 0
+        while done < len(line):
+            done += os.pwrite(self._fd, line[done:], self._end + done)
+        sync_data(self._fd)
+        self._end += len(line)
+        self._digest = digest
+
+
+def _valid_lines(lines: Iterator[bytes]) -> Iterator[tuple[bytes, int, bytes]]:
+    """(JSON, end of the line in the file, its digest) of each line up to the first that is not whole."""
+    digest, end = b"", 0
+    for line in lines:
+        found, _, payload = line.removesuffix(b"\n").partition(b" ")
+        digest = _digest(digest, payload)
+        if not line.endswith(b"\n") or found != digest.hex().encode():
+            return
+        end += len(line)
+        yield payload, end, digest
+
+
+def _digest(previous: bytes, payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=_DIGEST_NBYTES, key=previous).digest()
+
+
+def _header(value: dict[str, Any]) -> Header:
+    return Header(value.get("nbytes", 0), value.get("identity", {}), value["version"])  # of any version
+
+
+def _record(value: dict[str, Any]) -> Record:
+    finished = value["finished"]
+    return Record(value["prefix_nbytes"], value["state"], None if finished is None else Stamp(**finished))
+
+
+def _change(name: str, old: str | None, new: str | None) -> str:
+    if old is None or new is None:
+        return f"{name} ({'removed' if new is None else 'added'})"
+    if max(len(old), len(new)) > _MAX_SHOWN_CHARS:
+        return f"{name} (changed)"
+    return f"{name} (was {old}, is {new})"

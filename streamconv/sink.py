@@ -1,0 +1,316 @@
+"""The output file: a sibling part file that becomes the destination once every declared byte is in it and on the disk.
+
+Owns: the order of steps that makes this hold at any moment, resuming, what stays behind after a failure. Does not own:
+the bytes (stream.py), system calls (directio.py), names and locks (destination.py), the journal's lines (journal.py).
+
+Invariant: whatever stops a run, the destination is the old file or the complete new one, and a journal never claims
+more than the disk holds. The order is all there is to it:
+
+    lock the part file > reserve its space > journal header          a power cut here: nothing to resume
+    > chunks > sync them > journal record > ...                      a record follows the bytes that it speaks of
+    > sync the file > "finished" record > rename > sync the directory > remove the journal
+
+A part file is given up in the reverse order: its journal first, and the directory synced, so that no journal can ever
+speak of another file's bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from threading import Condition
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamconv import journal as journals
+from streamconv.destination import Output, Part, failures, lock_part, reserve_space, resolve
+from streamconv.directio import ChunkFile, rename_new, sync_directory
+from streamconv.errors import Caution, DestinationError, Interrupted, SourceError, StreamconvError
+from streamconv.journal import Contents, Header, Journal, Record, Stamp
+
+MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for records no closer than this
+
+
+class Sink:
+    """One output being written. A context manager: left before `publish`, it leaves the destination as it was.
+
+    After KeyboardInterrupt, Interrupted and DestinationError the part file and its journal stay, for `resume`; after
+    any other exception they go. Leaving waits for the writes that other threads have begun.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        nbytes: int,
+        part: Part,
+        journal: Journal,
+        begun_with: Record,
+        *,
+        replaces: bool,
+        is_published: bool,
+        notes: tuple[Caution, ...],
+    ) -> None:
+        self.notes = notes
+        self._output = output
+        self._nbytes = nbytes
+        self._part = part
+        self._file = ChunkFile(part.fd, part.path)
+        self._journal = journal
+        self._begun_with = begun_with
+        self._state = begun_with.state
+        self._replaces = replaces
+        self._is_published = is_published
+        self._covered = Coverage(begun_with.prefix_nbytes)
+        self._idle = Condition()
+        self._n_writing = 0
+        self._is_closed = False
+
+    @classmethod
+    def create(
+        cls,
+        dst: Path,
+        nbytes: int,
+        *,
+        identity: Mapping[str, str],
+        sources: Iterable[Path] = (),
+        force: bool = False,
+        resume: bool = False,
+    ) -> Self:
+        """A sink for the `nbytes` of `dst`: its space is reserved, its journal begun or taken up.
+
+        identity: every input and option that changes bytes, by name; a resumed run must have the same. sources: files
+        that must not be written over. force: an existing `dst` may be replaced. resume: go on with what an earlier run
+        left; without it, that is discarded with a note.
+        Raises DestinationError where `dst` cannot or must not be written, SourceError where `identity` is not that of
+        the run to resume; then all is as it was before.
+        """
+        if nbytes <= 0:
+            raise ValueError("an output has at least one byte")
+        output = resolve(dst, sources)
+        header = Header(nbytes, dict(identity))
+        with failures(output.path), ExitStack() as undo:
+            if not force and not (resume and output.journal.exists()):
+                output.refuse_existing()
+            part = _lock(output, undo)
+            past = _find_past(output, header, part) if resume else None
+            is_published = past is not None and _is_published(past, output)
+            if not force and not is_published:
+                output.refuse_existing()
+            notes: tuple[Caution, ...] = ()
+            if past is None:
+                part, notes = _start_anew(output, part, undo)
+            if is_published:
+                part.remove()
+            else:
+                reserve_space(part.fd, nbytes, output.path)
+            if not part.is_locked:
+                notes += (Caution("no-lock", f"{output.path.parent} has no file locks: run one conversion at a time"),)
+            journal = _open_journal(output, header, past, undo)
+            record = Record() if past is None else past.record
+            sink = cls(output, nbytes, part, journal, record, replaces=force, is_published=is_published, notes=notes)
+            undo.pop_all()
+        return sink
+
+    @property
+    def resumed_nbytes(self) -> int:
+        """Bytes from the file's beginning that an earlier run has put on the disk; what is written again is refused."""
+        return self._begun_with.prefix_nbytes
+
+    @property
+    def resumed_state(self) -> Mapping[str, Any]:
+        """What that run gave to `record` with these bytes."""
+        return self._begun_with.state
+
+    def write(self, offset: int, view: NDArray[np.uint8]) -> None:
+        """Puts all of `view` at `offset`. From any thread, in any order, each byte of the file once.
+
+        Fastest where `view` starts on a page of memory and `offset` is a multiple of the page. `view` is free again
+        afterwards. Raises DestinationError.
+        """
+        if offset < 0 or offset + view.nbytes > self._nbytes:
+            raise ValueError(f"{view.nbytes} bytes at {offset} lie outside of a file of {self._nbytes}")
+        with self._idle:
+            if self._is_closed:
+                raise ValueError("written after the sink was left")
+            self._n_writing += 1
+        try:
+            with failures(self._output.path):
+                self._file.write(view, offset)
+        except BaseException:
+            with self._idle:
+                self._n_writing -= 1
+                self._idle.notify_all()
+            raise
+        with self._idle:
+            self._covered.add(offset, offset + view.nbytes)
+            self._n_writing -= 1
+            self._idle.notify_all()
+
+    def record(self, prefix_nbytes: int, state: Mapping[str, Any]) -> None:
+        """Makes the first `prefix_nbytes`, all written, and the caller's `state` of them survive anything from here on.
+
+        Costs a flush of the disk (some 10 ms): call it in steps of MIN_RECORD_STEP_NBYTES or more, from one thread,
+        which need not be one that writes. Raises DestinationError.
+        """
+        if prefix_nbytes > self._covered.prefix:
+            raise ValueError(f"a record of {prefix_nbytes} bytes, of which {self._covered.prefix} were written")
+        with failures(self._output.path):
+            self._file.sync_data()
+            self._journal.append(Record(prefix_nbytes, state))
+        self._state = dict(state)
+
+    def complete(self, state: Mapping[str, Any] | None = None) -> None:
+        """The whole file is on the disk, still under its other name. state: by default that of the last record.
+
+        Raises DestinationError; StreamconvError where a byte was never written.
+        """
+        if self._is_published:
+            return
+        if self._covered.prefix != self._nbytes:
+            raise StreamconvError(
+                f"{self._covered.prefix} of {self._nbytes} bytes were written", file=self._output.path
+            )
+        with failures(self._output.path):
+            self._file.sync()
+            stamp = Stamp.of(self._part.status())
+            if stamp.nbytes != self._nbytes:
+                raise DestinationError("was changed by something else while it was written", file=self._output.part)
+            self._journal.append(Record(self._nbytes, self._state if state is None else state, stamp))
+
+    def publish(self) -> None:
+        """The completed file takes the destination's name. Raises DestinationError.
+
+        The journal stays until the context is left, so that of several outputs published together none is lost.
+        """
+        if self._is_published:
+            return
+        with failures(self._output.path):
+            if self._replaces:
+                self._output.part.replace(self._output.path)
+            else:
+                rename_new(self._output.part, self._output.path)
+            sync_directory(self._output.path.parent)
+        self._is_published = True
+
+    def seal(self, state: Mapping[str, Any] | None = None) -> Path:
+        """The destination, complete: `complete` and `publish`."""
+        self.complete(state)
+        self.publish()
+        return self._output.path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._idle:
+            self._is_closed = True
+            # A descriptor closed under a write could be another file's by the time it is used.
+            self._idle.wait_for(lambda: self._n_writing == 0)
+        with ExitStack() as closing:
+            closing.callback(self._part.close)  # and with it the lock, last
+            closing.callback(self._file.close)
+            if not self._is_published and _keeps(error):
+                self._journal.close()
+                return
+            with suppress(OSError):  # what stays is discarded by the next run
+                self._journal.remove()
+                if not self._is_published:
+                    self._part.remove()
+
+
+class Coverage:
+    """Which bytes of a file were written: disjoint ranges, few of them as long as writing goes forward."""
+
+    def __init__(self, prefix: int) -> None:
+        self._starts = [0]
+        self._ends = [prefix]
+
+    @property
+    def prefix(self) -> int:
+        """The first byte that is missing."""
+        return self._ends[0]
+
+    def add(self, start: int, end: int) -> None:
+        """ValueError where a byte of it was there already."""
+        index = bisect_right(self._starts, start)
+        if self._ends[index - 1] > start or (index < len(self._starts) and self._starts[index] < end):
+            raise ValueError(f"bytes {start} to {end} were written twice")
+        self._starts.insert(index, start)
+        self._ends.insert(index, end)
+        for left in (index, index - 1):
+            if left + 1 < len(self._starts) and self._ends[left] == self._starts[left + 1]:
+                self._ends[left] = self._ends.pop(left + 1)
+                self._starts.pop(left + 1)
+
+
+def _lock(output: Output, undo: ExitStack) -> Part:
+    part = lock_part(output.part)
+    undo.callback(part.close)
+    if part.is_new:
+        undo.callback(part.remove)
+    return part
+
+
+def _find_past(output: Output, header: Header, part: Part) -> Contents | None:
+    """What an earlier run left that this one can go on with. SourceError where that one was another conversion."""
+    past = journals.read(output.journal)
+    if past is None:
+        return None
+    difference = past.header.differences(header)
+    if not difference and _is_published(past, output):
+        return past
+    if part.is_new:
+        return None
+    if difference:
+        raise SourceError(
+            f"the run to resume was another one: {difference}",
+            file=part.path,
+            hint="use what that one used, or leave out --resume to start anew",
+        )
+    return past if part.status().st_size == header.nbytes else None
+
+
+def _is_published(past: Contents, output: Output) -> bool:
+    """Whether that run got as far as the rename, and only its journal was left."""
+    with suppress(FileNotFoundError):
+        return past.record.finished == Stamp.of(output.path.stat())
+    return False
+
+
+def _start_anew(output: Output, part: Part, undo: ExitStack) -> tuple[Part, tuple[Caution, ...]]:
+    """An empty part file without a journal, and a note where an earlier run had left one."""
+    notes: tuple[Caution, ...] = ()
+    while True:
+        if os.path.lexists(output.journal):
+            output.journal.unlink()
+            sync_directory(output.path.parent)  # or else, after a power cut, it could speak of the next part file
+        if part.is_new:
+            return part, notes
+        notes = (Caution("stale-part", f"discarded {part.path}, left by a run that did not finish"),)
+        part.remove()
+        part.close()
+        part = _lock(output, undo)
+
+
+def _open_journal(output: Output, header: Header, past: Contents | None, undo: ExitStack) -> Journal:
+    if past is not None:
+        journal = Journal.reopen(output.journal, past)
+        undo.callback(journal.close)
+        return journal
+    journal = Journal.create(output.journal, header, header.nbytes // MIN_RECORD_STEP_NBYTES + 2)
+    undo.callback(journal.remove)
+    sync_directory(output.path.parent)
+    return journal
+
+
+def _keeps(error: BaseException | None) -> bool:
+    """Whether a run that ended in `error` can go on later: what stopped it was neither its input nor its program."""
+    return isinstance(error, Interrupted | DestinationError | KeyboardInterrupt)
