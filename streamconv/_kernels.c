@@ -73,12 +73,18 @@ INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
+/* A choice without a branch: a compiler must not guess that a float operation can be skipped, but may vectorise this. */
+INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
+    uint32_t mask = -(uint32_t)condition;
+    return (yes & mask) | (no & ~mask);
+}
+
 INLINE uint32_t f16_to_f32(uint32_t half) {
     uint32_t magnitude = half & 0x7fff;
     /* A subnormal is a number of last places of 0.5: put there, and 0.5 taken away, which is exact. */
     uint32_t subnormal = as_bits(as_float(0x3f000000u | magnitude) - 0.5f);
     uint32_t normal = (magnitude << 13) + REBIAS + (magnitude >= INFINITY_F16 ? REBIAS : 0);
-    return (half & 0x8000) << 16 | (magnitude < 0x400 ? subnormal : normal);
+    return (half & 0x8000) << 16 | choose(magnitude < 0x400, subnormal, normal);
 }
 
 /* To nearest even; a NaN keeps its top bits, the least NaN if they are none. Finite values that are too large: any bits. */
@@ -88,8 +94,8 @@ INLINE uint16_t f32_to_f16(uint32_t bits) {
     uint32_t normal = (magnitude - REBIAS + 0xfff + (magnitude >> 13 & 1)) >> 13;
     uint32_t payload = magnitude >> 13 & 0x3ff;
     uint32_t nonfinite = INFINITY_F16 | payload | (payload == 0 && magnitude > INFINITY_F32);
-    uint32_t finite = magnitude < F16_NORMAL ? subnormal : normal;
-    return (uint16_t)(bits >> 16 & 0x8000) | (uint16_t)(magnitude >= INFINITY_F32 ? nonfinite : finite);
+    uint32_t finite = choose(magnitude < F16_NORMAL, subnormal, normal);
+    return (uint16_t)(bits >> 16 & 0x8000) | (uint16_t)choose(magnitude >= INFINITY_F32, nonfinite, finite);
 }
 
 /* To nearest even; a NaN keeps its top bits and becomes quiet. */

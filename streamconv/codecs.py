@@ -80,9 +80,10 @@ def kernel_name() -> str:
 def encode_scratch_nbytes(
     source: GGMLQuantizationType, target: GGMLQuantizationType, n_rows: int, n_columns: int
 ) -> int:
-    """The scratch that `encode` takes for `n_rows` rows of `n_columns` elements; bounded, however many they are."""
-    if _kernels is not None:
-        return 0
+    """The scratch that `encode` takes for `n_rows` rows of `n_columns` elements; bounded, however many they are.
+
+    Alike for both kernels (the compiled one takes none), so that a plan does not hang on which of them serves.
+    """
     arrays = kernels.temporaries(source, n_rows * n_columns)
     return sum(padded_nbytes(n_elements * dtype.itemsize) for n_elements, dtype in arrays)
 
@@ -117,7 +118,7 @@ def encode(
 
 
 def largest_finite(source: GGMLQuantizationType, slab: NDArray[np.uint8]) -> float:
-    """The largest finite magnitude in `slab`, rows of `source` as for `encode`; 0.0 where there is none. For messages."""
+    """The largest finite magnitude in `slab` (rows of `source`), 0.0 where there is none: for messages."""
     fmt = FLOATS[source]
     bits = slab.reshape(-1).view(fmt.bits)
     top = 0

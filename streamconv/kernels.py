@@ -273,7 +273,8 @@ def _q8_0(source: GGMLQuantizationType, bits: Bits, part: Bytes, work: _Work) ->
         values = work.wide
         _ELEMENTWISE[source, F32](bits, False, values, work)
     product, half = work.spare.view("<f4"), work.wide
-    np.multiply(values.view("<f4").reshape(n_blocks, block), inverse[:, None], out=product.reshape(n_blocks, block))
+    np.copyto(product.reshape(n_blocks, block), inverse[:, None])  # a product that broadcasts would take a buffer
+    np.multiply(values.view("<f4"), product, out=product)
     # Half away from zero, then the cast cuts. 0.5 itself would take its predecessor up to 1; with that predecessor in
     # its place every sum below 2^22 has the right integer part.
     np.bitwise_and(product.view("<u4"), _SIGN, out=half)

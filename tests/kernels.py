@@ -1,0 +1,114 @@
+"""Both kernels under test, and what gguf-py makes of the same numbers.
+
+Owns: building the compiled kernel as pyproject.toml declares it, from the tree as it is (a stale build cannot hide a
+change), and a guarded call of `codecs.encode`.
+Invariant: where there is a compiler, a build that fails is a failure and never a skip.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from gguf import quants
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from streamconv import codecs
+from streamconv.gguf_format import row_nbytes
+from streamconv.kernels import BF16, F16, F32, FLOATS
+from streamconv.scratch import Scratch
+
+ROOT = Path(__file__).parents[1]
+SOURCES = (F32, F16, BF16)
+GUARD = 0xA5
+
+Bits = NDArray[Any]
+
+
+def has_compiler() -> bool:
+    """Whether what setuptools would compile with is there."""
+    command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    return shutil.which(command[0]) is not None
+
+
+NAMES = ("numpy", "c") if has_compiler() else ("numpy",)
+
+
+@functools.cache
+def compiled() -> ModuleType:
+    """The compiled kernel, built into a temporary directory."""
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        (tree / "streamconv").mkdir()
+        for name in ("pyproject.toml", "LICENSE", "streamconv/_kernels.c"):
+            shutil.copy(ROOT / name, tree / name)
+        (tree / "README.md").touch()
+        command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
+        build = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        found = [path for path in (tree / "streamconv").glob("_kernels.*") if path.suffix != ".c"]
+        assert build.returncode == 0 and len(found) == 1, build.stdout + build.stderr
+        spec = importlib.util.spec_from_file_location("streamconv._kernels", found[0])
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+
+def named(name: str) -> ModuleType | None:
+    """What codecs._kernels is to be for `name`, one of NAMES."""
+    return compiled() if name == "c" else None
+
+
+def values(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.float32]:
+    """The numbers that the patterns `bits` of `source` stand for."""
+    if source == BF16:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    if source == F16:
+        return bits.view(np.float16).astype(np.float32)
+    return bits.view(np.float32)
+
+
+def patterns(source: GGMLQuantizationType, numbers: NDArray[np.float32]) -> Bits:
+    """Patterns of `source`: the numbers cut to BF16, rounded to F16, or as they are."""
+    if source == BF16:
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    if source == F16:
+        with np.errstate(over="ignore"):
+            return numbers.astype(np.float16).view(np.uint16)
+    return numbers.view(np.uint32)
+
+
+def expected(source: GGMLQuantizationType, target: GGMLQuantizationType, bits: Bits) -> NDArray[np.uint8]:
+    """The bytes that gguf-py makes of rows `bits`; a type that does not change keeps its own."""
+    if source == target:
+        return np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+    with np.errstate(all="ignore"):
+        return np.ascontiguousarray(quants.quantize(values(source, bits), target)).reshape(-1).view(np.uint8)
+
+
+def encode(
+    source: GGMLQuantizationType, target: GGMLQuantizationType, bits: Bits, offset: int = 0
+) -> tuple[codecs.Stats, NDArray[np.uint8]]:
+    """Rows `bits` encoded `offset` bytes into a buffer, with a scratch of exactly what is declared."""
+    n_rows, n_columns = bits.shape
+    nbytes = n_rows * row_nbytes(n_columns, target)
+    slab = np.ascontiguousarray(bits, dtype=FLOATS[source].bits).reshape(-1).view(np.uint8)
+    kept = slab.copy()
+    buffer = np.full(offset + nbytes + 64, GUARD, dtype=np.uint8)
+    scratch = Scratch(codecs.encode_scratch_nbytes(source, target, n_rows, n_columns))
+    stats = codecs.encode(source, target, slab, buffer[offset : offset + nbytes], scratch, n_columns)
+    assert np.array_equal(slab, kept), "the source was changed"
+    assert (buffer[:offset] == GUARD).all() and (buffer[offset + nbytes :] == GUARD).all(), "written beyond the rows"
+    return stats, buffer[offset : offset + nbytes]
