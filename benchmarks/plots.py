@@ -61,15 +61,16 @@ def _memory_over_time(axes: Any, samples: Sequence[Sample]) -> bool:
         return False
     model = _largest(warm)
     outtype = next(s.outtype for s in reversed(warm) if s.model == model)
-    for sample in warm:
+    for sample in sorted(warm, key=lambda sample: [*COLOURS].index(sample.converter)):
         if (sample.model, sample.outtype) != (model, outtype) or not sample.timeline:
             continue
         seconds = [point.seconds for point in sample.timeline]
         colour = COLOURS[sample.converter]
         total = [max(point.anon_nbytes + point.file_nbytes, MIB) / MIB for point in sample.timeline]
         mapped = [max(point.file_nbytes, MIB) / MIB for point in sample.timeline]
-        axes.plot(seconds, total, color=colour, label=f"{sample.converter}: resident")
-        axes.plot(seconds, mapped, color=colour, linestyle=":", linewidth=1, label=f"{sample.converter}: mapped files")
+        axes.plot(seconds, total, color=colour, label=sample.converter)
+        if sample.converter != CP.name:
+            axes.plot(seconds, mapped, color=colour, linestyle=":", linewidth=1, label="mapped files of it")
     axes.axhline(convert.PEAK_BAR_MIB, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:.0f}")

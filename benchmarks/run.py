@@ -1,14 +1,17 @@
 """`make bench`: measure, print a table, keep the run. `python -m benchmarks.run --help`.
 
-Owns: options and files of a run. Does not own: what is measured (cases/). The settings that make passes come as
-options; LLAMA_CPP, LLAMA_CPP_PYTHON and BENCH_CACHE from the environment.
+Owns: options and files of a run. Does not own: what is measured (cases/). Options have their defaults from the
+environment, which is where `make bench MODELS="350m 1.2b"` puts them: MODELS, OUTTYPES, PAIRS, SPARSE, CASES,
+BENCH_HOST, BENCH_CACHE, LLAMA_CPP, LLAMA_CPP_PYTHON.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +20,10 @@ from benchmarks.baselines import llama_cpp
 from benchmarks.bench import Bench, BenchError, Settings
 from benchmarks.cases import CASES
 from benchmarks.shapes import SHAPES, cache_folder
-from benchmarks.summary import Row
+from benchmarks.summary import Table
 
 RUNS = Path(__file__).with_name("runs")
-OUTTYPES = ("bf16", "f16", "q8_0")
+ALL_OUTTYPES = ("f32", "bf16", "f16", "q8_0")
 
 
 def main() -> int:
@@ -42,13 +45,13 @@ def main() -> int:
         for row in case.rows([sample for sample in bench.samples if sample.case.startswith(case.NAME)])
     ]
     folder = options.out or RUNS / f"{time.strftime('%Y-%m-%d')}-{options.host}"
-    _keep(folder, bench, rows, environment)
-    print(summary.table(rows))
-    print(*bench.notes, f"kept in {folder}", sep="\n")
+    tables = [summary.figures(rows), summary.conversions(bench.samples)]
+    _keep(folder, bench, tables, environment)
+    print(*map(summary.as_text, tables), *bench.notes, f"kept in {folder}", sep="\n\n")
     return 0
 
 
-def _keep(folder: Path, bench: Bench, rows: list[Row], environment: dict[str, object]) -> None:
+def _keep(folder: Path, bench: Bench, tables: list[Table], environment: dict[str, object]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     summary.write_raw(folder / "raw.csv", bench.samples)
     summary.write_timelines(folder / "timeline.csv", bench.samples)
@@ -58,13 +61,13 @@ def _keep(folder: Path, bench: Bench, rows: list[Row], environment: dict[str, ob
     except ImportError:
         bench.skip("plots", 'matplotlib is missing: pip install -e ".[bench]"')
         pictures = []
-    (folder / "summary.md").write_text(summary.markdown(rows, environment, bench.notes, pictures), encoding="utf-8")
+    (folder / "summary.md").write_text(summary.markdown(tables, environment, bench.notes, pictures), encoding="utf-8")
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     settings = Settings(
-        models=tuple(options.models),
-        outtypes=tuple(options.outtypes),
+        models=options.models,
+        outtypes=options.outtypes,
         n_pairs=options.pairs,
         sparse=frozenset(options.sparse),
         cache=options.cache,
@@ -76,29 +79,43 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _options() -> argparse.Namespace:
+    """Options; what make passes (MODELS and so on) is in the environment and serves as the default."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run", description="Measure streamconv beside cp and llama.cpp."
     )
-    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=["350m"], metavar="MODEL")
-    parser.add_argument("--outtypes", nargs="+", choices=("f32", *OUTTYPES), default=OUTTYPES, metavar="TYPE")
-    parser.add_argument("--pairs", type=int, default=9, help="samples of each kind (3 at most for the slow ones)")
-    parser.add_argument(
-        "--sparse",
-        nargs="*",
-        choices=sorted(SHAPES),
-        default=["8b-a1b"],
-        metavar="MODEL",
-        help="made with holes: memory only",
+    add = parser.add_argument
+    add("--models", type=_names(SHAPES), default=os.environ.get("MODELS", "350m"), help=f"of {' '.join(SHAPES)}")
+    add("--outtypes", type=_names(ALL_OUTTYPES), default=os.environ.get("OUTTYPES", "bf16 f16 q8_0"))
+    add(
+        "--pairs",
+        type=int,
+        default=os.environ.get("PAIRS", "9"),
+        help="samples of each kind (3 at most of the slow ones)",
     )
-    parser.add_argument("--cases", nargs="+", choices=[case.NAME for case in CASES], help="only these")
-    parser.add_argument("--host", default=machine.default_host(), help="how the run's folder names this machine")
-    parser.add_argument("--cache", type=Path, default=cache_folder(), help="checkpoints (BENCH_CACHE)")
-    parser.add_argument("--out", type=Path, help="the run's folder in place of benchmarks/runs/DATE-HOST")
-    parser.add_argument("--smoke", action="store_true", help="every case once, on a tiny model: does it all still run?")
+    add(
+        "--sparse", type=_names(SHAPES), default=os.environ.get("SPARSE", "8b-a1b"), help="made with holes: memory only"
+    )
+    add("--cases", type=_names([case.NAME for case in CASES]), default=os.environ.get("CASES", ""), help="only these")
+    add("--host", default=os.environ.get("BENCH_HOST", machine.default_host()), help="what the run calls this machine")
+    add("--cache", type=Path, default=cache_folder(), help="checkpoints (BENCH_CACHE)")
+    add("--out", type=Path, help="the run's folder in place of benchmarks/runs/DATE-HOST")
+    add("--smoke", action="store_true", help="every case once, on a tiny model: does it all still run?")
     options = parser.parse_args()
     if options.smoke and options.out is None:
         options.out = options.cache / "smoke"
     return options
+
+
+def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of names with spaces between."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(text.split())
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are {', '.join(known)}")
+        return names
+
+    return read
 
 
 if __name__ == "__main__":

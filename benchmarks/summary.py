@@ -18,7 +18,16 @@ from benchmarks.bench import Sample
 
 MIB: Final = 1 << 20
 _RAW: Final = [field.name for field in fields(Sample) if field.name != "timeline"]
-_HEAD: Final = ("case", "model", "type", "cache", "what", "figure", "median", "spread", "n", "bar")
+Table = list[tuple[str, ...]]
+_HEAD: Final = ("case", "model", "type", "cache", "what", "figure", "value", "spread", "n", "bar")
+_CONVERSIONS_HEAD: Final = (
+    *("case", "model", "type", "cache", "converter", "wall / cp", "seconds", "CPU seconds"),
+    *("peak MiB", "anonymous", "mapped files", "n"),
+)
+_READING: Final = (
+    "Times and ratios are medians, with the lowest and the highest; ratios are taken pair by pair. A peak is the"
+    " highest of all samples: of the kernel's high-water mark, and of what was anonymous or mapped at any moment."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +75,60 @@ def ratios(samples: Iterable[Sample], of: str, to: str) -> list[float]:
     return [one.wall_seconds / other.wall_seconds for one, other in paired(samples, of, to)]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows in columns."""
-    lines = [_HEAD, *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def figures(rows: Iterable[Row]) -> Table:
+    """The rows, each with its bar and whether that held."""
+    return [_HEAD, *(row.cells() for row in rows)]
 
 
-def markdown(rows: Sequence[Row], environment: dict[str, Any], notes: Sequence[str], plots: Sequence[Path]) -> str:
+def conversions(samples: Iterable[Sample]) -> Table:
+    """What every converter cost, by model, type and state of the cache."""
+    made: Table = [_CONVERSIONS_HEAD]
+    groups: dict[tuple[str, str, str, str], list[Sample]] = {}
+    for sample in samples:
+        if sample.model and not sample.exit_code:
+            groups.setdefault((sample.case, sample.model, sample.outtype, sample.cache), []).append(sample)
+    for key, same in groups.items():
+        for name in sorted({sample.converter for sample in same}):
+            own = [sample for sample in same if sample.converter == name]
+            made.append(
+                (
+                    *(*key, name, _spread(ratios(same, name, "cp"))),
+                    _spread([sample.wall_seconds for sample in own]),
+                    _spread([sample.user_seconds + sample.system_seconds for sample in own]),
+                    *(
+                        f"{max(getattr(sample, field) for sample in own) / MIB:.1f}"
+                        for field in ("peak_rss_nbytes", "peak_anon_nbytes", "peak_file_nbytes")
+                    ),
+                    str(len(own)),
+                )
+            )
+    return made
+
+
+def as_text(table: Table) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+
+
+def as_markdown(table: Table) -> str:
+    head, *lines = ("| " + " | ".join(line) + " |" for line in table)
+    return "\n".join([head, "|" + "---|" * len(table[0]), *lines])
+
+
+def markdown(tables: Iterable[Table], environment: dict[str, Any], notes: Sequence[str], plots: Sequence[Path]) -> str:
     """summary.md."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     lines = [
         f"# {environment['date']}, {environment['host']}",
-        "",
         f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_nbytes'] / 2**30:.0f} GiB,"
         f" {environment['kernel']}, {environment['filesystem']['type']}; Python {environment['python']}, {versions};"
         f" streamconv {environment['streamconv']['commit']} ({environment['streamconv']['kernels']} kernels).",
-        "",
-        *(f"**{note}**\n" for note in notes),
-        "| " + " | ".join(_HEAD) + " |",
-        "|" + "---|" * len(_HEAD),
-        *("| " + " | ".join(row.cells()) + " |" for row in rows),
-        "",
-        "Ratios are taken pair by pair; a spread goes from lowest to highest; a peak is the highest of all samples.",
-        "",
+        *(f"**{note}**" for note in notes),
+        *map(as_markdown, tables),
+        _READING,
         *(f"![{path.stem}]({path.name})" for path in plots),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(lines) + "\n"
 
 
 def write_raw(path: Path, samples: Iterable[Sample]) -> None:
@@ -118,6 +154,13 @@ def write_timelines(path: Path, samples: Iterable[Sample]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    around = f" ({min(values):.3g}-{max(values):.3g})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.3g}{around}"
 
 
 def _short(value: object) -> object:

@@ -19,7 +19,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.summary import MIB, Row, highest, middle
 
 NAME: Final = "cgroup"
-INSIDE: Final = "cgroup 128 MiB"
+INSIDE: Final = "cgroup-128MiB"
 LIMIT_NBYTES: Final = 128 * MIB
 BAR: Final = 1.5
 PEER_TIMEOUT_SECONDS: Final = 120

@@ -12,13 +12,14 @@ time, so sparse models are not here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import pairwise
 from typing import Final
 
 from benchmarks.baselines.cp import CP
 from benchmarks.bench import Bench, Cache, Sample
 from benchmarks.converters import STREAMCONV, STREAMCONV_NUMPY
 from benchmarks.machine import Unavailable
+from benchmarks.shapes import SHAPES
 from benchmarks.summary import MIB, Row, highest, middle, ratios
 
 NAME: Final = "convert"
@@ -52,17 +53,30 @@ def measure(bench: Bench) -> None:
 
 def rows(samples: Sequence[Sample]) -> list[Row]:
     made: list[Row] = []
-    for key, group in groupby(samples, key=lambda sample: (sample.case, sample.model, sample.outtype, sample.cache)):
-        same = list(group)
-        for name in sorted({sample.converter for sample in same} - {CP.name}):
-            own = [sample for sample in same if sample.converter == name]
-            bar = WALL_BARS.get((name, key[2])) if (key[1], key[3]) == (BAR_MODEL, "warm") else None
-            if in_pairs := ratios(same, name, CP.name):
-                made.append(Row(*key, name, "wall / cp", *middle(in_pairs), bar))
-            made.append(Row(*key, name, "wall seconds", *middle([sample.wall_seconds for sample in own])))
-            made.append(Row(*key, name, "CPU seconds", *middle([s.user_seconds + s.system_seconds for s in own])))
-            peak_bar = PEAK_BAR_MIB if name.startswith(STREAMCONV.name) else None
-            made.append(Row(*key, name, "peak MiB", *highest([s.peak_rss_nbytes / MIB for s in own]), peak_bar))
-        if copies := [sample.wall_seconds for sample in same if sample.converter == CP.name]:
-            made.append(Row(*key, CP.name, "wall seconds", *middle(copies)))
+    for model, outtype in dict.fromkeys((sample.model, sample.outtype) for sample in samples):
+        same = [sample for sample in samples if (sample.model, sample.outtype) == (model, outtype)]
+        warm = [sample for sample in same if sample.cache == "warm"]
+        for name in (STREAMCONV.name, STREAMCONV_NUMPY.name):
+            bar = WALL_BARS.get((name, outtype)) if model == BAR_MODEL else None
+            in_pairs = ratios(warm, name, CP.name)
+            if bar and in_pairs:
+                made.append(Row(NAME, model, outtype, "warm", name, "wall / cp", *middle(in_pairs), bar))
+            if peaks := [sample.peak_rss_nbytes / MIB for sample in same if sample.converter == name]:
+                made.append(Row(NAME, model, outtype, "any", name, "peak MiB", *highest(peaks), PEAK_BAR_MIB))
+    return made + _steps(samples)
+
+
+def _steps(samples: Sequence[Sample]) -> list[Row]:
+    """Seconds for each GB that a model has more than the next smaller one: about the same from step to step."""
+    made = []
+    warm = [sample for sample in samples if (sample.converter, sample.cache) == (STREAMCONV.name, "warm")]
+    models = sorted({sample.model for sample in warm}, key=lambda model: SHAPES[model].nbytes)
+    for outtype in dict.fromkeys(sample.outtype for sample in warm):
+        wall = {(sample.model, sample.pair): sample.wall_seconds for sample in warm if sample.outtype == outtype}
+        for less, more in pairwise(models):
+            step = (SHAPES[more].nbytes - SHAPES[less].nbytes) / 1e9
+            costs = [(wall[more, pair] - wall[less, pair]) / step for model, pair in wall if model == more]
+            made.append(
+                Row(NAME, f"{less} to {more}", outtype, "warm", STREAMCONV.name, "seconds a GB", *middle(costs))
+            )
     return made

@@ -14,7 +14,7 @@ from benchmarks.converters import STREAMCONV
 from benchmarks.shapes import SHAPES, tensors_of
 from benchmarks.summary import Row, middle
 
-NAME: Final = "per tensor"
+NAME: Final = "per-tensor"
 FEW, MANY = "few-tensors", "many-tensors"
 BAR_MS: Final = 0.2
 

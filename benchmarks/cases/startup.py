@@ -30,7 +30,7 @@ def measure(bench: Bench) -> None:
         IMPORTS: [sys.executable, "-c", "import numpy, safetensors, gguf, psutil, streamconv"],
     }
     for command in commands.values():
-        bench.command(f"{NAME} warm-up", "", command, 0)
+        bench.command(f"{NAME}-first", "", command, 0)
     for pair in range(bench.settings.n_pairs):
         for name, command in commands.items():
             bench.command(NAME, name, command, pair)
