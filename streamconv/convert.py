@@ -9,18 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
+from streamconv.binding import bind
 from streamconv.checkpoint import Checkpoint
 from streamconv.dialects import LLAMA_CPP, RENAMES, written_name
 from streamconv.errors import BudgetError, UsageError
 from streamconv.gguf_format import KeyValue
 from streamconv.graph import sources
-from streamconv.job import Job, RunKeywords, RunOptions, run
+from streamconv.job import Job, RunKeywords, RunOptions
 from streamconv.memory import MIB, resident_nbytes
 from streamconv.modelcard import read_general
 from streamconv.outtypes import FILE_TYPES, OUTTYPES, choose_type, resolve_auto
 from streamconv.plan import RUN_OVERHEAD_NBYTES, make_layout
-from streamconv.recipe import Config, Model, bind, find_recipe
+from streamconv.recipe import Config, Model, find_recipe
 from streamconv.report import Report
+from streamconv.run import run
 from streamconv.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 
 
@@ -89,6 +91,7 @@ def plan(
     return Job(
         command="convert",
         dst=Path(dst) if dst is not None else Path(general.file_name(outtype)),
+        keys=keys,
         layout=make_layout(keys, tensors),
         architecture=model.recipe.arch,
         dialect=dialect,

@@ -1,6 +1,6 @@
 """LFM2 and LFM2.5, dense: layers of short convolution or of attention, mixed.
 
-Sources: transformers' Lfm2Config and modeling_lfm2.py; LFM2Model in llama.cpp's convert_hf_to_gguf.py.
+Sources: transformers' Lfm2Config and modeling_lfm2.py; LFM2Model in llama.cpp's conversion/lfm2.py, and lfm2.cpp.
 """
 
 from __future__ import annotations
@@ -13,29 +13,16 @@ ROPE_THETA = 1_000_000.0  # Lfm2Config's default
 
 
 def ffn_width(config: Config) -> int | None:
-    """block_ff_dim / intermediate_size and the block_auto_adjust_ff_dim rule"""
+    """The width of w1 as Lfm2MLP works it out; None where the config leaves a part of that to defaults."""
     width = config.integer("block_ff_dim") or config.integer("intermediate_size")
     adjust = config.flag("block_auto_adjust_ff_dim")
-    if width is None or adjust is None:
-        return None  # the rule is only explicit where the switch is
-    if not adjust:
-        return width
+    if width is None or not adjust:
+        return width if adjust is False else None
     multiplier, multiple = config.number("block_ffn_dim_multiplier"), config.integer("block_multiple_of")
-    if multiple is None:
+    if multiplier is None or multiple is None:
         return None
-    # Lfm2MLP.__init__; a null multiplier is no multiplier
-    width = int(2 * width / 3)
-    if multiplier is not None:
-        width = int(multiplier * width)
+    width = int(multiplier * int(2 * width / 3))
     return multiple * ((width + multiple - 1) // multiple)
-
-
-def rope_base(config: Config) -> float:
-    """`rope_scaling` replaces `rope_parameters`, and either comes before `rope_theta` (Lfm2Config's order)."""
-    section = config.section("rope_scaling") or config.section("rope_parameters")
-    if section is not None and (base := section.number("rope_theta")) is not None:
-        return base
-    return config.number("rope_theta") or ROPE_THETA
 
 
 def layer_kinds(config: Config, n_layers: int) -> Mapping[str, Sequence[str] | None]:
@@ -50,27 +37,24 @@ def layer_kinds(config: Config, n_layers: int) -> Mapping[str, Sequence[str] | N
     return {"mixer": None}
 
 
-def refuse(config: Config) -> Iterator[str]:
+def refuse(model: Model) -> Iterator[str]:
+    config, dims = model.config, model.dims
     if config.flag("conv_bias"):
         yield "conv_bias is true, and the GGUF architecture has no place for it"
-    section = config.section("rope_scaling") or config.section("rope_parameters")
-    kind = section and (section.text("rope_type") or section.text("type"))
-    if kind not in (None, "default"):
-        yield f"RoPE scaling {kind!r} has no place in the GGUF architecture"
-
-
-def rms_epsilon(model: Model) -> float:
-    return model.config.number("norm_eps") or model.config.number("block_norm_eps") or 1e-5
+    if config.rope_type != "default":
+        yield f"RoPE scaling {config.rope_type!r} has no place in the GGUF architecture"
+    if dims["A"] * dims["D"] != dims["H"]:
+        yield f"{dims['A']} heads of {dims['D']} do not make the hidden size {dims['H']}, as the run time takes it"
 
 
 DIMS = {
     "L": Dim("num_hidden_layers"),
     "V": Dim("vocab_size"),
     "H": Dim("hidden_size"),
-    "F": Dim(ffn_width),
-    "A": Dim("num_attention_heads", lambda d: d["H"] // d["D"] if "D" in d else None),
-    "K": Dim("num_key_value_heads", lambda d: d.get("A")),
-    "D": Dim("head_dim", lambda d: d["H"] // d["A"] if "A" in d else None),
+    "F": Dim(ffn_width, rule="block_ff_dim with the auto-adjust rule"),
+    "A": Dim("num_attention_heads", "H/D"),
+    "K": Dim("num_key_value_heads", "A"),
+    "D": Dim("head_dim", "H/A"),
     "C": Dim("conv_L_cache", 3),
 }
 
@@ -106,8 +90,8 @@ KEYS = (
     Key("{arch}.attention.head_count_kv", PerLayer("mixer", {"attention": "K", "conv": 0})),
     Key("{arch}.attention.key_length", "D"),
     Key("{arch}.attention.value_length", "D"),
-    Key("{arch}.attention.layer_norm_rms_epsilon", rms_epsilon, F32),
-    Key("{arch}.rope.freq_base", lambda model: rope_base(model.config), F32),
+    Key("{arch}.attention.layer_norm_rms_epsilon", lambda model: model.config.positive("norm_eps") or 1e-5, F32),
+    Key("{arch}.rope.freq_base", lambda model: model.config.rope_base(ROPE_THETA), F32),
     Key("{arch}.shortconv.l_cache", "C"),
 )
 
@@ -115,6 +99,7 @@ RECIPE = Recipe(
     arch="lfm2",
     description="LFM2 and LFM2.5, dense",
     hf_names=("Lfm2ForCausalLM",),
+    model_type="lfm2",
     dims=DIMS,
     tensors=(
         EMBEDDING,

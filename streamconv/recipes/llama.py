@@ -7,103 +7,109 @@ convert_hf_to_gguf.py; llama-model.cpp and llama-context.cpp for what the run ti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.recipe import F32, STRING, Computed, Config, Dim, Drop, Key, Model, PairHalves, Recipe, Tensor
+from streamconv.recipe import F32, STRING, Computed, Config, Dim, Drop, Key, Model, PairHalves, Recipe, Scalar, Tensor
 
-ROPE_THETA = 10_000.0  # transformers' default, and what llama.cpp takes where the key is missing
-# Scalings by their name in a config, as llama.cpp names them; llama3 is a tensor of factors instead of keys.
-GGUF_SCALINGS = {"linear": "linear", "yarn": "yarn"}
-SUPPORTED_SCALINGS = ("default", "linear", "yarn", "llama3")
-
-
-def rope(config: Config) -> Config:
-    """The section that describes RoPE: `rope_scaling`, where there is one, replaces `rope_parameters`."""
-    return config.section("rope_scaling") or config.section("rope_parameters") or Config({}, config.file)
-
-
-def rope_type(config: Config) -> str:
-    return rope(config).text("rope_type") or rope(config).text("type") or "default"
-
-
-def rope_base(model: Model) -> float:
-    return rope(model.config).number("rope_theta") or model.config.number("rope_theta") or ROPE_THETA
+# transformers' defaults; 10000 is also what llama.cpp takes where the key is missing.
+ROPE_THETA, CONTEXT_LENGTH, RMS_EPSILON = 10_000.0, 2048, 1e-6
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def context_length(config: Config) -> int:
-    return config.integer("max_position_embeddings") or 2048
+    return config.integer("max_position_embeddings") or CONTEXT_LENGTH
 
 
 def trained_context(config: Config) -> int:
     """The context length before scaling, in the order in which transformers looks for it."""
     name = "original_max_position_embeddings"
-    return config.integer(name) or rope(config).integer(name) or context_length(config)
+    return config.integer(name) or config.rope.integer(name) or context_length(config)
 
 
-def scaling_type(model: Model) -> str | None:
-    return GGUF_SCALINGS.get(rope_type(model.config))
+def scaling_factor(config: Config) -> float:
+    """By how much linear scaling and YaRN stretch positions; what YaRN does not state is the growth of the context."""
+    return config.rope.positive("factor") or context_length(config) / trained_context(config)
 
 
-def scaling_factor(model: Model) -> float | None:
-    if rope_type(model.config) not in GGUF_SCALINGS:
-        return None
-    factor = rope(model.config).number("factor")
-    return context_length(model.config) / trained_context(model.config) if factor is None else factor
+def yarn_attention(config: Config) -> float | None:
+    """What the run time multiplies its own attention factor, 1 + ln(factor) / 10, by to reach the config's.
+
+    llama.cpp's converter writes `yarn_attn_factor`, which llama-context.cpp reads and then overwrites.
+    """
+    factor = scaling_factor(config)
+    wanted = config.rope.positive("attention_factor")
+    scale, scale_all = config.rope.number("mscale"), config.rope.number("mscale_all_dim")
+    if wanted is None and scale and scale_all:
+        wanted = yarn_magnitude(factor, scale) / yarn_magnitude(factor, scale_all)
+    return None if wanted is None else wanted / yarn_magnitude(factor, 1.0)
 
 
-def yarn_number(name: str, default: float) -> Key:
-    """A key of YaRN that llama.cpp's converter writes where the config has it; zero means the default."""
-
-    def value(model: Model) -> float | None:
-        stated = rope(model.config).number(name) if rope_type(model.config) == "yarn" else None
-        return None if stated is None else stated or default
-
-    return Key("{arch}.rope.scaling.yarn_" + name, value, F32)
+def yarn_magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 1.0 + 0.1 * scale * math.log(factor)
 
 
-def yarn_trained_context(model: Model) -> int | None:
-    return trained_context(model.config) if rope_type(model.config) == "yarn" else None
+def for_scaling(*types: str, value: Callable[[Config], float | int | str | None]) -> Callable[[Model], Scalar | None]:
+    """A key's value that only models with one of these RoPE scalings have."""
+    return lambda model: value(model.config) if model.config.rope_type in types else None
 
 
 def llama3_factors(model: Model) -> NDArray[np.float32] | None:
-    """[head size / 2]: by how much each frequency of RoPE is slowed down, in float32 as llama.cpp's converter."""
-    if rope_type(model.config) != "llama3":
+    """[head size / 2]: by how much each frequency of RoPE is slowed down.
+
+    In llama.cpp's order of float32 operations; only the power is rounded from float64, since torch's own differs
+    between machines. Equal to llama.cpp's bits for the published models.
+    """
+    config = model.config
+    if config.rope_type != "llama3":
         return None
-    section = rope(model.config)
-    factor = np.float32(section.number("factor") or 8.0)
-    low, high = section.number("low_freq_factor") or 1.0, section.number("high_freq_factor") or 4.0
-    context = trained_context(model.config)
-    exponents = np.arange(0, model.dims["D"], 2, dtype=np.float32) / np.float32(model.dims["D"])
-    wavelengths = np.float32(2 * math.pi) / (np.float32(1) / np.power(np.float32(rope_base(model)), exponents))
-    smooth = (np.float32(context) / wavelengths - np.float32(low)) / np.float32(high - low)
-    blended = np.float32(1) / ((np.float32(1) - smooth) / factor + smooth)
-    return np.where(
-        wavelengths < np.float32(context / high),
-        np.float32(1),
-        np.where(wavelengths > np.float32(context / low), factor, blended),
-    )
+    f32 = np.float32
+    factor = config.rope.positive("factor") or 8.0
+    low, high = config.rope.positive("low_freq_factor") or 1.0, config.rope.positive("high_freq_factor") or 4.0
+    context = trained_context(config)
+    exponents = np.arange(0, model.dims["D"], 2, dtype=f32) / f32(model.dims["D"])
+    with np.errstate(all="ignore"):  # of a hostile config; the factors that models have are far from any limit
+        frequencies = 1 / np.power(config.rope_base(ROPE_THETA), exponents.astype(np.float64)).astype(f32)
+        wavelengths = 1 / frequencies * f32(2 * math.pi)
+        smooth = (1 / wavelengths * f32(context) - f32(low)) / f32(high - low)
+        blended = 1 / ((1 - smooth) / f32(factor) + smooth)
+    slow = np.where(wavelengths > f32(context / low), f32(factor), blended)
+    return np.where(wavelengths < f32(context / high), f32(1), slow)
 
 
-def refuse(config: Config) -> Iterator[str]:
-    if rope_type(config) not in SUPPORTED_SCALINGS:
-        yield f"RoPE scaling {rope_type(config)!r} has no place in the GGUF architecture"
+def refuse_yarn(rope: Config) -> Iterator[str]:
+    """What llama.cpp has keys for, and does not read in a Llama model."""
+    for key, fixed in YARN_BETAS.items():
+        if rope.positive(key) not in (None, fixed):
+            yield f"{key} of YaRN is {rope.positive(key)}, and the run time takes {fixed}"
+    if rope.flag("truncate") is False:
+        yield "truncate is false, and the run time rounds the range of YaRN"
+
+
+def refuse(model: Model) -> Iterator[str]:
+    config, dims = model.config, model.dims
+    if config.rope_type not in ("default", "linear", "yarn", "llama3"):
+        yield f"RoPE scaling {config.rope_type!r} has no place in the GGUF architecture"
+    if config.rope_type == "llama3" and config.rope.number("low_freq_factor") == config.rope.number("high_freq_factor"):
+        yield "low_freq_factor and high_freq_factor of RoPE are the same"
+    if config.rope_type == "yarn":
+        yield from refuse_yarn(config.rope)
+    if {config.number("partial_rotary_factor"), config.rope.number("partial_rotary_factor")} - {None, 1.0}:
+        yield "partial_rotary_factor is not 1, and the run time rotates whole heads"
     if (config.text("hidden_act") or "silu") not in ("silu", "swish"):
         yield f"hidden_act is {config.text('hidden_act')!r}, and the run time computes silu"
-    for section in (config, rope(config)):
-        if section.number("partial_rotary_factor") not in (None, 1.0):
-            yield "partial_rotary_factor: the run time rotates whole heads"
+    if dims["A"] % dims["K"]:
+        yield f"{dims['A']} heads do not share {dims['K']} key-value heads evenly"
 
 
-def projection(source: str, target: str, shape: str, heads: str | None = None) -> tuple[Tensor, Tensor]:
-    """A linear layer of a block: its weight, and the bias that some models have."""
+def linear(source: str, target: str, shape: str, *, bias: str, rows: PairHalves | None = None) -> tuple[Tensor, Tensor]:
+    """A layer's weight, and the bias that it has where the config's flag `bias` is true."""
     source, target = f"model.layers.{{i}}.{source}", f"blk.{{i}}.{target}"
-    rows = PairHalves(heads) if heads else None
     return (
         Tensor(f"{source}.weight", f"{target}.weight", shape, rows=rows),
-        Tensor(f"{source}.bias", f"{target}.bias", shape.split()[0], rows=rows, required=False),
+        Tensor(f"{source}.bias", f"{target}.bias", shape.split()[0], rows=rows, required=bias),
     )
 
 
@@ -111,26 +117,27 @@ RECIPE = Recipe(
     arch="llama",
     description="Llama, SmolLM2, TinyLlama and others of this architecture",
     hf_names=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    model_type="llama",
     dims={
         "L": Dim("num_hidden_layers"),
         "V": Dim("vocab_size"),
         "H": Dim("hidden_size"),
         "F": Dim("intermediate_size"),
-        "A": Dim("num_attention_heads", lambda d: d["H"] // d["D"] if "D" in d else None),
-        "K": Dim("num_key_value_heads", lambda d: d.get("A")),
-        "D": Dim("head_dim", lambda d: d["H"] // d["A"] if "A" in d else None),
+        "A": Dim("num_attention_heads", "H/D"),
+        "K": Dim("num_key_value_heads", "A"),
+        "D": Dim("head_dim", "H/A"),
     },
     tensors=(
         Tensor("model.embed_tokens.weight", "token_embd.weight", "V H"),
         Tensor("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight", "H"),
-        *projection("self_attn.q_proj", "attn_q", "A*D H", heads="A"),
-        *projection("self_attn.k_proj", "attn_k", "K*D H", heads="K"),
-        *projection("self_attn.v_proj", "attn_v", "K*D H"),
-        *projection("self_attn.o_proj", "attn_output", "H A*D"),
+        *linear("self_attn.q_proj", "attn_q", "A*D H", bias="attention_bias", rows=PairHalves("A")),
+        *linear("self_attn.k_proj", "attn_k", "K*D H", bias="attention_bias", rows=PairHalves("K")),
+        *linear("self_attn.v_proj", "attn_v", "K*D H", bias="attention_bias"),
+        *linear("self_attn.o_proj", "attn_output", "H A*D", bias="attention_bias"),
         Tensor("model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight", "H"),
-        *projection("mlp.gate_proj", "ffn_gate", "F H"),
-        *projection("mlp.down_proj", "ffn_down", "H F"),
-        *projection("mlp.up_proj", "ffn_up", "F H"),
+        *linear("mlp.gate_proj", "ffn_gate", "F H", bias="mlp_bias"),
+        *linear("mlp.down_proj", "ffn_down", "H F", bias="mlp_bias"),
+        *linear("mlp.up_proj", "ffn_up", "F H", bias="mlp_bias"),
         Tensor("model.norm.weight", "output_norm.weight", "H"),
         Tensor("lm_head.weight", "output.weight", "V H", required=False),
     ),
@@ -146,13 +153,19 @@ RECIPE = Recipe(
         Key("{arch}.attention.head_count_kv", "K"),
         Key("{arch}.attention.key_length", "D"),
         Key("{arch}.attention.value_length", "D"),
-        Key("{arch}.attention.layer_norm_rms_epsilon", lambda m: m.config.number("rms_norm_eps") or 1e-6, F32),
+        Key("{arch}.attention.layer_norm_rms_epsilon", lambda m: m.config.positive("rms_norm_eps") or RMS_EPSILON, F32),
         Key("{arch}.rope.dimension_count", "D"),
-        Key("{arch}.rope.freq_base", rope_base, F32),
-        Key("{arch}.rope.scaling.type", scaling_type, STRING),
-        Key("{arch}.rope.scaling.factor", scaling_factor, F32),
-        Key("{arch}.rope.scaling.original_context_length", yarn_trained_context),
-        yarn_number("beta_fast", 32.0),
-        yarn_number("beta_slow", 1.0),
+        Key("{arch}.rope.freq_base", lambda model: model.config.rope_base(ROPE_THETA), F32),
+        Key("{arch}.rope.scaling.type", for_scaling("linear", "yarn", value=lambda config: config.rope_type), STRING),
+        Key("{arch}.rope.scaling.factor", for_scaling("linear", "yarn", value=scaling_factor), F32),
+        Key("{arch}.rope.scaling.original_context_length", for_scaling("yarn", value=trained_context)),
+        Key("{arch}.rope.scaling.attn_factor", for_scaling("yarn", value=yarn_attention), F32),
+        Key(
+            "{arch}.rope.scaling.yarn_beta_fast", for_scaling("yarn", value=lambda c: c.rope.positive("beta_fast")), F32
+        ),
+        Key(
+            "{arch}.rope.scaling.yarn_beta_slow", for_scaling("yarn", value=lambda c: c.rope.positive("beta_slow")), F32
+        ),
     ),
+    refuse=refuse,
 )

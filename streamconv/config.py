@@ -1,0 +1,92 @@
+"""A model's config.json, read with suspicion: each value has the type that its reader expects, or is named in an error.
+
+Owns: typed access, and where a config says what of RoPE. Does not own: what any key means to an architecture.
+Invariant: what is returned is None (absent or null) or a value of the asked type that fits GGUF's scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import SourceError
+
+MAX_INTEGER = (1 << 31) - 1
+MAX_NUMBER = 3.4e38  # of float32, which is what GGUF's keys hold
+
+
+class Config:
+    """A JSON object of a model's config. SourceError, naming the file and the key, where it holds nonsense."""
+
+    def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
+        self.raw, self.file = raw, file
+
+    def integer(self, key: str, minimum: int = 1) -> int | None:
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if type(value) is not int or not minimum <= value <= MAX_INTEGER:
+            raise self.wrong(key, f"a whole number of at least {minimum}")
+        return value
+
+    def number(self, key: str) -> float | None:
+        """A number that float32 can hold."""
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not -MAX_NUMBER <= value <= MAX_NUMBER:
+            raise self.wrong(key, "a number")
+        return float(value)
+
+    def positive(self, key: str) -> float | None:
+        value = self.number(key)
+        if value is not None and value <= 0:
+            raise self.wrong(key, "a number above 0")
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        value = self.raw.get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        raise self.wrong(key, "true or false")
+
+    def text(self, key: str) -> str | None:
+        value = self.raw.get(key)
+        if value is None or isinstance(value, str):
+            return value
+        raise self.wrong(key, "a string")
+
+    def list_of(self, key: str, kind: type) -> list[Any] | None:
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise self.wrong(key, f"a list of {kind.__name__}")
+        return value
+
+    def section(self, key: str) -> Config | None:
+        """The object under `key`; None also where it is empty."""
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(key, "an object")
+        return Config(value, self.file) if value else None
+
+    @property
+    def rope(self) -> Config:
+        """What is said of RoPE: as in transformers, `rope_scaling`, where there is one, replaces `rope_parameters`."""
+        section = self.section("rope_scaling") or self.section("rope_parameters") or Config({}, self.file)
+        return section.section("full_attention") or section
+
+    @property
+    def rope_type(self) -> str:
+        return self.rope.text("rope_type") or self.rope.text("type") or "default"
+
+    def rope_base(self, default: float) -> float:
+        return self.rope.positive("rope_theta") or self.positive("rope_theta") or default
+
+    def wrong(self, key: str, expected: str) -> SourceError:
+        shown = repr(self.raw.get(key))
+        return SourceError(f"{key} is {shown[:60]}, expected {expected}", file=self.file, hint="correct the config")
