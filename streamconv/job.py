@@ -1,11 +1,11 @@
-"""One output from plan to sealed file: what `convert` and `convert_adapter` have in common.
+"""A job: everything that decides the bytes of one output. And the options of its run, which decide none of them.
 
-Owns: the run itself, memory proof -> sink -> stream -> seal -> report. Does not own: what is written (convert.py,
-adapter.py), how a file is made safe (sink.py).
+Owns: what `convert` and `convert_adapter` hand to `run` and to `verify`. Does not own: doing it (run.py, verify.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import defaultdict
@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-from streamconv import codecs
 from streamconv.checkpoint import Shard
-from streamconv.errors import Caution, Interrupted, StreamconvError
-from streamconv.memory import default_limit_nbytes, resident_nbytes
-from streamconv.plan import MAX_DEFAULT_WORKERS, Layout, MemoryProof, prove_memory
-from streamconv.profile import Profile, Stopwatch
-from streamconv.report import Output, PlannedTensor, Report, TypeTotal
-from streamconv.sink import Sink
-from streamconv.stream import stream
+from streamconv.errors import Caution
+from streamconv.gguf_format import KeyValue
+from streamconv.memory import default_limit_nbytes
+from streamconv.plan import MAX_DEFAULT_WORKERS, Layout
+from streamconv.profile import Profile
+from streamconv.report import Output, Report, TypeTotal
 
 FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
 
@@ -76,6 +74,7 @@ class Job:
 
     command: str
     dst: Path
+    keys: Sequence[KeyValue]
     layout: Layout
     architecture: str
     dialect: str
@@ -88,7 +87,7 @@ class Job:
 
     def identity(self) -> dict[str, str]:
         """What changes bytes, item by item: a run resumes another only where all of it is the same."""
-        items = {"format": FORMAT_VERSION, "header": _digest(self.layout.header)}
+        items = {"format": FORMAT_VERSION, "header": hashlib.sha256(self.layout.header).hexdigest()}
         items |= {f"option {name}": value for name, value in self.options.items()}
         items |= {f"source {shard.path.name}": shard.fingerprint for shard in self.shards}
         return items
@@ -109,75 +108,3 @@ class Job:
             outputs=(Output(self.dst, self.layout.nbytes),),
             warnings=list(self.cautions),
         )
-
-
-def run(job: Job, options: RunOptions) -> Report:
-    """Write the job's output and say what was done; with `dry_run`, prove that it can be and say what would be."""
-    report = job.report()
-    proof = _prove(job.layout, options)
-    if options.dry_run:
-        report.plan = [
-            PlannedTensor(s.sources, s.target, s.tensor.spec.shape, s.tensor.spec.type.name, s.nbytes,
-                          job.changed_by.get(s.target, ()))
-            for s in job.layout.steps
-        ]  # fmt: skip
-        report.memory = {
-            "limit": proof.limit, "fixed": proof.fixed, "slab": proof.slab + proof.chunk,
-            "workers": proof.workers, "peak": proof.peak,
-        }  # fmt: skip
-    else:
-        _write(job, proof, options, report)
-    report.seconds = time.monotonic() - job.started
-    report.peak_rss_nbytes = resident_nbytes()[1]
-    return report
-
-
-def _prove(layout: Layout, options: RunOptions) -> MemoryProof:
-    now, peak = resident_nbytes()
-    return prove_memory(layout, limit=options.limit_nbytes, resident=now, peak_so_far=peak, threads=options.n_threads)
-
-
-def _write(job: Job, proof: MemoryProof, options: RunOptions, report: Report) -> None:
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if options.progress is not None:
-            options.progress(done, job.layout.nbytes)
-
-    def cancelled() -> StreamconvError | None:
-        if options.cancel is not None and options.cancel():
-            return Interrupted("cancelled", file=job.dst, hint="run it again with --resume to go on")
-        return None
-
-    with Sink.create(
-        job.dst,
-        job.layout.nbytes,
-        identity=job.identity(),
-        force=options.force,
-        resume=options.resume,
-        sources=[shard.path for shard in job.shards],
-    ) as sink:
-        report.resumed = sink.resumed_nbytes > 0
-        report.warnings += sink.notes
-        stopwatch = options.profile or Stopwatch()
-        tally = stream(job.layout, sink, proof, job.shards, advance=advance, cancelled=cancelled, stopwatch=stopwatch)
-        sink.seal()
-    report.warnings += _non_finite(job.layout, tally)
-
-
-def _non_finite(layout: Layout, tally: Mapping[str, codecs.Stats]) -> list[Caution]:
-    found = []
-    for step in layout.steps:
-        stats = tally.get(step.target)
-        if stats is not None:
-            message = f"{stats.n_nan} NaN and {stats.n_inf} infinite values in the source"
-            found.append(Caution("non-finite", message, step.target))
-    return found
-
-
-def _digest(header: bytes | bytearray) -> str:
-    import hashlib
-
-    return hashlib.sha256(header).hexdigest()

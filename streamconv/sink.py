@@ -105,9 +105,7 @@ class Sink:
             notes: tuple[Caution, ...] = ()
             if past is None:
                 part, notes = _start_anew(output, part, undo)
-            if is_published:
-                part.remove()
-            else:
+            if not is_published:
                 reserve_space(part.fd, nbytes, output.path)
             if not part.is_locked:
                 notes += (Caution("no-lock", f"{output.path.parent} has no file locks: run one conversion at a time"),)
@@ -126,6 +124,11 @@ class Sink:
     def resumed_state(self) -> Mapping[str, Any]:
         """What that run gave to `record` with these bytes."""
         return self._begun_with.state
+
+    @property
+    def readable_path(self) -> Path:
+        """Where the bytes can be read back: under the part file's name until they are published."""
+        return self._output.path if self._is_published else self._output.part
 
     def write(self, offset: int, view: NDArray[np.uint8]) -> None:
         """Puts all of `view` at `offset`. From any thread, in any order, each byte of the file once.
@@ -222,8 +225,7 @@ class Sink:
                 return
             with suppress(OSError):  # what stays is discarded by the next run
                 self._journal.remove()
-                if not self._is_published:
-                    self._part.remove()
+                self._part.remove()
 
 
 class Coverage:

@@ -26,6 +26,9 @@ from streamconv.scratch import Scratch, aligned_buffer
 RECORD_NBYTES = 128 << 20  # how much more must be written before it is made durable and recorded
 
 
+State = Mapping[str, list[int]]  # the tally as a journal keeps it: [NaNs, infinities] by target
+
+
 class Watched(Protocol):
     """A source file that can tell whether it is still the one that was opened."""
 
@@ -38,9 +41,9 @@ class Writer(Protocol):
     @property
     def resumed_nbytes(self) -> int: ...
     @property
-    def resumed_state(self) -> Mapping[str, list[int]]: ...
+    def resumed_state(self) -> State: ...
     def write(self, offset: int, view: NDArray[np.uint8]) -> None: ...
-    def record(self, prefix_nbytes: int, state: Mapping[str, list[int]]) -> None: ...
+    def record(self, prefix_nbytes: int, state: State) -> None: ...
 
 
 def fill_chunk(layout: Layout, start: int, out: NDArray[np.uint8], work: Workspace) -> None:
@@ -108,6 +111,10 @@ def _largest(step: Step, work: Workspace) -> float:
     return largest
 
 
+def state_of(tally: Mapping[str, codecs.Stats]) -> State:
+    return {name: [stats.n_nan, stats.n_inf] for name, stats in tally.items()}
+
+
 def stream(
     layout: Layout,
     sink: Writer,
@@ -139,8 +146,9 @@ class _Pool:
     ) -> None:
         self.layout, self.sink, self.proof, self.watched, self.stopwatch = layout, sink, proof, watched, stopwatch
         self.tally = {name: codecs.Stats(*counts) for name, counts in sink.resumed_state.items()}
-        self._first = min(sink.resumed_nbytes, layout.nbytes) // proof.chunk
         self._n_chunks = -(-layout.nbytes // proof.chunk)
+        whole = sink.resumed_nbytes >= layout.nbytes
+        self._first = self._n_chunks if whole else sink.resumed_nbytes // proof.chunk
         self._next = self._first
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -160,9 +168,9 @@ class _Pool:
 
     def collect(self, advance: Callable[[int], None], cancelled: Callable[[], StreamconvError | None]) -> None:
         """Follow the chunks to the end of the file, recording the durable prefix as it grows."""
-        prefix, recorded = self._first, self._first * self.proof.chunk
+        prefix, recorded = self._first, min(self._first * self.proof.chunk, self.layout.nbytes)
         ahead: dict[int, dict[str, codecs.Stats]] = {}
-        advance(min(recorded, self.layout.nbytes))
+        advance(recorded)
         while prefix < self._n_chunks:
             index, result = self._finished.get()
             if isinstance(result, BaseException):
@@ -175,7 +183,7 @@ class _Pool:
             done = min(prefix * self.proof.chunk, self.layout.nbytes)
             # Records lie on multiples of the largest chunk, so that a resumed run may use any.
             if done - recorded >= RECORD_NBYTES and done % CHUNK_NBYTES[0] == 0 and done < self.layout.nbytes:
-                self.sink.record(done, {name: [s.n_nan, s.n_inf] for name, s in self.tally.items()})
+                self.sink.record(done, state_of(self.tally))
                 recorded = done
             if (reason := cancelled()) is not None:
                 raise reason
