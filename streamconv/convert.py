@@ -18,7 +18,7 @@ from streamconv.graph import sources
 from streamconv.job import Job, RunKeywords, RunOptions
 from streamconv.memory import MIB, resident_nbytes
 from streamconv.modelcard import read_general
-from streamconv.outtypes import FILE_TYPES, OUTTYPES, choose_type, resolve_auto
+from streamconv.outtypes import FILE_TYPES, OUTTYPES, check_scale, choose_type, resolve_auto
 from streamconv.plan import RUN_OVERHEAD_NBYTES, make_layout
 from streamconv.recipe import Config, Model, find_recipe
 from streamconv.report import Report
@@ -79,15 +79,12 @@ def plan(
         *model.keys(),
         *vocabulary.keys,
     ]
-    tensors = [
-        (
-            written_name(target.name, dialect),
-            target.tensor,
-            tuple(source.name for source in sources(target.tensor)),
-            choose_type(target.name, target.tensor.spec.shape, outtype),
-        )
-        for target in model.targets
-    ]
+    tensors = []
+    for target in model.targets:
+        type_ = choose_type(target.name, target.tensor.spec.shape, outtype)
+        check_scale(target.name, target.tensor, type_)
+        names = tuple(source.name for source in sources(target.tensor))
+        tensors.append((written_name(target.name, dialect), target.tensor, names, type_))
     return Job(
         command="convert",
         dst=Path(dst) if dst is not None else Path(general.file_name(outtype)),

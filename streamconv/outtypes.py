@@ -5,14 +5,16 @@ Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and meas
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
+from streamconv.errors import SourceError
 from streamconv.gguf_format import block_size
-from streamconv.graph import TensorSpec
+from streamconv.graph import LazyTensor, Scale, TensorSpec
 
 F32, F16, BF16, Q8_0 = (
     GGMLQuantizationType.F32,
@@ -50,3 +52,17 @@ def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuanti
     if shape[-1] % block_size(wanted)[0]:
         return F16
     return wanted
+
+
+def check_scale(target: str, tensor: LazyTensor, type_: GGMLQuantizationType) -> None:
+    """SourceError where a factor folded into `tensor` would round its weights once more than `type_` does without it.
+
+    A power of two moves exponents alone. Another factor costs F32 one rounding, as it does the run time that multiplies
+    by it, and Q8_0 nothing, whose scales are free; but 16-bit weights that were stored exactly would all be rounded.
+    """
+    if isinstance(tensor, Scale) and type_ in (F16, BF16) and math.frexp(tensor.factor)[0] not in (0.5, -0.5, 0.0):
+        raise SourceError(
+            f"the model scales these weights by {tensor.factor:g}, which {type_.name} cannot hold exactly",
+            tensor=target,
+            hint="--outtype f32, or q8_0",
+        )
