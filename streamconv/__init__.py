@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from streamconv.adapter import convert_adapter
     from streamconv.convert import convert
     from streamconv.report import Report
+    from streamconv.verify import verify
 
 __version__ = "0.1.0"
 
@@ -44,10 +45,16 @@ __all__ = [
     "VerifyError",
     "convert",
     "convert_adapter",
+    "verify",
 ]
 
 # Loaded when first asked for: numpy and gguf take longer to import than `streamconv --help` may take.
-_HOMES = {"convert": "streamconv.convert", "convert_adapter": "streamconv.adapter", "Report": "streamconv.report"}
+_HOMES = {
+    "convert": "streamconv.convert",
+    "convert_adapter": "streamconv.adapter",
+    "Report": "streamconv.report",
+    "verify": "streamconv.verify",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_convert, _add_lora):
+    for add in (_add_convert, _add_lora, _add_verify):
         add(commands)
     return parser
 
@@ -132,6 +132,22 @@ def _add_lora(commands: Any) -> None:
     parser.set_defaults(run=_lora, command="lora")
 
 
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="compare a GGUF file, by whatever tool, with its source",
+        description="Make every tensor again from its source and compare; exit 6 names the first difference.",
+        epilog="example:\n  streamconv verify LFM2-1.2B-Q8_0.gguf --source LFM2-1.2B\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the GGUF file")
+    parser.add_argument(
+        "--source", metavar="SRC", type=Path, required=True, help="the checkpoint or adapter it was made of"
+    )
+    _add_shared_options(parser.add_argument_group("run"))
+    parser.set_defaults(run=_verify, command="verify")
+
+
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="OUT", type=Path, help="default: Name-1.2B-BF16.gguf, in this folder")
@@ -150,10 +166,6 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--max-memory", metavar="SIZE", help="ceiling of resident memory, as 96MiB or 1.5G; default 256MiB"
-    )
-    group.add_argument("--threads", metavar="N", type=_positive, help="workers; default: the cores, at most 4")
     group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     group.add_argument("--dry-run", action="store_true", help="print the plan and the memory proof, write nothing")
     group.add_argument("--verify", action="store_true", help="read the result back and compare it with the source")
@@ -161,6 +173,14 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--profile", metavar="FILE", type=Path, help="write memory over time and seconds by phase as JSON"
     )
+    _add_shared_options(group)
+
+
+def _add_shared_options(group: Any) -> None:
+    group.add_argument(
+        "--max-memory", metavar="SIZE", help="ceiling of resident memory, as 96MiB or 1.5G; default 256MiB"
+    )
+    group.add_argument("--threads", metavar="N", type=_positive, help="workers; default: the cores, at most 4")
     group.add_argument("--json", action="store_true", help="one JSON object on stdout")
     group.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
@@ -208,6 +228,21 @@ def _lora(options: argparse.Namespace) -> int:
             **keywords,
         ),
     )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from streamconv.memory import parse_size
+    from streamconv.verify import verify
+
+    limit = parse_size(options.max_memory) if options.max_memory else None
+    report = verify(options.out, options.source, max_memory=limit, threads=options.threads)
+    if options.json:
+        print(json.dumps(report.to_json()))
+    elif not options.quiet:
+        print(
+            f"{report.output}: all {report.n_tensors} tensors are what {options.source} says ({report.seconds:.1f} s)"
+        )
+    return 0
 
 
 def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> int:

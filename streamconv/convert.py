@@ -11,15 +11,14 @@ from typing import Unpack
 
 from streamconv.binding import bind
 from streamconv.checkpoint import Checkpoint
-from streamconv.dialects import LLAMA_CPP, RENAMES, written_name
-from streamconv.errors import BudgetError, UsageError
+from streamconv.dialects import LLAMA_CPP, written_name
 from streamconv.gguf_format import KeyValue
 from streamconv.graph import sources
-from streamconv.job import Job, RunKeywords, RunOptions
-from streamconv.memory import MIB, resident_nbytes
+from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.memory import resident_nbytes
 from streamconv.modelcard import read_general
-from streamconv.outtypes import FILE_TYPES, OUTTYPES, check_scale, choose_type, resolve_auto
-from streamconv.plan import RUN_OVERHEAD_NBYTES, make_layout
+from streamconv.outtypes import FILE_TYPES, OUTTYPES, choose_type, resolve_auto
+from streamconv.plan import RUN_OVERHEAD_NBYTES, Layout, least_workers_nbytes, make_layout, too_small
 from streamconv.recipe import Config, Model, find_recipe
 from streamconv.report import Report
 from streamconv.run import run
@@ -43,74 +42,60 @@ def convert(
     Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
     """
     options = RunOptions(**keywords)
+    wanted = OutputOptions(outtype, dialect, name, pre)
     with Checkpoint.open(Path(src), max_header_nbytes=options.limit_nbytes) as checkpoint:
-        config = Config(checkpoint.config, checkpoint.directory / "config.json")
-        model = bind(find_recipe(config), config, checkpoint.tensors)
-        job = plan(checkpoint, model, dst, outtype, dialect, name, pre, options.limit_nbytes)
-        return run(job, options)
+        return run(plan_model(checkpoint, dst, wanted, options.limit_nbytes), options)
 
 
-def plan(
-    checkpoint: Checkpoint,
-    model: Model,
-    dst: str | Path | None,
-    outtype: str,
-    dialect: str,
-    name: str | None,
-    pre: str | None,
-    limit_nbytes: int,
-) -> Job:
+def plan_model(checkpoint: Checkpoint, dst: str | Path | None, wanted: OutputOptions, limit_nbytes: int) -> Job:
     """Everything that decides the output's bytes; headers and vocabulary are read, and no weight."""
-    for value, choices in ((outtype, ("auto", *OUTTYPES)), (dialect, tuple(RENAMES))):
-        if value not in choices:
-            raise UsageError(f"{value!r} is none of {', '.join(choices)}")
+    config = Config(checkpoint.config, checkpoint.directory / "config.json")
+    model = bind(find_recipe(config), config, checkpoint.tensors)
+    outtype = wanted.outtype
     if outtype == "auto":
         outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
+    tensors = [
+        (
+            written_name(target.name, wanted.dialect),
+            target.tensor,
+            tuple(source.name for source in sources(target.tensor)),
+            choose_type(target.name, target.tensor.spec.shape, outtype),
+        )
+        for target in model.targets
+    ]
     general = read_general(
         checkpoint.directory,
         arch=model.recipe.arch,
-        name=name,
+        name=wanted.name,
         specs=[(target.name, target.tensor.spec) for target in model.targets],
     )
-    vocabulary = _bounded_vocabulary(checkpoint, model, pre, limit_nbytes)
-    keys = [
-        *general.keys,
-        KeyValue.u32("general.file_type", FILE_TYPES[OUTTYPES[outtype]]),
-        *model.keys(),
-        *vocabulary.keys,
-    ]
-    tensors = []
-    for target in model.targets:
-        type_ = choose_type(target.name, target.tensor.spec.shape, outtype)
-        check_scale(target.name, target.tensor, type_)
-        names = tuple(source.name for source in sources(target.tensor))
-        tensors.append((written_name(target.name, dialect), target.tensor, names, type_))
+    vocabulary = _bounded_vocabulary(checkpoint, model, wanted.pre, make_layout([], tensors), limit_nbytes)
+    file_type = KeyValue.u32("general.file_type", FILE_TYPES[OUTTYPES[outtype]])
+    keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
     return Job(
         command="convert",
         dst=Path(dst) if dst is not None else Path(general.file_name(outtype)),
         keys=keys,
         layout=make_layout(keys, tensors),
         architecture=model.recipe.arch,
-        dialect=dialect,
+        dialect=wanted.dialect,
         outtype=outtype,
         shards=checkpoint.shards,
-        options={"outtype": outtype, "dialect": dialect},
+        options={"outtype": outtype, "dialect": wanted.dialect},
         cautions=[*model.cautions, *general.cautions, *vocabulary.cautions],
     )
 
 
-def _bounded_vocabulary(checkpoint: Checkpoint, model: Model, pre: str | None, limit_nbytes: int) -> Vocabulary:
-    """The tokenizer's keys, once it is certain that parsing them fits; BudgetError before anything is parsed else."""
+def _bounded_vocabulary(
+    checkpoint: Checkpoint, model: Model, pre: str | None, tensors: Layout, limit_nbytes: int
+) -> Vocabulary:
+    """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
     n_vocab = model.dims["V"]
     kept, extra = vocabulary_nbytes(checkpoint.directory, n_vocab)
-    # The keys are held twice for a moment: as they were parsed, and in the header.
-    needed = resident_nbytes()[0] + 2 * kept + extra + RUN_OVERHEAD_NBYTES
+    # The keys are held twice, parsed and in the header; what parsing needs is given back before workers start.
+    needed = resident_nbytes()[0] + 2 * kept + max(extra, least_workers_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
     if needed > limit_nbytes:
-        raise BudgetError(
-            f"--max-memory {limit_nbytes / MIB:.0f} MiB is too small: the tokenizer needs {-(-needed // MIB)} MiB",
-            file=checkpoint.directory,
-            hint=f"--max-memory {-(-needed // MIB)}MiB",
-        )
+        raise too_small(limit_nbytes, needed, checkpoint.directory)
     return read_vocabulary(
         checkpoint.directory, config=model.config.raw, n_vocab=n_vocab, default_pre=model.recipe.default_pre, pre=pre
     )

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from streamconv.checkpoint import Shard
-from streamconv.errors import Caution
+from streamconv.dialects import LLAMA_CPP, RENAMES
+from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.gguf_format import KeyValue
 from streamconv.memory import default_limit_nbytes
+from streamconv.outtypes import OUTTYPES
 from streamconv.plan import MAX_DEFAULT_WORKERS, Layout
 from streamconv.profile import Profile
 from streamconv.report import Output, Report, TypeTotal
@@ -66,6 +68,27 @@ class RunOptions:
     @property
     def n_threads(self) -> int:
         return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0))) if self.threads is None else self.threads
+
+    def cancelled(self) -> Interrupted | None:
+        """What to raise, where the caller wants the run to stop."""
+        if self.cancel is not None and self.cancel():
+            return Interrupted("cancelled", hint="run it again with --resume to go on")
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What of a call decides the output's bytes. UsageError where a word is none that there is."""
+
+    outtype: str = "auto"
+    dialect: str = LLAMA_CPP
+    name: str | None = None
+    pre: str | None = None
+
+    def __post_init__(self) -> None:
+        for value, choices in ((self.outtype, ("auto", *OUTTYPES)), (self.dialect, tuple(RENAMES))):
+            if value not in choices:
+                raise UsageError(f"{value!r} is none of {', '.join(choices)}")
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
@@ -109,10 +110,18 @@ def prove_memory(layout: Layout, *, limit: int, resident: int, peak_so_far: int,
             proof = MemoryProof(limit, fixed, slab, chunk, workers)
             if max(proof.peak, peak_so_far) <= limit:
                 return proof
-    needed = max(fixed + worker_nbytes(CHUNK_NBYTES[-1], slab), peak_so_far)
-    largest = max(layout.steps, key=lambda step: step.scratch_nbytes, default=None)
-    raise BudgetError(
-        f"--max-memory {limit / MIB:.0f} MiB is too small: this conversion needs {-(-needed // MIB)} MiB",
-        tensor=largest.target if largest and largest.scratch_nbytes > MIB else None,
-        hint=f"--max-memory {-(-needed // MIB)}MiB",
+    raise too_small(limit, max(fixed + least_workers_nbytes(layout), peak_so_far))
+
+
+def least_workers_nbytes(layout: Layout) -> int:
+    """What one worker with the smallest chunk takes."""
+    return worker_nbytes(CHUNK_NBYTES[-1], max((step.scratch_nbytes for step in layout.steps), default=0))
+
+
+def too_small(limit: int, needed: int, file: Path | None = None) -> BudgetError:
+    needed_mib = -(-needed // MIB)
+    return BudgetError(
+        f"--max-memory {limit / MIB:.0f} MiB is too small: this conversion needs {needed_mib} MiB",
+        file=file,
+        hint=f"--max-memory {needed_mib}MiB",
     )

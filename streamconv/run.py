@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator, Mapping
 
 from streamconv import codecs
-from streamconv.errors import Caution, Interrupted, StreamconvError
+from streamconv.compare import compare
+from streamconv.errors import Caution
 from streamconv.job import Job, RunOptions
 from streamconv.manifest import digest, write_manifest
 from streamconv.memory import resident_nbytes
@@ -18,7 +19,6 @@ from streamconv.profile import Stopwatch
 from streamconv.report import Output, PlannedTensor, Report
 from streamconv.sink import Sink
 from streamconv.stream import state_of, stream
-from streamconv.verify import verify_job
 
 
 def run(job: Job, options: RunOptions) -> Report:
@@ -47,11 +47,6 @@ def _write(job: Job, proof: MemoryProof, options: RunOptions, report: Report) ->
         if options.progress is not None:
             options.progress(done, job.layout.nbytes)
 
-    def cancelled() -> StreamconvError | None:
-        if options.cancel is not None and options.cancel():
-            return Interrupted("cancelled", file=job.dst, hint="run it again with --resume to go on")
-        return None
-
     with Sink.create(
         job.dst,
         job.layout.nbytes,
@@ -63,10 +58,12 @@ def _write(job: Job, proof: MemoryProof, options: RunOptions, report: Report) ->
         report.resumed = sink.resumed_nbytes > 0
         report.warnings += sink.notes
         stopwatch = options.profile or Stopwatch()
-        tally = stream(job.layout, sink, proof, job.shards, advance=advance, cancelled=cancelled, stopwatch=stopwatch)
+        tally = stream(
+            job.layout, sink, proof, job.shards, advance=advance, cancelled=options.cancelled, stopwatch=stopwatch
+        )
         sink.complete(state_of(tally))
         if options.verify:
-            verify_job(job, sink.readable_path, threads=proof.workers, cancelled=cancelled)
+            compare(job, sink.readable_path, threads=proof.workers, cancelled=options.cancelled)
             report.verified = True
         digests = digest(sink.readable_path, job.layout) if options.sha256 else None
         sink.publish()

@@ -1,245 +1,38 @@
-"""Does a GGUF file hold what its source says? Every tensor is made again and compared, row by row, in bounded memory.
+"""`streamconv verify`: is this GGUF file, whoever wrote it, what its source says it should be?
 
-Owns: the comparison. Does not own: what the tensors should be (a Job says that, as for writing), how a stranger's file
-is read (gguf_reader.py). Any tool's file is taken: tensors are matched by name, in any order, each in the type it has.
-Invariant: the reference is the general path: numpy's kernels even where a compiled one was built, whole slabs of rows
-instead of chunks, and none of the writer's code.
+Owns: finding out what a file claims to be, and planning what it should hold. Does not own: the comparison (compare.py).
 """
 
 from __future__ import annotations
 
-import queue
-import struct
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
 from pathlib import Path
+from typing import Unpack
 
-import numpy as np
-from gguf.constants import GGMLQuantizationType, GGUFValueType
-from numpy.typing import NDArray
-
-from streamconv import codecs
-from streamconv.dialects import RENAMES
-from streamconv.errors import VerifyError
-from streamconv.gguf_format import KeyValue, PackedArray, Scalar
-from streamconv.gguf_reader import GGUFFile, Span, StoredTensor, refuse
-from streamconv.graph import Encode, Workspace, peak_nbytes, read
-from streamconv.job import Job
-from streamconv.plan import SLAB_NBYTES
-from streamconv.scratch import Scratch
-
-VERIFIABLE = frozenset({"F32", "F16", "BF16", "Q8_0"})
-RELATIVE_TOLERANCE = 1e-6  # of a float key: others round a double once more than we do
-COMPARED_ARRAYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+from streamconv.checkpoint import Checkpoint
+from streamconv.compare import compare
+from streamconv.convert import plan_model
+from streamconv.gguf_reader import GGUFFile
+from streamconv.job import OutputOptions, RunKeywords, RunOptions
+from streamconv.memory import resident_nbytes
+from streamconv.report import Output, Report
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """A tensor of the file and the rows that it should have."""
+def verify(out: str | Path, source: str | Path, **keywords: Unpack[RunKeywords]) -> Report:
+    """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
 
-    expected: Encode
-    stored: StoredTensor
-    slab_rows: int
-
-    @property
-    def scratch_nbytes(self) -> int:
-        return peak_nbytes(self.expected, self.slab_rows)
-
-
-def verify_job(
-    job: Job, out: Path, *, threads: int = 1, cancelled: Callable[[], Exception | None] = lambda: None
-) -> None:
-    """Nothing, if the file `out` is what `job` would write, but for order and types; VerifyError naming the first
-    tensor, row and values that differ, SourceError where the file's structure is not what a strict loader takes."""
-    with GGUFFile.open(out) as file, codecs.reference_kernels():
-        refuse(file.problems)
-        _compare_keys(job, file)
-        pairs = list(_match(job, file))
-        _compare_tensors(pairs, file, threads, cancelled)
-        for shard in job.shards:
-            shard.check_unchanged()
-
-
-# ---------------------------------------------------------------- keys
-
-
-def _compare_keys(job: Job, file: GGUFFile) -> None:
-    """The architecture's keys, and the vocabulary, equal in value where both have them."""
-    prefixes = (f"{job.architecture}.", "adapter.", "general.architecture")
-    for expected in job.keys:
-        found = file.keys.get(expected.key)
-        if found is None or not (expected.key.startswith(prefixes) or expected.key in COMPARED_ARRAYS):
-            continue
-        for index, (ours, theirs) in enumerate(_paired(expected, found.value)):
-            if not _equal(ours, theirs):
-                place = f"[{index}]" if isinstance(expected.value, PackedArray) else ""
-                raise VerifyError(
-                    f"key {expected.key}{place} is {_shown(theirs)}, by its source it is {_shown(ours)}", file=file.path
-                )
-
-
-def _paired(expected: KeyValue, found: Scalar | Span) -> Iterator[tuple[Scalar | None, Scalar | None]]:
-    from itertools import zip_longest
-
-    ours = unpack(expected.value) if isinstance(expected.value, PackedArray) else iter([expected.value])
-    theirs = found.values() if isinstance(found, Span) else iter([found])
-    return zip_longest(ours, theirs)
-
-
-def unpack(array: PackedArray) -> Iterator[Scalar]:
-    """The values of a packed array, one by one."""
-    view = memoryview(array.payload)
-    if array.element != GGUFValueType.STRING:
-        yield from np.frombuffer(view, dtype=_dtype(array.element)).tolist()
-        return
-    at = 0
-    for _ in range(array.length):
-        (nbytes,) = struct.unpack_from("<Q", view, at)
-        yield bytes(view[at + 8 : at + 8 + nbytes]).decode("utf-8", "backslashreplace")
-        at += 8 + nbytes
-
-
-def _dtype(element: GGUFValueType) -> np.dtype[np.generic]:
-    from streamconv.gguf_format import SCALAR_FORMATS
-
-    return np.dtype(SCALAR_FORMATS[element])
-
-
-def _equal(ours: Scalar | None, theirs: Scalar | None) -> bool:
-    if isinstance(ours, float) and isinstance(theirs, int | float):
-        return abs(ours - theirs) <= RELATIVE_TOLERANCE * abs(ours)
-    return ours == theirs
-
-
-def _shown(value: Scalar | None) -> str:
-    return "missing" if value is None else repr(value)[:80]
-
-
-# ---------------------------------------------------------------- tensors
-
-
-def _match(job: Job, file: GGUFFile) -> Iterator[_Pair]:
-    """Each tensor of the job with the one of the file that bears its name in any dialect."""
-    unclaimed = dict(file.tensors)
-    missing = []
-    for step in job.layout.steps:
-        names = [step.target, *_aliases(step.target)]
-        name = next((name for name in names if name in unclaimed), None)
-        if name is None:
-            missing.append(step.target)
-            continue
-        stored = unclaimed.pop(name)
-        if stored.shape != step.tensor.spec.shape:
-            raise VerifyError(
-                f"has shape {list(stored.shape)}, by its source {list(step.tensor.spec.shape)}",
-                file=file.path,
-                tensor=name,
-            )
-        if stored.type is None or stored.type.name not in VERIFIABLE:
-            raise VerifyError(
-                f"type {stored.type_name} cannot be made from the source here",
-                file=file.path,
-                tensor=name,
-                hint=f"files of {', '.join(sorted(VERIFIABLE))} can be verified",
-            )
-        yield _pair(step.tensor, stored, stored.type)
-    for what, names in (("lacks", missing), ("holds, and its source does not,", list(unclaimed))):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise VerifyError(f"the file {what} {names[0]}{more}", file=file.path, tensor=names[0])
-
-
-def _aliases(target: str) -> Iterator[str]:
-    for renames in RENAMES.values():
-        for ours, theirs in renames.items():
-            if target == ours:
-                yield theirs
-            if target == theirs:
-                yield ours
-
-
-def _pair(made: Encode, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:
-    expected = Encode(made.parents[0], stored.name, type_)
-    widest = max(expected.spec.row_nbytes, made.parents[0].spec.row_nbytes)
-    return _Pair(expected, stored, max(1, min(SLAB_NBYTES // widest, expected.spec.n_rows)))
-
-
-def _compare_tensors(
-    pairs: Sequence[_Pair], file: GGUFFile, threads: int, cancelled: Callable[[], Exception | None]
-) -> None:
-    """Slabs in file order on `threads` threads; the first difference in that order is the one raised."""
-    todo = iter(
-        (pair, range(start, min(start + pair.slab_rows, pair.expected.spec.n_rows)))
-        for pair in sorted(pairs, key=lambda pair: pair.stored.offset)
-        for start in range(0, pair.expected.spec.n_rows, pair.slab_rows)
-    )
-    lock, failures = threading.Lock(), queue.SimpleQueue[tuple[int, int, BaseException]]()
-    stop = threading.Event()
-    slab = max((pair.scratch_nbytes for pair in pairs), default=0)
-
-    def work() -> None:
-        workspace = Workspace(Scratch(slab))
-        while not stop.is_set():
-            with lock:
-                item = next(todo, None)
-            if item is None:
-                return
-            pair, rows = item
-            try:
-                _compare_rows(pair, rows, file, workspace)
-            except BaseException as error:  # carried to the calling thread
-                failures.put((pair.stored.offset, rows.start, error))
-                stop.set()
-
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, threads))]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.1)
-                if (reason := cancelled()) is not None:
-                    raise reason
-    finally:
-        stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
-    found = []
-    while not failures.empty():
-        found.append(failures.get())
-    if found:
-        raise min(found, key=lambda failure: failure[:2])[2]
-
-
-def _compare_rows(pair: _Pair, rows: range, file: GGUFFile, work: Workspace) -> None:
-    width = pair.expected.spec.row_nbytes
-    expected = np.empty(len(rows) * width, dtype=np.uint8)
-    found = np.empty(len(rows) * width, dtype=np.uint8)
-    try:
-        read(pair.expected, rows, expected, work)
-    except codecs.EncodeError as error:
-        raise VerifyError(f"its source does not fit its type: {error.reason}", tensor=pair.stored.name) from None
-    file.read_into(pair.stored, rows.start * width, found)
-    if np.array_equal(expected, found):
-        return
-    type_ = pair.expected.spec.type
-    ours, theirs = (_values(data, len(rows), type_) for data in (expected, found))
-    # Two NaNs are the same value, whatever their payload: other tools make them quiet.
-    differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))
-    if not differ.any():
-        return
-    row, column = (int(n) for n in np.argwhere(differ)[0])
-    raise VerifyError(
-        f"row {rows.start + row}, column {column} is {theirs[row, column]:.9g}, by its source it is "
-        f"{ours[row, column]:.9g} ({type_.name}; {int(differ.sum())} values differ in these {len(rows)} rows)",
-        file=file.path,
-        tensor=pair.stored.name,
-    )
-
-
-def _values(data: NDArray[np.uint8], n_rows: int, type_: GGMLQuantizationType) -> NDArray[np.float32]:
-    from gguf.quants import dequantize
-
-    return dequantize(data.reshape(n_rows, -1), type_)
+    out: a GGUF file of any tool, its tensors in any order and in F32, F16, BF16 or Q8_0. source: the checkpoint.
+    """
+    options = RunOptions(**keywords)
+    started = time.monotonic()
+    with GGUFFile.open(out) as file:
+        nbytes = file.file.nbytes
+    with Checkpoint.open(Path(source), max_header_nbytes=options.limit_nbytes) as checkpoint:
+        job = plan_model(checkpoint, out, OutputOptions(), options.limit_nbytes)
+        compare(job, Path(out), threads=options.n_threads, cancelled=options.cancelled)
+    report = job.report()
+    report.command, report.verified = "verify", True
+    report.outputs = (Output(Path(out), nbytes),)
+    report.seconds = time.monotonic() - started
+    report.peak_rss_nbytes = resident_nbytes()[1]
+    return report

@@ -25,9 +25,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "plan",
         "journal destination",
         "stream sink manifest job",
-        "verify",
+        "compare",
         "run",
         "convert adapter",
+        "verify",
         "cli",
         "__init__ __main__",
     )
