@@ -9,7 +9,7 @@ cannot be parsed is a SourceError; one that can be, and is not as it should be, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,10 @@ from streamconv.gguf_format import Scalar, tensor_nbytes
 from streamconv.gguf_reader import GGUFKey, Problem, Span
 from streamconv.gguf_set import GGUFSet
 from streamconv.lora_config import PeftConfig, read_lora_config
+from streamconv.lora_config import Problem as LoraProblem
+from streamconv.lora_file import CONFIG as ADAPTER_CONFIG
+from streamconv.lora_file import WEIGHTS as ADAPTER_WEIGHTS
+from streamconv.lora_file import LoraFile
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import choose_type, resolve_auto
 from streamconv.recipe import find_recipe
@@ -37,7 +41,6 @@ N_FIRST: Final = 8
 TEXT_NBYTES: Final = 1024  # of each text among the first values
 ARRAYS_NBYTES: Final = 8 << 20  # of all arrays together; real ones of 1024 values take some 10 KB each
 
-ADAPTER_CONFIG: Final = "adapter_config.json"
 _JSON_TYPES: Final = {
     str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", list: "array", dict: "object",
 }  # fmt: skip
@@ -144,14 +147,22 @@ def inspect(path: str | Path) -> Inspection:
     """What is at `path`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
     or one .safetensors file. SourceError where nothing of it can be read."""
     path = Path(path)
+    try:
+        return _reader_of(path)(path)
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=error.filename or path) from None
+
+
+def _reader_of(path: Path) -> Callable[[Path], Inspection]:
     if not path.is_dir() and path.suffix != ".safetensors":
-        return _gguf(path)
+        return _gguf
     folder = path if path.is_dir() else path.parent
     if not any(folder.glob("*.safetensors")) and (ggufs := sorted(file.name for file in folder.glob("*.gguf"))):
         hint = f"name one of them, as {folder / ggufs[0]}"
         raise SourceError(f"a folder with {len(ggufs)} GGUF files", file=path, hint=hint)
-    is_adapter = (folder / ADAPTER_CONFIG).is_file() and (path.is_dir() or "adapter" in path.stem)
-    return _adapter(path) if is_adapter else _checkpoint(path)
+    signs = [ADAPTER_CONFIG, *ADAPTER_WEIGHTS] if path.is_dir() else [ADAPTER_CONFIG]
+    is_adapter = any((folder / name).is_file() for name in signs) and (path.is_dir() or "adapter" in path.stem)
+    return _adapter if is_adapter else _checkpoint
 
 
 # ---------------------------------------------------------------- GGUF
@@ -244,13 +255,27 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
 
 
 def _adapter(path: Path) -> Inspection:
-    found = Inspection("adapter", path, "LoRA")
-    config = _read_apart(found, ADAPTER_CONFIG)
-    with _listing(found):
-        lora = read_lora_config(config)
-        found.form = "LoRA, PEFT" if isinstance(lora, PeftConfig) else "LoRA, MLX"
-        found.cautions += lora.cautions
-        found.problems += [Problem(problem.code, str(problem), config.file) for problem in lora.problems]
+    found = Inspection("adapter", path, "incomplete")
+    try:
+        adapter = LoraFile.open(path, default_limit_nbytes())
+    except SourceError as error:
+        found.problems.append(_problem(error, path))
+        _read_apart(found, ADAPTER_CONFIG)
+        return found
+    with adapter:
+        _add_config(found, adapter.config.raw)
+        _add_tensors(found, adapter.shard.tensors.values())
+        problems = list(adapter.problems)
+        for name, factors in adapter.factors.items():
+            if factors.a is None or factors.b is None:
+                problems.append(LoraProblem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
+        with _listing(found):
+            config = read_lora_config(adapter.config)
+            maker = "PEFT" if isinstance(config, PeftConfig) else "MLX"
+            found.form = f"LoRA, {maker}, {len(adapter.factors)} modules"
+            found.cautions += config.cautions
+            problems += config.problems
+        found.problems += [Problem(problem.code, str(problem), adapter.shard.path) for problem in problems]
     return found
 
 

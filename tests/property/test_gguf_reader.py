@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ from streamconv import cursor
 from streamconv.errors import SourceError
 from streamconv.gguf_format import KeyValue, PackedArray, TensorInfo, align, encode_header
 from streamconv.gguf_reader import GGUFFile, Span
+from streamconv.inspect import inspect
+from streamconv.inspect_text import render
 from tests.attacks.gguf_files import FATAL, LISTED
 
 INTEGERS = {
@@ -170,6 +173,19 @@ def test_mutations_give_a_value_or_a_source_error(content: bytes) -> None:
         look(content)
     except SourceError as error:
         assert "\n" not in str(error) and "x.gguf" in str(error)
+
+
+@given(mutated())
+def test_mutations_can_be_inspected(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "x.gguf"
+        path.write_bytes(content)
+        try:
+            found = inspect(path)
+        except SourceError:
+            return
+        json.dumps(found.to_json(), allow_nan=False)
+        assert all(line.isprintable() and len(line) <= 80 for line in render(found, tensors=True))
 
 
 @given(st.binary(max_size=200))

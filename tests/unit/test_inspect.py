@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from streamconv import inspect as inspect_module
 from streamconv.errors import SourceError
@@ -254,7 +256,9 @@ class TestCheckpoint:
 
 
 class TestAdapter:
-    @pytest.mark.parametrize(("name", "form"), [("lora-given", "LoRA, PEFT"), ("mlx-given", "LoRA, MLX")])
+    @pytest.mark.parametrize(
+        ("name", "form"), [("lora-given", "LoRA, PEFT, 14 modules"), ("mlx-given", "LoRA, MLX, 14 modules")]
+    )
     def test_json(self, name: str, form: str) -> None:
         found = inspect(CASES / name)
         result = as_json(found)
@@ -270,6 +274,36 @@ class TestAdapter:
         config = json.loads((path / "adapter_config.json").read_text())
         (path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
         assert [problem.code for problem in inspect(path).problems] == ["init"]
+
+    def test_factors_without_a_partner_and_tensors_that_are_none(self, tmp_path: Path) -> None:
+        path = copy("lora-given", tmp_path)
+        file = path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        assert "lora_A" in first
+        del tensors[first]
+        save_file({**tensors, "base_model.model.lm_head.weight": np.zeros((3, 5), dtype=np.float32)}, file)
+        found = inspect(path)
+        assert [problem.code for problem in found.problems] == ["weight", "partner"]
+        assert found.problems[1].message.endswith(": has no lora_A")
+
+    @pytest.mark.parametrize("gone", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_half_an_adapter(self, tmp_path: Path, gone: str) -> None:
+        path = copy("lora-given", tmp_path)
+        (path / gone).unlink()
+        found = inspect(path)
+        assert (found.kind, bool(found.metadata)) == ("adapter", gone != "adapter_config.json")
+        assert bool(found.tensors) == (gone == "adapter_config.json")
+        assert gone in found.problems[0].message
+
+
+def test_what_the_system_refuses_is_a_source_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(SourceError, match=f"^{tmp_path}: cannot be read: Permission denied"):
+        inspect(tmp_path)
 
 
 HOSTILE = "\x1b[31m\a\r\n\u202e\u2028世"
