@@ -27,8 +27,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "stream sink manifest job",
         "compare",
         "run",
-        "convert adapter",
-        "verify",
+        "convert adapter inspect",
+        "verify inspect_text",
         "cli",
         "__init__ __main__",
     )

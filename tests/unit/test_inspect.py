@@ -297,6 +297,17 @@ class TestAdapter:
         assert gone in found.problems[0].message
 
 
+@pytest.mark.parametrize("name", ["llama-given.base.gguf", "lfm2-given", "lora-given", "llama-given/model.safetensors"])
+def test_nothing_stays_open(name: str, tmp_path: Path) -> None:
+    before = sorted(Path("/dev/fd").iterdir())
+    found = [inspect(CASES / name)]  # kept, so that nothing is closed by chance
+    if (CASES / name).is_dir():
+        broken = copy(name, tmp_path)
+        next(broken.glob("*config.json")).unlink()
+        found.append(inspect(broken))
+    assert sorted(Path("/dev/fd").iterdir()) == before
+
+
 def test_what_the_system_refuses_is_a_source_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path) -> bool:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
