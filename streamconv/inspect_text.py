@@ -126,10 +126,10 @@ def _nbytes(n: int) -> str:
 
 
 def _columns(text: str) -> int:
-    """How wide a terminal shows `text`."""
+    """How wide a terminal shows `text`, at most."""
     if text.isascii():
         return len(text)
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _cut(text: str, width: int, *, tail: bool = False) -> str:

@@ -376,6 +376,10 @@ class TestText:
         line = next(line for line in render(inspect(path), width=40) if "世" in line)
         assert line == "  k  string  " + "世" * 12 + "..."
 
+    def test_a_line_cannot_hide_its_length_behind_combining_marks(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.gguf", raw.gguf([raw.key("k", raw.STRING, raw.text("e" + "\u0301" * 500))]))
+        assert all(len(line) <= 80 for line in render(inspect(path)))
+
     def test_long_tensor_names_are_cut_in_the_middle(self, tmp_path: Path) -> None:
         name = "base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight"
         path = write(tmp_path / "x.gguf", raw.gguf(tensors=[raw.tensor(name, (2048, 16))], data=bytes(131_072)))
