@@ -1,0 +1,123 @@
+"""What encoding costs by itself: `python -m benchmarks.codecs` prints GB/s of source bytes for each kernel and pair.
+
+Owns: the figures of streamconv/kernels.py and `_kernels.c`. Does not own: whole conversions (run.py).
+Fair because: kernels take turns on the same weights (normal, sigma 0.02, so that some become F16's subnormals), with
+source and result in memory that was touched before; the best of many calls is the cost of one core, whatever else the
+machine is doing. Two threads are set against two processes in the same run: what is missing is what they wait for each
+other, the interpreter lock above all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from streamconv import codecs
+from streamconv.gguf_format import row_nbytes
+from streamconv.kernels import BF16, F16, F32, FLOATS, Q8_0
+from streamconv.scratch import Scratch, aligned_buffer
+
+N_ROWS, N_COLUMNS = 512, 2048  # 2 MiB of BF16, a piece of a chunk
+N_ROUNDS = 3
+
+Pair = tuple[GGMLQuantizationType, GGMLQuantizationType]
+
+
+def weights(source: GGMLQuantizationType) -> NDArray[np.uint8]:
+    """The same numbers in any type, as bytes in aligned memory."""
+    numbers = (np.random.default_rng(1).standard_normal(N_ROWS * N_COLUMNS) * 0.02).astype(np.float32)
+    slab = aligned_buffer(numbers.size * FLOATS[source].bits.itemsize)
+    if source == BF16:
+        numbers = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    slab[:] = (numbers.astype(np.float16) if source == F16 else numbers).view(np.uint8)
+    return slab
+
+
+def rates(pair: Pair, seconds: float, start: Callable[[], object] = lambda: None) -> list[float]:
+    """GB/s of source bytes, of each call within `seconds`; one type to itself stays in place, as in a conversion."""
+    source, target = pair
+    slab = weights(source)
+    out = slab if source == target else aligned_buffer(N_ROWS * row_nbytes(N_COLUMNS, target))
+    scratch = Scratch(codecs.encode_scratch_nbytes(source, target, N_ROWS, N_COLUMNS))
+    codecs.encode(source, target, slab, out, scratch, N_COLUMNS)
+    start()
+    found = []
+    end = time.perf_counter() + seconds
+    while (begin := time.perf_counter()) < end:
+        codecs.encode(source, target, slab, out, scratch, N_COLUMNS)
+        found.append(slab.nbytes / (time.perf_counter() - begin) / 1e9)
+    return found
+
+
+def two_threads(pair: Pair, seconds: float) -> float:
+    """GB/s of both together."""
+    together = threading.Barrier(2)
+    found: list[float] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(statistics.harmonic_mean(rates(pair, seconds, together.wait))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(found)
+
+
+def two_processes(pair: Pair, seconds: float) -> float:
+    """GB/s of both together."""
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(2)
+    results = context.SimpleQueue()
+
+    def work() -> None:
+        results.put(statistics.harmonic_mean(rates(pair, seconds, together.wait)))
+
+    processes = [context.Process(target=work) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found: list[float] = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return sum(found)
+
+
+def kernels() -> Iterator[tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]]:
+    if codecs.kernel_name() == "c":
+        yield "c", contextlib.nullcontext
+    yield "numpy", codecs.reference_kernels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each sample (default 0.3)")
+    seconds = parser.parse_args().seconds
+    print(
+        f"{'':14}{'kernel':8}{'best':>7}{'median':>8}{'2 threads':>11}{'2 processes':>13}{'ratio':>7}   GB/s of source"
+    )
+    for pair in itertools.product((BF16, F16, F32), (F32, F16, BF16, Q8_0)):
+        for name, chosen in kernels():
+            with chosen():
+                single = [rate for _ in range(N_ROUNDS) for rate in rates(pair, seconds)]
+                double = [(two_threads(pair, seconds), two_processes(pair, seconds)) for _ in range(N_ROUNDS)]
+            threads, processes = (statistics.median(side) for side in zip(*double, strict=True))
+            ratio = statistics.median(a / b for a, b in double)
+            print(
+                f"{pair[0].name:>5} -> {pair[1].name:5}{name:8}{max(single):7.2f}{statistics.median(single):8.2f}"
+                f"{threads:11.2f}{processes:13.2f}{ratio:7.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
