@@ -23,6 +23,7 @@ from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, U
 if TYPE_CHECKING:
     from streamconv.job import RunKeywords
     from streamconv.report import Report
+    from streamconv.split import SplitOptions
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 DIALECTS = ("llama.cpp", "ollama-legacy")
@@ -108,6 +109,7 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
     _add_output_options(parser)
+    _add_split_options(parser)
     _add_run_options(parser)
     parser.set_defaults(run=_convert, command="convert")
 
@@ -164,6 +166,15 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="replace an existing OUT, once the new file is complete")
 
 
+def _add_split_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first")
+    group.add_argument("--split-max-size", metavar="SIZE", help="tensor data in a file, as 4G")
+    group.add_argument("--split-max-tensors", metavar="N", type=_positive, help="tensors in a file")
+    group.add_argument(
+        "--only-part", metavar="K", type=_positive, help="make this one alone: each machine makes a part"
+    )
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
@@ -207,9 +218,18 @@ def _convert(options: argparse.Namespace) -> int:
             dialect=options.dialect,
             name=options.name,
             pre=options.pre,
+            split=_split(options),
             **keywords,
         ),
     )
+
+
+def _split(options: argparse.Namespace) -> SplitOptions:
+    from streamconv.memory import parse_size
+    from streamconv.split import SplitOptions
+
+    max_nbytes = parse_size(options.split_max_size) if options.split_max_size else None
+    return SplitOptions(max_nbytes, options.split_max_tensors, options.only_part)
 
 
 def _lora(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class _Pair:
     """A tensor of the file and the rows that it should have."""
 
     expected: Encode
+    file: GGUFFile
     stored: StoredTensor
     slab_rows: int
 
@@ -47,14 +49,21 @@ class _Pair:
         return peak_nbytes(self.expected, self.slab_rows)
 
 
-def compare(job: Job, out: Path, *, threads: int = 1, cancelled: Callable[[], Exception | None] = lambda: None) -> None:
-    """Nothing, if the file `out` is what `job` would write, but for order and types; VerifyError naming the first
-    tensor, row and values that differ, SourceError where the file's structure is not what a strict loader takes."""
-    with GGUFFile.open(out) as file, codecs.reference_kernels():
-        refuse(file.problems)
-        _compare_keys(job, file)
-        pairs = list(_match(job, file))
-        _compare_tensors(pairs, file, threads, cancelled)
+def compare(
+    job: Job, paths: Sequence[Path], threads: int = 1, cancelled: Callable[[], Exception | None] = lambda: None
+) -> None:
+    """Nothing, if the files `paths` together are what `job` would write, but for order and types.
+
+    VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
+    not what a strict loader takes.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(codecs.reference_kernels())
+        files = [stack.enter_context(GGUFFile.open(path)) for path in paths]
+        for file in files:
+            refuse(file.problems)
+        _compare_keys(job, files[0])
+        _compare_tensors(list(_match(job, files)), threads, cancelled)
         for shard in job.shards:
             shard.check_unchanged()
 
@@ -117,23 +126,20 @@ def _shown(value: Scalar | None) -> str:
 # ---------------------------------------------------------------- tensors
 
 
-def _match(job: Job, file: GGUFFile) -> Iterator[_Pair]:
-    """Each tensor of the job with the one of the file that bears its name in any dialect."""
-    unclaimed = dict(file.tensors)
+def _match(job: Job, files: Sequence[GGUFFile]) -> Iterator[_Pair]:
+    """Each tensor of the job with the one of the files that bears its name in any dialect."""
+    unclaimed = {name: (file, tensor) for file in files for name, tensor in file.tensors.items()}
     missing = []
-    for step in job.layout.steps:
+    for step in job.steps:
         names = [step.target, *_aliases(step.target)]
         name = next((name for name in names if name in unclaimed), None)
         if name is None:
             missing.append(step.target)
             continue
-        stored = unclaimed.pop(name)
+        file, stored = unclaimed.pop(name)
         if stored.shape != step.tensor.spec.shape:
-            raise VerifyError(
-                f"has shape {list(stored.shape)}, by its source {list(step.tensor.spec.shape)}",
-                file=file.path,
-                tensor=name,
-            )
+            shapes = f"{list(stored.shape)}, by its source {list(step.tensor.spec.shape)}"
+            raise VerifyError(f"has shape {shapes}", file=file.path, tensor=name)
         if stored.type is None or stored.type.name not in VERIFIABLE:
             raise VerifyError(
                 f"type {stored.type_name} cannot be made from the source here",
@@ -141,11 +147,11 @@ def _match(job: Job, file: GGUFFile) -> Iterator[_Pair]:
                 tensor=name,
                 hint=f"files of {', '.join(sorted(VERIFIABLE))} can be verified",
             )
-        yield _pair(step.tensor, stored, stored.type)
+        yield _pair(step.tensor, file, stored, stored.type)
     for what, names in (("lacks", missing), ("holds, and its source does not,", list(unclaimed))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise VerifyError(f"the file {what} {names[0]}{more}", file=file.path, tensor=names[0])
+            raise VerifyError(f"the file {what} {names[0]}{more}", file=files[0].path, tensor=names[0])
 
 
 def _aliases(target: str) -> Iterator[str]:
@@ -157,15 +163,13 @@ def _aliases(target: str) -> Iterator[str]:
                 yield ours
 
 
-def _pair(made: Encode, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:
+def _pair(made: Encode, file: GGUFFile, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:
     expected = Encode(made.parents[0], stored.name, type_)
     widest = max(expected.spec.row_nbytes, made.parents[0].spec.row_nbytes)
-    return _Pair(expected, stored, max(1, min(SLAB_NBYTES // widest, expected.spec.n_rows)))
+    return _Pair(expected, file, stored, max(1, min(SLAB_NBYTES // widest, expected.spec.n_rows)))
 
 
-def _compare_tensors(
-    pairs: Sequence[_Pair], file: GGUFFile, threads: int, cancelled: Callable[[], Exception | None]
-) -> None:
+def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[], Exception | None]) -> None:
     """Slabs in file order on `threads` threads; the first difference in that order is the one raised."""
     todo = iter(
         (pair, range(start, min(start + pair.slab_rows, pair.expected.spec.n_rows)))
@@ -185,7 +189,7 @@ def _compare_tensors(
                 return
             pair, rows = item
             try:
-                _compare_rows(pair, rows, file, workspace)
+                _compare_rows(pair, rows, workspace)
             except BaseException as error:  # carried to the calling thread
                 failures.put((pair.stored.offset, rows.start, error))
                 stop.set()
@@ -211,7 +215,7 @@ def _compare_tensors(
         raise min(found, key=lambda failure: failure[:2])[2]
 
 
-def _compare_rows(pair: _Pair, rows: range, file: GGUFFile, work: Workspace) -> None:
+def _compare_rows(pair: _Pair, rows: range, work: Workspace) -> None:
     width = pair.expected.spec.row_nbytes
     expected = np.empty(len(rows) * width, dtype=np.uint8)
     found = np.empty(len(rows) * width, dtype=np.uint8)
@@ -219,7 +223,7 @@ def _compare_rows(pair: _Pair, rows: range, file: GGUFFile, work: Workspace) -> 
         read(pair.expected, rows, expected, work)
     except codecs.EncodeError as error:
         raise VerifyError(f"its source does not fit its type: {error.reason}", tensor=pair.stored.name) from None
-    file.read_into(pair.stored, rows.start * width, found)
+    pair.file.read_into(pair.stored, rows.start * width, found)
     if np.array_equal(expected, found):
         return
     type_ = pair.expected.spec.type
@@ -232,7 +236,7 @@ def _compare_rows(pair: _Pair, rows: range, file: GGUFFile, work: Workspace) -> 
     raise VerifyError(
         f"row {rows.start + row}, column {column} is {theirs[row, column]:.9g}, by its source it is "
         f"{ours[row, column]:.9g} ({type_.name}; {int(differ.sum())} values differ in these {len(rows)} rows)",
-        file=file.path,
+        file=pair.file.path,
         tensor=pair.stored.name,
     )
 

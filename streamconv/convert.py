@@ -6,6 +6,7 @@ output lies; `job.run` then makes those bytes, a chunk at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -17,11 +18,12 @@ from streamconv.graph import sources
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
 from streamconv.memory import resident_nbytes
 from streamconv.modelcard import read_general
-from streamconv.outtypes import FILE_TYPES, OUTTYPES, choose_type, resolve_auto
-from streamconv.plan import RUN_OVERHEAD_NBYTES, Layout, least_workers_nbytes, make_layout, too_small
+from streamconv.outtypes import FILE_TYPES, OUTTYPES, resolve_auto, type_of
+from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, too_small
 from streamconv.recipe import Config, Model, find_recipe
 from streamconv.report import Report
 from streamconv.run import run
+from streamconv.split import SplitOptions, make_parts
 from streamconv.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 
 
@@ -33,16 +35,18 @@ def convert(
     dialect: str = LLAMA_CPP,
     name: str | None = None,
     pre: str | None = None,
+    split: SplitOptions | None = None,
     **keywords: Unpack[RunKeywords],
 ) -> Report:
     """What was written to `dst`: the checkpoint in the directory `src` as one GGUF file.
 
     dst: by default GGUF's naming convention, in the current directory. outtype: auto, f32, f16, bf16 or q8_0.
-    name, pre: override general.name and tokenizer.ggml.pre. keywords: how the run goes, see `RunKeywords`.
+    name, pre: override general.name and tokenizer.ggml.pre. split: several files, named after `dst`.
+    keywords: how the run goes, see `RunKeywords`.
     Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
     """
     options = RunOptions(**keywords)
-    wanted = OutputOptions(outtype, dialect, name, pre)
+    wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions())
     with Checkpoint.open(Path(src), max_header_nbytes=options.limit_nbytes) as checkpoint:
         return run(plan_model(checkpoint, dst, wanted, options.limit_nbytes), options)
 
@@ -55,11 +59,11 @@ def plan_model(checkpoint: Checkpoint, dst: str | Path | None, wanted: OutputOpt
     if outtype == "auto":
         outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
     tensors = [
-        (
+        PlacedTensor(
             written_name(target.name, wanted.dialect),
             target.tensor,
             tuple(source.name for source in sources(target.tensor)),
-            choose_type(target.name, target.tensor.spec.shape, outtype),
+            type_of(target.name, target.tensor, outtype),
         )
         for target in model.targets
     ]
@@ -69,14 +73,14 @@ def plan_model(checkpoint: Checkpoint, dst: str | Path | None, wanted: OutputOpt
         name=wanted.name,
         specs=[(target.name, target.tensor.spec) for target in model.targets],
     )
-    vocabulary = _bounded_vocabulary(checkpoint, model, wanted.pre, make_layout([], tensors), limit_nbytes)
+    vocabulary = _bounded_vocabulary(checkpoint, model, wanted.pre, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", FILE_TYPES[OUTTYPES[outtype]])
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
+    path = Path(dst) if dst is not None else Path(general.file_name(outtype))
     return Job(
         command="convert",
-        dst=Path(dst) if dst is not None else Path(general.file_name(outtype)),
         keys=keys,
-        layout=make_layout(keys, tensors),
+        parts=make_parts(path, keys, tensors, wanted.split),
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
         outtype=outtype,
@@ -87,13 +91,13 @@ def plan_model(checkpoint: Checkpoint, dst: str | Path | None, wanted: OutputOpt
 
 
 def _bounded_vocabulary(
-    checkpoint: Checkpoint, model: Model, pre: str | None, tensors: Layout, limit_nbytes: int
+    checkpoint: Checkpoint, model: Model, pre: str | None, tensors: Sequence[PlacedTensor], limit_nbytes: int
 ) -> Vocabulary:
     """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
     n_vocab = model.dims["V"]
     kept, extra = vocabulary_nbytes(checkpoint.directory, n_vocab)
     # The keys are held twice, parsed and in the header; what parsing needs is given back before workers start.
-    needed = resident_nbytes()[0] + 2 * kept + max(extra, least_workers_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
+    needed = resident_nbytes()[0] + 2 * kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
     if needed > limit_nbytes:
         raise too_small(limit_nbytes, needed, checkpoint.directory)
     return read_vocabulary(

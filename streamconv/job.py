@@ -1,4 +1,4 @@
-"""A job: everything that decides the bytes of one output. And the options of its run, which decide none of them.
+"""A job: everything that decides the bytes of one output, be it one file or several; and how its run goes.
 
 Owns: what `convert` and `convert_adapter` hand to `run` and to `verify`. Does not own: doing it (run.py, verify.py).
 """
@@ -9,9 +9,8 @@ import hashlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypedDict
 
 from streamconv.checkpoint import Shard
@@ -20,9 +19,10 @@ from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.gguf_format import KeyValue
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import OUTTYPES
-from streamconv.plan import MAX_DEFAULT_WORKERS, Layout
+from streamconv.plan import MAX_DEFAULT_WORKERS, Step
 from streamconv.profile import Profile
 from streamconv.report import Output, Report, TypeTotal
+from streamconv.split import Part, SplitOptions
 
 FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
 
@@ -84,6 +84,7 @@ class OutputOptions:
     dialect: str = LLAMA_CPP
     name: str | None = None
     pre: str | None = None
+    split: SplitOptions = field(default_factory=SplitOptions)
 
     def __post_init__(self) -> None:
         for value, choices in ((self.outtype, ("auto", *OUTTYPES)), (self.dialect, tuple(RENAMES))):
@@ -96,9 +97,8 @@ class Job:
     """Everything that decides the bytes of one output, and what its report says."""
 
     command: str
-    dst: Path
     keys: Sequence[KeyValue]
-    layout: Layout
+    parts: Sequence[Part]
     architecture: str
     dialect: str
     outtype: str
@@ -108,26 +108,32 @@ class Job:
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
-    def identity(self) -> dict[str, str]:
-        """What changes bytes, item by item: a run resumes another only where all of it is the same."""
-        items = {"format": FORMAT_VERSION, "header": hashlib.sha256(self.layout.header).hexdigest()}
+    @property
+    def steps(self) -> Iterator[Step]:
+        """The tensors of all parts."""
+        return (step for part in self.parts for step in part.layout.steps)
+
+    def identity(self, part: Part) -> dict[str, str]:
+        """What changes a part's bytes, item by item: a run resumes another only where all of it is the same."""
+        items = {"format": FORMAT_VERSION, "header": hashlib.sha256(part.layout.header).hexdigest()}
         items |= {f"option {name}": value for name, value in self.options.items()}
         items |= {f"source {shard.path.name}": shard.fingerprint for shard in self.shards}
         return items
 
     def report(self) -> Report:
         totals: dict[str, list[int]] = defaultdict(list)
-        for step in self.layout.steps:
+        for step in self.steps:
             totals[step.tensor.spec.type.name].append(step.nbytes)
+        types = {name: TypeTotal(len(sizes), sum(sizes)) for name, sizes in sorted(totals.items())}
         return Report(
             command=self.command,
-            output=self.dst,
+            output=self.parts[0].path,
             architecture=self.architecture,
             dialect=self.dialect,
             outtype=self.outtype,
-            n_tensors=len(self.layout.steps),
-            n_parameters=sum(step.tensor.spec.n_elements for step in self.layout.steps),
-            types={name: TypeTotal(len(sizes), sum(sizes)) for name, sizes in sorted(totals.items())},
-            outputs=(Output(self.dst, self.layout.nbytes),),
+            n_tensors=sum(total.n_tensors for total in types.values()),
+            n_parameters=sum(step.tensor.spec.n_elements for step in self.steps),
+            types=types,
+            outputs=[Output(part.path, part.layout.nbytes) for part in self.parts],
             warnings=list(self.cautions),
         )

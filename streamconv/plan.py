@@ -28,6 +28,16 @@ MAX_DEFAULT_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedTensor:
+    """A tensor that will be written: its name in the file, its rows before encoding, its sources' names, its type."""
+
+    target: str
+    rows: LazyTensor
+    sources: tuple[str, ...]
+    type: GGMLQuantizationType
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One tensor of the output: where its bytes lie and how many of its rows make a slab."""
 
@@ -75,19 +85,17 @@ def worker_nbytes(chunk: int, slab: int) -> int:
     return chunk + slab + WORKER_OVERHEAD_NBYTES
 
 
-def make_layout(
-    keys: Sequence[KeyValue], tensors: Sequence[tuple[str, LazyTensor, tuple[str, ...], GGMLQuantizationType]]
-) -> Layout:
-    """The file that holds `keys` and `tensors` (target, rows, source names, type), in this order."""
+def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> Layout:
+    """The file that holds `keys` and `tensors`, in this order."""
     infos, offset = [], 0
-    encoded = [(target, Encode(tensor, target, type_), sources) for target, tensor, sources, type_ in tensors]
-    for target, tensor, _ in encoded:
-        infos.append(TensorInfo(target, tensor.spec.shape, tensor.spec.type, offset))
+    encoded = [Encode(tensor.rows, tensor.target, tensor.type) for tensor in tensors]
+    for tensor in encoded:
+        infos.append(TensorInfo(tensor.target, tensor.spec.shape, tensor.spec.type, offset))
         offset = align(offset + tensor.spec.nbytes)
     header = encode_header(keys, infos)
     steps = tuple(
-        Step(target, tensor, sources, len(header) + info.offset, _slab_rows(tensor))
-        for (target, tensor, sources), info in zip(encoded, infos, strict=True)
+        Step(info.name, made, placed.sources, len(header) + info.offset, _slab_rows(made))
+        for placed, made, info in zip(tensors, encoded, infos, strict=True)
     )
     return Layout(header, steps, len(header) + offset)
 
@@ -97,25 +105,29 @@ def _slab_rows(tensor: Encode) -> int:
     return max(1, min(SLAB_NBYTES // max(widest, 1), tensor.spec.n_rows))
 
 
-def prove_memory(layout: Layout, *, limit: int, resident: int, peak_so_far: int, threads: int) -> MemoryProof:
+def prove_memory(
+    layouts: Sequence[Layout], *, limit: int, resident: int, peak_so_far: int, threads: int
+) -> MemoryProof:
     """How many workers with which chunks fit under `limit`; BudgetError, with what would be needed, where none does.
 
     `resident`: the process's resident set now, everything parsed and the header made. Fewer workers are taken only
     where the smallest useful chunk does not let all of them fit.
     """
-    slab = max((step.scratch_nbytes for step in layout.steps), default=0)
+    steps = [step for layout in layouts for step in layout.steps]
+    slab = max((step.scratch_nbytes for step in steps), default=0)
     fixed = resident + RUN_OVERHEAD_NBYTES
     for workers in range(max(1, threads), 0, -1):
         for chunk in CHUNK_NBYTES:
             proof = MemoryProof(limit, fixed, slab, chunk, workers)
             if max(proof.peak, peak_so_far) <= limit:
                 return proof
-    raise too_small(limit, max(fixed + least_workers_nbytes(layout), peak_so_far))
+    raise too_small(limit, max(fixed + worker_nbytes(CHUNK_NBYTES[-1], slab), peak_so_far))
 
 
-def least_workers_nbytes(layout: Layout) -> int:
+def least_worker_nbytes(tensors: Sequence[PlacedTensor]) -> int:
     """What one worker with the smallest chunk takes."""
-    return worker_nbytes(CHUNK_NBYTES[-1], max((step.scratch_nbytes for step in layout.steps), default=0))
+    steps = make_layout([], tensors).steps
+    return worker_nbytes(CHUNK_NBYTES[-1], max((step.scratch_nbytes for step in steps), default=0))
 
 
 def too_small(limit: int, needed: int, file: Path | None = None) -> BudgetError:

@@ -6,7 +6,8 @@ Owns: the order of these. Does not own: what is written (job.py), how a file is 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 
 from streamconv import codecs
 from streamconv.compare import compare
@@ -14,10 +15,11 @@ from streamconv.errors import Caution
 from streamconv.job import Job, RunOptions
 from streamconv.manifest import digest, write_manifest
 from streamconv.memory import resident_nbytes
-from streamconv.plan import Layout, MemoryProof, prove_memory
+from streamconv.plan import MemoryProof, prove_memory
 from streamconv.profile import Stopwatch
 from streamconv.report import Output, PlannedTensor, Report
 from streamconv.sink import Sink
+from streamconv.split import Part
 from streamconv.stream import state_of, stream
 
 
@@ -26,7 +28,11 @@ def run(job: Job, options: RunOptions) -> Report:
     report = job.report()
     now, peak = resident_nbytes()
     proof = prove_memory(
-        job.layout, limit=options.limit_nbytes, resident=now, peak_so_far=peak, threads=options.n_threads
+        [part.layout for part in job.parts],
+        limit=options.limit_nbytes,
+        resident=now,
+        peak_so_far=peak,
+        threads=options.n_threads,
     )
     if options.dry_run:
         report.plan = list(_plan(job))
@@ -39,42 +45,69 @@ def run(job: Job, options: RunOptions) -> Report:
 
 
 def _write(job: Job, proof: MemoryProof, options: RunOptions, report: Report) -> None:
+    """Every part is complete, and verified, before the first gets its name; part 1 gets its name last."""
+    advance = _progress(job, options)
+    tally: dict[str, codecs.Stats] = {}
+    with ExitStack() as stack:
+        sinks = [stack.enter_context(_sink(job, part, options)) for part in job.parts]
+        for part, sink in zip(job.parts, sinks, strict=True):
+            report.resumed |= sink.resumed_nbytes > 0
+            report.warnings += sink.notes
+            counts = stream(
+                part.layout,
+                sink,
+                proof,
+                job.shards,
+                advance=advance,
+                cancelled=options.cancelled,
+                stopwatch=options.profile or Stopwatch(),
+            )
+            sink.complete(state_of(counts))
+            tally |= counts
+        if options.verify:
+            compare(job, [sink.readable_path for sink in sinks], proof.workers, options.cancelled)
+            report.verified = True
+        digests = [digest(s.readable_path, p.layout) if options.sha256 else None
+                   for s, p in zip(sinks, job.parts, strict=True)]  # fmt: skip
+        for sink in (*sinks[1:], sinks[0]):
+            sink.publish()
+    for part, digests_of_part in zip(job.parts, digests, strict=True):
+        if digests_of_part is not None:
+            write_manifest(part.path, part.layout, digests_of_part)
+    report.outputs = [
+        Output(part.path, part.layout.nbytes, found and found.whole)
+        for part, found in zip(job.parts, digests, strict=True)
+    ]
+    report.warnings += _non_finite(job, tally)
+
+
+def _sink(job: Job, part: Part, options: RunOptions) -> Sink:
+    return Sink.create(
+        part.path,
+        part.layout.nbytes,
+        identity=job.identity(part),
+        sources=[shard.path for shard in job.shards],
+        force=options.force,
+        resume=options.resume,
+    )
+
+
+def _progress(job: Job, options: RunOptions) -> Callable[[int], None]:
+    """What to tell of each chunk: the caller hears (bytes done, bytes in all)."""
+    total = sum(part.layout.nbytes for part in job.parts)
     done = 0
 
     def advance(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         if options.progress is not None:
-            options.progress(done, job.layout.nbytes)
+            options.progress(done, total)
 
-    with Sink.create(
-        job.dst,
-        job.layout.nbytes,
-        identity=job.identity(),
-        sources=[shard.path for shard in job.shards],
-        force=options.force,
-        resume=options.resume,
-    ) as sink:
-        report.resumed = sink.resumed_nbytes > 0
-        report.warnings += sink.notes
-        stopwatch = options.profile or Stopwatch()
-        tally = stream(
-            job.layout, sink, proof, job.shards, advance=advance, cancelled=options.cancelled, stopwatch=stopwatch
-        )
-        sink.complete(state_of(tally))
-        if options.verify:
-            compare(job, sink.readable_path, threads=proof.workers, cancelled=options.cancelled)
-            report.verified = True
-        digests = digest(sink.readable_path, job.layout) if options.sha256 else None
-        sink.publish()
-    if digests is not None:
-        write_manifest(job.dst, job.layout, digests)
-        report.outputs = (Output(job.dst, job.layout.nbytes, digests.whole),)
-    report.warnings += _non_finite(job.layout, tally)
+    return advance
 
 
 def _plan(job: Job) -> Iterator[PlannedTensor]:
-    for step in job.layout.steps:
+    for step in job.steps:
         spec = step.tensor.spec
         changed_by = job.changed_by.get(step.target, ())
         yield PlannedTensor(step.sources, step.target, spec.shape, spec.type.name, step.nbytes, changed_by)
@@ -90,8 +123,8 @@ def _memory(proof: MemoryProof) -> Mapping[str, int]:
     }
 
 
-def _non_finite(layout: Layout, tally: Mapping[str, codecs.Stats]) -> Iterator[Caution]:
-    for step in layout.steps:
+def _non_finite(job: Job, tally: Mapping[str, codecs.Stats]) -> Iterator[Caution]:
+    for step in job.steps:
         stats = tally.get(step.target)
         if stats is not None:
             message = f"{stats.n_nan} NaN and {stats.n_inf} infinite values in the source"

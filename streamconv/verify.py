@@ -12,7 +12,8 @@ from typing import Unpack
 from streamconv.checkpoint import Checkpoint
 from streamconv.compare import compare
 from streamconv.convert import plan_model
-from streamconv.gguf_reader import GGUFFile
+from streamconv.gguf_reader import refuse
+from streamconv.gguf_set import GGUFSet
 from streamconv.job import OutputOptions, RunKeywords, RunOptions
 from streamconv.memory import resident_nbytes
 from streamconv.report import Output, Report
@@ -25,14 +26,15 @@ def verify(out: str | Path, source: str | Path, **keywords: Unpack[RunKeywords])
     """
     options = RunOptions(**keywords)
     started = time.monotonic()
-    with GGUFFile.open(out) as file:
-        nbytes = file.file.nbytes
+    with GGUFSet.open(out) as found:
+        refuse(found.problems)
+        outputs = [Output(file.path, file.file.nbytes) for file in found.files]
     with Checkpoint.open(Path(source), max_header_nbytes=options.limit_nbytes) as checkpoint:
         job = plan_model(checkpoint, out, OutputOptions(), options.limit_nbytes)
-        compare(job, Path(out), threads=options.n_threads, cancelled=options.cancelled)
+        compare(job, [output.path for output in outputs], options.n_threads, options.cancelled)
     report = job.report()
     report.command, report.verified = "verify", True
-    report.outputs = (Output(Path(out), nbytes),)
+    report.output, report.outputs = Path(out), outputs
     report.seconds = time.monotonic() - started
     report.peak_rss_nbytes = resident_nbytes()[1]
     return report

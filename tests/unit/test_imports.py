@@ -14,15 +14,17 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "scratch cursor gguf_format strict_json magic profile memory directio",
+        "scratch cursor gguf_format strict_json magic profile memory directio config",
         "kernels",
         "codecs",
         "graph",
         "checkpoint recipe",
+        "binding",
         "gguf_reader",
         "gguf_set",
         "vocab modelcard outtypes dialects report",
         "plan",
+        "split",
         "journal destination",
         "stream sink manifest job",
         "compare",
