@@ -211,7 +211,7 @@ class _Binding:
                 continue
             wrong = [name for name in names if self.stored[name].shape != expected]
             if wrong:
-                used = sorted({f for factors in parse_shape(row.shape) for f in factors if f in stated})
+                used = dict.fromkeys(f for factors in parse_shape(row.shape) for f in factors if f in stated)
                 origin = ", ".join(f"{self.recipe.dims[f].label}={stated[f]}" for f in used)
                 self.problems.append(
                     f"{wrong[0]} has shape {list(self.stored[wrong[0]].shape)}, expected {list(expected)}"

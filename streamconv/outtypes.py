@@ -54,15 +54,18 @@ def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuanti
     return wanted
 
 
-def check_scale(target: str, tensor: LazyTensor, type_: GGMLQuantizationType) -> None:
-    """SourceError where a factor folded into `tensor` would round its weights once more than `type_` does without it.
+def type_of(target: str, tensor: LazyTensor, outtype: str) -> GGMLQuantizationType:
+    """`choose_type` for `tensor`; SourceError where a factor folded into it would be rounded by that type alone.
 
-    A power of two moves exponents alone. Another factor costs F32 one rounding, as it does the run time that multiplies
-    by it, and Q8_0 nothing, whose scales are free; but 16-bit weights that were stored exactly would all be rounded.
+    A power of two moves exponents, which changes nothing (but how many weights are subnormal in F16). Another factor
+    costs F32 one rounding, as it does the run time that multiplies by it, and Q8_0 nothing, whose scales are free; but
+    16-bit weights that were stored exactly would all be rounded.
     """
+    type_ = choose_type(target, tensor.spec.shape, outtype)
     if isinstance(tensor, Scale) and type_ in (F16, BF16) and math.frexp(tensor.factor)[0] not in (0.5, -0.5, 0.0):
         raise SourceError(
             f"the model scales these weights by {tensor.factor:g}, which {type_.name} cannot hold exactly",
             tensor=target,
             hint="--outtype f32, or q8_0",
         )
+    return type_

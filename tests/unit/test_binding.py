@@ -1,0 +1,298 @@
+"""Holding a recipe against a checkpoint: what agrees is bound, and whatever does not is said, all at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamconv.binding import match_name
+from streamconv.errors import SourceError
+from streamconv.graph import Resident, TensorSpec, Widen
+from streamconv.outtypes import BF16
+from streamconv.recipe import Computed, Config, Dim, Drop, Key, Model, PairHalves, Part, PerLayer, Recipe, Tensor
+from tests import inmemory
+from tests.inmemory import ABSENT, bound, made, target
+
+LAYER, BLOCK = "layers.{i}.", "blk.{i}."
+
+TOY = Recipe(
+    arch="toy",
+    hf_names=("ToyForCausalLM",),
+    model_type="toy",
+    dims={
+        "L": Dim("n_layers"),
+        "H": Dim("hidden"),
+        "A": Dim("heads", "H/D"),
+        "D": Dim("head_dim", "H/A"),
+        "E": Dim("experts"),
+        "M": Dim("width"),
+        "W": Dim("window", 7),
+    },
+    tensors=(
+        Tensor("embed.weight", "token_embd.weight", "11 H"),
+        Tensor(LAYER + "q.weight", BLOCK + "attn_q.weight", "A*D H", rows=PairHalves("A"), only="mixer=attention"),
+        Tensor(LAYER + "q.bias", BLOCK + "attn_q.bias", "A*D", required="bias", only="mixer=attention"),
+        Tensor(LAYER + "conv.weight", BLOCK + "conv.weight", "H 1 3", only="mixer=conv"),
+        Tensor(LAYER + "norm.weight", BLOCK + "norm.weight", "H"),
+        Tensor(LAYER + "experts.{e}.up.weight", BLOCK + "up_exps.weight", "M H"),
+        Tensor(LAYER + "experts.gate_up", BLOCK + "up_exps.weight", "E 2*M H", part=Part(1, 2)),
+        Tensor(LAYER + "offset", BLOCK + "offset.bias", "H", required=False),
+        Tensor("lm_head.weight", "output.weight", "11 H", required=False),
+    ),
+    computed=(
+        Computed(BLOCK + "offset.bias", lambda model: np.zeros(model.dims["H"], np.float32)),
+        Computed("table.weight", lambda model: None),
+    ),
+    drops=(Drop(LAYER + "cache", "is not needed"),),
+    axes={"mixer": ("attention", "conv")},
+    claims=lambda config, n_layers: {"mixer": config.list_of("kinds", str)},
+    refuse=lambda model: ["twisted is true"] if model.config.flag("twisted") else [],
+    keys=(
+        Key("{arch}.block_count", "L"),
+        Key("{arch}.heads", PerLayer("mixer", {"attention": "A", "conv": 0})),
+        Key("{arch}.missing", lambda model: None),
+    ),
+    tied_by_default=True,
+)
+
+CONFIG: dict[str, Any] = {
+    "n_layers": 2,
+    "hidden": 6,
+    "heads": 2,
+    "head_dim": 4,
+    "experts": 3,
+    "width": 5,
+    "kinds": ["conv", "attention"],
+}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embed.weight": (11, 6),
+    "layers.0.conv.weight": (6, 1, 3),
+    "layers.1.q.weight": (8, 6),
+    **{f"layers.{i}.norm.weight": (6,) for i in range(2)},
+    **{f"layers.{i}.experts.{e}.up.weight": (5, 6) for i in range(2) for e in range(3)},
+}
+
+
+def toy(shapes: dict[str, tuple[int, ...]] | None = None, **overrides: Any) -> Model:
+    return bound(CONFIG, made(SHAPES | (shapes or {})), TOY, **overrides)
+
+
+def without(*names: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in SHAPES.items() if name not in names}
+
+
+def complaint(shapes: dict[str, tuple[int, ...]] | None = None, **overrides: Any) -> str:
+    """What bind says of the toy's tensors, or of other `shapes` altogether."""
+    with pytest.raises(SourceError) as caught:
+        bound(CONFIG, made(SHAPES if shapes is None else shapes), TOY, **overrides)
+    assert str(caught.value).startswith("model: cannot be converted as toy: ")
+    return caught.value.message
+
+
+# ---------------------------------------------------------------- what agrees
+
+
+def test_targets_stand_layer_by_layer_in_the_recipes_order() -> None:
+    assert [one.name for one in toy().targets] == [
+        "token_embd.weight",
+        "blk.0.conv.weight",
+        "blk.0.norm.weight",
+        "blk.0.up_exps.weight",
+        "blk.0.offset.bias",
+        "blk.1.attn_q.weight",
+        "blk.1.norm.weight",
+        "blk.1.up_exps.weight",
+        "blk.1.offset.bias",
+    ]
+
+
+def test_sources_are_stacked_squeezed_and_permuted() -> None:
+    model, stored = toy(), made(SHAPES)
+    experts = np.stack([stored[f"layers.1.experts.{e}.up.weight"].values for e in range(3)])
+    np.testing.assert_array_equal(target(model, "blk.1.up_exps.weight"), experts)
+    np.testing.assert_array_equal(target(model, "blk.0.conv.weight"), stored["layers.0.conv.weight"].values[:, 0])
+    heads = stored["layers.1.q.weight"].values.reshape(2, 2, 2, 6).swapaxes(1, 2).reshape(8, 6)
+    np.testing.assert_array_equal(target(model, "blk.1.attn_q.weight"), heads)
+
+
+def test_an_alternative_source_gives_the_same_target() -> None:
+    shapes = without(*(f"layers.1.experts.{e}.up.weight" for e in range(3))) | {"layers.1.experts.gate_up": (3, 10, 6)}
+    stored = made(shapes)
+    model = bound(CONFIG, stored, TOY)
+    np.testing.assert_array_equal(
+        target(model, "blk.1.up_exps.weight"), stored["layers.1.experts.gate_up"].values[:, 5:]
+    )
+
+
+def test_a_stored_tensor_comes_before_a_computed_one() -> None:
+    model = toy({"layers.1.offset": (6,)})
+    assert not target(model, "blk.0.offset.bias").any()
+    assert target(model, "blk.1.offset.bias").all()
+
+
+def test_a_dropped_source_is_no_target_and_no_problem() -> None:
+    assert len(toy({"layers.0.cache": (9, 9)}).targets) == len(toy().targets)
+
+
+def test_experts_of_two_types_meet_in_float32() -> None:
+    class Half(inmemory.Stored):
+        def lazy(self) -> Resident:
+            tensor = Resident(self.values)
+            tensor.spec = TensorSpec(tensor.spec.shape, BF16)
+            return tensor
+
+    stored = made(SHAPES)
+    stored["layers.0.experts.1.up.weight"] = Half(stored["layers.0.experts.1.up.weight"].values)
+    (stack,) = (one.tensor for one in bound(CONFIG, stored, TOY).targets if one.name == "blk.0.up_exps.weight")
+    assert all(isinstance(parent, Widen) for parent in stack.parents)
+
+
+def test_keys_follow_the_kinds() -> None:
+    assert inmemory.keys(toy()) == {"block_count": 2, "heads": [0, 2]}
+
+
+@pytest.mark.parametrize("key", ["n_layers", "hidden", "heads", "head_dim", "experts", "width", "kinds"])
+@pytest.mark.parametrize("value", [ABSENT, None])
+def test_what_the_config_does_not_say_follows_from_the_tensors(key: str, value: object) -> None:
+    model = toy(**{key: value})
+    assert model.dims == {"L": 2, "H": 6, "A": 2, "D": 4, "E": 3, "M": 5, "W": 7}
+    assert model.kinds == {"mixer": ["conv", "attention"]}
+
+
+# ---------------------------------------------------------------- what does not
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("n_layers", 1, "tensors with no place in the model (n_layers=1, experts=3): layers.1.q.weight, "),
+        ("n_layers", 3, "layer 2 with no tensors of attention or conv"),
+        ("hidden", 9, "embed.weight has shape [11, 6], expected [11, 9] from hidden=9"),
+        ("heads", 4, "layers.1.q.weight has shape [8, 6], expected [16, 6] from heads=4, head_dim=4, hidden=6"),
+        ("experts", 2, "(n_layers=2, experts=2): layers.0.experts.2.up.weight, layers.1.experts.2.up.weight"),
+        ("experts", 4, "missing tensors: layers.0.experts.3.up.weight, layers.1.experts.3.up.weight"),
+        ("experts", 1 << 30, "missing tensors: layers.0.experts.3.up.weight, layers.1.experts.3.up.weight"),
+        ("width", 6, "expected [6, 6] from width=6, hidden=6 (and 5 more like it)"),
+        ("kinds", ["conv", "conv"], "says that the mixer of layer 1 is 'conv', the tensors say 'attention'"),
+        ("kinds", ["conv"], "gives the mixer of 1 layers, of 2"),
+        ("kinds", ["conv", "mamba"], "the mixer of layer 1 is 'mamba'"),
+        ("bias", True, "missing tensors: layers.1.q.bias"),
+        ("twisted", True, "config.json: twisted is true"),
+    ],
+)
+def test_an_explicit_value_that_disagrees_is_named(key: str, value: object, message: str) -> None:
+    assert message in complaint(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (without("embed.weight"), "missing tensors: embed.weight"),
+        (without("layers.0.experts.1.up.weight"), "missing tensors: layers.0.experts.1.up.weight"),
+        (without("layers.0.experts.0.up.weight"), "missing tensors: layers.0.experts.0.up.weight"),
+        (without("layers.1.q.weight"), "layer 1 with no tensors of attention or conv"),
+        (SHAPES | {"layers.0.q.weight": (8, 6)}, "layer 0 with tensors of attention and conv"),
+        (SHAPES | {"embed.wieght": (11, 6)}, "unknown tensors: embed.wieght"),
+        (SHAPES | {"layers.01.norm.weight": (6,)}, "unknown tensors: layers.01.norm.weight"),
+        (SHAPES | {"layers.0.experts.gate_up": (3, 10, 6)}, "blk.0.up_exps.weight has 2 sources"),
+        (SHAPES | {"layers.0.conv.weight": (6, 3)}, "layers.0.conv.weight has shape [6, 3], expected [6, 1, 3]"),
+        (SHAPES | {"layers.1.q.weight": ()}, "layers.1.q.weight has shape [], expected [8, 6]"),
+        (SHAPES | {"layers.1.norm.weight": (0,)}, "layers.1.norm.weight has shape [0], expected [6]"),
+        ({}, "missing tensors: embed.weight"),
+    ],
+)
+def test_a_tensor_out_of_place_is_named(shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    assert message in complaint(shapes)
+
+
+def test_all_disagreements_are_listed_at_once() -> None:
+    shapes = without("embed.weight", "layers.1.experts.2.up.weight") | {"stray": (1,), "layers.1.norm.weight": (5,)}
+    said = complaint(shapes, kinds=["attention", "attention"], twisted=True, tie_word_embeddings=False)
+    for part in (
+        "twisted is true",
+        "unknown tensors: stray",
+        "layers.1.norm.weight has shape [5]",
+        "the mixer of layer 0",
+        "missing tensors: embed.weight, layers.1.experts.2.up.weight",
+        "there is no lm_head.weight",
+    ):
+        assert part in said
+
+
+def test_many_alike_are_counted_and_not_listed() -> None:
+    said = complaint(SHAPES | {f"stray.{n}.x": (1,) for n in range(900)})
+    assert "unknown tensors: stray.0.x, stray.1.x, stray.2.x, stray.3.x and 896 more" in said
+    assert len(said) < 300
+
+
+def test_a_flag_that_denies_a_stored_tensor_is_a_disagreement() -> None:
+    shapes = SHAPES | {"layers.1.q.bias": (8,)}
+    assert "bias is false, and there are layers.1.q.bias" in complaint(shapes, bias=False)
+    assert "blk.1.attn_q.bias" in [one.name for one in toy(shapes, bias=True).targets]
+    assert "blk.1.attn_q.bias" in [one.name for one in toy(shapes).targets]
+
+
+def test_a_dim_that_nothing_tells_is_named() -> None:
+    assert "heads is not in config.json and does not follow" in complaint(
+        without("layers.1.q.weight"), heads=ABSENT, head_dim=ABSENT
+    )
+
+
+def test_heads_of_an_odd_size_cannot_be_paired() -> None:
+    shapes = SHAPES | {"layers.1.q.weight": (6, 6)}
+    assert "layers.1.q.weight has no heads of two halves" in complaint(shapes, head_dim=3)
+
+
+def test_more_layers_than_any_model_has_are_not_counted_through() -> None:
+    with pytest.raises(SourceError, match="layers are more than any model has"):
+        toy(n_layers=1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("tied", "head", "cautions"),
+    [(True, False, []), (True, True, ["head-on-tied"]), (False, True, []), (None, True, []), (None, False, [])],
+)
+def test_a_stored_head_is_written_whatever_the_config_says(tied: bool | None, head: bool, cautions: list[str]) -> None:
+    model = toy({"lm_head.weight": (11, 6)} if head else {}, tie_word_embeddings=tied)
+    assert ("output.weight" in [one.name for one in model.targets]) == head
+    assert [caution.code for caution in model.cautions] == cautions
+
+
+def test_a_recipe_that_is_untied_by_default_cautions_where_the_head_is_missing() -> None:
+    model = bound(CONFIG, made(SHAPES), replace(TOY, tied_by_default=False))
+    assert [caution.code for caution in model.cautions] == ["head-missing"]
+
+
+def test_refusals_alone_do_not_blame_the_files() -> None:
+    with pytest.raises(SourceError) as caught:
+        toy(twisted=True)
+    assert caught.value.hint == "the GGUF architecture cannot express this model"
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "numbers"),
+    [
+        ("model.norm.weight", "model.norm.weight", ()),
+        ("layers.12.w.weight", "layers.{i}.w.weight", (12,)),
+        ("layers.0.experts.7.w1", "layers.{i}.experts.{e}.w1", (0, 7)),
+        ("a.1.b.2.c.3.d", "a.{i}.b.{e}.c.{?}.d", (1, 2, 3)),
+        ("layers.007.w", "layers.007.w", ()),
+        ("layers.9999999.w", "layers.9999999.w", ()),
+        ("conv1.5", "conv1.5", ()),
+    ],
+)
+def test_names_are_templates_with_numbers(name: str, template: str, numbers: tuple[int, ...]) -> None:
+    assert match_name(name) == (template, numbers)
+
+
+def test_a_rule_over_the_config_is_named_by_its_label() -> None:
+    def twice(config: Config) -> int | None:
+        return 2 * (config.integer("half") or 0) or None
+
+    recipe = replace(TOY, dims={**TOY.dims, "M": Dim(twice, rule="twice the half")})
+    assert bound(CONFIG, made(SHAPES), recipe).dims["M"] == 5
+    with pytest.raises(SourceError, match=r"from twice the half=4, hidden=6"):
+        bound(CONFIG, made(SHAPES), recipe, half=2)

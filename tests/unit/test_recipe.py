@@ -1,0 +1,178 @@
+"""Finding a config's recipe, reading a config with suspicion, and what every recipe must be."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamconv.binding import match_name, parse_shape
+from streamconv.config import Config
+from streamconv.errors import SourceError
+from streamconv.gguf_format import MAX_NAME_NBYTES
+from streamconv.recipe import Recipe, all_recipes, find_recipe, recipe_of
+
+FILE = Path("model") / "config.json"
+RECIPES = pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.arch)
+
+
+def config(**raw: Any) -> Config:
+    return Config(raw, FILE)
+
+
+# ---------------------------------------------------------------- finding one
+
+
+@pytest.mark.parametrize(
+    ("raw", "arch"),
+    [
+        ({"architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2"}, "lfm2"),
+        ({"architectures": ["Lfm2MoeForCausalLM"]}, "lfm2moe"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "of some fork"}, "llama"),
+        ({"architectures": None, "model_type": "lfm2_moe"}, "lfm2moe"),
+        ({"architectures": [], "model_type": "llama"}, "llama"),
+        ({"architectures": ["LlamaForCausalLM"], "quantization_config": None}, "llama"),
+    ],
+)
+def test_the_config_names_its_recipe(raw: dict[str, Any], arch: str) -> None:
+    assert find_recipe(config(**raw)).arch == arch
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"architectures": ["Other"], "model_type": "llama"}, "Other is not supported"),
+        ({}, "a model without a name is not supported"),
+        ({"architectures": ["Lfm2VlForConditionalGeneration"], "text_config": {}}, "convert the text model's own"),
+        ({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+        ({"architectures": ["LlamaForCausalLM"], "quantization": {"bits": 4}}, "quantised (quantization)"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list of str"),
+        ({"architectures": [7]}, "architectures is [7], expected a list of str"),
+    ],
+)
+def test_what_is_not_supported_is_said(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        find_recipe(config(**raw))
+    assert message in str(caught.value)
+    assert caught.value.file == str(FILE)
+
+
+def test_the_supported_names_are_in_the_hint() -> None:
+    with pytest.raises(SourceError) as caught:
+        find_recipe(config(architectures=["Unknown"]))
+    names = [name for recipe in all_recipes() for name in recipe.hf_names]
+    assert caught.value.hint == f"supported: {', '.join(names)}"
+
+
+def test_a_gguf_architecture_has_its_recipe() -> None:
+    assert recipe_of("lfm2moe") in all_recipes()
+    assert recipe_of("mamba") is None
+
+
+# ---------------------------------------------------------------- what every recipe must be
+
+
+@RECIPES
+def test_shapes_and_keys_use_dims_that_the_recipe_has(recipe: Recipe) -> None:
+    factors = {f for row in recipe.tensors for extent in parse_shape(row.shape) for f in extent if not f.isdigit()}
+    named = {key.value for key in recipe.keys if isinstance(key.value, str)}
+    assert factors | named <= recipe.dims.keys()
+    assert {row.rows.heads for row in recipe.tensors if row.rows} <= recipe.dims.keys()
+
+
+@RECIPES
+def test_rows_are_limited_to_kinds_that_the_recipe_has(recipe: Recipe) -> None:
+    limits = {row.only for row in (*recipe.tensors, *recipe.computed)} - {""}
+    assert limits == {f"{axis}={kind}" for axis, kinds in recipe.axes.items() for kind in kinds}
+
+
+@RECIPES
+def test_source_names_are_templates(recipe: Recipe) -> None:
+    for row in (*recipe.tensors, *recipe.drops):
+        assert match_name(row.source.replace("{i}", "4").replace("{e}", "9"))[0] == row.source
+
+
+@RECIPES
+def test_target_names_fit_into_a_gguf(recipe: Recipe) -> None:
+    assert all(len(row.target.format(i=9999)) <= MAX_NAME_NBYTES for row in recipe.tensors)
+
+
+def test_no_name_belongs_to_two_recipes() -> None:
+    for names in (
+        [name for recipe in all_recipes() for name in recipe.hf_names],
+        [recipe.arch for recipe in all_recipes()],
+        [recipe.model_type for recipe in all_recipes()],
+    ):
+        assert len(names) == len(set(names))
+
+
+# ---------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize("key", ["absent", "null"])
+def test_absent_and_null_are_none(key: str) -> None:
+    read = config(null=None)
+    assert [read.integer(key), read.number(key), read.positive(key), read.flag(key), read.text(key)] == [None] * 5
+    assert (read.list_of(key, int), read.section(key)) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("reader", "value"),
+    [
+        ("integer", 0),
+        ("integer", -1),
+        ("integer", 4096.0),
+        ("integer", True),
+        ("integer", "4096"),
+        ("integer", 1 << 31),
+        ("number", math.inf),
+        ("number", 1e39),
+        ("number", 10**400),
+        ("number", False),
+        ("number", "1e-5"),
+        ("positive", 0),
+        ("positive", -1e-5),
+        ("flag", 1),
+        ("flag", "true"),
+        ("text", 7),
+        ("section", [1]),
+        ("section", "default"),
+    ],
+)
+def test_nonsense_is_an_error_that_names_the_key(reader: str, value: object) -> None:
+    with pytest.raises(SourceError, match=r"^model/config\.json: the_key is .*, expected "):
+        getattr(config(the_key=value), reader)("the_key")
+
+
+@pytest.mark.parametrize("value", [{}, "0", [1, True], [1, 2.0], [None]])
+def test_a_list_holds_one_kind(value: object) -> None:
+    with pytest.raises(SourceError, match="expected a list of int"):
+        config(the_key=value).list_of("the_key", int)
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(SourceError) as caught:
+        config(the_key="x" * 10_000).integer("the_key")
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("raw", "base", "kind"),
+    [
+        ({}, 7.0, "default"),
+        ({"rope_theta": 5}, 5.0, "default"),
+        ({"rope_theta": 5, "rope_parameters": {"rope_theta": 6.5, "rope_type": "linear"}}, 6.5, "linear"),
+        ({"rope_theta": 5, "rope_parameters": {"type": "yarn"}}, 5.0, "yarn"),
+        ({"rope_scaling": {"rope_theta": 3.0}, "rope_parameters": {"rope_theta": 6.5}}, 3.0, "default"),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_theta": 6.5}, "rope_theta": 5}, 5.0, "linear"),
+        ({"rope_scaling": None, "rope_parameters": {"rope_theta": 6.5}}, 6.5, "default"),
+        ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 6.5}}, 6.5, "default"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 8.0, "rope_type": "default"}}}, 8.0, "default"),
+        ({"theta": 9.0}, 7.0, "default"),
+    ],
+)
+def test_rope_is_found_where_transformers_looks(raw: dict[str, Any], base: float, kind: str) -> None:
+    assert (config(**raw).rope_base(7.0), config(**raw).rope_type) == (base, kind)
