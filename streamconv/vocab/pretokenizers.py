@@ -1,0 +1,200 @@
+"""Which of llama.cpp's pre-tokenizers does what a tokenizer.json says: a table from structure to name.
+
+Owns: the names, and what llama.cpp does under each. Does not own: reading the file (tokenizer_json.py).
+Invariant: a name follows from the structure alone. Token ids play no part, so added tokens and other vocabularies
+change nothing. Source: llm_tokenizer_bpe and llama_vocab::impl::load in src/llama-vocab.cpp of the llama.cpp inside
+llama-cpp-python 0.3.36. Tests hold each row against that run time; where the two are known to differ, the row says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import Caution, SourceError
+
+# A canonical structure: what is split at, step by step, before the bytes are spelled as letters.
+Steps = tuple[str, ...]
+DIGITS = "Digits, one by one"
+GPT2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits at by itself
+)
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_BLANK = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+_PUNCTUATION_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_HALVING_BLANKS = "|".join(rf"\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
+
+
+def _either(*alternatives: str) -> str:
+    return "|".join(alternatives)
+
+
+CL100K = _either(_CONTRACTION, _WORD, r"\p{N}{1,3}", _PUNCTUATION, _BLANK)
+QWEN2 = _either(_CONTRACTION, _WORD, r"\p{N}", _PUNCTUATION, _BLANK)
+QWEN35 = _either(_CONTRACTION, r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"\p{N}", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _BLANK)
+UFAKZEKA = _either(_WORD, r"\p{N}", _PUNCTUATION, _BLANK)
+SEED_CODER = _either(_CONTRACTION, _WORD, r"\p{N}{1}", r" ?[^\s\p{L}\p{N}\r\n]+", _BLANK)
+JAIS2 = _either(_CONTRACTION, _WORD, r"\p{N}{1,3}", _PUNCTUATION, r"\s*[\r\n]+", _HALVING_BLANKS, r"\s{1}")
+MINICPM5 = _either(_CONTRACTION, _WORD, r"\p{N}+", _PUNCTUATION, _BLANK)
+O200K = _either(*(f"{word}{_CONTRACTION}?" for word in _CASED), r"\p{N}{1,3}", _PUNCTUATION_SLASH, _BLANK)
+TEKKEN = _either(*_CASED, r"\p{N}", _PUNCTUATION_SLASH, _BLANK)
+DEEPSEEK_V3 = _either(
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+    "[^\r\n" + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    r" ?[\p{P}\p{S}]+" + "[\r\n]*",
+    r"\s*" + "[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A name of llama.cpp's; whether it takes a word that is a token as that token, before any merge; known faults."""
+
+    name: str
+    ignore_merges: bool = False
+    differs: str | None = None
+
+
+# The first name fits, unless the recipe asks for another or another has the `ignore_merges` of the file.
+PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
+    (CL100K,): (Runtime("llama-bpe", True), Runtime("lfm2", True), Runtime("smaug-bpe")),
+    (GPT2,): (Runtime("gpt-2"),),
+    (DIGITS, GPT2): (Runtime("smollm"),),
+    (QWEN2,): (Runtime("qwen2"),),
+    (QWEN35,): (Runtime("qwen35"),),
+    (UFAKZEKA,): (Runtime("ufakzeka"),),
+    (SEED_CODER,): (Runtime("seed-coder"),),
+    (JAIS2,): (Runtime("jais-2"),),
+    (r"\p{N}{1,3}", MINICPM5): (Runtime("minicpm5", True),),
+    (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_V3): (Runtime("deepseek-v3"),),
+    ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS): (
+        Runtime("deepseek-coder", differs="beside spaces that are not ASCII"),
+    ),
+    (O200K,): (Runtime("gpt-4o", differs="at combining marks"),),
+    (TEKKEN,): (Runtime("tekken", True, differs="at combining marks"),),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The name for `tokenizer.ggml.pre`. `ignore_merges` is the run time's, None where the table has no such name."""
+
+    name: str
+    ignore_merges: bool | None
+    cautions: tuple[Caution, ...] = ()
+
+
+def identify(
+    pre_tokenizer: Any, normalizer: Any, ignore_merges: bool, *, file: Path, default: str | None, override: str | None
+) -> Match:
+    """The pre-tokenizer of a byte-level BPE. SourceError for an unknown structure without `default` or `override`."""
+    steps = canonical_steps(pre_tokenizer)
+    known = PRE_TOKENIZERS.get(steps or (), ()) if _is_kept(normalizer) else ()
+    if override is not None:
+        return _overridden(override, known)
+    if not known:
+        what = "the pre-tokenizer" if _is_kept(normalizer) else "the normalizer"
+        if default is None:
+            problem = f"{what} is none that is known to be one of llama.cpp's"
+            raise SourceError(problem, file=file, hint="name one of llama.cpp's with --pre NAME")
+        message = f"{what} is none that is known; {default!r} is written, as this architecture's models have it"
+        return Match(default, _ignores_merges(default), (Caution("pre-tokenizer-unknown", message),))
+    names = [runtime.name for runtime in known]
+    fitting = [runtime for runtime in known if runtime.ignore_merges == ignore_merges]
+    chosen = known[names.index(default)] if default in names else (fitting or known)[0]
+    return Match(chosen.name, chosen.ignore_merges, tuple(_faults(chosen, normalizer)))
+
+
+def canonical_steps(pre_tokenizer: Any) -> Steps | None:
+    """The structure as a key of the table, flags without effect left out; None where it is none of that kind."""
+    steps: list[str] = []
+    is_byte_level = False
+    for part in _flattened(pre_tokenizer, "pretokenizers"):
+        step = _step(part)
+        if (
+            is_byte_level or step is None
+        ):  # after ByteLevel the text is spelled in letters, and classes mean other things
+            return None
+        is_byte_level = part["type"] == "ByteLevel"
+        steps += step
+    return tuple(steps) if is_byte_level else None
+
+
+def is_byte_level(part: Any) -> bool:
+    """Whether a pre-tokenizer or a decoder has a step that spells bytes as letters, or reads them."""
+    inner = "pretokenizers" if isinstance(part, Mapping) and "pretokenizers" in part else "decoders"
+    return any(step.get("type") == "ByteLevel" for step in _flattened(part, inner))
+
+
+def space_prefix(normalizer: Any, pre_tokenizer: Any) -> bool | None:
+    """Whether a llama-style tokenizer.json puts a space before a text; None where it does something else as well."""
+    match _flattened(normalizer, "normalizers"), _flattened(pre_tokenizer, "pretokenizers"):
+        case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], []:
+            return False
+        case [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ], []:
+            return True
+        case [], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]:
+            return {"first": True, "always": True, "never": False}.get(scheme) if isinstance(scheme, str) else None
+        case _:
+            return None
+
+
+def _step(part: Mapping[str, Any]) -> Sequence[str] | None:
+    match part:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return [] if part.get("use_regex", True) is False else [GPT2]
+        case {"type": "Digits", "individual_digits": True}:
+            return [DIGITS]
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}:
+            return [regex]  # inverted or not: what is between matches is isolated as well
+        case _:
+            return None
+
+
+def _flattened(part: Any, inner: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    if not isinstance(part, Mapping):
+        return [{}]
+    if part.get("type") != "Sequence":
+        return [part]
+    parts = part.get(inner)
+    return [step for element in parts for step in _flattened(element, inner)] if isinstance(parts, list) else [{}]
+
+
+def _is_kept(normalizer: Any) -> bool:
+    """llama.cpp has no normalizers for BPE. NFC changes few texts, and models that have it are run without."""
+    return all(part.get("type") == "NFC" for part in _flattened(normalizer, "normalizers"))
+
+
+def _overridden(name: str, known: tuple[Runtime, ...]) -> Match:
+    if known and name not in [runtime.name for runtime in known]:
+        message = f"{name!r} is written as asked; the structure in tokenizer.json is that of {known[0].name!r}"
+        return Match(name, _ignores_merges(name), (Caution("pre-tokenizer-override", message),))
+    return Match(name, _ignores_merges(name))
+
+
+def _ignores_merges(name: str) -> bool | None:
+    return next((r.ignore_merges for row in PRE_TOKENIZERS.values() for r in row if r.name == name), None)
+
+
+def _faults(runtime: Runtime, normalizer: Any) -> list[Caution]:
+    faults = []
+    if runtime.differs:
+        message = f"llama.cpp's {runtime.name!r} splits some texts otherwise {runtime.differs}"
+        faults.append(Caution("pre-tokenizer-differs", message))
+    if _flattened(normalizer, "normalizers"):
+        faults.append(Caution("normalizer-ignored", "the tokenizer composes characters (NFC) and llama.cpp does not"))
+    return faults
