@@ -51,24 +51,23 @@ def read_general(
     from gguf.utility import size_label
 
     total, shared, expert, n_experts = count_parameters(specs)
+    label = size_label(total, shared, expert, n_experts) if total > 0 and kind == "model" else None
     cautions = []
     fallback = name or directory.name
     with _quiet("gguf.metadata"):
         try:
             if any(f.stat().st_size > MAX_CARD_NBYTES for f in directory.glob("README.md")):
                 raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES >> 20} MiB")
-            metadata = Metadata.load(None, directory.absolute(), name, total)
+            # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
+            metadata = Metadata.load(None, directory.absolute(), name, total if kind == "model" else -total)
             metadata.name = metadata.name or fallback
-            if metadata.size_label is None and total > 0:
-                metadata.size_label = size_label(total, shared, expert, n_experts)
+            metadata.size_label = metadata.size_label or label
             writer = GGUFWriter("", arch)
             metadata.set_gguf_meta_model(writer)
             keys = tuple(_carried_over(writer.kv_data[0]))
         except Exception as error:  # gguf and yaml raise whatever comes; the card is optional
             cautions.append(Caution("model-card", f"the model card was left out: {type(error).__name__}: {error}"))
-            metadata = Metadata(
-                name=fallback, size_label=size_label(total, shared, expert, n_experts) if total > 0 else None
-            )
+            metadata = Metadata(name=fallback, size_label=label)
             writer = GGUFWriter("", arch)
             metadata.set_gguf_meta_model(writer)
             keys = tuple(_carried_over(writer.kv_data[0]))

@@ -1,0 +1,287 @@
+"""adapter_config.json, of PEFT and of MLX: the one exact scale of every module, and what no GGUF adapter can carry.
+
+Owns: what the configuration says. Does not own: the tensors beside it (lora_file.py), what the base has (lora.py).
+Invariant: W' = W + s * B @ A with the s that training used, or a problem: a default that would make another s is never
+taken in silence.
+
+Sources: PEFT 0.21.2, tuners/lora/{config,layer,variants}.py and get_pattern_key in utils/other.py; mlx-lm,
+tuner/lora.py and tuner/utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from streamconv.config import Config
+from streamconv.errors import Caution
+
+# PEFT's defaults, taken where a key is absent, as PEFT itself does when it loads such a file.
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0
+
+# Initialisations that leave the base alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change its weights when
+# the adapter is loaded. An adapter that was saved as a conversion to plain LoRA says true.
+HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# What PEFT 0.21.2 writes. A key that it does not know is one of a version that may compute something else.
+PEFT_KEYS = frozenset(
+    (
+        *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path"),
+        *("bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out"),
+        *("inference_mode", "init_lora_weights", "invocation_string", "kasa_config", "layer_replication"),
+        *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout"),
+        *("lora_ga_config", "megatron_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type"),
+        *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules"),
+        *("target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
+        *("use_rslora", "velora_config"),
+    )
+)
+
+MAX_PATTERN_LENGTH = 500
+MAX_WILDCARDS = 3  # in a pattern: with more, one match may take time without end
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why an adapter cannot be carried. `code` is stable; `modules` are those concerned, none where all are."""
+
+    code: str
+    message: str
+    modules: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.modules:
+            return self.message
+        more = f" and {len(self.modules) - 1} more" if len(self.modules) > 1 else ""
+        return f"{self.modules[0]}{more}: {self.message}"
+
+
+class LoraConfig(Protocol):
+    """What is asked of either kind of configuration."""
+
+    problems: list[Problem]
+    cautions: list[Caution]
+    is_dora: bool
+    invocation_tokens: tuple[int, ...]  # of an activated LoRA (aLoRA)
+
+    def scale(self, module: str, rank: int) -> float:
+        """The s of `module`, whose factors have this rank."""
+        ...
+
+    def rank(self, module: str) -> int | None:
+        """The rank that the configuration gives `module`, None where it says nothing."""
+        ...
+
+    def module_problems(self, module: str) -> Iterator[Problem]:
+        """Why this module is no plain LoRA."""
+        ...
+
+    def replicated_layers(self, n_layers: int) -> bool:
+        """Whether the adapter is one for another stack of layers than the base's."""
+        ...
+
+
+def read_lora_config(config: Config, scale: float | None = None) -> LoraConfig:
+    """The configuration in an adapter_config.json; `scale` is the absolute s of every module, where the user gave one.
+
+    What it rules out is listed in `problems`. SourceError where a value has the wrong type.
+    """
+    if "peft_type" not in config.raw and isinstance(config.raw.get("lora_parameters"), dict):
+        return MlxConfig(config, scale)
+    result = PeftConfig(config, scale)
+    if not config.raw.keys() & {"peft_type", "r", "lora_alpha"} and scale is None:
+        result.problems.append(Problem("config", "adapter_config.json is neither PEFT's nor MLX's: it has no scale"))
+    return result
+
+
+@dataclass(slots=True)
+class _Pattern:
+    """A value for the modules that a regular expression of the configuration matches."""
+
+    key: str
+    regex: re.Pattern[str]
+    value: float
+
+
+@dataclass(slots=True)
+class PeftConfig:
+    """PEFT: s = alpha / r, or alpha / sqrt(r) for rsLoRA, both by the module's name."""
+
+    config: Config
+    fixed_scale: float | None = None
+    problems: list[Problem] = field(default_factory=list)
+    cautions: list[Caution] = field(default_factory=list)
+    is_dora: bool = False
+    is_rslora: bool = False
+    invocation_tokens: tuple[int, ...] = ()
+    default_rank: int = DEFAULT_RANK
+    default_alpha: float = DEFAULT_ALPHA
+    _ranks: list[_Pattern] = field(default_factory=list)
+    _alphas: list[_Pattern] = field(default_factory=list)
+    _block_diagonal: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.is_dora = config.flag("use_dora") or False
+        self.is_rslora = config.flag("use_rslora") or False
+        self.default_rank = config.integer("r") or DEFAULT_RANK
+        alpha = config.number("lora_alpha")
+        self.default_alpha = DEFAULT_ALPHA if alpha is None else alpha
+        if alpha is None and self.fixed_scale is None:
+            self.cautions.append(Caution("alpha-default", f"no lora_alpha: PEFT's default {DEFAULT_ALPHA:g} was used"))
+        self._ranks = list(self._patterns("rank_pattern"))
+        self._alphas = list(self._patterns("alpha_pattern"))
+        self._block_diagonal = tuple(self._bd_lora())
+        self.invocation_tokens = tuple(self._invocation_tokens())
+        self.problems += self._variants()
+        unknown = sorted(key for key, value in config.raw.items() if key not in PEFT_KEYS and value)
+        if unknown:
+            message = f"adapter_config.json has keys that are not known here and were ignored: {', '.join(unknown)}"
+            self.cautions.append(Caution("unknown-config", message))
+
+    def scale(self, module: str, rank: int) -> float:
+        if self.fixed_scale is not None:
+            return self.fixed_scale
+        return _first(self._alphas, module, self.default_alpha) / (math.sqrt(rank) if self.is_rslora else rank)
+
+    def rank(self, module: str) -> int | None:
+        if self.fixed_scale is not None:
+            return None
+        return int(_first(self._ranks, module, self.default_rank))
+
+    def module_problems(self, module: str) -> Iterator[Problem]:
+        if any(part in module for part in self._block_diagonal):
+            yield Problem("bd-lora", "BD-LoRA: a factor is stored as the blocks of a diagonal")
+
+    def replicated_layers(self, n_layers: int) -> bool:
+        ranges = self.config.list_of("layer_replication", list) or []
+        if not all(len(pair) == 2 and all(type(bound) is int for bound in pair) for pair in ranges):
+            raise self.config.wrong("layer_replication", "a list of pairs of layers")
+        layers: list[int] = []
+        for first, last in ranges:
+            if not 0 <= first <= last <= n_layers or len(layers) > n_layers:
+                return True
+            layers += range(first, last)
+        return bool(ranges) and layers != list(range(n_layers))
+
+    def _patterns(self, key: str) -> Iterator[_Pattern]:
+        """The patterns under `key` in file order, each with what PEFT puts around it."""
+        section = self.config.section(key)
+        for pattern in section.raw if section else ():
+            assert section is not None
+            value = section.integer(pattern) if key == "rank_pattern" else section.number(pattern)
+            if value is None:
+                raise section.wrong(pattern, "a number")
+            try:
+                yield _Pattern(pattern, _compiled(pattern), value)
+            except ValueError as error:
+                self.problems.append(Problem("pattern", f"{key}: {pattern[:60]!r} {error}"))
+
+    def _bd_lora(self) -> Iterator[str]:
+        """What a module's name must hold for one of its factors to be block-diagonal (BdLoraLinearVariant)."""
+        section = self.config.section("use_bdlora")
+        if section is not None and section.integer("nblocks") != 1:
+            for key in ("target_modules_bd_a", "target_modules_bd_b"):
+                yield from section.list_of(key, str) or ()
+
+    def _invocation_tokens(self) -> Iterator[int]:
+        tokens = self.config.list_of("alora_invocation_tokens", int)
+        if not tokens and self.config.raw.get("invocation_string"):
+            message = "invocation_string without alora_invocation_tokens: write the ids of its tokens into the config"
+            self.problems.append(Problem("invocation", message))
+        for token in tokens or ():
+            if not 0 <= token < 1 << 32:
+                raise self.config.wrong("alora_invocation_tokens", "a list of token ids")
+            yield token
+
+    def _variants(self) -> Iterator[Problem]:
+        """Kinds of LoRA that compute something else, whatever the tensors are called."""
+        raw = self.config.raw
+        peft_type = self.config.text("peft_type")
+        if peft_type not in (None, "LORA"):
+            yield Problem("peft-type", f"peft_type is {peft_type}, not LORA")
+        init = raw.get("init_lora_weights", True)
+        if init is not None and not any(init is known or init == known for known in HARMLESS_INITS):
+            yield Problem(
+                "init",
+                f"init_lora_weights is {str(init)[:40]!r}: loading it changes the base's weights; "
+                "save it with path_initial_model_for_weight_conversion, as plain LoRA",
+            )
+        for key, name in (("arrow_config", "Arrow"), ("kasa_config", "KaSA")):
+            if raw.get(key) is not None:
+                yield Problem(key.removesuffix("_config"), f"{name} ({key}) computes more than B @ A")
+
+
+@dataclass(slots=True)
+class MlxConfig:
+    """MLX: s = lora_parameters.scale, as mlx-lm computes since 2024-06-02."""
+
+    config: Config
+    fixed_scale: float | None = None
+    problems: list[Problem] = field(default_factory=list)
+    cautions: list[Caution] = field(default_factory=list)
+    is_dora: bool = False
+    invocation_tokens: tuple[int, ...] = ()
+    _scale: float = 0.0
+    _rank: int | None = None
+
+    def __post_init__(self) -> None:
+        parameters = self.config.section("lora_parameters")
+        assert parameters is not None
+        kind = self.config.text("fine_tune_type")
+        self.is_dora = kind == "dora" or (kind is None and bool(self.config.flag("use_dora")))
+        if kind == "full":
+            self.problems.append(Problem("full", "fine_tune_type is full: whole weights, convert the model they make"))
+        elif kind not in (None, "lora", "dora"):
+            self.problems.append(Problem("fine-tune-type", f"fine_tune_type is {kind[:40]!r}, neither lora nor dora"))
+        self._rank = parameters.integer("rank")
+        scale, alpha = parameters.number("scale"), parameters.number("alpha")
+        if self.fixed_scale is not None:
+            self._scale = self.fixed_scale
+        elif scale is None:
+            self.problems.append(Problem("scale", "lora_parameters has no scale: give it with --scale"))
+        else:
+            self._scale = scale
+            self._check_alpha(scale, alpha, is_new=kind is not None)
+
+    def _check_alpha(self, scale: float, alpha: float | None, *, is_new: bool) -> None:
+        if not alpha or not self._rank or alpha == self._rank:
+            return
+        older = scale * alpha / self._rank
+        why = "fine_tune_type shows that" if is_new else "since June 2024"
+        message = (
+            f"scale {scale:g} was used, and alpha {alpha:g} was not: {why} mlx-lm computes with scale alone; "
+            f"for an adapter trained with scale * alpha / rank give --scale {older:g}"
+        )
+        self.cautions.append(Caution("mlx-alpha", message))
+
+    def scale(self, module: str, rank: int) -> float:
+        return self._scale
+
+    def rank(self, module: str) -> int | None:
+        return None if self.fixed_scale is not None else self._rank
+
+    def module_problems(self, module: str) -> Iterator[Problem]:
+        return iter(())
+
+    def replicated_layers(self, n_layers: int) -> bool:
+        return False
+
+
+def _first(patterns: list[_Pattern], module: str, default: float) -> float:
+    """The value of the first pattern, in file order, that matches the module's name (PEFT's get_pattern_key)."""
+    return next((pattern.value for pattern in patterns if pattern.regex.match(module)), default)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """`pattern` as PEFT matches it. ValueError, saying why, where it is none, or where matching it might not end."""
+    n_wildcards = len(re.findall(r"[*+{]", pattern))
+    if len(pattern) > MAX_PATTERN_LENGTH or n_wildcards > MAX_WILDCARDS or re.search(r"\)[*+{]", pattern):
+        raise ValueError("is too intricate a pattern for a module's name")
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None

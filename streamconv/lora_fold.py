@@ -1,0 +1,205 @@
+"""One alpha for a whole adapter: what modules need beyond it is folded into their lora_b.
+
+Owns: the alpha, the pairs of lazy tensors that are written, and whether a folded scale is exact in a factor's own type.
+Does not own: what the adapter is (lora.py), types that the user asked for (adapter.py).
+Invariant: alpha / rank * b @ a of every pair is the trained change, in the rows of the base's GGUF tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from streamconv.graph import (
+    F32,
+    Bytes,
+    LazyTensor,
+    PairHalves,
+    Piece,
+    Scale,
+    Stack,
+    TensorSpec,
+    Transpose,
+    Widen,
+    Workspace,
+    peak_nbytes,
+    read,
+)
+from streamconv.lora import LoraModule
+from streamconv.lora_config import Problem
+from streamconv.scratch import Scratch
+
+MAX_ALPHA = 3.4e38  # of float32, which adapter.lora.alpha is
+SIGNIFICANT_DIGITS = 12  # of an alpha: s * r is rounded there, so that alpha / r * r is alpha again
+READ_NBYTES = 1 << 20
+
+
+class Zeros(LazyTensor):
+    """A tensor of zeros: the B of a module that is switched off."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+
+    def needs(self, rows: range) -> Iterator[Piece]:
+        return iter(())
+
+    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
+        out[:] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """lora_a and lora_b of one target, with the types that lose nothing. `origin`: all that made them as they are."""
+
+    target: str
+    a: LazyTensor
+    b: LazyTensor
+    a_type: GGMLQuantizationType
+    b_type: GGMLQuantizationType
+    changed: TensorSpec  # of the base's tensor
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """An adapter with one alpha."""
+
+    alpha: float
+    pairs: tuple[Pair, ...]
+    problems: tuple[Problem, ...]
+
+
+def fold(modules: Sequence[LoraModule]) -> Folded:
+    """The modules' pairs in order, experts of a layer stacked, and the alpha that is right for all of them.
+
+    Factors are read only where a scale has to be folded into them.
+    """
+    needed = [_rounded(module.scale * (module.slot.factor or 0.0) * module.rank) for module in modules]
+    alpha = choose_alpha(needed) or float(modules[0].rank)
+    pairs, problems = [], []
+    if abs(alpha) > MAX_ALPHA:
+        problems.append(Problem("alpha", f"its alpha is {alpha:g}, more than a file can hold"))
+    for target, group in groupby(zip(modules, needed, strict=True), key=lambda item: item[0].slot.target):
+        made = []
+        for module, wanted in group:
+            pair, problem = _pair(module, wanted / alpha)
+            made.append((module, pair))
+            problems += [problem] if problem else []
+        if made[0][0].slot.expert is None:
+            pairs.append(made[0][1])
+        elif len({module.rank for module, _ in made}) > 1:
+            problems.append(Problem("experts", f"the experts of {target} have different ranks"))
+        else:
+            pairs.append(_stacked({module.slot.expert or 0: pair for module, pair in made}, made[0][0].slot.n_experts))
+    return Folded(alpha, tuple(pairs), tuple(problems))
+
+
+def choose_alpha(needed: Sequence[float]) -> float:
+    """Of the alphas that modules need, the one that leaves fewest of them with an inexact fold, and most with none.
+
+    0 where no module needs any.
+    """
+    candidates = dict.fromkeys(value for value in needed if value)
+    return max(
+        candidates,
+        key=lambda alpha: (sum(is_power_of_two(value / alpha) for value in needed), sum(v == alpha for v in needed)),
+        default=0.0,
+    )
+
+
+def is_power_of_two(ratio: float) -> bool:
+    """Whether multiplying by `ratio` only moves an exponent; true of 0, which leaves nothing to be inexact."""
+    return abs(math.frexp(ratio)[0]) in (0.0, 0.5)
+
+
+def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
+    """All rows of a tensor in order as float32, some at a time; each slab is valid until the next."""
+    wide = Widen(tensor)
+    n_rows = max(1, READ_NBYTES // wide.spec.row_nbytes)
+    work = Workspace(Scratch(peak_nbytes(wide, n_rows)))
+    out = np.empty(n_rows * wide.spec.row_nbytes, dtype=np.uint8)
+    for start in range(0, wide.spec.n_rows, n_rows):
+        rows = range(start, min(start + n_rows, wide.spec.n_rows))
+        part = out[: len(rows) * wide.spec.row_nbytes]
+        read(wide, rows, part, work)
+        yield part.view("<f4").reshape(len(rows), wide.spec.n_columns)
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def _pair(module: LoraModule, ratio: float) -> tuple[Pair, Problem | None]:
+    """The pair of a module whose B takes `ratio`; a problem where the product leaves float32's range."""
+    slot, a, b = module.slot, module.a, module.b
+    b_type, problem = b.spec.type, None
+    if slot.heads:
+        b = PairHalves(b, slot.heads)
+    if ratio == 0:
+        b = Zeros(b.spec)
+    elif ratio != 1:
+        is_exact, overflows = _try_scale(b, ratio)
+        b_type = b_type if is_exact else F32
+        b = Scale(b, ratio)
+        if overflows:
+            problem = Problem("overflow", f"lora_B times {ratio:g} exceeds float32", (module.name,))
+    turned = [isinstance(factor, Transpose) for factor in (module.a, module.b)]
+    changed = TensorSpec((*module.b.spec.shape[:-1], module.a.spec.shape[-1]), F32)
+    if slot.is_embedding:
+        a, changed = _turned(a), TensorSpec(changed.shape[::-1], F32)
+    origin = f"{slot.target} turned={turned} heads={slot.heads} ratio={ratio!r}"
+    return Pair(slot.target, a, b, a.spec.type, b_type, changed, origin), problem
+
+
+def _turned(tensor: LazyTensor) -> LazyTensor:
+    return tensor.parents[0] if isinstance(tensor, Transpose) else Transpose(tensor)
+
+
+def _stacked(pairs: dict[int, Pair], n_experts: int) -> Pair:
+    """The pairs of a layer's experts as one; an expert that the adapter leaves alone gets zeros."""
+    one = next(iter(pairs.values()))
+    chosen = [pairs.get(e) for e in range(n_experts)]
+    a = _stack([pair.a if pair else None for pair in chosen], one.a.spec)
+    b = _stack([pair.b if pair else None for pair in chosen], one.b.spec)
+    types = [{pair.a_type for pair in pairs.values()}, {pair.b_type for pair in pairs.values()}]
+    a_type, b_type = (kinds.pop() if len(kinds) == 1 else F32 for kinds in types)
+    origin = "\n".join(f"{e} {pair.origin}" for e, pair in pairs.items())
+    return Pair(one.target, a, b, a_type, b_type, TensorSpec((n_experts, *one.changed.shape), F32), origin)
+
+
+def _stack(parts: Sequence[LazyTensor | None], spec: TensorSpec) -> LazyTensor:
+    tensors = [part or Zeros(spec) for part in parts]
+    alike = len({tensor.spec.type for tensor in tensors}) == 1
+    return Stack(tensors if alike else [Widen(tensor) for tensor in tensors])
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+
+
+def _try_scale(b: LazyTensor, ratio: float) -> tuple[bool, bool]:
+    """Whether every product with `ratio` is a number of b's own type, and whether one is beyond float32."""
+    factor = np.float32(ratio)
+    is_exact = is_power_of_two(ratio)
+    overflows = False
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for values in slabs(b):
+            values = values[np.isfinite(values)]
+            scaled = values * factor
+            overflows = overflows or not np.isfinite(scaled).all()
+            is_exact = is_exact and bool((_narrowed(scaled, b.spec.type) / factor == values).all())
+    return is_exact, overflows
+
+
+def _narrowed(values: NDArray[np.float32], type_: GGMLQuantizationType) -> NDArray[np.float32]:
+    """The values as `type_` holds them, those it does not hold changed somehow."""
+    if type_ == GGMLQuantizationType.F16:
+        return values.astype(np.float16).astype(np.float32)
+    if type_ == GGMLQuantizationType.BF16:
+        return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return values

@@ -1,0 +1,227 @@
+"""Adapters as the converter of Ollama's first LFM2 release wrote them, to reproduce or compare old files.
+
+Owns: that converter's choices, which differ from what was trained: the heads' permutation goes to lora_a (of a PEFT
+file to a reinterpreted buffer), with head_count for K too, and of the configuration's scale it takes alpha alone.
+Does not own: what is right (lora_fold.py).
+Invariant: bytes, order, types and keys are Ollama's, and the run says how far the file is from the trained adapter.
+
+Source: convert/convert_llama_adapter.go and convert.go in ollama@01cf7445, and measured on what it wrote.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType, LlamaFileType
+from numpy.typing import NDArray
+
+from streamconv.base_model import BaseModel
+from streamconv.checkpoint import SourceTensor
+from streamconv.config import Config
+from streamconv.errors import Caution
+from streamconv.gguf_format import KeyValue
+from streamconv.graph import Bytes, LazyTensor, PairHalves, Piece, Scale, TensorSpec, Transpose, Workspace
+from streamconv.lora import LoraModule
+from streamconv.lora_config import Problem
+from streamconv.lora_file import Factors
+from streamconv.lora_fold import slabs
+
+ARCH = "llama"
+HEAD_COUNT = "llama.attention.head_count"
+# The tensors it has names for, each with whether its lora_a is permuted.
+_TARGETS = re.compile(r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)\.weight")
+_PERMUTED = ("attn_q", "attn_k")
+_F16, _BF16 = GGMLQuantizationType.F16, GGMLQuantizationType.BF16
+
+
+class Reflow(LazyTensor):
+    """The same elements in the same order under another number of columns; not a transpose."""
+
+    def __init__(self, parent: LazyTensor, shape: tuple[int, int]) -> None:
+        self.spec = TensorSpec(shape, parent.spec.type)
+        self.parents = (parent,)
+
+    def needs(self, rows: range) -> Iterator[Piece]:
+        first, last = rows.start * self.spec.row_nbytes, rows.stop * self.spec.row_nbytes
+        width = self.parents[0].spec.row_nbytes
+        yield Piece(self.parents[0], range(first // width, -(-last // width)))
+
+    def largest_piece(self, parent: LazyTensor, n_rows: int) -> int:
+        return min(-(-n_rows * self.spec.row_nbytes // parent.spec.row_nbytes) + 1, parent.spec.n_rows)
+
+    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
+        assert piece is not None
+        skipped = rows.start * self.spec.row_nbytes - piece.rows.start * piece.parent.spec.row_nbytes
+        out[:] = slab[skipped : skipped + out.nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyTensor:
+    """One tensor of the file: its name, rows and type, and where it comes from."""
+
+    target: str
+    tensor: LazyTensor
+    type: GGMLQuantizationType
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyAdapter:
+    """What Ollama's converter would write."""
+
+    keys: tuple[KeyValue, ...]
+    tensors: tuple[LegacyTensor, ...]
+    cautions: tuple[Caution, ...]
+
+
+def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Config) -> Iterator[Problem]:
+    """Why Ollama's converter would end, or write what nothing loads."""
+    if base.recipe.arch != ARCH:
+        yield Problem("legacy-arch", f"ollama-legacy has adapters for {ARCH} alone, the base is {base.recipe.arch}")
+        return
+    others = [module.name for module in modules if not _TARGETS.fullmatch(module.slot.target)]
+    if others:
+        yield Problem("legacy-module", "ollama-legacy has no name for it", tuple(others))
+    alpha = config.raw.get("lora_alpha")
+    if alpha is not None and (type(alpha) is not int or not 0 <= alpha < 1 << 32):
+        yield Problem("legacy-alpha", f"ollama-legacy takes whole numbers for lora_alpha, not {alpha!r}")
+    for module in modules:
+        heads, longest = _heads(module, base, config), max(module.a.spec.shape)
+        if heads and longest % (2 * heads):
+            message = f"ollama-legacy takes lora_a's {longest} for {heads} heads of two halves, which they are not"
+            yield Problem("legacy-heads", message, (module.name,))
+
+
+def legacy_adapter(
+    base: BaseModel, modules: Sequence[LoraModule], stored: Mapping[str, Factors], config: Config
+) -> LegacyAdapter:
+    """Keys, tensors and order as Ollama's converter has them, and how far each Q and K is from what was trained."""
+    alpha = _alpha(config)
+    made, cautions = [], [_warning()]
+    for module in modules:
+        factors = stored[module.name]
+        assert factors.a is not None and factors.b is not None
+        a = _written(f"{module.slot.target}.lora_a", factors.a, _heads(module, base, config))
+        b = _written(f"{module.slot.target}.lora_b", factors.b, 0)
+        made += [a, b]
+        if _is_permuted(module):
+            cautions.append(_distance_caution(module, a.tensor, b.tensor, _scale(alpha, module.rank)))
+    cautions += _ignored_scales(modules, alpha)
+    if config.raw.get("alora_invocation_tokens"):
+        cautions.append(Caution("legacy-ignored", "alora_invocation_tokens are left out: the adapter is always on"))
+    return LegacyAdapter(tuple(_keys(base, alpha)), tuple(sorted(made, key=_order)), tuple(cautions))
+
+
+def _keys(base: BaseModel, alpha: float) -> list[KeyValue]:
+    keys = [
+        KeyValue.f32("adapter.lora.alpha", alpha),
+        KeyValue.string("adapter.type", "lora"),
+        KeyValue.string("general.architecture", ARCH),
+        KeyValue.u32("general.file_type", LlamaFileType.MOSTLY_F16),
+        KeyValue.string("general.type", "adapter"),
+        KeyValue.string("general.version", "v0.2"),
+        *base.keys,
+    ]
+    return sorted(keys, key=lambda entry: entry.key)
+
+
+def _order(tensor: LegacyTensor) -> tuple[int, str]:
+    match = re.match(r"blk\.(\d+)\.", tensor.target)
+    return int(match[1]) if match else -1, tensor.target
+
+
+def _alpha(config: Config) -> float:
+    """`lora_parameters.alpha` unless it is zero or absent, else `lora_alpha`."""
+    section = config.section("lora_parameters")
+    return (section.number("alpha") if section else None) or config.number("lora_alpha") or 0.0
+
+
+def _scale(alpha: float, rank: int) -> float:
+    """What llama.cpp's run time makes of alpha."""
+    return alpha / rank if alpha else 1.0
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _is_permuted(module: LoraModule) -> bool:
+    match = _TARGETS.fullmatch(module.slot.target)
+    return match is not None and match[2] in _PERMUTED
+
+
+def _heads(module: LoraModule, base: BaseModel, config: Config) -> int:
+    """The heads its lora_a is permuted in: head_count, for K as well unless the adapter's own config has another."""
+    if not _is_permuted(module):
+        return 0
+    n_heads = base.dims.get("A", 0)
+    return (config.integer("num_key_value_heads") or n_heads) if "attn_k" in module.slot.target else n_heads
+
+
+def _written(target: str, stored: SourceTensor, n_heads: int) -> LegacyTensor:
+    """A factor by its stored shape alone: a lora_a with more rows than columns, a lora_b with fewer, is transposed."""
+    source = stored.lazy()
+    n_rows, n_columns = stored.shape
+    is_turned = n_rows > n_columns if target.endswith("lora_a") else n_rows < n_columns
+    tensor: LazyTensor = source
+    if is_turned:
+        tensor = Transpose(PairHalves(source, n_heads) if n_heads else source)
+    elif n_heads:
+        tensor = Reflow(PairHalves(Reflow(source, (n_columns, n_rows)), n_heads), (n_rows, n_columns))
+    return LegacyTensor(target, tensor, _BF16 if source.spec.type == _BF16 else _F16, stored.name)
+
+
+# ---------------------------------------------------------------- what is wrong with it
+
+
+def _warning() -> Caution:
+    return Caution(
+        "legacy",
+        "an ollama-legacy file does not compute the trained adapter; use the default dialect with Ollama as well",
+    )
+
+
+def _ignored_scales(modules: Sequence[LoraModule], alpha: float) -> Iterator[Caution]:
+    found: dict[tuple[float, float], list[str]] = {}
+    for module in modules:
+        scale = _scale(alpha, module.rank)
+        if not math.isclose(scale, module.scale, rel_tol=1e-6):
+            found.setdefault((scale, module.scale), []).append(module.slot.target)
+    for (scale, trained), targets in found.items():
+        more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
+        message = f"the scale in it is {scale:.6g}{more and ' here'}{more}, trained was {trained:.6g}"
+        yield Caution("legacy-scale", message, targets[0])
+
+
+def _distance_caution(module: LoraModule, a: LazyTensor, b: LazyTensor, scale: float) -> Caution:
+    if (a.spec.shape, b.spec.shape) != (module.a.spec.shape, module.b.spec.shape):
+        message = f"taken for transposed, which it is not: lora_a {list(a.spec.shape)}, lora_b {list(b.spec.shape)}"
+    else:
+        distance = _distance(module, a, b, scale)
+        message = f"the written change is off by {distance:.6g} of the trained one (Frobenius norms)"
+    return Caution("legacy-distance", message, module.slot.target)
+
+
+def _distance(module: LoraModule, a: LazyTensor, b: LazyTensor, scale: float) -> float:
+    """|written - trained| / |trained| of the whole [out, in] change, which is never made: [2r, 2r] products tell it."""
+    heads = module.slot.heads or 0
+    trained_b: LazyTensor = Scale(PairHalves(module.b, heads) if heads else module.b, -module.scale)
+    left = _gram([Scale(b, scale), trained_b])
+    right = _gram([Transpose(a), Transpose(module.a)])
+    rank = b.spec.shape[1]
+    trained = math.sqrt(max(float((left[rank:, rank:] * right[rank:, rank:]).sum()), 0.0))
+    difference = math.sqrt(max(float((left * right).sum()), 0.0))
+    return difference / trained if trained else math.inf if difference else 0.0
+
+
+def _gram(tensors: Sequence[LazyTensor]) -> NDArray[np.float64]:
+    """The products of all columns of tensors with as many rows, side by side, in float64."""
+    width = sum(tensor.spec.n_columns for tensor in tensors)
+    total = np.zeros((width, width))
+    for parts in zip(*(slabs(tensor) for tensor in tensors), strict=True):
+        side_by_side = np.concatenate(parts, axis=1, dtype=np.float64)
+        total += side_by_side.T @ side_by_side
+    return total
