@@ -61,8 +61,8 @@ class Slot:
 class BaseModel:
     """A base as adapters see it.
 
-    shapes: of its tensors by their names in GGUF, empty where it lists none; with `is_whole` there are no others.
-    stored: the names of its source tensors, None where they are not known. is_tied: None where the base does not tell.
+    targets: the names of its tensors in GGUF, None where it does not list them all. shapes: of those whose shapes it
+    tells itself; the others follow from `dims`. is_tied: None where the base does not tell.
     """
 
     path: Path
@@ -71,9 +71,8 @@ class BaseModel:
     kinds: Mapping[str, Sequence[str]]
     is_tied: bool | None
     keys: Sequence[KeyValue]
+    targets: frozenset[str] | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    is_whole: bool = False
-    stored: frozenset[str] | None = None
     model: Model | None = None
     cautions: list[Caution] = field(default_factory=list)
 
@@ -94,18 +93,16 @@ class BaseModel:
         i, e = (*numbers, None, None)[:2]
         if row.source == self.recipe.head and self.is_tied:
             return "the base is tied: it has no head of its own that llama.cpp could adapt"
-        if not self._has(row, f"{module}.weight", i, e):
+        if not self._has(row, i, e):
             return "the base has no such module"
         return self._slot(number, row, i, e)
 
-    def _has(self, row: Tensor, source: str, i: int | None, e: int | None) -> bool:
+    def _has(self, row: Tensor, i: int | None, e: int | None) -> bool:
         axis, _, kind = row.only.partition("=")
         if (i is not None and i >= self.n_layers) or (e is not None and e >= self.dims.get(N_EXPERTS, 0)):
             return False
-        if self.is_whole:
-            return row.target.format(i=i) in self.shapes
-        if self.stored is not None and "switch_mlp" not in source:
-            return source in self.stored
+        if self.targets is not None:
+            return row.target.format(i=i) in self.targets
         return i is None or axis not in self.kinds or self.kinds[axis][i] == kind
 
     def _slot(self, number: int, row: Tensor, i: int | None, e: int | None) -> Slot | str:
@@ -171,8 +168,8 @@ def _from_gguf(path: Path) -> BaseModel:
             kinds=facts.kinds,
             is_tied=head not in shapes if is_whole else None,
             keys=tuple(facts.copied_keys()),
+            targets=frozenset(shapes) if is_whole else None,
             shapes=shapes,
-            is_whole=is_whole,
             cautions=cautions,
         )
 
@@ -270,7 +267,8 @@ def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
     if any(path.glob("*.safetensors")) and not is_quantized:
         with Checkpoint.open(path, max_header_nbytes=max_header_nbytes) as checkpoint:
             model = bind(recipe, config, checkpoint.tensors)
-            return _of_model(path, model, recipe.head not in checkpoint.tensors, frozenset(checkpoint.tensors))
+            targets = frozenset(target.name for target in model.targets)
+            return _of_model(path, model, recipe.head not in checkpoint.tensors, targets)
     return _from_config(path, recipe, config)
 
 
@@ -288,7 +286,7 @@ def _from_config(path: Path, recipe: Recipe, config: Config) -> BaseModel:
     return _of_model(path, model, recipe.tied_by_default if stated is None else stated, None)
 
 
-def _of_model(path: Path, model: Model, is_tied: bool, stored: frozenset[str] | None) -> BaseModel:
+def _of_model(path: Path, model: Model, is_tied: bool, targets: frozenset[str] | None) -> BaseModel:
     copied = tuple(key for key in model.recipe.keys if key.name in COPIED_KEYS and _has_value(key, model))
     return BaseModel(
         path=path,
@@ -297,7 +295,7 @@ def _of_model(path: Path, model: Model, is_tied: bool, stored: frozenset[str] | 
         kinds=model.kinds,
         is_tied=is_tied,
         keys=replace(model, recipe=replace(model.recipe, keys=copied)).keys(),
-        stored=stored,
+        targets=targets,
         model=model,
     )
 
