@@ -75,7 +75,7 @@ def _write(job: Job, proof: MemoryProof, options: RunOptions, report: Report) ->
         if digests_of_part is not None:
             write_manifest(part.path, part.layout, digests_of_part)
     report.outputs = [
-        Output(part.path, part.layout.nbytes, found and found.whole)
+        Output(part.path, part.layout.nbytes, found.whole if found else None)
         for part, found in zip(job.parts, digests, strict=True)
     ]
     report.warnings += _non_finite(job, tally)

@@ -23,7 +23,7 @@ MAX_COUNT = 65_535  # split.count is a uint16
 
 @dataclass(frozen=True, slots=True)
 class SplitOptions:
-    """max_nbytes: of tensor data in a part; max_tensors: in a part; None: no limit. only_part: write it alone, from 1."""
+    """max_nbytes: of tensor data in a part; max_tensors: in a part; None: no limit. only_part: from 1."""
 
     max_nbytes: int | None = None
     max_tensors: int | None = None

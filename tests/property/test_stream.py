@@ -6,13 +6,12 @@ import struct
 from itertools import pairwise
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamconv.gguf_format import KeyValue
 from streamconv.graph import PairHalves, Source, TensorSpec, Workspace
-from streamconv.plan import Layout, make_layout
+from streamconv.plan import Layout, PlacedTensor, make_layout
 from streamconv.scratch import Scratch, aligned_buffer
 from streamconv.stream import fill_chunk
 from tests.property.test_graph import BF16, F16, F32, Q8_0, BytesFile, pair_halves, stored, widened
@@ -31,10 +30,10 @@ def made_layout() -> tuple[Layout, bytes]:
     layout = make_layout(
         [KeyValue.string("general.architecture", "made"), KeyValue.u32("made.block_count", 3)],
         [
-            ("matrix.weight", matrix, ("m",), Q8_0),
-            ("heads.weight", PairHalves(heads, 3), ("h",), F16),
-            ("kernel.weight", kernel, ("k",), F32),
-            ("bad.weight", bad, ("b",), GGMLQuantizationType.F32),
+            PlacedTensor("matrix.weight", matrix, ("m",), Q8_0),
+            PlacedTensor("heads.weight", PairHalves(heads, 3), ("h",), F16),
+            PlacedTensor("kernel.weight", kernel, ("k",), F32),
+            PlacedTensor("bad.weight", bad, ("b",), F32),
         ],
     )
     from gguf.quants import quantize
