@@ -34,6 +34,7 @@ from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import choose_type, resolve_auto
 from streamconv.recipe import find_recipe
 from streamconv.strict_json import load_object
+from streamconv.vocab import read_vocabulary, vocabulary_nbytes
 
 SCHEMA: Final = 1
 MAX_LISTED: Final = 1024  # a longer array is given as its length and first values
@@ -80,7 +81,7 @@ class Total:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What `streamconv convert` would write with its default options."""
+    """What `streamconv convert` writes with its default options, once there is no problem left."""
 
     architecture: str
     outtype: str
@@ -239,7 +240,7 @@ def _checkpoint(path: Path) -> Inspection:
 
 
 def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
-    """What a conversion with the default options would write; SourceError where it would be refused."""
+    """What a conversion makes of the tensors and the tokenizer; SourceError where it would be refused."""
     config = Config(checkpoint.config, checkpoint.directory / "config.json")
     recipe = find_recipe(config)
     found.architecture = recipe.arch
@@ -252,6 +253,12 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
         totals.setdefault(kind.name, Total()).add(math.prod(shape), tensor_nbytes(shape, kind))
     found.conversion = Conversion(recipe.arch, outtype, totals)
     found.cautions += model.cautions
+    folder, n_vocab = checkpoint.directory, model.dims["V"]
+    if sum(vocabulary_nbytes(folder, n_vocab)) > default_limit_nbytes():
+        found.cautions.append(Caution("tokenizer-size", "the tokenizer's files are too large to be read here"))
+        return
+    vocabulary = read_vocabulary(folder, config=config.raw, n_vocab=n_vocab, default_pre=recipe.default_pre, pre=None)
+    found.cautions += vocabulary.cautions
 
 
 def _adapter(path: Path) -> Inspection:

@@ -222,6 +222,16 @@ class TestCheckpoint:
         assert (found.conversion, len(found.tensors), len(found.problems)) == (None, 37, 1)
         assert "expected [11, 64]" in found.problems[0].message
 
+    def test_a_tokenizer_that_is_missing_or_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = copy("lfm2-given", tmp_path)
+        monkeypatch.setattr(inspect_module, "vocabulary_nbytes", lambda folder, n_vocab: (1 << 40, 0))
+        assert [caution.code for caution in inspect(path).cautions] == ["tokenizer-size"]
+        monkeypatch.undo()
+        assert inspect(path).cautions == []
+        (path / "tokenizer.json").unlink()
+        found = inspect(path)
+        assert [problem.message.partition(":")[0] for problem in found.problems] == ["no tokenizer"]
+
     def test_an_architecture_that_is_not_supported(self, tmp_path: Path) -> None:
         path = copy("lfm2-given", tmp_path)
         (path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}))
