@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_convert, _add_lora, _add_verify):
+    for add in (_add_convert, _add_lora, _add_verify, _add_architectures, _add_draft):
         add(commands)
     return parser
 
@@ -148,6 +148,28 @@ def _add_verify(commands: Any) -> None:
     )
     _add_shared_options(parser.add_argument_group("run"))
     parser.set_defaults(run=_verify, command="verify")
+
+
+def _add_architectures(commands: Any) -> None:
+    parser = commands.add_parser(
+        "architectures",
+        help="what is supported, with the names that config.json uses",
+        description="List the supported architectures: GGUF's name, then Hugging Face's.",
+    )
+    parser.set_defaults(run=_architectures, command="architectures")
+
+
+def _add_draft(commands: Any) -> None:
+    parser = commands.add_parser(
+        "draft",
+        help="a starting recipe for an architecture that is not supported yet",
+        description="Print a recipe module drafted from a checkpoint's names, shapes and config, with TODOs to settle.",
+        epilog="example:\n  streamconv draft Some-New-1B > streamconv/recipes/new.py\n\n"
+        "docs/adding-an-architecture.md says how to go on.\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", metavar="SRC", type=Path, help="the checkpoint")
+    parser.set_defaults(run=_draft, command="draft")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +284,23 @@ def _verify(options: argparse.Namespace) -> int:
         print(
             f"{report.output}: all {report.n_tensors} tensors are what {options.source} says ({report.seconds:.1f} s)"
         )
+    return 0
+
+
+def _architectures(options: argparse.Namespace) -> int:
+    from streamconv.recipe import all_recipes
+
+    rows = [(recipe.arch, ", ".join(recipe.hf_names), recipe.description) for recipe in all_recipes()]
+    arch_width, names_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for arch, names, description in rows:
+        print(f"{arch:<{arch_width}}  {names:<{names_width}}  {description}")
+    return 0
+
+
+def _draft(options: argparse.Namespace) -> int:
+    from streamconv.draft import draft
+
+    print(draft(options.src), end="")
     return 0
 
 

@@ -263,8 +263,3 @@ def find_recipe(config: Config) -> Recipe:
 def recipe_of(arch: str) -> Recipe | None:
     """The recipe of a GGUF architecture name."""
     return next((recipe for recipe in all_recipes() if recipe.arch == arch), None)
-
-
-def __getattr__(name: str) -> object:
-    """What moved to binding.py, for the modules that still look for it here."""
-    return getattr(importlib.import_module("streamconv.binding"), name)
