@@ -1,4 +1,4 @@
-"""`make demo`: a small LFM2 checkpoint, converted twice, looked at and verified; every command is shown as it is run."""
+"""`make demo`: a small LFM2 checkpoint, converted twice, looked at and verified; every command is shown."""
 
 from __future__ import annotations
 

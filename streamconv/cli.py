@@ -53,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(Interrupted("interrupted", hint="run it again with --resume to go on"), as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: say nothing more
-        return 141
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if "-v" in arguments or "--verbose" in arguments:
+            raise
+        what = f"a bug of ours: {type(error).__name__}: {error}".replace("\n", " ")
+        return _fail(StreamconvError(what, hint="please report it, with what -v shows"), as_json)
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_convert, _add_lora, _add_verify, _add_architectures, _add_draft):
+    for add in (_add_convert, _add_lora, _add_verify, _add_inspect, _add_architectures, _add_draft):
         add(commands)
     return parser
 
@@ -148,6 +153,21 @@ def _add_verify(commands: Any) -> None:
     )
     _add_shared_options(parser.add_argument_group("run"))
     parser.set_defaults(run=_verify, command="verify")
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="what is in a GGUF file, a checkpoint or an adapter",
+        description="Show keys, types, tensors and problems; of a checkpoint or adapter, what it converts to.",
+        epilog="example:\n  streamconv inspect LFM2-1.2B-Q8_0.gguf --tensors --head 20\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a .gguf or .safetensors file, or a folder")
+    parser.add_argument("--tensors", action="store_true", help="a line for each tensor as well")
+    parser.add_argument("--head", metavar="N", type=_positive, help="at most so many keys and tensors")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, with everything")
+    parser.set_defaults(run=_inspect, command="inspect")
 
 
 def _add_architectures(commands: Any) -> None:
@@ -284,6 +304,22 @@ def _verify(options: argparse.Namespace) -> int:
         print(
             f"{report.output}: all {report.n_tensors} tensors are what {options.source} says ({report.seconds:.1f} s)"
         )
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from shutil import get_terminal_size
+
+    from streamconv.inspect import inspect
+    from streamconv.inspect_text import render
+
+    found = inspect(options.path)
+    if options.json:
+        print(json.dumps(found.to_json()))
+        return 0
+    width = get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in render(found, width=width, tensors=options.tensors, head=options.head):
+        print(line)
     return 0
 
 
