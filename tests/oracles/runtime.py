@@ -46,6 +46,8 @@ class Runtime:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         # A sampled token that is no complete UTF-8 comes without probabilities, so an ASCII one is sampled always.
         self._forced = self.tokenize("A")[-1]
+        # A server that is dropped before its loop runs waits for it forever; an answer proves that it runs.
+        self._top([0], 1)
 
     def __enter__(self) -> Runtime:
         return self
@@ -96,10 +98,15 @@ class Runtime:
         return top
 
 
-def next_token_logprobs(gguf: Path | str, ids: Sequence[int], adapters: Adapters = ()) -> NDArray[np.float64]:
-    """Natural log-probabilities [len(ids), vocab]: row i follows ids[: i + 1], as row i of a model's logits does."""
+def next_token_logprobs(
+    gguf: Path | str, ids: Sequence[int], adapters: Adapters = (), positions: Sequence[int] | None = None
+) -> NDArray[np.float64]:
+    """Natural log-probabilities [positions, vocab], by default at all positions of `ids`.
+
+    The row of position i follows ids[: i + 1], as row i of a model's logits does.
+    """
     with Runtime(gguf, adapters) as runtime:
-        return np.stack([runtime.next_logprobs(ids[: i + 1]) for i in range(len(ids))])
+        return np.stack([runtime.next_logprobs(ids[: i + 1]) for i in positions or range(len(ids))])
 
 
 def tokenize(gguf: Path | str, text: str, *, add_special: bool = False) -> list[int]:

@@ -16,10 +16,13 @@ from tests.tiny.files import (
     write_shards,
 )
 from tests.tiny.models import lfm2, lfm2moe, llama
-from tests.tiny.tokenizer import write_bpe, write_spm
+from tests.tiny.tokenizer import N_BPE_TOKENS, N_SPM_TOKENS, PRE_TOKENIZERS, write_bpe, write_spm
 
 __all__ = [
     "ABSENT",
+    "N_BPE_TOKENS",
+    "N_SPM_TOKENS",
+    "PRE_TOKENIZERS",
     "Tensor",
     "digest",
     "lfm2",

@@ -42,18 +42,15 @@ def peft_adapter(
     for module, weight in _modules(base, targets, layers):
         rank = next((value for key, value in rank_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), r)
         a, b = _factors(module, weight.shape, rank, seed)
-        w = weight.float32()
-        if module.endswith("embed_tokens"):
-            pair, axis = (
-                {"lora_embedding_A": np.ascontiguousarray(b.T), "lora_embedding_B": np.ascontiguousarray(a.T)},
-                0,
-            )
-        else:
-            pair, axis = {"lora_A.weight": a, "lora_B.weight": b}, 1
+        embedding = module.endswith("embed_tokens")
+        names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        parts = dict(zip(names, (b.T, a.T) if embedding else (a, b), strict=True))
         if dora:
-            norms = np.linalg.norm(w, axis=axis)
-            pair["lora_magnitude_vector"] = norms * (1 + noise(f"{module}.magnitude", norms.shape, 0.2, seed))
-        tensors |= {f"{prefix}{module}.{name}": Tensor.of(values, dtype) for name, values in pair.items()}
+            norms = _row_norms(weight.float32().T if embedding else weight.float32())
+            parts["lora_magnitude_vector"] = norms * (1 + noise(f"{module}.magnitude", norms.shape, 0.2, seed))
+        tensors |= {f"{prefix}{module}.{name}": Tensor.of(values, dtype) for name, values in parts.items()}
+        if module in ("model.embed_tokens", "lm_head"):  # PEFT saves these, as the vocabulary might have grown
+            tensors[f"{prefix}{module}.base_layer.weight"] = weight
     for module, weight in _modules(base, modules_to_save, None):
         moved = weight.float32() + noise(f"{module}.saved", weight.shape, 0.1, seed)
         tensors[f"{prefix}{module}.weight"] = Tensor.of(moved, dtype)
@@ -107,17 +104,20 @@ def mlx_adapter(
 
 
 def _modules(base: Path, targets: Sequence[str], layers: Iterable[int] | None) -> list[tuple[str, Tensor]]:
-    """Modules of `base` whose last name is a target, and their weights; ValueError for a target that is not there."""
+    """Linear modules of `base` by their last name, with their weights; ValueError for a target that is not there.
+
+    Experts are no modules for PEFT, as transformers holds them as stacked parameters; a tied base has its head.
+    """
     wanted = None if layers is None else {str(layer) for layer in layers}
     found: list[tuple[str, Tensor]] = []
-    for name, tensor in tensors_of(base).items():
+    tensors = tensors_of(base)
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         parts = module.split(".")
-        if (
-            leaf == "weight"
-            and parts[-1] in targets
-            and (wanted is None or "layers" not in parts or parts[2] in wanted)
-        ):
+        if leaf != "weight" or parts[-1] not in targets or "experts" in parts:
+            continue
+        if wanted is None or "layers" not in parts or parts[2] in wanted:
             found.append((module, tensor))
     missing = set(targets) - {module.rpartition(".")[2] for module, _ in found}
     if missing:
@@ -125,11 +125,16 @@ def _modules(base: Path, targets: Sequence[str], layers: Iterable[int] | None) -
     return sorted(found, key=lambda item: item[0])
 
 
+def _row_norms(weight: Float) -> Float:
+    """Exactly rounded, since a BLAS sums in an order of its own."""
+    return np.array([math.sqrt(math.fsum(row * row)) for row in weight.astype(np.float64)], dtype=np.float32)
+
+
 def _factors(module: str, shape: tuple[int, ...], r: int, seed: int) -> tuple[Float, Float]:
-    """A [r, in] and B [out, r] whose product is a third of the size of a weight of `shape`."""
+    """A [r, in] and B [out, r] whose product is a tenth of the size of a weight of `shape`."""
     n_out, n_in = shape
     a = noise(f"{module}.lora_A", (r, n_in), 1 / math.sqrt(n_in), seed)
-    return a, noise(f"{module}.lora_B", (n_out, r), 0.3 / math.sqrt(r), seed)
+    return a, noise(f"{module}.lora_B", (n_out, r), 0.1 / math.sqrt(r), seed)
 
 
 _PEFT_CONFIG: dict[str, Any] = {

@@ -1,0 +1,77 @@
+"""The models as their authors run them: transformers and PEFT in float32 on one thread. Needs torch.
+
+Owns: reference logits and merged weights. Does not own: where they are kept (tools/make_goldens.py).
+Invariant: an adapter that PEFT does not take whole is an error, so a reference is never that of half an adapter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import safetensors
+import torch
+import transformers
+from numpy.typing import NDArray
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def load(checkpoint: Path, adapter: Path | None = None) -> Any:
+    """The model in float32, in evaluation mode, `adapter` on it as a PeftModel; ValueError if a tensor is left over."""
+    model, seen = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
+    )
+    _refuse(checkpoint, {kind: seen[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")})
+    if adapter is not None:
+        model = _adapted(model, adapter)
+    return model.eval()
+
+
+def logits(checkpoint: Path, ids: Sequence[int], adapter: Path | None = None, *, merge: bool = False) -> NDArray[Any]:
+    """Logits float32 [len(ids), vocab]; with `merge`, of the model that `merge_and_unload` leaves."""
+    model = load(checkpoint, adapter)
+    if merge:
+        model = model.merge_and_unload()
+    with torch.inference_mode():
+        return np.asarray(model(torch.tensor([list(ids)])).logits[0].float().numpy())
+
+
+def merged(checkpoint: Path, adapter: Path) -> dict[str, NDArray[np.float32]]:
+    """All weights after `merge_and_unload`, the base loaded in float32, by their names in the checkpoint."""
+    state = load(checkpoint, adapter).merge_and_unload().state_dict()
+    return {name: tensor.float().numpy() for name, tensor in state.items()}
+
+
+def greedy(checkpoint: Path, ids: Sequence[int], n: int) -> tuple[list[int], list[float]]:
+    """The `n` likeliest tokens after `ids`, one after the other, and by how many nats each beat the second."""
+    model, sequence, margins = load(checkpoint), list(ids), []
+    with torch.inference_mode():
+        for _ in range(n):
+            top = model(torch.tensor([sequence])).logits[0, -1].topk(2)
+            margins.append(float(top.values[0] - top.values[1]))
+            sequence.append(int(top.indices[0]))
+    return sequence[len(ids) :], margins
+
+
+def _adapted(model: Any, adapter: Path) -> Any:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+    with safetensors.safe_open(adapter / "adapter_model.safetensors", "np") as file:
+        n_stored = sum(".base_layer." not in name for name in file.keys())  # noqa: SIM118  (not a mapping)
+    n_taken = len(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    complaints = [str(entry.message) for entry in caught if "adapter keys" in str(entry.message)]
+    _refuse(adapter, {"complaints": complaints, "counts": [] if n_taken == n_stored else [n_taken, n_stored]})
+    return adapted
+
+
+def _refuse(what: Path, leftovers: dict[str, Any]) -> None:
+    if any(leftovers.values()):
+        raise ValueError(f"{what} was not taken whole: {leftovers}")

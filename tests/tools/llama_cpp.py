@@ -1,0 +1,77 @@
+"""llama.cpp's own converters, from the source distribution of llama-cpp-python on PyPI, without building anything.
+
+Owns: fetching them once into .cache/ and running them in a process of their own. Needs torch and transformers.
+Invariant: a converter that fails raises ConverterError with its last line; nothing falls back to another oracle.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+VERSION = "0.3.36"
+CACHE = Path(__file__).resolve().parents[2] / ".cache"
+
+_WANTED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")
+
+
+class ConverterError(RuntimeError):
+    """llama.cpp's converter refused or crashed; the message is the last line that it wrote."""
+
+
+def source() -> Path:
+    """The folder of llama.cpp's converters, downloaded by pip on first use."""
+    target = CACHE / f"llama.cpp-{VERSION}"
+    if target.exists():
+        return target
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        package = ["--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"]
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *package, "-d", scratch], check=True)
+        root = PurePosixPath(f"llama_cpp_python-{VERSION}", "vendor", "llama.cpp")
+        with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
+            members = [m for m in archive if any(PurePosixPath(m.name).is_relative_to(root / name) for name in _WANTED)]
+            archive.extractall(scratch, members, filter="data")
+        (Path(scratch) / root).rename(target)
+    return target
+
+
+def convert(src: Path, dst: Path, outtype: str = "auto", *, pre: str | None = None) -> Path:
+    """`dst`, written by convert_hf_to_gguf.py from a checkpoint.
+
+    `pre` stands in for the pre-tokenizer's name, which llama.cpp knows by token ids of published vocabularies alone.
+    """
+    return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--outtype", outtype])
+
+
+def convert_lora(adapter: Path, base: Path, dst: Path, outtype: str = "f32") -> Path:
+    """`dst`, written by convert_lora_to_gguf.py from a PEFT adapter on the checkpoint `base`."""
+    return _run("convert_lora_to_gguf.py", None, dst, [str(adapter), "--base", str(base), "--outtype", outtype])
+
+
+def _run(script: str, pre: str | None, dst: Path, arguments: list[str]) -> Path:
+    command = [sys.executable, __file__, str(source()), script, pre or "", *arguments, "--outfile", str(dst)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode or not dst.exists():
+        raise ConverterError((done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1])
+    return dst
+
+
+def _main(root: str, script: str, pre: str, *arguments: str) -> None:
+    sys.path[0] = root
+    if pre:
+        from conversion.base import TextModel  # type: ignore[import-not-found]
+
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(Path(root, script)), run_name="__main__")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
