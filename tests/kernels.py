@@ -109,7 +109,7 @@ def encode(
     buffer = np.full(offset + nbytes + 64, GUARD, dtype=np.uint8)
     scratch = Scratch(codecs.encode_scratch_nbytes(source, target, n_rows, n_columns))
     with scratch.frame():
-        scratch.take(scratch.nbytes)[:] = 0x7F  # what an earlier call left there: huge numbers, whatever they are read as
+        scratch.take(scratch.nbytes)[:] = 0x7F  # as an earlier call may leave it: huge, read as whatever
     stats = codecs.encode(source, target, slab, buffer[offset : offset + nbytes], scratch, n_columns)
     assert np.array_equal(slab, kept), "the source was changed"
     assert (buffer[:offset] == GUARD).all() and (buffer[offset + nbytes :] == GUARD).all(), "written beyond the rows"

@@ -49,7 +49,7 @@ def beyond_f16(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.bool_]:
     return np.isfinite(numbers) & (np.abs(numbers) >= BEYOND_F16)
 
 
-@pytest.mark.parametrize("offset", [0, 1, 34])
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("target", ELEMENTWISE)
 @pytest.mark.parametrize("source", kernels.SOURCES)
 def test_every_value(source: GGMLQuantizationType, target: GGMLQuantizationType, offset: int) -> None:
