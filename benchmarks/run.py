@@ -32,13 +32,14 @@ def main() -> int:
     bench = Bench(_settings(options))
     peer_python = llama_cpp.python() if bench.settings.peer else None
     environment = {"host": options.host, **machine.environment(bench.settings.cache, peer_python)}
-    try:
-        for case in CASES:
+    failed = False
+    for case in CASES:
+        try:
             if case.NAME in names:
                 case.measure(bench)
-    except (BenchError, OSError) as error:
-        print(f"benchmark stopped: {error}", file=sys.stderr)
-        return 1
+        except (BenchError, OSError) as error:
+            failed = True
+            bench.skip(case.NAME, f"it failed: {error}")
     rows = [
         row
         for case in CASES
@@ -48,7 +49,7 @@ def main() -> int:
     tables = [summary.figures(rows), summary.conversions(bench.samples)]
     _keep(folder, bench, tables, environment)
     print(*map(summary.as_text, tables), *bench.notes, f"kept in {folder}", sep="\n\n")
-    return 0
+    return int(failed)
 
 
 def _keep(folder: Path, bench: Bench, tables: list[Table], environment: dict[str, object]) -> None:

@@ -1,6 +1,6 @@
 """A conversion inside a memory cgroup of 128 MiB that counts the page cache.
 
-Claim: the largest dense model at hand finishes there, at most 1.5 times slower than without.
+Claim: the 1.2B shape (else the largest dense one at hand) finishes there, at most 1.5 times slower than without.
 Fair: the source is cold on both sides, since warm pages are charged to whoever read them first and would be free
 inside; anonymous memory, mapped pages, the source's pages and the written pages all count. The process enters the
 group before its program is loaded. Where cgroups cannot be made the row is left out, and the summary says so. The
@@ -20,6 +20,7 @@ from benchmarks.summary import MIB, Row, highest, middle
 
 NAME: Final = "cgroup"
 INSIDE: Final = "cgroup-128MiB"
+MODEL: Final = "1.2b"
 LIMIT_NBYTES: Final = 128 * MIB
 BAR: Final = 1.5
 PEER_TIMEOUT_SECONDS: Final = 120
@@ -29,7 +30,7 @@ def measure(bench: Bench) -> None:
     settings = bench.settings
     if not settings.dense:
         return
-    model = max(settings.dense, key=lambda name: SHAPES[name].nbytes)
+    model = MODEL if MODEL in settings.dense else max(settings.dense, key=lambda name: SHAPES[name].nbytes)
     src = bench.source(model)
     try:
         for outtype in settings.outtypes:

@@ -21,6 +21,7 @@ from benchmarks.converters import STREAMCONV, STREAMCONV_NUMPY
 from benchmarks.machine import Unavailable
 from benchmarks.shapes import SHAPES
 from benchmarks.summary import MIB, Row, highest, middle, ratios
+from streamconv.codecs import kernel_name
 
 NAME: Final = "convert"
 BAR_MODEL: Final = "1.2b"
@@ -36,13 +37,18 @@ PEAK_BAR_MIB: Final = 96
 def measure(bench: Bench) -> None:
     settings = bench.settings
     plans: tuple[tuple[Cache, int], ...] = (("warm", settings.n_pairs), ("cold", settings.n_few_pairs))
+    compiled = kernel_name() != "numpy"
+    if not compiled:
+        bench.skip(f"{NAME} {STREAMCONV.name}", "no compiled kernels here, so it is streamconv-numpy")
     for model in settings.dense:
         src = bench.source(model)
         for outtype in settings.outtypes:
             for cache, n_pairs in plans:
                 try:
                     for pair in range(n_pairs):
-                        converters = [CP, STREAMCONV, STREAMCONV_NUMPY]
+                        converters = [CP, STREAMCONV_NUMPY]
+                        if compiled:
+                            converters.append(STREAMCONV)
                         if settings.peer and cache == "warm" and pair < settings.n_few_pairs:
                             converters.append(settings.peer)
                         for converter in bench.in_turn(converters):
