@@ -24,7 +24,7 @@ from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
 from streamconv.lora import LoraModule, Resolved, refuse, resolve
 from streamconv.lora_config import read_lora_config
 from streamconv.lora_file import LoraFile
-from streamconv.lora_fold import MAX_ALPHA, Pair, fold
+from streamconv.lora_fold import MAX_SCALE, Pair, fold
 from streamconv.modelcard import read_general
 from streamconv.ollama_lora import legacy_adapter, legacy_problems
 from streamconv.outtypes import choose_type
@@ -65,8 +65,8 @@ def plan_adapter(
 
     SourceError with all that cannot be carried, UsageError on options that do not go together.
     """
-    if scale is not None and not abs(scale) <= MAX_ALPHA:
-        raise UsageError(f"--scale {scale} is no number that a file can hold")
+    if scale is not None and not abs(scale) <= MAX_SCALE:
+        raise UsageError(f"--scale {scale} is no scale")
     config = read_lora_config(source.config, scale)
     resolved = resolve(source, base, config)
     refuse(resolved.problems, source)

@@ -19,6 +19,7 @@ from streamconv.errors import Caution, SourceError
 from streamconv.gguf_format import KeyValue, PackedArray
 from streamconv.gguf_reader import GGUFKey, Span, refuse
 from streamconv.gguf_set import GGUFSet
+from streamconv.lora_config import Problem
 from streamconv.recipe import Key, Model, PerLayer, Recipe, Tensor, all_recipes, find_recipe, recipe_of
 from streamconv.strict_json import load_object
 
@@ -26,7 +27,7 @@ COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
 N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
 
 # Tensors that llama.cpp's run time uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
-_IGNORED_TARGETS = {"_norm.weight": "is a norm", "shortconv.conv.weight": "is the convolution's kernel"}
+_IGNORED_TARGETS = {"_norm.weight": "a norm", "shortconv.conv.weight": "the convolution's kernel"}
 
 # MLX stacks the experts of a layer in one module (mlx-lm, models/switch_layers.py).
 _SWITCH = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\..+\.switch_mlp\.(gate_proj|up_proj|down_proj)")
@@ -80,22 +81,24 @@ class BaseModel:
     def n_layers(self) -> int:
         return self.dims[N_LAYERS]
 
-    def slot(self, module: str) -> Slot | str:
+    def slot(self, module: str) -> Slot | Problem:
         """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
+        absent = Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
         rows = {row.source: (number, row) for number, row in enumerate(self.recipe.tensors)}
         template, numbers = match_name(f"{module}.weight")
         if switch := _SWITCH.fullmatch(module):
             target, numbers = _SWITCH_TARGETS[switch[2]], (int(switch[1]),)
             template = next((source for source, (_, row) in rows.items() if row.target == target), "")
         if template not in rows:
-            return "the base has no such module"
+            return absent
         number, row = rows[template]
         i, e = (*numbers, None, None)[:2]
         if row.source == self.recipe.head and self.is_tied:
-            return "the base is tied: it has no head of its own that llama.cpp could adapt"
+            return Problem("tied", "the base is tied: it has no head of its own that llama.cpp could adapt", (module,))
         if not self._has(row, i, e):
-            return "the base has no such module"
-        return self._slot(number, row, i, e)
+            return absent
+        reason = _no_matrix(row)
+        return Problem("no-matrix", reason, (module,)) if reason else self._slot(number, row, i, e)
 
     def _has(self, row: Tensor, i: int | None, e: int | None) -> bool:
         axis, _, kind = row.only.partition("=")
@@ -105,14 +108,9 @@ class BaseModel:
             return row.target.format(i=i) in self.targets
         return i is None or axis not in self.kinds or self.kinds[axis][i] == kind
 
-    def _slot(self, number: int, row: Tensor, i: int | None, e: int | None) -> Slot | str:
+    def _slot(self, number: int, row: Tensor, i: int | None, e: int | None) -> Slot:
         target = row.target.format(i=i)
-        for ending, what in _IGNORED_TARGETS.items():
-            if target.endswith(ending):
-                return f"it {what}, for which llama.cpp asks no adapter"
         shape = [_extent(factors, self.dims) for factors in parse_shape(row.shape)]
-        if len(shape) != 2 or row.part is not None:
-            return "it is no matrix that a pair of factors can change"
         n_out, n_in = self.shapes[target][-2:] if len(self.shapes.get(target, ())) > 1 else shape
         return Slot(
             target=target,
@@ -125,6 +123,14 @@ class BaseModel:
             is_embedding=target == "token_embd.weight",
             is_head=row.source == self.recipe.head,
         )
+
+
+def _no_matrix(row: Tensor) -> str:
+    """Why a row of the recipe is nothing that a pair of factors could change; empty where it is."""
+    for ending, what in _IGNORED_TARGETS.items():
+        if row.target.endswith(ending):
+            return f"it is {what}, for which llama.cpp asks no adapter"
+    return "" if len(parse_shape(row.shape)) == 2 and row.part is None else "it is no matrix"
 
 
 def _extent(factors: Sequence[str], dims: Mapping[str, int]) -> int | None:

@@ -55,14 +55,16 @@ class Resolved:
 def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     """The adapter's modules on `base`. Nothing is raised: what is wrong is in `problems`, alike ones together."""
     problems = [*adapter.problems, *config.problems, *_whole_problems(adapter, base, config)]
-    placed = []
+    placed, is_taken = [], _Taken()
     for name, factors in adapter.factors.items():
         slot = _find_slot(name, base)
         problems += config.module_problems(name)
         if factors.a is None or factors.b is None:
             problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
-        elif isinstance(slot, str):
-            problems.append(Problem("no-module", slot, (name,)))
+        elif isinstance(slot, Problem):
+            problems.append(slot)
+        elif is_taken(slot):
+            problems.append(Problem("twice", f"another module changes {slot.target} as well", (name,)))
         else:
             placed.append(_Placed(name, factors.a, factors.b, slot))
     certain = {placed.candidates[0] for placed in placed if len(placed.candidates) == 1}
@@ -87,14 +89,28 @@ def refuse(problems: Sequence[Problem], adapter: LoraFile) -> None:
     shown = "; ".join(map(str, problems[:MAX_PROBLEMS_SHOWN]))
     if len(problems) > MAX_PROBLEMS_SHOWN:
         shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
-    raise SourceError(f"cannot be carried exactly: {shown}", file=adapter.directory, hint="docs/adapters.md")
+    hint = f"streamconv convert BASE --adapter {adapter.directory}" if all(p.is_mergeable for p in problems) else None
+    raise SourceError(f"no GGUF adapter can carry this exactly: {shown}", file=adapter.directory, hint=hint)
 
 
-def _find_slot(name: str, base: BaseModel) -> Slot | str:
+def _find_slot(name: str, base: BaseModel) -> Slot | Problem:
     """The slot of a module. One of a model without a head (transformers' AutoModel) is named without "model."."""
     slot = base.slot(name)
-    other = base.slot(f"model.{name}") if isinstance(slot, str) else slot
+    other = base.slot(f"model.{name}") if isinstance(slot, Problem) else slot
     return other if isinstance(other, Slot) else slot
+
+
+class _Taken:
+    """Which targets have their module already; experts of one target have one each, or one together."""
+
+    def __init__(self) -> None:
+        self._experts: dict[str, set[int | None]] = {}
+
+    def __call__(self, slot: Slot) -> bool:
+        experts = self._experts.setdefault(slot.target, set())
+        clashes = slot.expert in experts or None in experts or (slot.expert is None and bool(experts))
+        experts.add(slot.expert)
+        return clashes
 
 
 def _whole_problems(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Iterator[Problem]:
@@ -155,7 +171,7 @@ class _Placed:
     def _unfit(self) -> _Unfit:
         shapes = f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)}"
         for a, b in product(_both_ways(self.a.shape), _both_ways(self.b.shape)):
-            if _fit((b[-1], a[-1]), b, self.slot):
+            if len(a) == len(b) == 2 and _fit((b[1], a[1]), b, self.slot):
                 return _Unfit("rank", f"the ranks disagree: {shapes}", self.name)
         expected = ["?" if extent is None else extent for extent in self.slot.shape]
         return _Unfit("shape", f"{shapes} do not fit the base's {self.slot.target} {expected}", self.name)
@@ -172,7 +188,8 @@ def orientations(a: Sequence[int], b: Sequence[int], slot: Slot) -> list[Orienta
     it is wide. Both turned alike come before one alone.
     """
     if slot.n_experts and slot.expert is None:  # mlx-lm's LoRASwitchLinear stores them straight
-        return [STRAIGHT] if len(a) == 3 and a[0] == slot.n_experts == b[0] and _fit(a[1:], b[1:], slot) else []
+        is_stacked = len(a) == len(b) == 3 and a[0] == b[0] == slot.n_experts
+        return [STRAIGHT] if is_stacked and _fit(a[1:], b[1:], slot) else []
     fitting = [
         (bool(a_turned), bool(b_turned))
         for (a_turned, one), (b_turned, other) in product(enumerate(_both_ways(a)), enumerate(_both_ways(b)))
@@ -202,9 +219,7 @@ def _misfits(module: LoraModule, base: BaseModel, config: LoraConfig) -> Iterato
     elif slot.heads and n_out % (2 * slot.heads):
         yield Problem("heads", f"its {n_out} rows are not {slot.heads} heads of two halves", names)
     if slot.factor is None:
-        yield Problem(
-            "factor", "the base's GGUF does not tell what it was multiplied by: give the base's folder", names
-        )
+        yield Problem("factor", "a GGUF does not tell how the base's experts were scaled: give the base's folder", names)
     if slot.is_embedding and base.is_tied:
         yield Problem(
             "tied", "the base is tied, and llama.cpp dies of an adapter on an embedding that is the head", names

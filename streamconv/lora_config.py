@@ -52,6 +52,11 @@ class Problem:
     message: str
     modules: tuple[str, ...] = ()
 
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether merging while converting can do what an adapter cannot."""
+        return self.code in ("dora", "weight", "tied")
+
     def __str__(self) -> str:
         if not self.modules:
             return self.message
@@ -154,7 +159,7 @@ class PeftConfig:
 
     def module_problems(self, module: str) -> Iterator[Problem]:
         if any(part in module for part in self._block_diagonal):
-            yield Problem("bd-lora", "BD-LoRA: a factor is stored as the blocks of a diagonal")
+            yield Problem("bd-lora", "BD-LoRA: a factor is stored as the blocks of a diagonal", (module,))
 
     def replicated_layers(self, n_layers: int) -> bool:
         ranges = self.config.list_of("layer_replication", list) or []
@@ -229,8 +234,7 @@ class MlxConfig:
     _rank: int | None = None
 
     def __post_init__(self) -> None:
-        parameters = self.config.section("lora_parameters")
-        assert parameters is not None
+        parameters = self.config.section("lora_parameters") or Config({}, self.config.file)
         kind = self.config.text("fine_tune_type")
         self.is_dora = kind == "dora" or (kind is None and bool(self.config.flag("use_dora")))
         if kind == "full":

@@ -38,7 +38,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("dora", r"(.+)\.(?:lora_magnitude_vector(?:\..+)?|m)"),
         ("lora-bias", r"(.+)\.lora_B(?:\.default)?\.bias"),
         ("kasa", r"(.+)\.lora_diag(?:\..+)?"),
-        ("tokens", r"(.+)\.(?:token_adapter\..+|trainable_tokens_.+)"),
+        ("tokens", r"(.+?)\.(?:token_adapter\..+|trainable_tokens_.+)"),
         ("bias", r"(.+?)(?:\.base_layer)?\.bias"),
         ("norm", r"((?:.+\.)?[^.]*norm)\.weight"),
         ("weight", r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.weight"),
@@ -47,15 +47,14 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )
 _UNUSED = frozenset(("unused",))
 
-_MERGE = "streamconv convert --adapter merges it"
 _REASONS: Mapping[str, str] = {
-    "dora": f"DoRA has full rank, which no GGUF adapter can express; {_MERGE}",
-    "lora-bias": "lora_bias: GGUF adapters have no biases",
+    "dora": "DoRA has full rank: merge it while converting",
+    "lora-bias": "lora_bias, a trained bias of lora_B",
     "kasa": "KaSA (lora_diag) computes more than B @ A",
     "tokens": "trainable_token_indices: whole rows of the embedding were replaced",
-    "bias": "a trained bias, which GGUF adapters cannot hold",
+    "bias": "a trained bias",
     "norm": "a trained norm, which llama.cpp ignores in adapters",
-    "weight": f"a whole trained weight (modules_to_save, a resized vocabulary or a full fine-tune); {_MERGE}",
+    "weight": "a whole trained weight (modules_to_save, a resized vocabulary or a full fine-tune)",
     "unknown": "a tensor of no known kind",
 }
 
@@ -84,6 +83,8 @@ class LoraFile:
 
         SourceError where a file is missing or malformed.
         """
+        if not path.exists():
+            raise SourceError("no such adapter", file=path)
         directory = path if path.is_dir() else path.parent
         weights = _find_weights(path) if path.is_dir() else path
         if not (directory / CONFIG).is_file():

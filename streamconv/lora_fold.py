@@ -35,7 +35,8 @@ from streamconv.lora import LoraModule
 from streamconv.lora_config import Problem
 from streamconv.scratch import Scratch
 
-MAX_ALPHA = 3.4e38  # of float32, which adapter.lora.alpha is
+# Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a factor folded into B.
+MIN_SCALE, MAX_SCALE = 1e-30, 1e30
 SIGNIFICANT_DIGITS = 12  # of an alpha: s * r is rounded there, so that alpha / r * r is alpha again
 READ_NBYTES = 1 << 20
 
@@ -83,8 +84,8 @@ def fold(modules: Sequence[LoraModule]) -> Folded:
     needed = [_rounded(module.scale * (module.slot.factor or 0.0) * module.rank) for module in modules]
     alpha = choose_alpha(needed) or float(modules[0].rank)
     pairs, problems = [], []
-    if abs(alpha) > MAX_ALPHA:
-        problems.append(Problem("alpha", f"its alpha is {alpha:g}, more than a file can hold"))
+    if not all(MIN_SCALE <= abs(value) <= MAX_SCALE for value in (alpha, *needed) if value):
+        return Folded(alpha, (), (Problem("alpha", "its scales are beyond what float32 multiplies with"),))
     for target, group in groupby(zip(modules, needed, strict=True), key=lambda item: item[0].slot.target):
         made = []
         for module, wanted in group:
@@ -147,7 +148,7 @@ def _pair(module: LoraModule, ratio: float) -> tuple[Pair, Problem | None]:
         b_type = b_type if is_exact else F32
         b = Scale(b, ratio)
         if overflows:
-            problem = Problem("overflow", f"lora_B times {ratio:g} exceeds float32", (module.name,))
+            problem = Problem("overflow", f"its lora_B times {ratio:g} exceeds float32", (module.name,))
     turned = [isinstance(factor, Transpose) for factor in (module.a, module.b)]
     changed = TensorSpec((*module.b.spec.shape[:-1], module.a.spec.shape[-1]), F32)
     if slot.is_embedding:
