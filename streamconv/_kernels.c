@@ -73,7 +73,7 @@ INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-/* A choice without a branch: a compiler must not guess that a float operation can be skipped, but may vectorise this. */
+/* A choice without a branch: compilers do not vectorise a branch around a float operation, which might trap. */
 INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
     uint32_t mask = -(uint32_t)condition;
     return (yes & mask) | (no & ~mask);
@@ -87,7 +87,7 @@ INLINE uint32_t f16_to_f32(uint32_t half) {
     return (half & 0x8000) << 16 | choose(magnitude < 0x400, subnormal, normal);
 }
 
-/* To nearest even; a NaN keeps its top bits, the least NaN if they are none. Finite values that are too large: any bits. */
+/* To nearest even; a NaN keeps its top bits (the least NaN if they are none). What is too large gets any bits. */
 INLINE uint16_t f32_to_f16(uint32_t bits) {
     uint32_t magnitude = bits & ~SIGN;
     uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) & 0xffff; /* 2^-24 is the last place of 0.5 */
@@ -285,14 +285,19 @@ static PyObject *encode(PyObject *module, PyObject *args) {
 }
 
 static PyMethodDef METHODS[] = {
-    {"encode", encode, METH_VARARGS, "encode(source, target, slab, out, /)\n--\n\n(NaNs, infinities, whether all fits)."},
+    {"encode", encode, METH_VARARGS,
+     "encode(source, target, slab, out, /)\n--\n\n(NaNs, infinities, whether all fits), as streamconv.kernels.encode."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyModuleDef_Slot SLOTS[] = {{0, NULL}};
 
 static struct PyModuleDef MODULE = {
-    PyModuleDef_HEAD_INIT, "streamconv._kernels", "The compiled kernels of streamconv.codecs.", 0, METHODS, SLOTS, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "streamconv._kernels",
+    .m_doc = "The compiled kernels of streamconv.codecs.",
+    .m_methods = METHODS,
+    .m_slots = SLOTS,
 };
 
 PyMODINIT_FUNC PyInit__kernels(void) { return PyModuleDef_Init(&MODULE); }
