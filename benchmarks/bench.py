@@ -21,7 +21,7 @@ from benchmarks.converters import Converter
 from benchmarks.sample import Point, measure
 from benchmarks.shapes import SHAPES, checkpoint, shard_paths
 
-Cache = Literal["warm", "cold"]
+Cache = Literal["warm", "cold", "any"]  # any: left as it is, for holes, which have no pages to warm
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,10 @@ class Bench:
         dst = self._out / f"{converter.name}-{model}-{outtype}.gguf"
         command = [*prefix, *converter.command(src, dst, outtype)]
         machine.settle()
-        machine.warm(shard_paths(src)) if cache == "warm" else machine.chill(shard_paths(src))
+        if cache == "warm":
+            machine.warm(shard_paths(src))
+        elif cache == "cold":
+            machine.chill(shard_paths(src))
         try:
             sample = self._measure(command, converter, timeout_seconds)
             sample.output_nbytes = _size_nbytes(dst)

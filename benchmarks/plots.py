@@ -50,6 +50,15 @@ def draw(samples: Sequence[Sample], folder: Path, host: str) -> list[Path]:
     return made
 
 
+def _mib_axis(axes: Any) -> None:
+    axes.axhline(
+        convert.PEAK_BAR_MIB, color="#999999", linewidth=0.8, linestyle="--", label=f"{convert.PEAK_BAR_MIB} MiB"
+    )
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_ylabel("MiB")
+
+
 def _largest(samples: Sequence[Sample]) -> str:
     return max((sample.model for sample in samples), key=lambda name: SHAPES[name].nbytes)
 
@@ -71,10 +80,8 @@ def _memory_over_time(axes: Any, samples: Sequence[Sample]) -> bool:
         axes.plot(seconds, total, color=colour, label=sample.converter)
         if sample.converter != CP.name:
             axes.plot(seconds, mapped, color=colour, linestyle=":", linewidth=1, label="mapped files of it")
-    axes.axhline(convert.PEAK_BAR_MIB, color="#999999", linewidth=0.8, linestyle="--")
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.set(title=f"Resident memory, {model} to {outtype}", xlabel="seconds", ylabel="MiB")
+    _mib_axis(axes)
+    axes.set(title=f"Resident memory, {model} to {outtype}", xlabel="seconds")
     return True
 
 
@@ -84,6 +91,8 @@ def _peak_against_size(axes: Any, samples: Sequence[Sample]) -> bool:
         if sample.case in (convert.NAME, memory.NAME) and sample.converter != CP.name:
             of_model = peaks.setdefault((sample.converter, sample.outtype), {})
             of_model[sample.model] = max(of_model.get(sample.model, 0), sample.peak_rss_nbytes)
+    if not peaks:
+        return False
     for (converter, outtype), of_model in sorted(peaks.items()):
         sizes = sorted((SHAPES[model].nbytes / 1e9, peak / MIB) for model, peak in of_model.items())
         axes.plot(
@@ -93,13 +102,14 @@ def _peak_against_size(axes: Any, samples: Sequence[Sample]) -> bool:
             linewidth=1,
             label=f"{converter} {outtype}",
         )
-    axes.axhline(convert.PEAK_BAR_MIB, color="#999999", linewidth=0.8, linestyle="--")
+    _mib_axis(axes)
+    axes.set_ylim(16, max(256, 2 * max(peak / MIB for of_model in peaks.values() for peak in of_model.values())))
     axes.set_xscale("log")
-    axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.set(title="Peak resident memory", xlabel="checkpoint, GB", ylabel="MiB")
-    return bool(peaks)
+    models = sorted({model for of_model in peaks.values() for model in of_model}, key=lambda name: SHAPES[name].nbytes)
+    axes.set_xticks([SHAPES[model].nbytes / 1e9 for model in models], models)
+    axes.minorticks_off()
+    axes.set(title="Peak resident memory against the size of the checkpoint")
+    return True
 
 
 def _wall_against_cp(axes: Any, samples: Sequence[Sample]) -> bool:

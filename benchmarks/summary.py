@@ -47,10 +47,10 @@ class Row:
     bar: float | None = None
 
     def cells(self) -> tuple[str, ...]:
-        spread = f"{self.low:.3g}-{self.high:.3g}" if self.n > 1 else ""
+        spread = f"{_digits(self.low)}-{_digits(self.high)}" if self.n > 1 else ""
         verdict = "" if self.bar is None else f"<= {self.bar:g} {'held' if self.value <= self.bar else 'MISSED'}"
         name = (self.case, self.model, self.outtype, self.cache, self.what, self.figure)
-        return (*name, f"{self.value:.3g}", spread, str(self.n), verdict)
+        return (*name, _digits(self.value), spread, str(self.n), verdict)
 
 
 def middle(values: Sequence[float]) -> tuple[float, float, float, int]:
@@ -159,8 +159,12 @@ def write_json(path: Path, value: object) -> None:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
-    around = f" ({min(values):.3g}-{max(values):.3g})" if len(values) > 1 else ""
-    return f"{statistics.median(values):.3g}{around}"
+    around = f" ({_digits(min(values))}-{_digits(max(values))})" if len(values) > 1 else ""
+    return _digits(statistics.median(values)) + around
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _short(value: object) -> object:

@@ -21,7 +21,7 @@ def measure(bench: Bench) -> None:
     model = bench.settings.vocabulary_model
     src = bench.source(model, sparse=True)
     for outtype in bench.settings.outtypes:
-        bench.convert(NAME, STREAMCONV, model, src, outtype)
+        bench.convert(NAME, STREAMCONV, model, src, outtype, "any")
 
 
 def rows(samples: Sequence[Sample]) -> list[Row]:
