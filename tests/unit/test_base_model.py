@@ -1,0 +1,285 @@
+"""What a base tells an adapter: by the keys and tensors of a GGUF, by a folder's config with or without weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streamconv
+from streamconv.base_model import BaseModel, Slot, open_base
+from streamconv.errors import SourceError
+from streamconv.gguf_format import PackedArray
+from streamconv.lora_config import Problem
+from tests import tiny
+from tests.tools import gguf_bytes as raw
+
+LIMIT = 1 << 28
+LLAMA = {
+    "llama.block_count": 2,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 160,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+}
+LFM2 = {
+    "lfm2.block_count": 4,
+    "lfm2.embedding_length": 64,
+    "lfm2.attention.head_count": 4,
+    "lfm2.attention.head_count_kv": [0, 0, 2, 0],
+}
+
+
+def key(name: str, value: Any) -> bytes:
+    if isinstance(value, list):
+        return raw.array(name, raw.NUMBERS["i"], struct.pack(f"<{len(value)}i", *value), len(value))
+    return raw.key(name, raw.STRING, raw.text(value)) if isinstance(value, str) else raw.number(name, "I", value)
+
+
+def gguf(path: Path, keys: dict[str, Any], tensors: dict[str, tuple[int, ...]] | None = None) -> BaseModel:
+    """A base of these keys; the tensors' shapes are row-major, and none of their data is there."""
+    arch = next(iter(keys)).partition(".")[0]
+    keys = {"general.architecture": arch} | keys
+    entries, offset = [], 0
+    for name, shape in (tensors or {}).items():
+        entries.append(raw.tensor(name, shape[::-1], raw.F32, offset))
+        n_elements = 1
+        for extent in shape:
+            n_elements *= extent
+        offset += -(-n_elements * 4 // 32) * 32
+    path.write_bytes(raw.gguf([key(name, value) for name, value in keys.items() if value is not None], entries))
+    return open_base(path, LIMIT)
+
+
+def slot(base: BaseModel, module: str) -> Slot:
+    found = base.slot(module)
+    assert isinstance(found, Slot), found
+    return found
+
+
+def why(base: BaseModel, module: str) -> str:
+    found = base.slot(module)
+    assert isinstance(found, Problem), found
+    return found.message
+
+
+def of(index: int, name: str) -> str:
+    return f"model.layers.{index}.{name}"
+
+
+# ---------------------------------------------------------------- a GGUF
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "shape", "heads"),
+    [
+        (of(0, "self_attn.q_proj"), "blk.0.attn_q.weight", (64, 64), 4),
+        (of(1, "self_attn.k_proj"), "blk.1.attn_k.weight", (32, 64), 2),
+        (of(1, "self_attn.v_proj"), "blk.1.attn_v.weight", (32, 64), 0),
+        (of(1, "self_attn.o_proj"), "blk.1.attn_output.weight", (64, 64), 0),
+        (of(1, "mlp.gate_proj"), "blk.1.ffn_gate.weight", (160, 64), 0),
+        (of(1, "mlp.up_proj"), "blk.1.ffn_up.weight", (160, 64), 0),
+        (of(1, "mlp.down_proj"), "blk.1.ffn_down.weight", (64, 160), 0),
+    ],
+)
+def test_shapes_follow_from_keys(tmp_path: Path, module: str, target: str, shape: tuple[int, int], heads: int) -> None:
+    found = slot(gguf(tmp_path / "base.gguf", LLAMA), module)
+    assert (found.target, found.shape, found.heads) == (target, shape, heads)
+
+
+@pytest.mark.parametrize(
+    ("changed", "q", "k"),
+    [
+        ({"llama.attention.head_count_kv": None}, ((64, 64), 4), ((64, 64), 4)),
+        ({"llama.attention.key_length": 24}, ((96, 64), 4), ((48, 64), 2)),
+        ({"llama.rope.dimension_count": 24}, ((96, 64), 4), ((48, 64), 2)),
+        ({"llama.embedding_length": None}, ((None, None), 4), ((None, None), 2)),
+        ({"llama.attention.head_count": None}, ((None, 64), None), ((None, 64), 2)),
+        ({"llama.attention.head_count": [4, 4], "llama.attention.head_count_kv": [2, 2]}, ((64, 64), 4), ((32, 64), 2)),
+    ],
+)
+def test_defaults_of_keys_that_are_absent(tmp_path: Path, changed: dict[str, Any], q: Any, k: Any) -> None:
+    base = gguf(tmp_path / "base.gguf", LLAMA | changed)
+    found = [slot(base, of(0, f"self_attn.{name}_proj")) for name in "qk"]
+    assert [(one.shape, one.heads) for one in found] == [q, k]
+
+
+def test_a_base_of_keys_alone_is_told(tmp_path: Path) -> None:
+    base = gguf(tmp_path / "base.gguf", LLAMA)
+    assert [caution.code for caution in base.cautions] == ["base-metadata-only"]
+    assert base.is_tied is None
+
+
+def test_the_tensor_list_says_what_there_is_and_how_large(tmp_path: Path) -> None:
+    tensors = {"token_embd.weight": (50, 64), "blk.0.attn_q.weight": (96, 64), "output.weight": (50, 64)}
+    base = gguf(tmp_path / "base.gguf", LLAMA, tensors)
+    assert not base.cautions
+    assert base.is_tied is False
+    assert slot(base, of(0, "self_attn.q_proj")).shape == (96, 64)
+    assert slot(base, "lm_head").shape == (50, 64)
+    assert slot(base, "model.embed_tokens").is_embedding
+    assert why(base, of(1, "self_attn.q_proj")) == "the base (llama) has no such module"
+
+
+def test_a_list_without_output_is_of_a_tied_model(tmp_path: Path) -> None:
+    base = gguf(tmp_path / "base.gguf", LLAMA, {"token_embd.weight": (50, 64)})
+    assert base.is_tied is True
+    assert "tied" in why(base, "lm_head")
+
+
+def test_layers_of_each_kind_by_their_head_counts(tmp_path: Path) -> None:
+    base = gguf(tmp_path / "base.gguf", LFM2)
+    assert slot(base, of(2, "self_attn.k_proj")).shape == (32, 64)
+    assert slot(base, of(3, "conv.in_proj")).shape == (192, 64)
+    assert "no such module" in why(base, of(1, "self_attn.k_proj"))
+    assert "no such module" in why(base, of(2, "conv.in_proj"))
+
+
+def test_a_tensor_list_beats_wrong_head_counts(tmp_path: Path) -> None:
+    keys = LFM2 | {"lfm2.attention.head_count_kv": [0, 0, 0, 0]}  # as Ollama's first release wrote them
+    base = gguf(tmp_path / "base.gguf", keys, {"blk.2.attn_k.weight": (32, 64)})
+    assert slot(base, of(2, "self_attn.k_proj")).shape == (32, 64)
+
+
+@pytest.mark.parametrize("module", [of(2, "self_attn.q_proj"), of(99, "mlp.up_proj"), of(0, "mlp.fc1"), "score", ""])
+def test_modules_that_are_not_there(tmp_path: Path, module: str) -> None:
+    assert "no such module" in why(gguf(tmp_path / "base.gguf", LLAMA), module)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (of(0, "ffn_norm"), "it is a norm, for which llama.cpp asks no adapter"),
+        ("model.embedding_norm", "it is a norm, for which llama.cpp asks no adapter"),
+        (of(0, "conv.conv"), "it is the convolution's kernel, for which llama.cpp asks no adapter"),
+    ],
+)
+def test_modules_that_no_adapter_can_change(tmp_path: Path, module: str, reason: str) -> None:
+    assert why(gguf(tmp_path / "base.gguf", LFM2), module) == reason
+
+
+def test_head_counts_are_copied_as_they_are(tmp_path: Path) -> None:
+    llama = gguf(tmp_path / "a.gguf", LLAMA | {"llama.attention.head_count_kv": None})
+    assert [(entry.key, entry.type.name, entry.value) for entry in llama.keys] == [
+        ("llama.attention.head_count", "UINT32", 4)
+    ]
+    counts = gguf(tmp_path / "b.gguf", LFM2).keys[1].value
+    assert isinstance(counts, PackedArray)
+    assert (counts.element.name, counts.payload) == ("INT32", struct.pack("<4i", 0, 0, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported"),
+        ({"general.architecture": 7}, "architecture 7 is not supported"),
+        ({"general.architecture": None}, "architecture None is not supported"),
+        ({"general.type": "adapter"}, "is an adapter, not a base"),
+        ({"llama.block_count": None}, "llama.block_count is missing"),
+        ({"llama.block_count": 4_000_000_000}, "llama.block_count is no whole number"),
+        ({"llama.block_count": 2_000_000_000}, "2000000000, no number of layers"),
+        ({"llama.embedding_length": "64"}, "llama.embedding_length is no whole number"),
+        ({"llama.attention.head_count": [4, 8]}, "differs between layers"),
+        ({"llama.attention.head_count_kv": [2, -1]}, "is no whole number"),
+    ],
+)
+def test_bases_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        gguf(tmp_path / "base.gguf", LLAMA | changed)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"), [([0, 2, 0], "lists 3 of 4 layers"), ([0, 2, 4, 0], "differs between layers")]
+)
+def test_lists_that_are_wrong(tmp_path: Path, counts: list[int], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        gguf(tmp_path / "base.gguf", LFM2 | {"lfm2.attention.head_count_kv": counts})
+
+
+# ---------------------------------------------------------------- a folder
+
+
+def facts(base: BaseModel) -> dict[str, Any]:
+    """All that is known of the modules that are asked for in these tests."""
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.out_proj", "conv.in_proj", "feed_forward.w2")
+    modules = [*(of(i, name) for i in range(4) for name in names), "model.embed_tokens", "lm_head"]
+    slots = {module: base.slot(module) for module in modules}
+    return {
+        module: one.message if isinstance(one, Problem) else (one.target, one.shape, one.heads, one.order)
+        for module, one in slots.items()
+    } | {"tied": base.is_tied, "keys": tuple(base.keys)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_says_the_same_with_weights_without_and_as_gguf(tmp_path: Path, tied: bool) -> None:
+    src = tiny.lfm2(tmp_path / "src", attention=(1, 2), tied=tied)
+    streamconv.convert(src, tmp_path / "src.gguf")
+    expected = facts(open_base(src, LIMIT))
+    assert facts(open_base(tmp_path / "src.gguf", LIMIT)) == expected
+    (src / "model.safetensors").unlink()
+    assert facts(open_base(src, LIMIT)) == expected
+    assert expected[of(1, "self_attn.k_proj")] == ("blk.1.attn_k.weight", (32, 64), 0, (1, 3, -1))
+
+
+def test_a_quantised_base_has_the_shapes_of_its_config(tmp_path: Path) -> None:
+    src = tiny.llama(tmp_path, config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    tiny.write_safetensors(src / "model.safetensors", {"packed": tiny.Tensor.of(tiny.noise("p", (7, 1), 1.0), "F32")})
+    assert slot(open_base(src, LIMIT), of(1, "self_attn.k_proj")).shape == (32, 64)
+
+
+def test_layers_whose_kind_no_one_tells_may_have_either(tmp_path: Path) -> None:
+    src = tiny.lfm2(tmp_path, layers_by=())
+    (src / "model.safetensors").unlink()
+    base = open_base(src, LIMIT)
+    assert slot(base, of(0, "self_attn.q_proj")).shape == slot(base, of(0, "conv.out_proj")).shape == (64, 64)
+    assert [entry.key for entry in base.keys] == ["lfm2.attention.head_count"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, no number of layers"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None, no number of layers"),
+        ({"layer_types": ["conv"]}, "lists the mixer of 1 of 4 layers"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+    ],
+)
+def test_configs_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    src = tiny.lfm2(tmp_path)
+    (src / "model.safetensors").unlink()
+    settings = json.loads((src / "config.json").read_text()) | changed
+    tiny.write_json(src / "config.json", settings)
+    with pytest.raises(SourceError, match=message):
+        open_base(src, LIMIT)
+
+
+def test_a_folder_of_ggufs_names_one(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SourceError, match=r"name the file itself, as .*model-Q4\.gguf"):
+        open_base(tmp_path, LIMIT)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_by_either_name(tmp_path: Path, stacked: bool) -> None:
+    base = open_base(tiny.lfm2moe(tmp_path, stacked=stacked, config={"routed_scaling_factor": 2.5}), LIMIT)
+    one = slot(base, of(2, "feed_forward.experts.5.w2"))
+    assert (one.target, one.shape, one.expert, one.n_experts, one.factor) == (
+        "blk.2.ffn_down_exps.weight", (64, 160), 5, 6, 2.5
+    )  # fmt: skip
+    together = slot(base, of(2, "feed_forward.switch_mlp.gate_proj"))
+    assert (together.target, together.shape, together.expert, together.n_experts, together.factor) == (
+        "blk.2.ffn_gate_exps.weight", (160, 64), None, 6, 1.0
+    )  # fmt: skip
+    for absent in ("experts.6.w2", "experts.0.w4", "switch_mlp.fc1"):
+        assert "no such module" in why(base, of(2, f"feed_forward.{absent}"))
+    assert "no such module" in why(base, of(0, "feed_forward.experts.0.w1"))  # a dense layer
+
+
+def test_a_gguf_does_not_tell_how_experts_were_scaled(tmp_path: Path) -> None:
+    streamconv.convert(tiny.lfm2moe(tmp_path / "src"), tmp_path / "base.gguf")
+    base = open_base(tmp_path / "base.gguf", LIMIT)
+    assert slot(base, of(1, "feed_forward.experts.0.w2")).factor is None
+    assert slot(base, of(1, "feed_forward.experts.0.w1")).factor == 1.0

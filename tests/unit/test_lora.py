@@ -1,0 +1,281 @@
+"""An adapter on its base: which way round its factors lie, and all that keeps it from being carried, at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamconv.base_model import Slot, open_base
+from streamconv.errors import SourceError
+from streamconv.lora import Resolved, orientations, refuse, resolve
+from streamconv.lora_config import Problem, read_lora_config
+from streamconv.lora_file import LoraFile
+from tests import loras, tiny
+from tests.unit.test_base_model import LLAMA, gguf
+
+LIMIT = 1 << 28
+Q, K, UP = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+A, B = "lora_A.weight", "lora_B.weight"
+
+
+def resolved(adapter: Path, base: Path, scale: float | None = None) -> Resolved:
+    with LoraFile.open(adapter, LIMIT) as file:
+        return resolve(file, open_base(base, LIMIT), read_lora_config(file.config, scale))
+
+
+def problems(adapter: Path, base: Path) -> dict[str, Problem]:
+    return {problem.code: problem for problem in resolved(adapter, base).problems}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 heads and 2, hidden 64, 160 wide, tied."""
+    return tiny.llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+# ---------------------------------------------------------------- orientation
+
+STRAIGHT, TURNED, A_TURNED, B_TURNED = (False, False), (True, True), (True, False), (False, True)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shape", "expected"),
+    [
+        ((8, 64), (32, 8), (32, 64), [STRAIGHT]),
+        ((64, 8), (8, 32), (32, 64), [TURNED]),
+        ((64, 8), (32, 8), (32, 64), [A_TURNED]),
+        ((8, 64), (8, 32), (32, 64), [B_TURNED]),
+        ((48, 64), (32, 48), (32, 64), [STRAIGHT]),  # a rank above out
+        ((72, 64), (32, 72), (32, 64), [STRAIGHT]),  # and above in: shapes tell, whatever the rank
+        ((64, 72), (72, 32), (32, 64), [TURNED]),
+        ((64, 64), (32, 64), (32, 64), [STRAIGHT]),  # the rank is in: B tells for both
+        ((64, 64), (64, 32), (32, 64), [TURNED]),
+        ((32, 64), (32, 32), (32, 64), [STRAIGHT]),  # the rank is out: A tells for both
+        ((64, 64), (64, 64), (64, 64), [STRAIGHT, TURNED]),
+        ((1, 64), (64, 1), (64, 64), [STRAIGHT]),
+        # Without the base's shape a factor is longer than it is wide.
+        ((8, 64), (32, 8), (None, None), [STRAIGHT]),
+        ((64, 8), (8, 32), (None, None), [TURNED]),
+        ((64, 8), (32, 8), (None, None), [A_TURNED]),
+        ((8, 16), (16, 8), (None, None), [STRAIGHT]),
+        ((16, 8), (8, 16), (None, None), [TURNED]),
+        ((8, 8), (8, 8), (None, None), [STRAIGHT, TURNED]),
+        ((8, 64), (8, 8), (None, None), [STRAIGHT]),
+        ((64, 8), (8, 8), (None, 64), [TURNED]),
+        # What does not fit.
+        ((8, 64), (32, 4), (32, 64), []),
+        ((8, 60), (32, 8), (32, 64), []),
+        ((0, 64), (32, 0), (32, 64), []),
+        ((8, 64), (32,), (32, 64), []),
+        ((), (), (32, 64), []),
+        ((2, 8, 64), (2, 32, 8), (32, 64), []),
+    ],
+)
+def test_orientations(a: Any, b: Any, shape: Any, expected: list[tuple[bool, bool]]) -> None:
+    assert sorted(orientations(a, b, Slot("x.weight", (0, 0, 0), shape))) == sorted(expected)
+
+
+def test_an_embedding_goes_from_the_vocabulary_to_the_hidden_size() -> None:
+    embedding = Slot("token_embd.weight", (-1, 0, -1), (50, 64), is_embedding=True)
+    assert orientations((8, 50), (64, 8), embedding) == [STRAIGHT]
+    assert orientations((50, 8), (8, 64), embedding) == [TURNED]
+    assert orientations((8, 64), (50, 8), embedding) == []
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "fits"),
+    [
+        ((6, 8, 64), (6, 32, 8), True),
+        ((6, 64, 8), (6, 8, 32), False),
+        ((5, 8, 64), (5, 32, 8), False),
+        ((6, 8, 64), (), False),
+    ],
+)
+def test_experts_together_are_never_turned(a: Any, b: Any, fits: bool) -> None:
+    slot = Slot("blk.0.ffn_up_exps.weight", (0, 0, -1), (32, 64), n_experts=6)
+    assert orientations(a, b, slot) == ([STRAIGHT] if fits else [])
+
+
+def test_what_shapes_leave_open_is_an_error(tmp_path: Path, llama: Path) -> None:
+    adapter = loras.write(tmp_path, loras.factors(Q, 64, 64, r=64), loras.PEFT | {"r": 64})
+    assert problems(adapter, llama)["ambiguous"].modules == (Q,)
+
+
+@pytest.mark.parametrize("is_turned", [True, False])
+def test_the_other_modules_of_a_file_tell_how_it_was_written(tmp_path: Path, llama: Path, is_turned: bool) -> None:
+    tensors = loras.factors(Q, 64, 64, r=64) | loras.factors(K, 32, 64, r=64)
+    if is_turned:
+        tensors = {name: loras.turned(tensor) for name, tensor in tensors.items()}
+    found = resolved(loras.write(tmp_path, tensors, loras.PEFT | {"r": 64}), llama)
+    assert not found.problems
+    assert [type(module.a).__name__ for module in found.modules] == ["Transpose" if is_turned else "Source"] * 2
+
+
+# ---------------------------------------------------------------- what is resolved
+
+
+def test_modules_come_in_the_bases_order(tmp_path: Path, llama: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path, llama)
+    names = [module.slot.target.split(".", 2)[2] for module in resolved(adapter, llama).modules]
+    layer = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_down", "ffn_up"]
+    assert names == [f"{name}.weight" for name in [*layer, *layer]]
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "base_model.model.base_model.model."])
+def test_prefixes(tmp_path: Path, llama: Path, prefix: str) -> None:
+    (module,) = resolved(loras.write(tmp_path, loras.factors(Q, 64, 64, prefix=prefix)), llama).modules
+    assert module.slot.target == "blk.0.attn_q.weight"
+
+
+def test_a_model_without_a_head_has_shorter_names(tmp_path: Path, llama: Path) -> None:
+    adapter = loras.write(tmp_path, loras.factors("layers.0.self_attn.q_proj", 64, 64))
+    assert resolved(adapter, llama).modules[0].slot.target == "blk.0.attn_q.weight"
+
+
+# ---------------------------------------------------------------- what cannot be carried
+
+
+def without(tensors: dict[str, tiny.Tensor], *ends: str) -> dict[str, tiny.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(ends)}
+
+
+PAIR = loras.factors(Q, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "code", "words"),
+    [
+        (PAIR, {"use_dora": True}, "dora", "its magnitudes are missing"),
+        (PAIR | {f"{Q}.lora_magnitude_vector": loras.noise("m", (64,))}, {}, "dora", "full rank"),
+        (without(PAIR, A), {}, "partner", "has no lora_A"),
+        (without(PAIR, B), {}, "partner", "has no lora_B"),
+        (PAIR | {f"base_model.model.{Q}.{B}": loras.noise("b", (64, 4))}, {}, "rank", "the ranks disagree"),
+        (PAIR, {"r": 4}, "rank", "has rank 8, adapter_config.json gives it 4"),
+        (PAIR, {"rank_pattern": {"q_proj": 16}}, "rank", "has rank 8, adapter_config.json gives it 16"),
+        (loras.factors(Q, 64, 60), {}, "shape", r"do not fit the base's blk.0.attn_q.weight \[64, 64\]"),
+        (loras.factors(Q, 64, 16), {"use_qalora": True}, "shape", "do not fit"),
+        (loras.factors("roberta.encoder.layer.0.query", 64, 64), {}, "no-module", r"the base \(llama\) has no such"),
+        (loras.factors("model.layers.7.mlp.up_proj", 160, 64), {}, "no-module", "has no such module"),
+        (loras.factors("model.layers.0.input_layernorm", 64, 1), {}, "no-matrix", "asks no adapter"),
+        (PAIR | {"lm_head.weight": loras.noise("h", (4, 64))}, {}, "weight", "a whole trained weight"),
+        (PAIR | {f"{Q}.bias": loras.noise("h", (64,))}, {}, "bias", "a trained bias"),
+        (PAIR | {f"{Q}.base_layer.bias": loras.noise("h", (64,))}, {"bias": "all"}, "bias", "a trained bias"),
+        (PAIR | {f"{Q}.lora_B.bias": loras.noise("h", (64,))}, {}, "lora-bias", "lora_bias"),
+        (PAIR | {f"{Q}.lora_diag": loras.noise("h", (8,))}, {}, "kasa", "KaSA"),
+        (PAIR | {"model.norm.weight": loras.noise("h", (64,))}, {}, "norm", "a trained norm"),
+        (PAIR | {"model.embed_tokens.trainable_tokens_delta": loras.noise("h", (1, 64))}, {}, "tokens", "rows"),
+        (PAIR | {"mystery": loras.noise("h", (1, 64))}, {}, "unknown", "no known kind"),
+        (PAIR, {"layer_replication": [[0, 2], [1, 2]]}, "replication", "another stack"),
+        (PAIR, {"use_bdlora": {"target_modules_bd_b": ["q_proj"], "nblocks": 2}}, "bd-lora", "BD-LoRA"),
+        (PAIR, {"init_lora_weights": "pissa"}, "init", "changes the base's weights"),
+        (PAIR, {"peft_type": "LOHA"}, "peft-type", "LOHA"),
+        (loras.factors("lm_head", 96, 64), {}, "tied", "has no head of its own"),
+        (PAIR | loras.factors("layers.0.self_attn.q_proj", 64, 64), {}, "twice", "another module changes blk.0.attn_q"),
+        (PAIR | {f"{Q}.lora_a": loras.noise("again", (64, 8))}, {}, "twice", "has two tensors for lora_a"),
+        ({}, {}, "empty", "no factor"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path: Path, llama: Path, tensors: Any, settings: Any, code: str, words: str) -> None:
+    found = problems(loras.write(tmp_path, tensors, loras.PEFT | settings), llama)
+    assert code in found
+    with pytest.raises(SourceError, match=words):
+        with LoraFile.open(tmp_path, LIMIT) as file:
+            refuse([found[code]], file)
+
+
+@pytest.mark.parametrize(
+    ("extra", "settings"),
+    [
+        ({f"{Q}.base_layer.weight": loras.noise("w", (64, 64))}, {}),  # a copy of the frozen base
+        ({f"{Q}.lora_velora_embed": loras.noise("w", (8,))}, {"velora_config": {"num_groups": 8}}),
+        ({}, {"bias": "all"}),
+        ({}, {"fan_in_fan_out": True}),
+        ({}, {"use_qalora": True}),
+        ({}, {"lora_bias": True}),
+        ({}, {"modules_to_save": ["lm_head"]}),
+        ({}, {"trainable_token_indices": [3]}),
+        ({}, {"target_parameters": ["experts.up_proj"]}),
+        ({}, {"layer_replication": [[0, 2]]}),
+        ({}, {"use_bdlora": {"target_modules_bd_b": ["k_proj"], "nblocks": 2}}),
+    ],
+)
+def test_what_has_no_effect_is_carried(tmp_path: Path, llama: Path, extra: Any, settings: Any) -> None:
+    found = resolved(loras.write(tmp_path, PAIR | extra, loras.PEFT | settings), llama)
+    assert not found.problems
+    assert [module.name for module in found.modules] == [Q]
+
+
+def test_an_embedding_and_a_head_on_an_untied_base(tmp_path: Path, llama: Path, untied: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path, untied, targets=("embed_tokens", "lm_head"))
+    assert [module.slot.target for module in resolved(adapter, untied).modules] == [
+        "token_embd.weight",
+        "output.weight",
+    ]
+    assert problems(adapter, llama)["tied"].modules == ("model.embed_tokens",)
+
+
+def test_whether_a_base_is_tied_must_be_known(tmp_path: Path, untied: Path) -> None:
+    gguf(tmp_path / "base.gguf", LLAMA | {"llama.vocab_size": tiny.N_BPE_TOKENS})
+    adapter = tiny.peft_adapter(tmp_path / "adapter", untied, targets=("embed_tokens", "lm_head"))
+    assert len(problems(adapter, tmp_path / "base.gguf")["tied"].modules) == 2
+
+
+def test_a_dtype_that_is_none_of_ours(tmp_path: Path, llama: Path) -> None:
+    tensors = {name: tiny.Tensor("I32", tensor.shape, tensor.data) for name, tensor in PAIR.items()}
+    assert "I32" in problems(loras.write(tmp_path, tensors), llama)["dtype"].message
+
+
+def test_heads_that_do_not_divide(tmp_path: Path) -> None:
+    gguf(tmp_path / "base.gguf", LLAMA | {"llama.attention.head_count": 3}, {"blk.0.attn_q.weight": (64, 64)})
+    adapter = loras.write(tmp_path / "adapter", PAIR)
+    assert "64 rows are not 3 heads" in problems(adapter, tmp_path / "base.gguf")["heads"].message
+
+
+def test_all_problems_are_told_at_once_alike_ones_together(tmp_path: Path, llama: Path) -> None:
+    tensors = tiny.tensors_of(tiny.peft_adapter(tmp_path / "whole", llama, dora=True))
+    tensors |= loras.factors("model.layers.9.mlp.up_proj", 160, 64)
+    tensors["base_model.model.lm_head.weight"] = loras.noise("h", (4, 64))
+    adapter = loras.write(tmp_path / "adapter", tensors, loras.PEFT | {"kasa_config": {}, "r": 8})
+    with pytest.raises(SourceError) as caught, LoraFile.open(adapter, LIMIT) as file:
+        refuse(resolved(adapter, llama).problems, file)
+    message = str(caught.value)
+    assert "model.layers.0.mlp.down_proj and 13 more: DoRA" in message
+    for words in (
+        "KaSA",
+        "lm_head: a whole trained weight",
+        "model.layers.9.mlp.up_proj: the base (llama) has no such",
+    ):
+        assert words in message
+    assert "--adapter" not in message  # a merge cannot carry all of it either
+
+
+@pytest.mark.parametrize(("dora", "merges"), [(True, True), (False, False)])
+def test_what_a_merge_can_carry_says_so(tmp_path: Path, llama: Path, dora: bool, merges: bool) -> None:
+    adapter = tiny.peft_adapter(tmp_path, llama, dora=dora, config={"kasa_config": None if dora else {}})
+    with pytest.raises(SourceError) as caught, LoraFile.open(adapter, LIMIT) as file:
+        refuse(resolved(adapter, llama).problems, file)
+    assert (f"--adapter {adapter}" in str(caught.value)) is merges
+
+
+def test_twelve_of_many_problems_are_shown(tmp_path: Path, llama: Path) -> None:
+    with LoraFile.open(loras.write(tmp_path, PAIR), LIMIT) as file, pytest.raises(SourceError, match=r"; and 3 more$"):
+        refuse([Problem(str(i), f"problem {i}") for i in range(15)], file)
+
+
+def test_experts_of_one_target_clash_with_the_whole(tmp_path: Path) -> None:
+    base = tiny.lfm2moe(tmp_path / "base")
+    together = {
+        "model.layers.1.feed_forward.switch_mlp.up_proj.lora_a": loras.noise("a", (6, 8, 64)),
+        "model.layers.1.feed_forward.switch_mlp.up_proj.lora_b": loras.noise("b", (6, 160, 8)),
+    }
+    one = loras.factors("model.layers.1.feed_forward.experts.3.w3", 160, 64)
+    assert not problems(loras.write(tmp_path / "together", together), base)
+    assert not problems(loras.write(tmp_path / "one", one), base)
+    assert "twice" in problems(loras.write(tmp_path / "both", together | one), base)
