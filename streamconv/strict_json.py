@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from streamconv.cursor import PositionedFile
 from streamconv.errors import SourceError
 
 MAX_NBYTES = 64 << 20
@@ -16,7 +17,7 @@ MAX_NBYTES = 64 << 20
 OBJECT_NBYTES_PER_BYTE = 30
 
 
-def parse_object(text: bytes, file: str | Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
+def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
     """The JSON object in `text` (UTF-8). SourceError naming `file` on anything else."""
     if len(text) > max_nbytes:
         raise SourceError(f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file)
@@ -35,11 +36,12 @@ def parse_object(text: bytes, file: str | Path, max_nbytes: int = MAX_NBYTES) ->
 
 def load_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`."""
+    file = PositionedFile(path)
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_NBYTES + 1)
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+        text = bytearray(min(file.nbytes, MAX_NBYTES + 1))
+        file.read_into(0, text)
+    finally:
+        file.close()
     return parse_object(text, path)
 
 
@@ -51,8 +53,11 @@ def load_object_if_present(path: Path) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"duplicate key {key!r}")
+            seen.add(key)
     return result
 
 

@@ -14,7 +14,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "scratch cursor gguf_format strict_json magic profile memory directio config",
+        "cursor",
+        "scratch gguf_format strict_json magic profile memory directio config",
         "kernels",
         "codecs",
         "graph",
