@@ -12,7 +12,6 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
@@ -37,8 +36,6 @@ SCALAR_FORMATS: dict[GGUFValueType, str] = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
-
-_STRING_LENGTH = struct.Struct("<Q")
 
 Scalar = str | int | float | bool
 
@@ -118,11 +115,6 @@ class TensorInfo:
 def encode_string(value: str | bytes) -> bytes:
     raw = value.encode("utf-8") if isinstance(value, str) else value
     return struct.pack("<Q", len(raw)) + raw
-
-
-def encode_strings(values: Sequence[bytes]) -> bytes:
-    """The payload of an array of strings, at some 0.1 microseconds each."""
-    return b"".join(chain.from_iterable(zip(map(_STRING_LENGTH.pack, map(len, values)), values, strict=True)))
 
 
 def block_size(type_: GGMLQuantizationType) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Self
 from streamconv.cursor import PositionedFile
 from streamconv.errors import SourceError
 from streamconv.strict_json import parse_object
+from streamconv.vocab.packing import joined, split
 
 WINDOW_NBYTES = 128 << 10
 MAX_ENTRY_NBYTES = 64 << 10  # one entry of a batch, one key; a real token has at most a few hundred bytes
@@ -38,8 +39,8 @@ _PLAIN = re.compile(rb'(?:[^"\[\]{}]++|' + STRING + rb"|\[" + _FLAT + rb"\]|\{" 
 _CLOSING = {ord("["): ord("]"), ord("{"): ord("}")}
 
 # Escapes become the bytes they stand for while a batch is still whole: a quote and a backslash are marked by bytes that
-# UTF-8 never has until the strings are told apart, and a third such byte stands between strings.
-_QUOTE, _BACKSLASH, _BETWEEN = b"\xfd", b"\xfe", b"\xff"
+# UTF-8 never has until the strings are told apart.
+_QUOTE, _BACKSLASH = b"\xfd", b"\xfe"
 _UNMARK = bytes.maketrans(_QUOTE + _BACKSLASH, b'"\\')
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})(?:\\u([dD][c-fC-F][0-9a-fA-F]{2}))?|([/bfnrt]))")
 _LETTERS = {b"/": b"/", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
@@ -70,7 +71,7 @@ class Batch:
         parts = text.split(b'"')
         strings = parts[1::2]
         if text is not self.text:
-            strings = _BETWEEN.join(strings).translate(_UNMARK).split(_BETWEEN)
+            strings = split(joined(strings).translate(_UNMARK))
         return strings, parts[2::2]
 
 

@@ -13,7 +13,7 @@ from gguf.constants import TokenType
 
 from streamconv.errors import Caution, SourceError
 from streamconv.vocab.companions import Companions
-from streamconv.vocab.sentencepiece_model import ModelType, SentencePieceModel
+from streamconv.vocab.sentencepiece_model import ModelType, PieceKind, SentencePieceModel
 from streamconv.vocab.token_list import ADDED_SCORE, PADDING_SCORE, TokenList, added_text, added_type
 from streamconv.vocab.tokenizer_json import AddedToken, shown
 
@@ -29,7 +29,9 @@ def sentencepiece_tokens(
             raise SourceError(problem, file=model.path)
     tokens = TokenList.of(model.path, ids, n_vocab)
     n_pieces = len(model.texts)
-    tokens.types[:n_pieces] = np.frombuffer(model.kinds, dtype=np.uint8)
+    kinds = np.frombuffer(model.kinds, dtype=np.uint8)
+    # As llama.cpp's converter has them. Neither type does in llama.cpp what SentencePiece does.
+    tokens.types[:n_pieces] = np.where(kinds == PieceKind.USER_DEFINED, TokenType.NORMAL, kinds)
     tokens.scores = np.full(n_vocab, PADDING_SCORE, dtype=np.float32)
     tokens.scores[:n_pieces] = model.scores
     _add(tokens, companions, added)
@@ -69,6 +71,12 @@ def _faults(model: SentencePieceModel) -> list[Caution]:
             "the SentencePiece model is not of type BPE; llama.cpp tokenizes it as if it were, some texts otherwise"
         )
         faults.append(Caution("sentencepiece-type", message))
+    n_own = model.kinds.count(PieceKind.USER_DEFINED)
+    if n_own:
+        message = (
+            f"SentencePiece finds {n_own} user-defined pieces before any merge, llama.cpp makes them of merges or not"
+        )
+        faults.append(Caution("sentencepiece-user-defined", message))
     if model.remove_extra_whitespaces or model.has_character_map:
         message = "the SentencePiece model normalizes texts (spaces or characters), and llama.cpp does not"
         faults.append(Caution("normalizer-ignored", message))

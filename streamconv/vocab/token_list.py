@@ -15,11 +15,13 @@ from gguf.constants import GGUFValueType, TokenType
 from numpy.typing import NDArray
 
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf_format import PackedArray, encode_strings
+from streamconv.gguf_format import PackedArray
+from streamconv.vocab.packing import encode_joined, joined
 from streamconv.vocab.tokenizer_json import shown
 
 ADDED_SCORE = -1000.0  # what llama.cpp's converter gives an added token, which is found before any merge
 PADDING_SCORE = -10000.0  # as llama.cpp's converter
+_BLOCK = 4096  # tokens that are packed at a time
 
 _SPM_SPACE = "▁".encode()
 # What llama.cpp's converter takes for a control token though its file does not say so (does_token_look_special).
@@ -78,20 +80,25 @@ class TokenList:
 
     def packed(self) -> tuple[PackedArray, PackedArray, PackedArray | None]:
         """Texts, types and scores; rows without a token are `[PADn]`. SourceError for what llama.cpp would abort on."""
-        for id_, text in enumerate(self.texts):
-            if text is None:
-                self.put(id_, b"[PAD%d]" % id_, TokenType.UNUSED, PADDING_SCORE)
-            elif b"\0" in text:
-                self._claim(text.partition(b"\0")[0], id_)
-        texts = [text for text in self.texts if text is not None]  # all of them
+        for id_ in [id_ for id_, text in enumerate(self.texts) if text is None]:
+            self.put(id_, b"[PAD%d]" % id_, TokenType.UNUSED, PADDING_SCORE)
+        payload = bytearray()
+        for start in range(0, len(self.texts), _BLOCK):
+            texts = [text for text in self.texts[start : start + _BLOCK] if text is not None]  # all of them
+            block = joined(texts)
+            if b"\0" in block:
+                self._check_cuts(start, texts)
+            payload += encode_joined(block)
         return (
-            PackedArray(GGUFValueType.STRING, len(texts), encode_strings(texts)),
+            PackedArray(GGUFValueType.STRING, len(self.texts), bytes(payload)),
             PackedArray.of_numbers(GGUFValueType.INT32, self.types),
             None if self.scores is None else PackedArray.of_numbers(GGUFValueType.FLOAT32, self.scores),
         )
 
-    def _claim(self, cut: bytes, id_: int) -> None:
+    def _check_cuts(self, start: int, texts: list[bytes]) -> None:
         """llama.cpp reads a text up to its first NUL: SourceError where that is another token."""
-        if cut and self.ids.setdefault(cut, id_) != id_:
-            problem = f"llama.cpp reads token {id_} as {shown(cut)}, which is token {self.ids[cut]} too"
-            raise SourceError(problem, file=self.file)
+        for id_, text in enumerate(texts, start):
+            cut = text.partition(b"\0")[0]
+            if cut and self.ids.setdefault(cut, id_) != id_:
+                problem = f"llama.cpp reads token {id_} as {shown(cut)}, which is token {self.ids[cut]} too"
+                raise SourceError(problem, file=self.file)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +21,9 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from streamconv.errors import SourceError
-from streamconv.gguf_format import PackedArray, encode_strings
+from streamconv.gguf_format import PackedArray
 from streamconv.vocab.json_stream import SPACE, STRING, Batch, EntryKind, JsonStream
+from streamconv.vocab.packing import BETWEEN, encode_joined, joined, split
 
 FILE_NAME = "tokenizer.json"
 MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
@@ -40,7 +41,6 @@ _MERGE_PAIRS = EntryKind(
     rb"\[" + SPACE + STRING + SPACE + rb"," + SPACE + STRING + SPACE + rb"\]",
     b"]",
 )
-_BETWEEN = b"\xff"  # never in UTF-8
 _SPACE_LETTER = "Ġ".encode()  # byte-level BPE's letter for a space
 
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
@@ -200,45 +200,38 @@ class _Reader:
         ranks = np.full(self.n_vocab, -1, dtype=np.int32)
         n_merges = n_groups = 0
         previous = -1
-        for batch, lefts, rights, lines in self._merge_batches():
+        for batch, merges in self._merge_batches():
             try:
-                made = np.fromiter(map(vocab.__getitem__, map(bytes.__add__, lefts, rights)), np.int32, len(lines))
+                made = np.fromiter(map(vocab.__getitem__, merges.made), np.int32, len(merges.made))
             except KeyError:
-                self._fail_unknown(batch, lefts, rights)
-            if not (vocab.keys() >= set(lefts) and vocab.keys() >= set(rights)):
-                self._fail_unknown(batch, lefts, rights)
-            if b"" in vocab and (b"" in lefts or b"" in rights):
-                self.stream.fail("a merge of an empty token", batch.position)
+                self._fail_unknown(batch, merges)
+            if set(merges.parts).difference(vocab) or (b"" in vocab and b"" in merges.parts):
+                self._fail_unknown(batch, merges)
             n_groups += int(made[0] != previous) + int(np.count_nonzero(made[1:] != made[:-1]))
             previous = int(made[-1])
             _keep_first(ranks, made, n_merges)
-            n_merges += len(lines)
-            payload += encode_strings(lines)
-        lines_ = PackedArray(GGUFValueType.STRING, n_merges, payload)
-        self.result.merges = Merges(lines_, ranks, grouped=n_groups == int(np.count_nonzero(ranks >= 0)))
+            n_merges += len(made)
+            payload += encode_joined(merges.lines)
+        lines = PackedArray(GGUFValueType.STRING, n_merges, payload)
+        self.result.merges = Merges(lines, ranks, grouped=n_groups == int(np.count_nonzero(ranks >= 0)))
 
-    def _merge_batches(self) -> Iterator[tuple[Batch, list[bytes], list[bytes], list[bytes]]]:
-        """Batches of merges in either spelling: left parts, right parts, and the lines that GGUF has."""
+    def _merge_batches(self) -> Iterator[tuple[Batch, _MergeBatch]]:
         if self.stream.opens_with(b"[["):
             for batch in self.stream.batches(_MERGE_PAIRS):
-                parts, _ = self._strings(batch)
-                lefts, rights = parts[::2], parts[1::2]
-                if b" " in b"".join(parts):
-                    parts = [part.replace(b" ", _SPACE_LETTER) for part in parts]
-                yield batch, lefts, rights, list(map(b" ".join, zip(parts[::2], parts[1::2], strict=True)))
+                yield batch, _MergeBatch.of_pairs(self._strings(batch)[0])
         else:
             for batch in self.stream.batches(_MERGE_LINES):
-                lines, _ = self._strings(batch)
-                for line, n_spaces in zip(lines, map(bytes.count, lines, repeat(b" ")), strict=True):
-                    if n_spaces != 1:
-                        self.stream.fail(f"merge {shown(line)} is not two tokens and one space", batch.position)
-                parts = _BETWEEN.join(lines).replace(b" ", _BETWEEN).split(_BETWEEN)
-                yield batch, parts[::2], parts[1::2], lines
+                lines = self._strings(batch)[0]
+                merges = _MergeBatch.of_lines(lines)
+                if merges is None:
+                    wrong = next(line for line in lines if line.count(b" ") != 1)
+                    self.stream.fail(f"merge {shown(wrong)} is not two tokens and one space", batch.position)
+                yield batch, merges
 
-    def _fail_unknown(self, batch: Batch, lefts: list[bytes], rights: list[bytes]) -> NoReturn:
-        for left, right in zip(lefts, rights, strict=True):
-            for token in (left, right, left + right):
-                if token not in self.result.vocab:
+    def _fail_unknown(self, batch: Batch, merges: _MergeBatch) -> NoReturn:
+        for left, right, made in zip(merges.parts[::2], merges.parts[1::2], merges.made, strict=True):
+            for token in (left, right, made):
+                if token not in self.result.vocab or not token:
                     merge = f"merge of {shown(left)} and {shown(right)}"
                     self.stream.fail(f"{merge} names {shown(token)}, which is no token", batch.position)
         raise AssertionError("all tokens are known")
@@ -250,6 +243,42 @@ class _Reader:
             self.stream.fail("not UTF-8", batch.position + error.start)
         except ValueError as error:
             self.stream.fail(f"in the entries from here on: {error}", batch.position)
+
+
+@dataclass(frozen=True, slots=True)
+class _MergeBatch:
+    """Merges of one batch: `parts` are left, right, left, right; `lines` is the joined text of what GGUF has."""
+
+    parts: list[bytes]
+    made: list[bytes]
+    lines: bytes
+
+    @classmethod
+    def of_pairs(cls, parts: list[bytes]) -> _MergeBatch:
+        text = joined(parts)
+        between = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == BETWEEN[0])[::2]  # left and right
+        made = split(np.delete(np.frombuffer(text, dtype=np.uint8), between).tobytes())
+        if b" " in text:
+            return cls(parts, made, joined([b" ".join(pair) for pair in _pairs_without_spaces(parts)]))
+        lines = np.frombuffer(text, dtype=np.uint8).copy()
+        lines[between] = ord(" ")
+        return cls(parts, made, lines.tobytes())
+
+    @classmethod
+    def of_lines(cls, strings: list[bytes]) -> _MergeBatch | None:
+        """None unless each is two parts and a space between."""
+        text = joined(strings)
+        letters = np.frombuffer(text, dtype=np.uint8)
+        marks = letters[(letters == ord(" ")) | (letters == BETWEEN[0])]
+        if len(marks) != 2 * len(strings) or (marks[::2] != ord(" ")).any():
+            return None
+        return cls(split(text.replace(b" ", BETWEEN)), split(text.replace(b" ", b"")), text)
+
+
+def _pairs_without_spaces(parts: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """A space inside a part becomes byte-level BPE's letter for it, as llama.cpp's converter has it."""
+    clean = [part.replace(b" ", _SPACE_LETTER) for part in parts]
+    return zip(clean[::2], clean[1::2], strict=True)
 
 
 def _keep_first(ranks: NDArray[np.int32], made: NDArray[np.int32], start: int) -> None:

@@ -1,0 +1,37 @@
+"""Many short strings as one text, and that text as the payload of a GGUF array.
+
+Owns: joining and encoding. Invariant: a string is UTF-8, so the byte that parts two of them is in none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+BETWEEN = b"\xff"
+_SHIFT = 8 - len(BETWEEN)  # a length of 8 bytes comes before each string, for the byte that came behind it
+
+
+def joined(strings: Sequence[bytes]) -> bytes:
+    """The strings, each followed by BETWEEN."""
+    return BETWEEN.join((*strings, b"")) if strings else b""
+
+
+def split(text: bytes) -> list[bytes]:
+    """What `joined` had."""
+    return text.split(BETWEEN)[:-1]
+
+
+def encode_joined(text: bytes) -> bytes:
+    """An array's payload, each string behind its length (uint64), at 8 bytes of scratch and some for each of `text`."""
+    letters = np.frombuffer(text, dtype=np.uint8)
+    ends = np.flatnonzero(letters == BETWEEN[0])
+    lengths = np.diff(ends, prepend=-1) - 1
+    shifts = np.arange(len(ends)) * _SHIFT
+    places = np.arange(8, 8 + len(letters))
+    places += np.repeat(shifts, lengths + 1)
+    payload = np.empty(len(letters) + _SHIFT * len(ends) + 1, dtype=np.uint8)
+    payload[places] = letters  # the last BETWEEN lands behind the payload, the others where lengths come
+    payload[(ends - lengths + shifts)[:, None] + np.arange(8)] = lengths.astype("<u8").view(np.uint8).reshape(-1, 8)
+    return payload[:-1].tobytes()
