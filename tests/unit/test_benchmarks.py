@@ -50,14 +50,14 @@ def test_many_and_few_tensors_differ_in_nothing_but_their_number() -> None:
 def test_a_checkpoint_is_valid_and_made_once(tmp_path: Path) -> None:
     folder = checkpoint(SHAPES["tiny"], tmp_path)
     seen: dict[str, tuple[int, ...]] = {}
-    contents = set()
     for path in shard_paths(folder):
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118
                 seen[name] = tuple(file.get_slice(name).get_shape())
-        contents.add(path.read_bytes()[-4096:])
     assert seen == {tensor.name: tensor.shape for tensor in tensors_of(SHAPES["tiny"])}
-    assert len(contents) == SHAPES["tiny"].n_shards
+    sizes = [path.stat().st_size for path in shard_paths(folder)]
+    assert len(sizes) == SHAPES["tiny"].n_shards
+    assert min(sizes) > 0.6 * max(sizes)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(seen)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 from pathlib import Path
 
@@ -87,11 +88,15 @@ def test_memory_tells_anonymous_from_file_mapped(tmp_path: Path) -> None:
     with_anon = read_memory()
     assert with_anon.anon_nbytes - before.anon_nbytes > nbytes * 0.9
     assert abs(with_anon.file_nbytes - before.file_nbytes) < nbytes * 0.1
+    shared = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+    shared[:] = 5
+    with_shared = read_memory()
+    assert with_shared.anon_nbytes - with_anon.anon_nbytes > nbytes * 0.9
     held.tofile(tmp_path / "file")
     mapped = np.memmap(tmp_path / "file", mode="r")
     assert int(mapped.max()) == 3
     with_file = read_memory()
-    assert with_file.file_nbytes - with_anon.file_nbytes > nbytes * 0.9
+    assert with_file.file_nbytes - with_shared.file_nbytes > nbytes * 0.9
     assert with_file.rss_nbytes == with_file.anon_nbytes + with_file.file_nbytes
 
 
