@@ -1,0 +1,137 @@
+"""docs/adding-an-architecture.md does what it says: its commands print what it shows, and its code runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import streamconv.recipes
+from streamconv import cli
+from streamconv.recipe import all_recipes
+from tests.cases import GOLDENS
+from tests.oracles import runtime
+from tests.tools import qwen3
+
+PAGE = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
+BLOCKS = re.findall(r"^```(\w[^\n]*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+MODULE = "# streamconv/recipes/qwen3.py\n"
+LOGITS = GOLDENS / "qwen3.logits.npy"
+
+
+class Reader:
+    """Somebody who follows the page in an empty folder."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.recipes = folder / "recipes"
+        self.recipes.mkdir()
+        self.capsys = capsys
+        self.scope: dict[str, Any] = {}
+
+    def follow(self, kind: str, body: str) -> None:
+        if kind == "console":
+            for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
+                command, _, shown = part.partition("\n")
+                assert_shows(self.run(command), shown)
+        elif body.startswith(MODULE):
+            self.install(body)
+        elif kind == "python torch":
+            compile(body, str(PAGE), "exec")
+            shutil.copy(LOGITS, "logits.npy")
+        elif kind == "python":
+            exec(compile(body, str(PAGE), "exec"), self.scope)
+
+    def run(self, command: str) -> str:
+        """What a command prints, on either stream."""
+        words = shlex.split(command)
+        if words[:3] == ["python", "-m", "tests.tools.qwen3"]:
+            return f"{qwen3.build(Path(words[3]))}\n"
+        assert words[0] == "streamconv"
+        self.capsys.readouterr()
+        cli.main(words[1:])
+        return "".join(self.capsys.readouterr())
+
+    def install(self, text: str) -> None:
+        (self.recipes / "qwen3.py").write_text(text, encoding="utf-8")
+        sys.modules.pop("streamconv.recipes.qwen3", None)
+        all_recipes.cache_clear()
+
+
+def assert_shows(printed: str, shown: str) -> None:
+    """The lines shown are printed in this order; `...` stands for lines, or for the rest of one, that are left out."""
+    lines = iter(printed.splitlines())
+    for line in shown.splitlines():
+        if line != "...":
+            start, dots, _ = line.partition(" ...")
+            assert any(one.startswith(start) if dots else one == line for one in lines), f"not printed: {line}"
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Reader]:
+    monkeypatch.chdir(tmp_path)
+    one = Reader(tmp_path, capsys)
+    monkeypatch.setattr(streamconv.recipes, "__path__", [*streamconv.recipes.__path__, str(one.recipes)])
+    yield one
+    sys.modules.pop("streamconv.recipes.qwen3", None)
+    all_recipes.cache_clear()
+
+
+def recipe_text() -> str:
+    (text,) = (body for _, body in BLOCKS if body.startswith(MODULE))
+    return text
+
+
+def distance(reader: Reader, text: str, *options: str) -> float:
+    """KL at run time of the tiny model, converted with this recipe."""
+    reader.install(text)
+    assert cli.main(["convert", "Qwen3-tiny", "-o", "other.gguf", "--outtype", "f32", "--quiet", *options]) == 0
+    ids = [1, 33, 120, 7, 300, 201, 64, 90]
+    return runtime.kl(np.load(LOGITS), runtime.next_token_logprobs("other.gguf", ids))
+
+
+def test_the_page_can_be_followed(reader: Reader) -> None:
+    for kind, body in BLOCKS:
+        reader.follow(kind, body)
+    assert reader.scope["distance"] < 1e-8
+    assert {kind for kind, _ in BLOCKS} == {"console", "python", "python torch", "text"}
+
+
+def test_its_error_is_what_a_wrong_shape_gives(reader: Reader) -> None:
+    qwen3.build(Path("Qwen3-tiny"))
+    reader.install(recipe_text().replace('"ffn_up.weight", "F H"', '"ffn_up.weight", "H F"'))
+    (shown,) = (body for kind, body in BLOCKS if kind == "text")
+    assert reader.run("streamconv convert Qwen3-tiny") == shown
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ('"attn_q.weight", "A*D H")', '"attn_q.weight", "A*D H", rows=PairHalves("A"))'),
+        ('"ffn_gate.weight", "F H"', '"ffn_exchange.weight", "F H"'),
+    ],
+    ids=["permuted", "exchanged"],
+)
+def test_its_proof_finds_what_shapes_cannot(reader: Reader, right: str, wrong: str) -> None:
+    qwen3.build(Path("Qwen3-tiny"))
+    text = recipe_text().replace(right, wrong).replace("Model, Recipe", "Model, PairHalves, Recipe")
+    text = text.replace("ffn_up", "ffn_gate").replace("ffn_exchange", "ffn_up") if "exchange" in wrong else text
+    assert distance(reader, text) > 1e-2
+
+
+def test_the_draft_itself_converts(reader: Reader) -> None:
+    qwen3.build(Path("Qwen3-tiny"))
+    assert distance(reader, reader.run("streamconv draft Qwen3-tiny")) < 1e-8
+
+
+@pytest.mark.parametrize("flag", ["attention_bias", "use_sliding_window"])
+def test_the_recipe_refuses_by_name(reader: Reader, flag: str) -> None:
+    qwen3.build(Path("Qwen3-tiny"), **{flag: True})
+    reader.install(recipe_text())
+    assert f"{flag} is true, and the run time has no place for it" in reader.run("streamconv convert Qwen3-tiny")
