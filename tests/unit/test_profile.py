@@ -84,7 +84,9 @@ def test_the_timeline_stays_small_and_keeps_its_highest_sample() -> None:
 def test_memory_tells_anonymous_from_file_mapped(tmp_path: Path) -> None:
     nbytes = 24 << 20
     before = read_memory()
-    held = np.full(nbytes, 3, dtype=np.uint8)
+    private = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may hand out old pages
+    held = np.frombuffer(private, dtype=np.uint8)
+    held[:] = 3
     with_anon = read_memory()
     assert with_anon.anon_nbytes - before.anon_nbytes > nbytes * 0.9
     assert abs(with_anon.file_nbytes - before.file_nbytes) < nbytes * 0.1
