@@ -19,7 +19,7 @@ from streamconv.profile import PHASES, Memory, Profile, Sample, Stopwatch, Timel
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The clock that the profile reads: its one entry, moved by the test."""
     now = [100.0]
-    monkeypatch.setattr(profile_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("streamconv.profile.time.perf_counter", lambda: now[0])
     return now
 
 
