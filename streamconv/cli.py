@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ from streamconv import __version__
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, UsageError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from streamconv.batch import Forecast
     from streamconv.job import RunKeywords
     from streamconv.report import Report
     from streamconv.split import SplitOptions
@@ -30,6 +34,16 @@ DIALECTS = ("llama.cpp", "ollama-legacy")
 EXIT_CODES = """exit codes:
   0 done   2 usage   3 something wrong with the sources   4 memory bound too small
   5 something wrong with the destination   6 verification mismatch   130/143 interrupted   1 a bug of ours"""
+
+
+BATCH_HELP = """example of JOBS:
+  [defaults]
+  outtype = "q8_0"
+  output = "out/{name}-{outtype}.gguf"
+  [[job]]
+  source = "models/*"
+
+exit codes: 0 all done or up to date   7 some failed   8 none succeeded   130 interrupted   2 the file is wrong"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_convert, _add_lora, _add_verify, _add_inspect, _add_architectures, _add_draft):
+    for add in (_add_convert, _add_lora, _add_verify, _add_batch, _add_inspect, _add_architectures, _add_draft):
         add(commands)
     return parser
 
@@ -151,8 +165,33 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument(
         "--source", metavar="SRC", type=Path, required=True, help="the checkpoint or adapter it was made of"
     )
+    parser.add_argument("--base", metavar="BASE", type=Path, help="of an adapter: the base it was made for")
+    parser.add_argument("--scale", metavar="S", type=float, help="of an adapter: the scale it was made with")
+    parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="the dialect it was made with")
     _add_shared_options(parser.add_argument_group("run"))
     parser.set_defaults(run=_verify, command="verify")
+
+
+def _add_batch(commands: Any) -> None:
+    parser = commands.add_parser(
+        "batch",
+        help="many conversions, unattended: each in its own process, resumed and retried",
+        description="Run the jobs of a TOML or JSON-lines file; one JSON line on stdout for each that ends.",
+        epilog=BATCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("jobs", metavar="JOBS", type=Path, help="the file: [[job]] tables, or one JSON object a line")
+    parser.add_argument(
+        "--jobs", dest="n_parallel", metavar="N", type=_positive, default=1, help="at a time; default: 1"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what an earlier batch left unfinished")
+    parser.add_argument("--dry-run", action="store_true", help="what would run, its size, and the space needed in all")
+    parser.add_argument("--array", metavar="I/N", help="every N-th job from the I-th on (from 1), for job arrays")
+    parser.add_argument("--dask", metavar="ADDRESS", help="run on the Dask cluster of this scheduler (the dask extra)")
+    parser.add_argument("--json", action="store_true", help="errors of the batch itself as JSON, too")
+    parser.add_argument("--quiet", action="store_true", help="no summary table on stderr")
+    parser.set_defaults(run=_batch, command="batch")
+    commands.add_parser("batch-job").set_defaults(run=_batch_job, command="batch-job")  # a job's own process
 
 
 def _add_inspect(commands: Any) -> None:
@@ -297,7 +336,15 @@ def _verify(options: argparse.Namespace) -> int:
     from streamconv.verify import verify
 
     limit = parse_size(options.max_memory) if options.max_memory else None
-    report = verify(options.out, options.source, max_memory=limit, threads=options.threads)
+    report = verify(
+        options.out,
+        options.source,
+        base=options.base,
+        dialect=options.dialect,
+        scale=options.scale,
+        max_memory=limit,
+        threads=options.threads,
+    )
     if options.json:
         print(json.dumps(report.to_json()))
     elif not options.quiet:
@@ -305,6 +352,85 @@ def _verify(options: argparse.Namespace) -> int:
             f"{report.output}: all {report.n_tensors} tensors are what {options.source} says ({report.seconds:.1f} s)"
         )
     return 0
+
+
+def _batch(options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+
+    from streamconv.batch import State, exit_code, expand_splits, forecast, run_batch, select_array
+    from streamconv.jobs_file import read_jobs
+
+    jobs = list(expand_splits(read_jobs(options.jobs)))
+    if options.array:
+        jobs = select_array(jobs, options.array)
+    state = State(options.jobs.with_name(f"{options.jobs.name}.state.jsonl"))
+    if options.dry_run:
+        _print_forecast(list(forecast(jobs, state)), options)
+        return 0
+    with ExitStack() as stack:
+        executor = stack.enter_context(_dask_executor(options.dask)) if options.dask else None
+        results = run_batch(
+            jobs,
+            state,
+            executor=executor,
+            n_parallel=options.n_parallel,
+            resume=options.resume,
+            finished=lambda result: print(json.dumps(result.to_json()), flush=True),
+        )
+    if not options.quiet:
+        width = max((len(result.job.name) for result in results), default=0)
+        for result in results:
+            what = f"  {result.error.get('message', '')}" if result.error else ""
+            print(f"{result.status:<9}  {result.exit_code:>3}  {result.job.name:<{width}}{what}", file=sys.stderr)
+        counts = Counter(result.status for result in results)
+        print(", ".join(f"{n} {status}" for status, n in counts.items()), file=sys.stderr)
+    return exit_code(results)
+
+
+def _batch_job(options: argparse.Namespace) -> int:
+    from streamconv.batch import perform, read_own_job
+
+    job, resume = read_own_job()
+    try:
+        report = perform(job, resume=resume)
+    except StreamconvError as error:
+        return _fail(error, as_json=True)
+    print(json.dumps(report.to_json()), flush=True)
+    return 0
+
+
+@contextmanager
+def _dask_executor(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UsageError("--dask needs the dask extra", hint='pip install "streamconv[dask]"') from None
+    try:
+        client = Client(address, timeout="10s")
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UsageError(f"no Dask scheduler answers at {address}: {error}") from None
+    with client:
+        yield client.get_executor()
+
+
+def _print_forecast(rows: Sequence[Forecast], options: argparse.Namespace) -> None:
+    if options.json:
+        jobs = [
+            {
+                "job": row.job.to_json(),
+                "name": row.job.name,
+                "action": row.action,
+                "nbytes": row.nbytes,
+                "error": row.error,
+            }
+            for row in rows
+        ]
+        print(json.dumps({"schema": 1, "jobs": jobs, "nbytes": sum(row.nbytes for row in rows)}))
+        return
+    for row in rows:
+        error = f"  ({row.error})" if row.error else ""
+        print(f"{row.action:<5} {row.nbytes:>16,}  {row.job.name} -> {row.job.output}{error}")
+    print(f"{'':<5} {sum(row.nbytes for row in rows):>16,}  bytes in all")
 
 
 def _inspect(options: argparse.Namespace) -> int:

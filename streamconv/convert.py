@@ -23,6 +23,7 @@ from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbyt
 from streamconv.recipe import Config, Model, find_recipe
 from streamconv.report import Report
 from streamconv.run import run
+from streamconv.sources import find_source
 from streamconv.split import SplitOptions, make_parts
 from streamconv.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 
@@ -47,7 +48,7 @@ def convert(
     """
     options = RunOptions(**keywords)
     wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions())
-    with Checkpoint.open(Path(src), max_header_nbytes=options.limit_nbytes) as checkpoint:
+    with Checkpoint.open(find_source(src), max_header_nbytes=options.limit_nbytes) as checkpoint:
         return run(plan_model(checkpoint, dst, wanted, options.limit_nbytes), options)
 
 

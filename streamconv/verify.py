@@ -6,35 +6,78 @@ Owns: finding out what a file claims to be, and planning what it should hold. Do
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
+from streamconv.adapter import plan_adapter
+from streamconv.base_model import open_base
 from streamconv.checkpoint import Checkpoint
 from streamconv.compare import compare
 from streamconv.convert import plan_model
+from streamconv.dialects import LLAMA_CPP
+from streamconv.errors import UsageError
 from streamconv.gguf_reader import refuse
 from streamconv.gguf_set import GGUFSet
-from streamconv.job import OutputOptions, RunKeywords, RunOptions
+from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.lora_file import LoraFile
 from streamconv.memory import resident_nbytes
 from streamconv.report import Output, Report
+from streamconv.sources import find_source
 
 
-def verify(out: str | Path, source: str | Path, **keywords: Unpack[RunKeywords]) -> Report:
+def verify(
+    out: str | Path,
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    dialect: str = LLAMA_CPP,
+    scale: float | None = None,
+    **keywords: Unpack[RunKeywords],
+) -> Report:
     """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
 
-    out: a GGUF file of any tool, its tensors in any order and in F32, F16, BF16 or Q8_0. source: the checkpoint.
+    out: a GGUF file of any tool, or the first of a split, its tensors in any order and in F32, F16, BF16 or Q8_0.
+    source: the checkpoint, or the adapter's folder; base, dialect, scale: what `convert_adapter` was given.
     """
     options = RunOptions(**keywords)
+    wanted = OutputOptions(dialect=dialect)
     started = time.monotonic()
     with GGUFSet.open(out) as found:
         refuse(found.problems)
         outputs = [Output(file.path, file.file.nbytes) for file in found.files]
-    with Checkpoint.open(Path(source), max_header_nbytes=options.limit_nbytes) as checkpoint:
-        job = plan_model(checkpoint, out, OutputOptions(), options.limit_nbytes)
+        is_adapter = found.files[0].scalar("general.type", str) == "adapter"
+    if is_adapter and base is None:
+        raise UsageError("is an adapter, whose tensors follow from its base", file=out, hint="give --base")
+    if is_adapter and base is not None:
+        planned = _adapter_job(source, base, out, wanted, scale, options)
+    else:
+        planned = _model_job(source, out, wanted, options)
+    with planned as job:
         compare(job, [output.path for output in outputs], options.n_threads, options.cancelled)
-    report = job.report()
+        report = job.report()
     report.command, report.verified = "verify", True
     report.output, report.outputs = Path(out), outputs
     report.seconds = time.monotonic() - started
     report.peak_rss_nbytes = resident_nbytes()[1]
     return report
+
+
+@contextmanager
+def _model_job(source: str | Path, out: str | Path, wanted: OutputOptions, options: RunOptions) -> Iterator[Job]:
+    with Checkpoint.open(find_source(source), max_header_nbytes=options.limit_nbytes) as checkpoint:
+        yield plan_model(checkpoint, out, wanted, options.limit_nbytes)
+
+
+@contextmanager
+def _adapter_job(
+    source: str | Path,
+    base: str | Path,
+    out: str | Path,
+    wanted: OutputOptions,
+    scale: float | None,
+    options: RunOptions,
+) -> Iterator[Job]:
+    with LoraFile.open(Path(source), options.limit_nbytes) as adapter:
+        yield plan_adapter(adapter, open_base(Path(base), options.limit_nbytes), out, wanted, scale)

@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "lora",
         "lora_fold",
         "ollama_lora",
+        "sources",
         "vocab modelcard outtypes dialects report",
         "plan",
         "split",
@@ -38,6 +39,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "run",
         "convert adapter inspect",
         "verify inspect_text",
+        "jobs_file",
+        "batch",
         "cli",
         "__init__ __main__",
     )
