@@ -86,12 +86,17 @@ def applied(adapter: ggufs.Gguf) -> dict[str, Matrix]:
 
 
 def expected(adapter: Path, scale: Callable[[str], float], heads: Mapping[str, int] | None = None) -> dict[str, Matrix]:
-    """What must be added to each tensor of a GGUF base.
+    """What must be added to each tensor of a GGUF base, see `placed`."""
+    return placed(trained(adapter, scale), heads)
 
-    heads: the heads of `attn_q` and `attn_k` where the base's rows are interleaved (Llama), None where not.
+
+def placed(changes: Mapping[str, Matrix], heads: Mapping[str, int] | None = None) -> dict[str, Matrix]:
+    """Matrices by module as they stand in a GGUF file, by tensor.
+
+    heads: the heads of `attn_q` and `attn_k` where rows are interleaved (Llama), None where not.
     """
     deltas = {}
-    for module, delta in trained(adapter, scale).items():
+    for module, delta in changes.items():
         name = target(module)
         n_heads = (heads or {}).get(name.split(".")[-2])
         deltas[name] = interleaved(delta, n_heads) if n_heads else delta
@@ -109,4 +114,4 @@ def merged(weight: Matrix, delta: Matrix, magnitude: NDArray[np.float64] | None 
     total = weight + delta
     if magnitude is None:
         return total
-    return total * np.expand_dims(magnitude, axis) / np.linalg.norm(total, axis=axis, keepdims=True)
+    return np.asarray(total * np.expand_dims(magnitude, axis) / np.linalg.norm(total, axis=axis, keepdims=True))

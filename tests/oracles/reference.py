@@ -17,6 +17,7 @@ import safetensors
 import torch
 import transformers
 from numpy.typing import NDArray
+from peft.tuners.lora import LoraLayer
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -47,6 +48,16 @@ def merged(checkpoint: Path, adapter: Path) -> dict[str, NDArray[np.float32]]:
     """All weights after `merge_and_unload`, the base loaded in float32, by their names in the checkpoint."""
     state = load(checkpoint, adapter).merge_and_unload().state_dict()
     return {name: tensor.float().numpy() for name, tensor in state.items()}
+
+
+def deltas(checkpoint: Path, adapter: Path) -> dict[str, NDArray[np.float64]]:
+    """What PEFT adds to each module's weight, by the module's name in the checkpoint; the scale is PEFT's own."""
+    found = {}
+    for name, module in load(checkpoint, adapter).named_modules():
+        if isinstance(module, LoraLayer):
+            delta = module.get_delta_weight("default").detach().double().numpy()
+            found[name.removeprefix("base_model.model.")] = delta
+    return found
 
 
 def greedy(checkpoint: Path, ids: Sequence[int], n: int) -> tuple[list[int], list[float]]:

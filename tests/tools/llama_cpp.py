@@ -49,6 +49,11 @@ def convert(src: Path, dst: Path, outtype: str = "auto", *, pre: str | None = No
     return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--outtype", outtype])
 
 
+def convert_vocabulary(src: Path, dst: Path, *, pre: str | None = None) -> Path:
+    """`dst`, with the keys and no tensors, by convert_hf_to_gguf.py from a folder that needs no weights."""
+    return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--vocab-only"])
+
+
 def convert_lora(adapter: Path, base: Path, dst: Path, outtype: str = "f32") -> Path:
     """`dst`, written by convert_lora_to_gguf.py from a PEFT adapter on the checkpoint `base`."""
     return _run("convert_lora_to_gguf.py", None, dst, [str(adapter), "--base", str(base), "--outtype", outtype])
