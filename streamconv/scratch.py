@@ -17,7 +17,8 @@ ALIGNMENT = 64  # a cache line; enough for any vector load
 
 def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
     """`nbytes` of zeroed memory that starts on a page (as O_DIRECT asks), given back to the system when dropped."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
 
 
 def padded_nbytes(nbytes: int) -> int:
