@@ -1,0 +1,297 @@
+"""A conversion as its callers see it: the report, the refusals, the bound on memory, the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import streamconv
+from benchmarks.shapes import SHAPES, checkpoint
+from streamconv.errors import BudgetError, DestinationError, Interrupted, SourceError, UsageError
+from tests import tiny
+from tests.oracles import ggufs
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny.lfm2(tmp_path / "Made-Model")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "streamconv", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def rewrite(source: Path, name: str, change: Callable[[tiny.Tensor], tiny.Tensor]) -> None:
+    """Put another tensor under `name` into the one shard of `source`."""
+    tensors = tiny.tensors_of(source)
+    tensors[name] = change(tensors[name])
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    (source / "model.safetensors.index.json").unlink(missing_ok=True)
+    tiny.write_safetensors(source / "model.safetensors", tensors)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_the_report_and_its_json(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    report = streamconv.convert(source, out, outtype="q8_0", sha256=True)
+    entry = report.to_json()
+    assert list(entry) == [
+        "schema", "command", "output", "outputs", "architecture", "dialect", "outtype", "n_tensors", "n_parameters",
+        "types", "seconds", "peak_rss_nbytes", "verified", "resumed", "warnings",
+    ]  # fmt: skip
+    assert entry["outputs"] == [{"path": str(out), "nbytes": out.stat().st_size, "sha256": digest(out)}]
+    assert (entry["schema"], entry["command"], entry["architecture"], entry["outtype"]) == (
+        1,
+        "convert",
+        "lfm2",
+        "q8_0",
+    )
+    assert entry["n_tensors"] == sum(kind["n_tensors"] for kind in entry["types"].values())
+    assert entry["verified"] is None and entry["resumed"] is False and entry["warnings"] == []
+
+
+def test_a_dry_run_tells_everything_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+    planned = streamconv.convert(source, tmp_path / "out.gguf", outtype="f16", dry_run=True).to_json()
+    assert not list(tmp_path.glob("out*"))
+    done = streamconv.convert(source, tmp_path / "out.gguf", outtype="f16").to_json()
+    assert planned["outputs"] == done["outputs"]
+    assert {row["target"] for row in planned["plan"]} >= {"token_embd.weight", "blk.0.shortconv.conv.weight"}
+    assert len(planned["plan"]) == done["n_tensors"]
+    for row in planned["plan"]:
+        assert set(row) == {"source", "target", "shape", "type", "nbytes"} and row["source"]
+    memory = planned["memory"]
+    assert set(memory) == {"limit", "fixed", "slab", "workers", "peak"}
+    assert memory["fixed"] < memory["peak"] <= memory["limit"] == 256 * MIB
+
+
+def test_progress_ends_at_the_total_and_grows(source: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = streamconv.convert(source, tmp_path / "out.gguf", progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[-1] == (report.nbytes, report.nbytes)
+
+
+def test_the_default_name_follows_the_convention(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = streamconv.convert(source, outtype="bf16")
+    assert report.output.name.startswith("Made-Model-") and report.output.name.endswith("-BF16.gguf")
+    assert (tmp_path / report.output).is_file()
+
+
+# ---------------------------------------------------------------- the same bytes
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_memory_and_threads_never_show_in_the_bytes(source: Path, tmp_path: Path, outtype: str) -> None:
+    digests = set()
+    for number, (threads, bound) in enumerate([(1, None), (3, None), (2, 1 << 40)]):
+        out = tmp_path / f"{number}.gguf"
+        streamconv.convert(source, out, outtype=outtype, threads=threads, max_memory=bound)
+        digests.add(digest(out))
+    assert len(digests) == 1
+
+
+def test_the_place_never_shows_in_the_bytes(source: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "a" / "b" / source.name
+    elsewhere.parent.mkdir(parents=True)
+    streamconv.convert(source, tmp_path / "one.gguf")
+    source.rename(elsewhere)
+    streamconv.convert(elsewhere, tmp_path / "two.gguf")
+    assert digest(tmp_path / "one.gguf") == digest(tmp_path / "two.gguf")
+
+
+def test_shards_never_show_in_the_tensors(tmp_path: Path) -> None:
+    found = []
+    for n_shards in (1, 3):
+        source = tiny.lfm2(tmp_path / str(n_shards) / "M", n_shards=n_shards)
+        streamconv.convert(source, tmp_path / f"{n_shards}.gguf")
+        found.append((tmp_path / f"{n_shards}.gguf").read_bytes())
+    assert found[0] == found[1]
+
+
+# ---------------------------------------------------------------- the bound
+
+
+def test_the_bound_holds_for_a_tensor_larger_than_it(tmp_path: Path) -> None:
+    """A 134 MB embedding inside 80 MiB, by the kernel's own account of the process."""
+    shape = replace(SHAPES["tiny"], name="wide", hidden=16_384, feed_forward=512, n_heads=128, n_kv_heads=64)
+    source = checkpoint(shape, tmp_path, sparse=True)
+    out = tmp_path / "out.gguf"
+    done = command("convert", source, "-o", out, "--outtype", "f16", "--max-memory", "80MiB", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    embedding = 2 * 4096 * 16_384
+    assert embedding > 80 * MIB and out.stat().st_size > embedding
+    assert report["peak_rss_nbytes"] <= 80 * MIB
+
+
+def test_too_small_a_bound_names_the_one_that_suffices(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    done = command("convert", source, "-o", out, "--max-memory", "20M")
+    assert done.returncode == 4 and not list(tmp_path.glob("out*"))
+    bound = done.stderr.rpartition("--max-memory ")[2].strip(" )\n")
+    assert command("convert", source, "-o", out, "--max-memory", bound).returncode == 0
+
+
+def test_a_bound_is_refused_before_the_destination_is_touched(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError):
+        streamconv.convert(source, tmp_path / "out.gguf", max_memory=MIB)
+    assert not list(tmp_path.glob("out*"))
+
+
+# ---------------------------------------------------------------- values that do not fit
+
+
+def test_a_weight_beyond_f16_names_tensor_value_and_way_out(source: Path, tmp_path: Path) -> None:
+    def grow(tensor: tiny.Tensor) -> tiny.Tensor:
+        values = tensor.float32().copy()
+        values[3, 5], values[7, 1] = 70_000.0, -123_392.0
+        return tiny.Tensor.of(values, "BF16")
+
+    rewrite(source, "model.layers.1.feed_forward.w2.weight", grow)
+    with pytest.raises(SourceError, match="123392") as caught:
+        streamconv.convert(source, tmp_path / "out.gguf", outtype="f16")
+    assert caught.value.tensor == "blk.1.ffn_down.weight" and "--outtype bf16" in (caught.value.hint or "")
+    assert not list(tmp_path.glob("out*"))
+    streamconv.convert(source, tmp_path / "out.gguf", outtype="bf16")
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16"])
+def test_what_is_not_finite_is_counted(source: Path, tmp_path: Path, outtype: str) -> None:
+    def spoil(tensor: tiny.Tensor) -> tiny.Tensor:
+        values = tensor.float32().copy()
+        values[0, 0], values[5, 9], values[11, 2] = np.nan, np.nan, -np.inf
+        return tiny.Tensor.of(values, "BF16")
+
+    rewrite(source, "model.layers.0.feed_forward.w1.weight", spoil)
+    report = streamconv.convert(source, tmp_path / "out.gguf", outtype=outtype)
+    assert [(w.code, w.tensor) for w in report.warnings] == [("non-finite", "blk.0.ffn_gate.weight")]
+    assert "2 NaN and 1 infinite" in report.warnings[0].message
+    with pytest.raises(SourceError, match="Q8_0 cannot hold a NaN"):
+        streamconv.convert(source, tmp_path / "q.gguf", outtype="q8_0")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def edit(**changes: Any) -> Callable[[Path], None]:
+    def apply(source: Path) -> None:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit(architectures=["FancyForCausalLM"]), "FancyForCausalLM is not supported.*Lfm2ForCausalLM"),
+        (edit(architectures=["Lfm2VlForConditionalGeneration"], text_config={}), "wrapper with text_config"),
+        (edit(quantization_config={"quant_method": "gptq"}), "quantised \\(gptq\\)"),
+        (edit(quantization_config={"quant_method": "fp8"}), "quantised \\(fp8\\)"),
+        (edit(hidden_size=96), "expected"),
+        (edit(num_hidden_layers=5), "layer 4"),
+        (edit(conv_bias=True), "conv_bias"),
+        (edit(hidden_size="64"), "hidden_size"),
+        (lambda source: (source / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(
+    source: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(source)
+    with pytest.raises(SourceError, match=message) as caught:
+        streamconv.convert(source, tmp_path / "out.gguf")
+    assert "\n" not in str(caught.value) and not list(tmp_path.glob("out*"))
+
+
+def test_an_existing_destination_is_kept_until_force(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"mine")
+    with pytest.raises(DestinationError, match="exists"):
+        streamconv.convert(source, out)
+    assert out.read_bytes() == b"mine"
+    streamconv.convert(source, out, force=True)
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_words_that_are_none(source: Path, tmp_path: Path) -> None:
+    for keywords in ({"outtype": "q4_0"}, {"dialect": "lmstudio"}):
+        with pytest.raises(UsageError, match="none of"):
+            streamconv.convert(source, tmp_path / "out.gguf", **keywords)  # type: ignore[arg-type]
+
+
+def test_cancel_stops_and_resume_goes_on(tmp_path: Path) -> None:
+    source = checkpoint(SHAPES["tiny"], tmp_path)
+    streamconv.convert(source, tmp_path / "whole.gguf")
+    out = tmp_path / "out.gguf"
+    with pytest.raises(Interrupted):
+        streamconv.convert(source, out, threads=1, cancel=lambda: True)
+    assert not out.exists() and (tmp_path / "out.gguf.part.journal").exists()
+    streamconv.convert(source, out, resume=True)
+    assert digest(out) == digest(tmp_path / "whole.gguf")
+
+
+def test_the_source_is_never_changed(source: Path, tmp_path: Path) -> None:
+    before = {path.name: (digest(path), path.stat().st_mtime_ns) for path in source.iterdir()}
+    streamconv.convert(source, tmp_path / "out.gguf", verify=True, sha256=True)
+    assert {path.name: (digest(path), path.stat().st_mtime_ns) for path in source.iterdir()} == before
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_one_object_for_a_failure_too(tmp_path: Path) -> None:
+    done = command("convert", tmp_path / "nothing", "--json")
+    assert done.returncode == 3
+    error = json.loads(done.stdout)["error"]
+    assert set(error) == {"kind", "exit_code", "message", "file", "tensor", "hint"} and error["exit_code"] == 3
+    assert done.stderr.startswith("streamconv: ") and done.stderr.count("\n") == 1
+
+
+def test_wrong_usage_is_exit_2(source: Path) -> None:
+    assert command("convert").returncode == 2
+    assert command("convert", source, "--outtype", "q9").returncode == 2
+    assert command("frobnicate").returncode == 2
+    assert command("convert", source, "--max-memory", "many").returncode == 2
+
+
+def test_the_manifest_has_every_tensor(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    streamconv.convert(source, out, sha256=True)
+    manifest = json.loads((tmp_path / "out.gguf.manifest.json").read_text())
+    content = out.read_bytes()
+    assert manifest["sha256"] == digest(out) and manifest["nbytes"] == len(content)
+    for tensor in manifest["tensors"]:
+        data = content[tensor["offset"] : tensor["offset"] + tensor["nbytes"]]
+        assert hashlib.sha256(data).hexdigest() == tensor["sha256"]
+
+
+def test_the_tensors_are_those_of_the_checkpoint(source: Path, tmp_path: Path) -> None:
+    """A last look without any converter: F32 output holds the source's numbers, squeezed kernels included."""
+    streamconv.convert(source, tmp_path / "out.gguf", outtype="f32")
+    stored, written = tiny.tensors_of(source), ggufs.read(tmp_path / "out.gguf")
+    for name, target in (
+        ("model.layers.0.conv.conv.weight", "blk.0.shortconv.conv.weight"),
+        ("model.layers.2.self_attn.k_proj.weight", "blk.2.attn_k.weight"),
+        ("model.embedding_norm.weight", "token_embd_norm.weight"),
+    ):
+        assert np.array_equal(written.float64(target), np.squeeze(stored[name].float32()))
