@@ -29,14 +29,14 @@ _NAME_LETTERS = frozenset(string.ascii_letters + string.digits)
 
 
 def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[Caution]]:
-    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; nothing where there are none."""
+    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for what is empty or absent."""
     templates, cautions = _find(companions)
     named = sorted(name for name in templates if name != DEFAULT)
-    keys = [KeyValue.string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), templates[name]) for name in named]
+    texts = {Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): templates[name] for name in named}
+    texts[Keys.Tokenizer.CHAT_TEMPLATE] = templates.get(DEFAULT, "")
+    keys = [KeyValue.string(key, text) for key, text in texts.items() if text]
     if named:
         keys.append(KeyValue.array(Keys.Tokenizer.CHAT_TEMPLATES, PackedArray.of_strings(named)))
-    if DEFAULT in templates:
-        keys.append(KeyValue.string(Keys.Tokenizer.CHAT_TEMPLATE, templates[DEFAULT]))
     return keys, cautions
 
 

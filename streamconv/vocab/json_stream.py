@@ -22,7 +22,7 @@ from streamconv.vocab.packing import joined, split
 
 WINDOW_NBYTES = 128 << 10
 MAX_ENTRY_NBYTES = 64 << 10  # one entry of a batch, one key; a real token has at most a few hundred bytes
-MAX_STRING_NBYTES = 1 << 20  # in what is passed over: T5's normalizer has a string of 0.4 MB
+MAX_STRING_NBYTES = 512 << 10  # in what is passed over: T5's normalizer has a string of 0.3 MB
 MAX_KEYS = 1024
 MAX_DEPTH = 64
 BATCH = 4096  # entries; bounds what a batch costs as Python objects

@@ -90,7 +90,7 @@ class TokenList:
                 self._check_cuts(start, texts)
             payload += encode_joined(block)
         return (
-            PackedArray(GGUFValueType.STRING, len(self.texts), bytes(payload)),
+            PackedArray(GGUFValueType.STRING, len(self.texts), payload),
             PackedArray.of_numbers(GGUFValueType.INT32, self.types),
             None if self.scores is None else PackedArray.of_numbers(GGUFValueType.FLOAT32, self.scores),
         )

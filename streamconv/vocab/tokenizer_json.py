@@ -27,9 +27,11 @@ from streamconv.vocab.packing import BETWEEN, encode_joined, joined, split
 
 FILE_NAME = "tokenizer.json"
 MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
-MAX_PART_NBYTES = 64 << 10  # a normalizer, a post-processor, an added token: real ones have a few KB
+MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a model of speech has 28,000 of 20 bytes
+MAX_PART_NBYTES = 16 << 10  # a pre-tokenizer, a post-processor, an added token: real ones have at most some KB
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+# Stands for a part that is too large to be one that llama.cpp has, such as a normalizer with a map of characters.
 TOO_LARGE = {"type": f"of more than {MAX_PART_NBYTES:,} bytes"}
 
 _ID = rb"(?:0|[1-9][0-9]{0,9}+)"
@@ -70,6 +72,10 @@ class AddedTokens:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def text_nbytes(self) -> int:
+        return len(self._text)
 
     def __iter__(self) -> Iterator[AddedToken]:
         start = 0
@@ -132,6 +138,8 @@ class _Reader:
             elif key == "model":
                 has_model = True
                 self._read_model()
+            elif key == "post_processor":
+                self.result.parts[key] = self.stream.value(MAX_PART_NBYTES)
             elif key in PARTS:
                 self.result.parts[key] = self.stream.value_or(MAX_PART_NBYTES, TOO_LARGE)
             else:
@@ -162,9 +170,12 @@ class _Reader:
     def _read_added(self) -> None:
         for _ in self.stream.elements():
             entry = self.stream.value(MAX_PART_NBYTES)
+            token = parse_added_token(entry, self.n_vocab, self.result.path)
             if len(self.result.added) == self.n_vocab:
                 self.stream.fail(f"more added tokens than the model's {self.n_vocab:,} rows")
-            self.result.added.append(parse_added_token(entry, self.n_vocab, self.result.path))
+            if self.result.added.text_nbytes + len(token.text) > MAX_ADDED_NBYTES:
+                self.stream.fail(f"added tokens of more than {MAX_ADDED_NBYTES:,} bytes in all")
+            self.result.added.append(token)
 
     def _read_vocab(self) -> None:
         vocab = self.result.vocab
