@@ -35,7 +35,7 @@ _WORDS: dict[int, tuple[str, str]] = {
     errno.ENOENT: ("its directory does not exist", "make it first"),
     errno.ENOTDIR: ("a part of its path is not a directory", _ELSEWHERE),
     errno.EISDIR: ("is a directory", "name a file in it"),
-    errno.ELOOP: ("is a symbolic link where a file of ours should be, or a loop of links", _ELSEWHERE),
+    errno.ELOOP: ("is a loop of symbolic links", _ELSEWHERE),
     errno.ENAMETOOLONG: ("its name is too long to add .part.journal", "choose a shorter one with -o"),
     errno.EEXIST: ("exists already", "--force replaces it, once the new file is complete"),
 }
@@ -109,7 +109,7 @@ def resolve(dst: Path, sources: Iterable[Path]) -> Output:
     except OSError as exc:
         raise failure(exc, dst) from None
     except ValueError as exc:  # a NUL, or characters that the system's encoding lacks
-        raise DestinationError(f"is not a file name: {exc}", file=repr(str(dst))) from None
+        raise DestinationError(f"is not a file name: {exc}", file=repr(str(dst)), hint=_ELSEWHERE) from None
     if found is not None and stat.S_ISDIR(found.st_mode):
         raise failure(IsADirectoryError(errno.EISDIR, ""), dst)
     if found is not None and not stat.S_ISREG(found.st_mode):
@@ -129,16 +129,16 @@ def lock_part(path: Path) -> Part:
         if part is None:
             continue
         try:
-            if not stat.S_ISREG(part.status().st_mode):
-                raise DestinationError("is not a regular file", file=path, hint=_ELSEWHERE)
             part.is_locked = _lock(part.fd)
             # Whoever held the lock before may have renamed or removed the file that we opened.
-            if (there := _status(path)) and os.path.samestat(there, os.fstat(part.fd)):
+            if (there := _status(path, follow_symlinks=False)) and os.path.samestat(there, os.fstat(part.fd)):
                 return part
         except BlockingIOError:
             part.close()
             break
         except BaseException:
+            if part.is_new:
+                part.remove()
             part.close()
             raise
         part.close()
@@ -177,11 +177,14 @@ def reserve_space(fd: int, nbytes: int, path: Path) -> None:
 
 def _open_part(path: Path) -> Part | None:
     """None where it vanished between two looks."""
-    try:
+    with suppress(FileExistsError):
         return Part(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True, is_locked=False)
-    except FileExistsError:
-        with suppress(FileNotFoundError):
-            return Part(path, open_plain(path, os.O_RDWR), is_new=False, is_locked=False)
+    if (there := _status(path, follow_symlinks=False)) is None:
+        return None
+    if not stat.S_ISREG(there.st_mode):
+        raise DestinationError("stands where the unfinished output would be", file=path, hint="move it away")
+    with suppress(FileNotFoundError):
+        return Part(path, open_plain(path, os.O_RDWR), is_new=False, is_locked=False)
     return None
 
 
@@ -196,7 +199,7 @@ def _lock(fd: int) -> bool:
     return True
 
 
-def _status(path: Path) -> os.stat_result | None:
+def _status(path: Path, *, follow_symlinks: bool = True) -> os.stat_result | None:
     with suppress(FileNotFoundError):
-        return path.stat()
+        return path.stat(follow_symlinks=follow_symlinks)
     return None

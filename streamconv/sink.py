@@ -40,8 +40,8 @@ MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for re
 class Sink:
     """One output being written. A context manager: left before `publish`, it leaves the destination as it was.
 
-    After KeyboardInterrupt, Interrupted and DestinationError the part file and its journal stay, for `resume`; after
-    any other exception they go. Leaving waits for the writes that other threads have begun.
+    After KeyboardInterrupt, Interrupted and DestinationError the part file and its journal stay, for `resume`; else
+    they go. Leaving waits for the writes that other threads have begun.
     """
 
     def __init__(
@@ -145,15 +145,12 @@ class Sink:
         try:
             with failures(self._output.path):
                 self._file.write(view, offset)
-        except BaseException:
+            with self._idle:
+                self._covered.add(offset, offset + view.nbytes)
+        finally:
             with self._idle:
                 self._n_writing -= 1
                 self._idle.notify_all()
-            raise
-        with self._idle:
-            self._covered.add(offset, offset + view.nbytes)
-            self._n_writing -= 1
-            self._idle.notify_all()
 
     def record(self, prefix_nbytes: int, state: Mapping[str, Any]) -> None:
         """Makes the first `prefix_nbytes`, all written, and the caller's `state` of them survive anything from here on.
@@ -189,7 +186,8 @@ class Sink:
     def publish(self) -> None:
         """The completed file takes the destination's name. Raises DestinationError.
 
-        The journal stays until the context is left, so that of several outputs published together none is lost.
+        The journal stays until the context is left in peace: of several outputs published together, those that had
+        their turn before an interrupt are known again when the rest is resumed.
         """
         if self._is_published:
             return
@@ -220,7 +218,7 @@ class Sink:
         with ExitStack() as closing:
             closing.callback(self._part.close)  # and with it the lock, last
             closing.callback(self._file.close)
-            if not self._is_published and _keeps(error):
+            if _keeps(error):
                 self._journal.close()
                 return
             with suppress(OSError):  # what stays is discarded by the next run

@@ -1,0 +1,541 @@
+"""One output from its first byte to its name: order, counting, locking, refusals, resuming, what stays behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from streamconv.errors import DestinationError, Interrupted, InterruptedByTerm, SourceError, StreamconvError
+from streamconv.scratch import aligned_buffer
+from streamconv.sink import Coverage, Sink
+from tests.fault.calls import Call, syncs_skipped, watched
+from tests.fault.trial import OLD, content
+
+NBYTES = 5 * 8192 + 4097
+IDENTITY = {"option outtype": "bf16", "source a.safetensors": "12 34 ab"}
+
+
+@pytest.fixture
+def dst(tmp_path: Path) -> Path:
+    return tmp_path / "out.gguf"
+
+
+@pytest.fixture
+def data() -> NDArray[np.uint8]:
+    return content(5, NBYTES)
+
+
+def create(dst: Path, *, force: bool = False, resume: bool = False, nbytes: int = NBYTES) -> Sink:
+    return Sink.create(dst, nbytes, identity=IDENTITY, force=force, resume=resume)
+
+
+def write(sink: Sink, data: NDArray[np.uint8], start: int, end: int) -> None:
+    buffer = aligned_buffer(end - start)
+    buffer[:] = data[start:end]
+    sink.write(start, buffer)
+
+
+def names(dst: Path) -> set[str]:
+    return {path.name for path in dst.parent.iterdir()}
+
+
+def interrupt(dst: Path, data: NDArray[np.uint8], prefix: int = 8192, *, force: bool = False) -> None:
+    """A run that is stopped after `prefix` bytes, recorded, and one chunk more."""
+    with pytest.raises(KeyboardInterrupt), create(dst, force=force) as sink:
+        if prefix:
+            write(sink, data, 0, prefix)
+            sink.record(prefix, {"n": [1, prefix]})
+        write(sink, data, prefix, prefix + 8192)
+        raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+@given(st.lists(st.integers(1, NBYTES - 1), unique=True, max_size=9), st.randoms(use_true_random=False))
+def test_any_pieces_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], chance: random.Random
+) -> None:
+    dst = tmp_path_factory.mktemp("pieces") / "out.gguf"
+    data = content(5, NBYTES)
+    borders = [0, *sorted(cuts), NBYTES]
+    pieces = list(pairwise(borders))
+    chance.shuffle(pieces)
+    with syncs_skipped(), create(dst) as sink:
+        for start, end in pieces:
+            write(sink, data, start, end)
+        assert sink.seal() == dst
+    assert dst.read_bytes() == data.tobytes()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_from_many_threads(dst: Path) -> None:
+    data = content(6, 64 * 8192)
+    with create(dst, nbytes=data.nbytes) as sink, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda start: write(sink, data, start, start + 8192), range(0, data.nbytes, 8192)))
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+
+
+def test_the_destination_appears_last(dst: Path, data: NDArray[np.uint8]) -> None:
+    with create(dst) as sink:
+        assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
+        assert dst.with_name("out.gguf.part").stat().st_size == NBYTES
+        write(sink, data, 0, NBYTES)
+        sink.complete()
+        assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
+        sink.publish()
+        assert names(dst) == {"out.gguf", "out.gguf.part.journal"}
+    assert names(dst) == {"out.gguf"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_mode_follows_the_umask(dst: Path, data: NDArray[np.uint8], mask: int) -> None:
+    dst.with_name("out.gguf.part").touch(mode=0o700)  # what a stale file has does not count
+    before = os.umask(mask)
+    try:
+        with create(dst) as sink:
+            write(sink, data, 0, NBYTES)
+            sink.seal()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(dst.stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_missing_byte_is_a_bug_of_ours(dst: Path, data: NDArray[np.uint8]) -> None:
+    with pytest.raises(StreamconvError, match=f"{8192} of {NBYTES} bytes") as caught, create(dst) as sink:
+        write(sink, data, 0, 8192)
+        write(sink, data, 8193, NBYTES)
+        sink.seal()
+    assert caught.value.exit_code == 1
+    assert not names(dst)
+
+
+def test_bytes_are_written_once_and_inside(dst: Path, data: NDArray[np.uint8]) -> None:
+    with create(dst) as sink:
+        write(sink, data, 8192, 16384)
+        for start, end in ((8192, 16384), (0, 8193), (16383, 16384), (0, 20000)):
+            with pytest.raises(ValueError, match="written twice"):
+                write(sink, data, start, end)
+        for offset in (-1, NBYTES - 8191, NBYTES):
+            with pytest.raises(ValueError, match="lie outside"):
+                sink.write(offset, aligned_buffer(8192))
+        with pytest.raises(ValueError, match="were written"):
+            sink.record(8192, {})
+    with pytest.raises(ValueError, match="at least one byte"):
+        create(dst, nbytes=0)
+
+
+@given(st.lists(st.integers(1, 199), unique=True), st.integers(0, 60), st.randoms(use_true_random=False))
+def test_coverage_counts_like_a_set(cuts: list[int], prefix: int, chance: random.Random) -> None:
+    borders = [prefix, *sorted(cut for cut in cuts if cut > prefix), 200]
+    pieces = list(pairwise(borders))
+    chance.shuffle(pieces)
+    coverage, there = Coverage(prefix), set(range(prefix))
+    for start, end in pieces:
+        coverage.add(start, end)
+        there |= set(range(start, end))
+        assert coverage.prefix == min(set(range(201)) - there)
+        with pytest.raises(ValueError, match="twice"):
+            coverage.add(end - 1, end)
+    assert coverage.prefix == 200
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_an_existing_file_is_refused_and_kept(dst: Path) -> None:
+    dst.write_bytes(OLD)
+    with pytest.raises(DestinationError, match="exists already") as caught:
+        create(dst)
+    assert caught.value.hint is not None
+    assert "--force" in caught.value.hint
+    assert (dst.read_bytes(), names(dst)) == (OLD, {"out.gguf"})
+
+
+def test_a_file_that_appears_meanwhile_is_kept(dst: Path, data: NDArray[np.uint8]) -> None:
+    with pytest.raises(DestinationError, match="exists already"), create(dst) as sink:
+        write(sink, data, 0, NBYTES)
+        dst.write_bytes(OLD)
+        sink.seal()
+    assert dst.read_bytes() == OLD
+    with create(dst, force=True, resume=True) as sink:  # nothing of the work was lost
+        assert sink.resumed_nbytes == NBYTES
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_force_replaces_at_the_end(dst: Path, data: NDArray[np.uint8]) -> None:
+    dst.write_bytes(OLD)
+    with create(dst, force=True) as sink:
+        write(sink, data, 0, NBYTES)
+        sink.complete()
+        assert dst.read_bytes() == OLD
+        sink.publish()
+    assert dst.read_bytes() == data.tobytes()
+
+
+def test_force_does_not_replace_a_source(dst: Path) -> None:
+    dst.write_bytes(OLD)
+    with pytest.raises(DestinationError, match="file of the source"):
+        Sink.create(dst, NBYTES, identity=IDENTITY, sources=[dst], force=True)
+    assert (dst.read_bytes(), names(dst)) == (OLD, {"out.gguf"})
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path, dst: Path, data: NDArray[np.uint8]) -> None:
+    (tmp_path / "disk").mkdir()
+    target = tmp_path / "disk" / "model.gguf"
+    target.write_bytes(OLD)
+    dst.symlink_to(target)
+    with pytest.raises(DestinationError, match="exists already"):
+        create(dst)
+    with create(dst, force=True) as sink:
+        assert names(target) == {"model.gguf", "model.gguf.part", "model.gguf.part.journal"}
+        write(sink, data, 0, NBYTES)
+        assert sink.seal() == target
+    assert dst.is_symlink()
+    assert dst.read_bytes() == data.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("missing/out.gguf", "directory does not exist"), ("n" * 250, "name is too long"), (".", "is a directory")],
+)
+def test_a_place_that_cannot_be_written(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(DestinationError, match=words):
+        create(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_leaves_no_room_for_the_journal(tmp_path: Path) -> None:
+    with pytest.raises(DestinationError, match="name is too long"):
+        create(tmp_path / ("n" * 245))  # .part would just fit
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_read_only_place(tmp_path: Path) -> None:
+    place = tmp_path
+    if os.geteuid() == 0:  # whom no mode stops
+        place = Path("/sys")
+    else:
+        place.chmod(0o555)
+    with pytest.raises(DestinationError, match=r"permission denied|read-only|does not allow"):
+        create(place / "out.gguf")
+
+
+def test_too_large_a_file_leaves_nothing(dst: Path) -> None:
+    with pytest.raises(DestinationError, match="needs"):
+        create(dst, nbytes=1 << 60)
+    assert not names(dst)
+
+
+def test_two_runs(dst: Path, data: NDArray[np.uint8]) -> None:
+    with create(dst) as first:
+        write(first, data, 0, 8192)
+        for resume in (False, True):
+            with pytest.raises(DestinationError, match="another run is writing it"):
+                create(dst, force=True, resume=resume)
+        assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
+        write(first, data, 8192, NBYTES)
+        first.seal()
+    assert dst.read_bytes() == data.tobytes()
+
+
+def test_a_run_that_begins_while_another_ends(dst: Path, data: NDArray[np.uint8]) -> None:
+    """The first one's journal goes after its lock on the name has; the second one's must stay."""
+    with create(dst) as first:
+        write(first, data, 0, NBYTES)
+        first.seal()
+        second = create(dst, force=True)
+    assert names(dst) == {"out.gguf", "out.gguf.part", "out.gguf.part.journal"}
+    with second:
+        write(second, data, 0, NBYTES)
+        second.seal()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_without_locks_there_is_a_note(dst: Path) -> None:
+    def handle(call: Call) -> object:
+        if call.name == "flock":
+            raise OSError(95, "")
+        return call.do()
+
+    with watched(handle), create(dst) as sink:
+        assert [note.code for note in sink.notes] == ["no-lock"]
+
+
+# ---------------------------------------------------------------- what stays behind
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), Interrupted("stop"), InterruptedByTerm("stop"), DestinationError("full")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_can_go_on_is_kept(dst: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), create(dst):
+        raise error
+    assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
+
+
+@pytest.mark.parametrize(
+    "error", [SourceError("changed"), MemoryError(), ZeroDivisionError()], ids=lambda error: type(error).__name__
+)
+def test_what_cannot_go_on_leaves_nothing(dst: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), create(dst):
+        raise error
+    assert not names(dst)
+
+
+def test_a_sink_left_unsealed_leaves_nothing(dst: Path) -> None:
+    with create(dst):
+        pass
+    assert not names(dst)
+
+
+def n_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_descriptors_are_closed(dst: Path, data: NDArray[np.uint8]) -> None:
+    before = n_descriptors()
+    interrupt(dst, data)
+    for resume in (True, False):
+        with create(dst, resume=resume, force=True) as sink:
+            if not resume:
+                write(sink, data, 0, NBYTES)
+                sink.seal()
+    with pytest.raises(DestinationError):
+        create(dst)
+    with pytest.raises(DestinationError):
+        create(dst, force=True, nbytes=1 << 60)
+    assert n_descriptors() == before
+
+
+def test_leaving_waits_for_writes(dst: Path, data: NDArray[np.uint8]) -> None:
+    """A descriptor closed under a write could be another file's by then."""
+    begun, go_on = threading.Event(), threading.Event()
+    open_during_write = []
+
+    def handle(call: Call) -> object:
+        if call.name == "pwrite" and call.path.endswith(".part"):
+            begun.set()
+            go_on.wait()
+            open_during_write.append(call.path)
+        return call.do()
+
+    def leave() -> None:
+        sink.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        left.set()
+
+    left = threading.Event()
+    with watched(handle):
+        sink = create(dst).__enter__()
+        writer = threading.Thread(target=write, args=(sink, data, 0, 8192))
+        writer.start()
+        begun.wait()
+        leaver = threading.Thread(target=leave)
+        leaver.start()
+        while not sink._is_closed:
+            pass
+        with pytest.raises(ValueError, match="after the sink was left"):
+            write(sink, data, 8192, 16384)
+        assert not left.is_set()
+        go_on.set()
+        writer.join()
+        leaver.join()
+    assert open_during_write == [str(dst.with_name("out.gguf.part"))]
+
+
+# ---------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_resumed(dst: Path, data: NDArray[np.uint8], force: bool) -> None:
+    if force:
+        dst.write_bytes(OLD)
+    interrupt(dst, data, 16384, force=force)
+    with create(dst, resume=True, force=force) as sink:
+        assert (sink.resumed_nbytes, sink.resumed_state) == (16384, {"n": [1, 16384]})
+        assert not sink.notes
+        with pytest.raises(ValueError, match="written twice"):
+            write(sink, data, 8192, 16384)
+        write(sink, data, 16384, NBYTES)
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_resumed_twice(dst: Path, data: NDArray[np.uint8]) -> None:
+    interrupt(dst, data, 8192)
+    with pytest.raises(KeyboardInterrupt), create(dst, resume=True) as sink:
+        write(sink, data, 8192, 24576)
+        sink.record(24576, {"n": [2, 2]})
+        raise KeyboardInterrupt
+    with create(dst, resume=True) as sink:
+        assert (sink.resumed_nbytes, sink.resumed_state) == (24576, {"n": [2, 2]})
+        write(sink, data, 24576, NBYTES)
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+
+
+def test_with_nothing_to_resume_it_starts_anew(dst: Path, data: NDArray[np.uint8]) -> None:
+    with create(dst, resume=True) as sink:
+        assert (sink.resumed_nbytes, dict(sink.resumed_state), sink.notes) == (0, {}, ())
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+
+
+def test_resume_does_not_imply_force(dst: Path, data: NDArray[np.uint8]) -> None:
+    dst.write_bytes(OLD)
+    interrupt(dst, data, force=True)
+    left = {name: (dst.parent / name).read_bytes() for name in names(dst)}
+    with pytest.raises(DestinationError, match="exists already"):
+        create(dst, resume=True)
+    assert {name: (dst.parent / name).read_bytes() for name in names(dst)} == left
+
+
+def test_another_conversion_is_not_resumed(dst: Path, data: NDArray[np.uint8]) -> None:
+    interrupt(dst, data)
+    left = {name: (dst.parent / name).read_bytes() for name in names(dst)}
+    other = {"option outtype": "q8_0", "source b.safetensors": "56 78 cd"}
+    with pytest.raises(SourceError) as caught:
+        Sink.create(dst, NBYTES + 1, identity=other, resume=True)
+    for words in (
+        "option outtype (was bf16, is q8_0)",
+        "a.safetensors (removed)",
+        "b.safetensors (added)",
+        "output size",
+    ):
+        assert words in caught.value.message
+    assert {name: (dst.parent / name).read_bytes() for name in names(dst)} == left
+
+
+def test_a_stale_part_is_discarded_with_a_note(dst: Path, data: NDArray[np.uint8]) -> None:
+    interrupt(dst, data)
+    inode = dst.with_name("out.gguf.part").stat().st_ino
+    kept = os.open(dst.with_name("out.gguf.part"), os.O_RDONLY)  # so that its inode is not used again
+    with create(dst) as sink:
+        assert [note.code for note in sink.notes] == ["stale-part"]
+        assert sink.resumed_nbytes == 0
+        assert dst.with_name("out.gguf.part").stat().st_ino != inode
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    os.close(kept)
+    assert dst.read_bytes() == data.tobytes()
+
+
+@pytest.mark.parametrize("damage", ["no journal", "empty journal", "shorter part", "longer part"])
+def test_what_cannot_be_trusted_is_begun_anew(dst: Path, data: NDArray[np.uint8], damage: str) -> None:
+    interrupt(dst, data, 16384)
+    part, journal = dst.with_name("out.gguf.part"), dst.with_name("out.gguf.part.journal")
+    match damage:
+        case "no journal":
+            journal.unlink()
+        case "empty journal":
+            journal.write_bytes(b"")
+        case "shorter part":
+            os.truncate(part, 8192)
+        case "longer part":
+            os.truncate(part, NBYTES + 1)
+    with create(dst, resume=True) as sink:
+        assert sink.resumed_nbytes == 0
+        assert [note.code for note in sink.notes] == ["stale-part"]
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_a_journal_alone_means_nothing(dst: Path, data: NDArray[np.uint8]) -> None:
+    interrupt(dst, data)
+    dst.with_name("out.gguf.part").unlink()
+    with create(dst, resume=True) as sink:
+        assert (sink.resumed_nbytes, sink.notes) == (0, ())
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+
+
+def stop_after_rename(dst: Path, data: NDArray[np.uint8]) -> None:
+    """As a kill between the rename and the end does: the output is there, and so is the journal."""
+    with create(dst, force=True) as sink:
+        write(sink, data, 0, NBYTES)
+        sink.seal({"n": [9, 9]})
+        journal = dst.with_name("out.gguf.part.journal").read_bytes()
+    dst.with_name("out.gguf.part.journal").write_bytes(journal)
+
+
+def test_a_run_killed_after_its_rename_is_done(dst: Path, data: NDArray[np.uint8]) -> None:
+    stop_after_rename(dst, data)
+    inode = dst.stat().st_ino
+    with create(dst, resume=True) as sink:
+        assert (sink.resumed_nbytes, sink.resumed_state) == (NBYTES, {"n": [9, 9]})
+        assert sink.seal() == dst
+    assert (dst.stat().st_ino, dst.read_bytes()) == (inode, data.tobytes())
+    assert names(dst) == {"out.gguf"}
+
+
+@pytest.mark.parametrize("change", ["content", "file", "identity"])
+def test_a_file_is_not_taken_for_the_one_that_was_renamed(dst: Path, data: NDArray[np.uint8], change: str) -> None:
+    stop_after_rename(dst, data)
+    identity = dict(IDENTITY)
+    match change:
+        case "content":
+            dst.write_bytes(data[::-1].tobytes())
+        case "file":
+            dst.with_name("other").write_bytes(data.tobytes())
+            dst.with_name("other").replace(dst)
+        case "identity":
+            identity["option outtype"] = "f16"
+    before = dst.read_bytes()
+    with pytest.raises(DestinationError, match="exists already"):
+        Sink.create(dst, NBYTES, identity=identity, resume=True)
+    assert dst.read_bytes() == before
+    with Sink.create(dst, NBYTES, identity=identity, resume=True, force=True) as sink:
+        assert sink.resumed_nbytes == 0
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_an_old_journal_does_not_outlive_a_new_run(dst: Path, data: NDArray[np.uint8]) -> None:
+    stop_after_rename(dst, data)
+    with create(dst, force=True) as sink:
+        assert not sink.notes
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_several_outputs_are_published_together(tmp_path: Path, data: NDArray[np.uint8]) -> None:
+    """Stopped between two renames, the whole set is resumed: those that are there are recognised."""
+    paths = [tmp_path / f"out-{n}.gguf" for n in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt), create(paths[0]) as one, create(paths[1]) as two, create(paths[2]) as three:
+        for sink in (one, two, three):
+            write(sink, data, 0, NBYTES)
+            sink.complete({"n": [0, 1]})
+        three.publish()
+        raise KeyboardInterrupt
+    with (
+        create(paths[0], resume=True) as one,
+        create(paths[1], resume=True) as two,
+        create(paths[2], resume=True) as three,
+    ):
+        assert {sink.resumed_nbytes for sink in (one, two, three)} == {NBYTES}
+        for sink in (three, two, one):
+            sink.seal()
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
