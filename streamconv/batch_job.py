@@ -1,0 +1,251 @@
+"""One job of a batch, in a process of its own, on whatever machine this is.
+
+Owns: starting, watching, retrying and stopping that process, and what it does there. Does not own: which jobs run, and
+where (batch.py).
+Invariants: the process ends when the one that started it does, or closes its stdin, so that a lost machine leaves a
+part file and a journal, and no writer; a try begins once no earlier try of the same job is alive.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from streamconv.errors import InterruptedByTerm, StreamconvError
+from streamconv.jobs_file import JobSpec
+
+if TYPE_CHECKING:
+    from streamconv.job import RunKeywords
+    from streamconv.report import Report
+
+SCHEMA = 1
+MAX_ATTEMPTS = 3  # of a job whose process, or machine, died; an error of ours is final at once
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+
+Status = Literal["done", "skipped", "failed", "cancelled"]
+Leftover = tuple[str, int, int]  # a journal's path, inode and time of the last change
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How one job ended. `report` or `error` is what `--json` of its conversion has."""
+
+    job: JobSpec
+    status: Status
+    exit_code: int
+    attempts: int
+    report: Mapping[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line that is printed for it."""
+        line: dict[str, Any] = {
+            "schema": SCHEMA,
+            "job": self.job.to_json(),
+            "name": self.job.name,
+            "status": self.status,
+            "exit_code": self.exit_code,
+            "attempts": self.attempts,
+        }
+        if self.report is not None:
+            line["report"] = dict(self.report)
+        if self.error is not None:
+            line["error"] = dict(self.error)
+        return line
+
+    @classmethod
+    def failed(cls, job: JobSpec, error: StreamconvError, attempts: int) -> JobResult:
+        from streamconv.report import error_to_json
+
+        return cls(job, "failed", error.exit_code, attempts, error=error_to_json(error)["error"])
+
+    @classmethod
+    def cancelled(cls, job: JobSpec, exit_code: int = 128 + signal.SIGINT) -> JobResult:
+        """Of a job that never began."""
+        return cls(job, "cancelled", exit_code, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a job's process is told on its stdin."""
+
+    job: JobSpec
+    resume: bool = False
+    dry_run: bool = False
+
+
+# ---------------------------------------------------------------- the process that watches
+
+_children: set[subprocess.Popen[str]] = set()
+_lock = threading.Lock()
+_is_stopping = threading.Event()
+
+
+def run_job(job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: int = 0) -> JobResult:
+    """The result of `job`, run in a process of its own; tried again where that process was killed.
+
+    stale: journals that are none of this batch's, and not to be taken up. n_before: tries that the batch knows of.
+    """
+    attempt, answer, code = max(n_before, int(_has_journal(job, stale))), dict[str, Any](), -1
+    while True:
+        _await_earlier_try(job)
+        attempt += 1
+        code, answer = run_process(Order(job, resume=_has_journal(job, stale)))
+        if code >= 0 or code in _STOPPED or attempt >= MAX_ATTEMPTS:
+            break
+    if code == 0 and "outputs" in answer:
+        return JobResult(job, "done", 0, attempt, report=answer)
+    if code in _STOPPED:
+        return JobResult(job, "cancelled", 128 + abs(code) if code < 0 else code, attempt, error=answer.get("error"))
+    if "error" in answer:
+        return JobResult(job, "failed", code, attempt, error=answer["error"])
+    return JobResult.failed(job, StreamconvError(_death(code), hint="out of memory? see the system's log"), attempt)
+
+
+def run_process(order: Order) -> tuple[int, dict[str, Any]]:
+    """(exit code, or minus the signal; the JSON object that it printed, else {}) of one try."""
+    with _lock:
+        if _is_stopping.is_set():
+            return 128 + signal.SIGINT, {}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "streamconv", "batch-job"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches the batch alone, which stops its jobs
+        )
+        assert child.stdin is not None and child.stdout is not None
+        with suppress(BrokenPipeError):
+            child.stdin.write(json.dumps(asdict(order)) + "\n")
+            child.stdin.flush()
+        _children.add(child)  # its stdin stays open: the end of it tells the job that nobody waits for it
+    try:
+        text = child.stdout.read()
+        code = child.wait()
+    finally:
+        with _lock:
+            _children.discard(child)
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+            with suppress(OSError):
+                child.stdin.close()
+            child.stdout.close()
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        return code, {}
+    return code, answer if isinstance(answer, dict) else {}
+
+
+def stop_jobs() -> None:
+    """Stop the jobs of this process, and let none begin until `allow_jobs`. Their part files can be resumed."""
+    with _lock:
+        _is_stopping.set()
+        for child in _children:
+            if child.stdin is not None:
+                with suppress(OSError):
+                    child.stdin.close()
+
+
+def allow_jobs() -> None:
+    """Jobs may begin (again) in this process."""
+    _is_stopping.clear()
+
+
+def journals(job: JobSpec) -> Iterator[Leftover]:
+    """The journals of the job's unfinished outputs."""
+    for path in _unfinished(job, ".part.journal"):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            yield str(path), status.st_ino, status.st_mtime_ns
+
+
+def _has_journal(job: JobSpec, stale: frozenset[Leftover]) -> bool:
+    return any(journal not in stale for journal in journals(job))
+
+
+def _await_earlier_try(job: JobSpec) -> None:
+    """Returns once nobody holds a lock on the job's part files: a job whose starter was killed takes a moment to go."""
+    for path in _unfinished(job, ".part"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _unfinished(job: JobSpec, ending: str) -> list[Path]:
+    output = Path(job.output)
+    number = f"{job.only_part:05d}" if job.only_part else "?????"
+    if job.split_max_size is None:
+        return [path for path in (output.with_name(output.name + ending),) if path.exists()]
+    stem = output.name.removesuffix(".gguf").replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
+    parts = output.parent.glob(f"{stem}-{number}-of-?????.gguf{ending}")
+    return [*parts, *(path for path in (output.with_name(output.name + ending),) if path.exists())]
+
+
+def _death(code: int) -> str:
+    if code < 0:
+        return f"its process was killed by {signal.Signals(-code).name}"
+    return f"its process ended with exit code {code} and no report"
+
+
+# ---------------------------------------------------------------- the process that works
+
+
+def read_order(stdin: IO[str]) -> Order:
+    """The order on `stdin`; from then on the end of `stdin` ends this process as SIGTERM does."""
+    line = stdin.readline()
+    if not line:
+        raise InterruptedByTerm("nobody waits for this job")
+    order = json.loads(line)
+
+    def watch() -> None:
+        with suppress(ValueError, OSError):
+            stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return Order(JobSpec(**order["job"]), order["resume"], order["dry_run"])
+
+
+def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_memory: int | None = None) -> Report:
+    """The report of the job, done in this process. StreamconvError where it fails. max_memory: instead of the job's."""
+    from streamconv.adapter import convert_adapter
+    from streamconv.convert import convert
+    from streamconv.memory import parse_size
+    from streamconv.split import SplitOptions
+    from streamconv.verify import verify
+
+    limit = parse_size(job.max_memory) if job.max_memory and max_memory is None else max_memory
+    if job.command == "verify":
+        return verify(job.output, job.source, base=job.base, dialect=job.dialect, max_memory=limit)
+    keywords: RunKeywords = {
+        "max_memory": limit,
+        "force": job.force,
+        "resume": resume,
+        "dry_run": dry_run,
+        "verify": job.verify,
+    }
+    if not dry_run:
+        _make_folder(Path(job.output).parent)
+    if job.command == "lora":
+        assert job.base is not None  # jobs_file.py sees to it
+        return convert_adapter(job.source, job.base, job.output, outtype=job.outtype, dialect=job.dialect, **keywords)
+    split = SplitOptions(parse_size(job.split_max_size) if job.split_max_size else None, None, job.only_part)
+    return convert(job.source, job.output, outtype=job.outtype, dialect=job.dialect, split=split, **keywords)
+
+
+def _make_folder(folder: Path) -> None:
+    from streamconv.destination import failures
+
+    with failures(folder):
+        folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,93 @@
+"""The command line: the only place that prints, handles signals or decides an exit code.
+
+Owns: what one call of the command is from its first word to its exit code, whatever happens. Does not own: the options
+and what people read (the modules of this package), any work (each command calls one function of the library).
+Invariant: everything that a user can cause is one line on stderr; nothing heavy is imported before a command is known,
+so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from streamconv.cli.output import say
+from streamconv.cli.parser import build_parser
+from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError
+
+RESUME = "run it again with --resume to go on"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one call of the command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    _print_any_character()
+    try:
+        with _signals():
+            parser = build_parser()
+            if "_ARGCOMPLETE" in os.environ:
+                from argcomplete import autocomplete
+
+                autocomplete(parser)
+            options = parser.parse_args(arguments)
+            code = int(options.run(options))
+            say(end="", flush=True)
+            return code
+    except StreamconvError as error:
+        return _fail(error, as_json)
+    except KeyboardInterrupt:
+        return _fail(Interrupted("interrupted", hint=RESUME), as_json)
+    except BrokenPipeError:
+        return _leave_pipe()
+    except Exception as error:
+        if {"-v", "--verbose"} & set(arguments):
+            raise
+        what = f"a bug of ours: {type(error).__name__}: {error}".replace("\n", " ")
+        return _fail(StreamconvError(what, hint="please report it, with what -v shows"), as_json)
+
+
+def _fail(error: StreamconvError, as_json: bool) -> int:
+    print(f"streamconv: {error}", file=sys.stderr)
+    if as_json:
+        from streamconv.report import error_to_json
+
+        try:
+            print(json.dumps(error_to_json(error)), flush=True)
+        except BrokenPipeError:
+            return _leave_pipe()
+        except OSError:
+            pass  # stderr has it
+    return error.exit_code
+
+
+def _leave_pipe() -> int:
+    """Nobody reads on: what is still in the buffer goes nowhere, without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _print_any_character() -> None:
+    """A character that the terminal's encoding lacks is shown by its number, and ends nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM stops a run as Ctrl-C does."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise InterruptedByTerm("terminated", hint=RESUME)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

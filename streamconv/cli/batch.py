@@ -1,0 +1,152 @@
+"""The command that runs many jobs, and the one that each of them is: batch, batch-job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.cli.options import add_command, add_verbose, positive
+from streamconv.cli.output import say
+from streamconv.errors import StreamconvError, UsageError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from streamconv.batch import Forecast
+    from streamconv.batch_job import JobResult
+
+EPILOG = """example of JOBS:
+  [defaults]
+  outtype = "q8_0"
+  output = "out/{name}-{outtype}.gguf"
+  [[job]]
+  source = "models/*"
+
+exit codes:
+  0 all done or up to date   7 some failed   8 none succeeded   130/143 interrupted   2 the file is wrong"""
+
+
+def add_batch(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "batch",
+        help="many conversions, unattended: each in its own process, resumed and retried",
+        description="Run the jobs of a TOML or JSON-lines file; one JSON line on stdout for each that ends.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("jobs", metavar="JOBS", type=Path, help="the file: [[job]] tables, or one JSON object a line")
+    parser.add_argument(
+        "--jobs", dest="n_parallel", metavar="N", type=positive, default=1, help="at a time; default: 1"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what an earlier batch left unfinished")
+    parser.add_argument("--dry-run", action="store_true", help="what would run, its size, and the space needed in all")
+    parser.add_argument("--array", metavar="I/N", help="every N-th job from the I-th on (from 1), for job arrays")
+    parser.add_argument("--dask", metavar="ADDRESS", help="run on the Dask cluster of this scheduler (the dask extra)")
+    parser.add_argument("--json", action="store_true", help="errors of the batch itself as JSON, too")
+    parser.add_argument("--quiet", action="store_true", help="no summary table on stderr")
+    add_verbose(parser)
+    parser.set_defaults(run=_batch)
+
+
+def add_batch_job(commands: Any) -> None:
+    """A job's own process: a command without help, since only `batch` calls it."""
+    commands.add_parser("batch-job").set_defaults(run=_batch_job, command="batch-job")
+
+
+def _batch(options: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from streamconv.batch import exit_code, expand_splits, forecast, run_batch, select_array
+    from streamconv.batch_state import State
+    from streamconv.jobs_file import read_jobs
+
+    jobs = list(expand_splits(read_jobs(options.jobs)))
+    if options.array:
+        jobs = select_array(jobs, options.array)
+    state = State(options.jobs.with_name(f"{options.jobs.name}.state.jsonl"))
+    if options.dry_run:
+        _say_forecast(list(forecast(jobs, state, n_parallel=options.n_parallel)), options.json)
+        return 0
+    with _dask_executor(options.dask) if options.dask else nullcontext() as executor:
+        results = run_batch(
+            jobs,
+            state,
+            executor=executor,
+            n_parallel=options.n_parallel,
+            resume=options.resume,
+            finished=lambda result: say(json.dumps(result.to_json()), flush=True),
+        )
+    if not options.quiet:
+        _print_table(results)
+    return exit_code(results)
+
+
+def _batch_job(options: argparse.Namespace) -> int:
+    from streamconv.batch_job import perform, read_order
+    from streamconv.report import error_to_json
+
+    try:
+        order = read_order(sys.stdin)
+        report = perform(order.job, resume=order.resume, dry_run=order.dry_run)
+    except StreamconvError as error:
+        say(json.dumps(error_to_json(error)), flush=True)
+        return error.exit_code
+    say(json.dumps(report.to_json()), flush=True)
+    return 0
+
+
+@contextmanager
+def _dask_executor(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise UsageError("--dask needs the dask extra", hint='pip install "streamconv[dask]"') from None
+    from streamconv.batch_job import stop_jobs
+
+    try:
+        client = Client(address, timeout="10s")
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UsageError(f"no Dask scheduler answers at {address}: {error}") from None
+    with client:
+        try:
+            yield client.get_executor()
+        except BaseException:
+            client.run(stop_jobs)  # what a worker has begun is out of an executor's reach
+            raise
+
+
+def _say_forecast(rows: Sequence[Forecast], as_json: bool) -> None:
+    if as_json:
+        jobs = [row.to_json() for row in rows]
+        say(json.dumps({"schema": 1, "jobs": jobs, "nbytes": sum(row.nbytes for row in rows)}))
+        return
+    for row in rows:
+        error = f"  ({row.error})" if row.error else ""
+        say(f"{row.action:<5} {row.nbytes:>16,}  {row.job.name} -> {row.job.output}{error}")
+    say(f"{'':<5} {sum(row.nbytes for row in rows):>16,}  bytes in all")
+
+
+def _print_table(results: Sequence[JobResult]) -> None:
+    width = max((len(result.job.name) for result in results), default=0)
+    for result in results:
+        what = _outcome(result)
+        line = f"{result.status:<9}  {result.exit_code:>3}  {result.job.name:<{width}}  {what}"
+        print(line.rstrip(), file=sys.stderr)
+    counts = Counter(result.status for result in results)
+    print(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs", file=sys.stderr)
+
+
+def _outcome(result: JobResult) -> str:
+    if result.error is not None:
+        return str(result.error.get("message", ""))
+    if result.report is None:
+        return ""
+    nbytes = sum(output["nbytes"] for output in result.report["outputs"])
+    tries = f", try {result.attempts}" if result.attempts > 1 else ""
+    return f"{nbytes:,} bytes, {result.report['seconds']:.1f} s{tries}"

@@ -1,0 +1,180 @@
+"""The commands that make files, and the one that compares them: convert, lora, verify."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.cli.options import (
+    DIALECTS,
+    EXIT_CODES,
+    add_command,
+    add_output_options,
+    add_report_options,
+    add_resource_options,
+    add_run_options,
+    add_split_options,
+)
+from streamconv.cli.output import progress_bar, say, show_report
+
+if TYPE_CHECKING:
+    from streamconv.job import RunKeywords
+    from streamconv.report import Report
+    from streamconv.split import SplitOptions
+
+
+def add_convert(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "convert",
+        help="a checkpoint becomes a GGUF file",
+        description="Write the GGUF file of a Hugging Face checkpoint.",
+        epilog="example:\n  streamconv convert LFM2-1.2B -o LFM2-1.2B-Q8_0.gguf --outtype q8_0\n\n" + EXIT_CODES,
+    )
+    parser.add_argument(
+        "src",
+        metavar="SRC",
+        type=Path,
+        help="the checkpoint: the folder of config.json and *.safetensors, one such file, or a repo id in the cache",
+    )
+    parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
+    add_output_options(parser)
+    add_split_options(parser)
+    add_run_options(parser)
+    parser.set_defaults(run=_convert)
+
+
+def add_lora(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "lora",
+        help="a LoRA adapter becomes a GGUF adapter",
+        description="Write the GGUF adapter of a PEFT or MLX LoRA adapter.",
+        epilog="example:\n  streamconv lora my-adapter --base Llama-3.2-1B.gguf -o my-adapter.gguf\n\n" + EXIT_CODES,
+    )
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", type=Path, help="the folder of adapter_config.json and its weights"
+    )
+    parser.add_argument(
+        "--base", metavar="BASE", type=Path, required=True, help="the base model: its GGUF or its folder"
+    )
+    parser.add_argument("--scale", metavar="S", type=float, help="the scale of every module, instead of the config's")
+    add_output_options(parser)
+    add_run_options(parser)
+    parser.set_defaults(run=_lora)
+
+
+def add_verify(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "verify",
+        help="compare a GGUF file, by whatever tool, with its source",
+        description="Make every tensor again from its source and compare; exit 6 names the first difference.",
+        epilog="example:\n  streamconv verify LFM2-1.2B-Q8_0.gguf --source LFM2-1.2B\n\n" + EXIT_CODES,
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the GGUF file")
+    parser.add_argument(
+        "--source", metavar="SRC", type=Path, required=True, help="the checkpoint or adapter it was made of"
+    )
+    parser.add_argument("--base", metavar="BASE", type=Path, help="of an adapter: the base it was made for")
+    parser.add_argument("--scale", metavar="S", type=float, help="of an adapter: the scale it was made with")
+    parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="the dialect it was made with")
+    group = parser.add_argument_group("run")
+    add_resource_options(group)
+    add_report_options(group)
+    parser.set_defaults(run=_verify)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from streamconv.convert import convert
+
+    return _run(
+        options,
+        lambda keywords: convert(
+            options.src,
+            options.output,
+            outtype=options.outtype,
+            dialect=options.dialect,
+            name=options.name,
+            pre=options.pre,
+            split=_split(options),
+            **keywords,
+        ),
+    )
+
+
+def _split(options: argparse.Namespace) -> SplitOptions:
+    from streamconv.memory import parse_size
+    from streamconv.split import SplitOptions
+
+    max_nbytes = parse_size(options.split_max_size) if options.split_max_size else None
+    return SplitOptions(max_nbytes, options.split_max_tensors, options.only_part)
+
+
+def _lora(options: argparse.Namespace) -> int:
+    from streamconv.adapter import convert_adapter
+
+    return _run(
+        options,
+        lambda keywords: convert_adapter(
+            options.adapter,
+            options.base,
+            options.output,
+            outtype=options.outtype,
+            dialect=options.dialect,
+            scale=options.scale,
+            name=options.name,
+            **keywords,
+        ),
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from streamconv.memory import parse_size
+    from streamconv.verify import verify
+
+    report = verify(
+        options.out,
+        options.source,
+        base=options.base,
+        dialect=options.dialect,
+        scale=options.scale,
+        max_memory=parse_size(options.max_memory) if options.max_memory else None,
+        threads=options.threads,
+    )
+    if options.json:
+        say(json.dumps(report.to_json()))
+    elif not options.quiet:
+        say(f"{report.output}: all {report.n_tensors} tensors are what {options.source} says ({report.seconds:.1f} s)")
+    return 0
+
+
+def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> int:
+    """Do one conversion with the options that all of them share, and say what was done."""
+    from contextlib import nullcontext
+
+    from streamconv.memory import parse_size
+    from streamconv.profile import Profile
+
+    profile = Profile() if options.profile else None
+    with progress_bar(options) as progress, profile or nullcontext():
+        report = work(
+            {
+                "max_memory": parse_size(options.max_memory) if options.max_memory else None,
+                "threads": options.threads,
+                "force": options.force,
+                "resume": options.resume,
+                "dry_run": options.dry_run,
+                "sha256": options.sha256,
+                "verify": options.verify,
+                "progress": progress,
+                "profile": profile,
+            }
+        )
+    if profile is not None:
+        profile.write(options.profile)
+    show_report(report, options)
+    return 0

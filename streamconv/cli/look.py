@@ -1,0 +1,86 @@
+"""The commands that only look: inspect, architectures, draft."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from streamconv.cli.options import EXIT_CODES, add_command, add_verbose, positive
+from streamconv.cli.output import say
+
+
+def add_inspect(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "inspect",
+        help="what is in a GGUF file, a checkpoint or an adapter",
+        description="Show keys, types, tensors and problems; of a checkpoint or adapter, what it converts to.",
+        epilog="example:\n  streamconv inspect LFM2-1.2B-Q8_0.gguf --tensors --head 20\n\n" + EXIT_CODES,
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a .gguf or .safetensors file, a folder, a repo id")
+    parser.add_argument("--tensors", action="store_true", help="a line for each tensor as well")
+    parser.add_argument("--head", metavar="N", type=positive, help="at most so many keys and tensors")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, with everything")
+    add_verbose(parser)
+    parser.set_defaults(run=_inspect)
+
+
+def add_architectures(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "architectures",
+        help="what is supported, with the names that config.json uses",
+        description="List the supported architectures: GGUF's name, then Hugging Face's.",
+    )
+    add_verbose(parser)
+    parser.set_defaults(run=_architectures)
+
+
+def add_draft(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "draft",
+        help="a starting recipe for an architecture that is not supported yet",
+        description="Print a recipe module drafted from a checkpoint's names, shapes and config, with TODOs to settle.",
+        epilog="example:\n  streamconv draft Some-New-1B > streamconv/recipes/new.py\n\n"
+        "docs/adding-an-architecture.md says how to go on.\n\n" + EXIT_CODES,
+    )
+    parser.add_argument("src", metavar="SRC", type=Path, help="the checkpoint")
+    add_verbose(parser)
+    parser.set_defaults(run=_draft)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from shutil import get_terminal_size
+
+    from streamconv.inspect import inspect
+    from streamconv.inspect_text import render
+
+    found = inspect(options.path)
+    if options.json:
+        say(json.dumps(found.to_json()))
+        return 0
+    width = get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in render(found, width=width, tensors=options.tensors, head=options.head):
+        say(line)
+    return 0
+
+
+def _architectures(options: argparse.Namespace) -> int:
+    from streamconv.recipe import all_recipes
+
+    rows = [(recipe.arch, ", ".join(recipe.hf_names), recipe.description) for recipe in all_recipes()]
+    arch_width, names_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for arch, names, description in rows:
+        say(f"{arch:<{arch_width}}  {names:<{names_width}}  {description}")
+    return 0
+
+
+def _draft(options: argparse.Namespace) -> int:
+    from streamconv.draft import draft
+
+    say(draft(options.src), end="")
+    return 0

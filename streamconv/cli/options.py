@@ -1,0 +1,103 @@
+"""Options that several commands share, so that one word means one thing everywhere.
+
+Owns: their names, metavars and help. Does not own: what they do (the library).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from streamconv.errors import UsageError
+
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+DIALECTS = ("llama.cpp", "ollama-legacy")
+EXIT_CODES = """exit codes:
+  0 done   2 usage   3 something wrong with the sources   4 memory bound too small
+  5 something wrong with the destination   6 verification mismatch   130/143 interrupted   1 a bug of ours"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage as any other error is reported, so that --json covers it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+
+def add_command(commands: Any, name: str, *, help: str, description: str, epilog: str = EXIT_CODES) -> Parser:
+    """The parser of a command. help: a phrase for the list of commands; epilog: an example and the exit codes."""
+    parser: Parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=name)
+    return parser
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="OUT", type=Path, help="default: Name-1.2B-BF16.gguf, in this folder")
+    group.add_argument(
+        "--outtype", choices=OUTTYPES, default="auto", help="default: auto, the source's own 16-bit type"
+    )
+    group.add_argument(
+        "--dialect",
+        choices=DIALECTS,
+        default=DIALECTS[0],
+        help="tensor names; the default is the one to use with Ollama too, ollama-legacy is for its first LFM2 release",
+    )
+    group.add_argument("--name", metavar="NAME", help="the model's name in the file")
+    group.add_argument("--force", action="store_true", help="replace an existing OUT, once the new file is complete")
+
+
+def add_split_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first")
+    group.add_argument("--split-max-size", metavar="SIZE", help="tensor data in a file, as 4G")
+    group.add_argument("--split-max-tensors", metavar="N", type=positive, help="tensors in a file")
+    group.add_argument("--only-part", metavar="K", type=positive, help="make this one alone: each machine makes a part")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and the memory proof, write nothing")
+    group.add_argument("--verify", action="store_true", help="read the result back and compare it with the source")
+    group.add_argument("--sha256", action="store_true", help="digest of the file, and a manifest of each tensor's")
+    group.add_argument(
+        "--profile", metavar="FILE", type=Path, help="write memory over time and seconds by phase as JSON"
+    )
+    add_resource_options(group)
+    add_report_options(group)
+
+
+def add_resource_options(group: Any) -> None:
+    group.add_argument(
+        "--max-memory", metavar="SIZE", help="ceiling of resident memory, as 96MiB or 1.5G; default 256MiB"
+    )
+    group.add_argument("--threads", metavar="N", type=positive, help="workers; default: the cores, at most 4")
+
+
+def add_report_options(group: Any) -> None:
+    group.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    group.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    add_verbose(group)
+
+
+def add_verbose(group: Any) -> None:
+    group.add_argument("-v", "--verbose", action="store_true", help="say more; of a bug of ours, its traceback")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+positive.__name__ = "number"  # argparse names it where it refuses a word

@@ -1,0 +1,101 @@
+"""What people read of a run: the progress bar, the plan, the summary.
+
+Owns: lines for the terminal. Does not own: the facts (report.py), the JSON that scripts read (Report.to_json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from streamconv.errors import DestinationError
+
+if TYPE_CHECKING:
+    from streamconv.report import Report
+
+MIB = 1 << 20
+
+
+def say(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
+    """`text` on stdout. DestinationError where that cannot be written; a pipe that nobody reads is BrokenPipeError."""
+    try:
+        print(text, end=end, flush=flush)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DestinationError(f"cannot be written: {error.strerror}", file="standard output") from None
+
+
+@contextmanager
+def progress_bar(options: argparse.Namespace) -> Iterator[Callable[[int, int], None] | None]:
+    """A tqdm bar in bytes on stderr, where that is a terminal and nobody asked for quiet."""
+    if options.quiet or options.dry_run or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def show_report(report: Report, options: argparse.Namespace) -> None:
+    """Warnings on stderr; then JSON, the plan of a dry run, or a summary."""
+    for caution in report.warnings:
+        where = f"{caution.tensor}: " if caution.tensor else ""
+        print(f"streamconv: warning: {where}{caution.message}", file=sys.stderr)
+    if options.json:
+        say(json.dumps(report.to_json()))
+    elif report.plan is not None:
+        _say_plan(report)
+    elif not options.quiet:
+        _say_summary(report, options.verbose)
+
+
+def _say_plan(report: Report) -> None:
+    assert report.plan is not None and report.memory is not None
+    width = max((len(row.target) for row in report.plan), default=0)
+    for row in report.plan:
+        source = row.source[0] if row.source else "(computed)"
+        if len(row.source) > 1:
+            source += f" and {len(row.source) - 1} more"
+        if row.changed_by:
+            source += f" + {', '.join(row.changed_by)}"
+        shape = "x".join(map(str, row.shape))
+        say(f"{row.target:<{width}}  {row.type:<5} {shape:>14} {row.nbytes:>13,}  <- {source}")
+    _say_totals(report, "would write")
+    m = {name: value / MIB for name, value in report.memory.items()}
+    say(
+        f"memory: {m['fixed']:.1f} MiB fixed + {report.memory['workers']} workers x {m['slab']:.1f} MiB"
+        f" -> peak {m['peak']:.1f} MiB of {m['limit']:.1f} MiB"
+    )
+
+
+def _say_summary(report: Report, verbose: bool) -> None:
+    _say_totals(report, "wrote")
+    if verbose:
+        for name, total in report.types.items():
+            say(f"  {name:<5} {total.n_tensors:>6} tensors {total.nbytes:>16,} bytes")
+        for output in report.outputs:
+            say(f"  {output.path}: {output.nbytes:,} bytes" + (f", sha256 {output.sha256}" if output.sha256 else ""))
+        went = [word for word, is_so in (("resumed", report.resumed), ("verified", report.verified)) if is_so]
+        say(f"  {report.n_parameters:,} parameters, dialect {report.dialect}" + "".join(f", {word}" for word in went))
+    speed = report.nbytes / max(report.seconds, 1e-9) / 1e6
+    say(f"{report.seconds:.1f} s ({speed:,.0f} MB/s), peak resident memory {report.peak_rss_nbytes / MIB:.1f} MiB")
+
+
+def _say_totals(report: Report, verb: str) -> None:
+    types = ", ".join(f"{total.n_tensors} {name}" for name, total in report.types.items())
+    parts = f" and {len(report.outputs) - 1} more" if len(report.outputs) > 1 else ""
+    say(
+        f"{verb} {report.output}{parts}: {report.nbytes:,} bytes, {report.n_tensors} tensors ({types}),"
+        f" {report.architecture}"
+    )
