@@ -100,7 +100,9 @@ def read(path: Path) -> Contents | None:
                 if contents is None:
                     contents = Contents(_header(json.loads(payload)), Record(), end, digest)
                 else:
-                    contents = Contents(contents.header, _record(json.loads(payload)), end, digest)
+                    contents = Contents(
+                        contents.header, _record(json.loads(payload), contents.header.nbytes), end, digest
+                    )
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 break
     return contents
@@ -180,12 +182,18 @@ def _digest(previous: bytes, payload: bytes) -> bytes:
 
 
 def _header(value: dict[str, Any]) -> Header:
-    return Header(value.get("nbytes", 0), value.get("identity", {}), value["version"])  # of any version
+    """Of any version. TypeError, here as below, on what no version writes."""
+    identity, version = value.get("identity", {}), value["version"]
+    if type(version) is not int or not all(isinstance(item, str) for item in identity.values()):
+        raise TypeError
+    return Header(value.get("nbytes", 0), identity, version)
 
 
-def _record(value: dict[str, Any]) -> Record:
-    finished = value["finished"]
-    return Record(value["prefix_nbytes"], value["state"], None if finished is None else Stamp(**finished))
+def _record(value: dict[str, Any], nbytes: int) -> Record:
+    prefix, state, finished = value["prefix_nbytes"], value["state"], value["finished"]
+    if type(prefix) is not int or not 0 <= prefix <= nbytes or not isinstance(state, dict):
+        raise TypeError
+    return Record(prefix, state, None if finished is None else Stamp(**finished))
 
 
 def _change(name: str, old: str | None, new: str | None) -> str:

@@ -6,6 +6,7 @@ Owns: reading small JSON files (configs, indexes, headers). Does not own: tokeni
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,9 @@ def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MA
     if len(text) > max_nbytes:
         raise SourceError(f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file)
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except UnicodeDecodeError as error:
         raise SourceError(f"not UTF-8 at byte {error.start}", file=file) from None
     except RecursionError:
@@ -59,6 +62,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"duplicate key {key!r}")
             seen.add(key)
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is beyond all numbers of 64 bits")
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -1,0 +1,145 @@
+"""What is fuzzed: each target puts a case's files into a folder, calls the library on them, and returns.
+
+Owns: the calls. Invariant: a target raises what the library raises, so anything but a StreamconvError is a finding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from streamconv import journal
+from streamconv.adapter import plan_adapter
+from streamconv.base_model import open_base
+from streamconv.batch import expand_splits
+from streamconv.binding import bind
+from streamconv.checkpoint import Checkpoint
+from streamconv.convert import convert
+from streamconv.draft import draft
+from streamconv.errors import SourceError, StreamconvError
+from streamconv.gguf_reader import Span
+from streamconv.gguf_set import GGUFSet
+from streamconv.inspect import inspect
+from streamconv.inspect_text import render
+from streamconv.job import OutputOptions
+from streamconv.jobs_file import read_jobs
+from streamconv.lora_file import LoraFile
+from streamconv.memory import MIB
+from streamconv.modelcard import read_general
+from streamconv.recipe import Config, find_recipe
+from streamconv.sink import Sink
+from streamconv.vocab import read_vocabulary, vocabulary_nbytes
+
+LIMIT_NBYTES = 64 * MIB
+N_VOCAB = 64
+OUTPUT_NBYTES = 8192
+
+Call = Callable[[Path], None]
+
+
+def check_checkpoint(directory: Path) -> None:
+    """config.json, headers and index, held against a recipe; the keys that follow."""
+    with Checkpoint.open(directory, max_header_nbytes=LIMIT_NBYTES) as checkpoint:
+        config = Config(checkpoint.config, directory / "config.json")
+        model = bind(find_recipe(config), config, checkpoint.tensors)
+        assert model.keys()
+        for target in model.targets:
+            assert target.tensor.spec.nbytes >= 0
+
+
+def check_vocabulary(directory: Path) -> None:
+    """tokenizer.json, tokenizer.model and their companions."""
+    vocabulary_nbytes(directory, N_VOCAB)
+    found = read_vocabulary(directory, config={"eos_token_id": 2}, n_vocab=N_VOCAB, default_pre="lfm2", pre=None)
+    assert found.keys
+
+
+def check_plan(directory: Path) -> None:
+    """Everything that a conversion reads before weights, the model card and generation_config.json among it."""
+    convert(directory, directory / "out.gguf", dry_run=True, max_memory=1 << 40)
+
+
+def check_inspect(directory: Path) -> None:
+    found = inspect(directory)
+    json.dumps(found.to_json(), allow_nan=False)
+    for line in render(found, tensors=True):
+        assert line.isprintable()
+
+
+def check_draft(directory: Path) -> None:
+    compile(draft(directory), "draft", "exec")
+
+
+def check_card(directory: Path) -> None:
+    general = read_general(directory, arch="lfm2", name=None, specs=())
+    name = general.file_name("bf16")
+    assert name.isprintable() and "/" not in name and len(name.encode("utf-8", "surrogatepass")) < 1024
+
+
+def check_gguf(directory: Path) -> None:
+    path = _first(directory, "*.gguf")
+    with GGUFSet.open(path) as found:
+        for file in found.files:
+            for key in file.keys.values():
+                if isinstance(key.value, Span):
+                    key.value.first(3)
+    open_base(path, LIMIT_NBYTES)
+
+
+def check_gguf_inspect(directory: Path) -> None:
+    check_inspect(_first(directory, "*.gguf"))
+
+
+_BASES = Path(__file__).parent / "bases"
+
+
+def check_adapter(directory: Path) -> None:
+    """adapter_config.json and the adapter's tensors, on the base that the case is of."""
+    base = open_base(_BASES / "llama.gguf", LIMIT_NBYTES)
+    with LoraFile.open(directory, LIMIT_NBYTES) as adapter:
+        plan_adapter(adapter, base, directory / "out.gguf", OutputOptions(), None)
+
+
+def check_jobs(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.suffix in (".toml", ".jsonl") and b"*" not in path.read_bytes():  # a glob may walk the whole disk
+            list(expand_splits(read_jobs(path)))
+
+
+def check_journal(directory: Path) -> None:
+    """A journal beside a part file of the right size, taken up by --resume."""
+    path = _first(directory, "*.journal")
+    journal.read(path)
+    dst = directory / "out.gguf"
+    part = dst.with_name("out.gguf.part")
+    path.rename(part.with_name("out.gguf.part.journal"))
+    with part.open("wb") as file:
+        file.truncate(OUTPUT_NBYTES)
+    with Sink.create(dst, OUTPUT_NBYTES, identity={"seed": "7"}, resume=True) as sink:
+        assert 0 <= sink.resumed_nbytes <= OUTPUT_NBYTES
+        raise SourceError("leave")
+
+
+def _first(directory: Path, pattern: str) -> Path:
+    path = next(iter(sorted(directory.glob(pattern))), None)
+    if path is None:
+        raise StreamconvError("the mutation removed the file")
+    return path
+
+
+# Target -> its corpus folder and its call.
+TARGETS: dict[str, tuple[str, Call]] = {
+    "checkpoint": ("checkpoint", check_checkpoint),
+    "vocabulary": ("vocabulary", check_vocabulary),
+    "gguf": ("gguf", check_gguf),
+    "adapter": ("adapter", check_adapter),
+    "jobs": ("jobs", check_jobs),
+    "journal": ("journal", check_journal),
+    "card": ("card", check_card),
+    "plan": ("plan", check_plan),
+    "inspect-gguf": ("gguf", check_gguf_inspect),
+    "inspect-checkpoint": ("plan", check_inspect),
+    "inspect-adapter": ("adapter", check_inspect),
+    "draft": ("plan", check_draft),
+}
