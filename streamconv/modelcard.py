@@ -35,7 +35,11 @@ class General:
         from gguf.utility import naming_convention
 
         m = self.metadata
-        stem = naming_convention(m.name, m.basename, m.finetune, m.version, m.size_label, outtype, kind)  # type: ignore[arg-type]
+        # A card may say 5, or a list, where a name is expected.
+        name, base, finetune, version, size = (
+            None if part is None else str(part) for part in (m.name, m.basename, m.finetune, m.version, m.size_label)
+        )
+        stem = naming_convention(name, base, finetune, version, size, outtype, kind)  # type: ignore[arg-type]
         return "".join(c if c.isprintable() and c not in "/\\" else "-" for c in stem)[:200] + ".gguf"
 
 
@@ -54,7 +58,7 @@ def read_general(
     label = size_label(total, shared, expert, n_experts) if total > 0 and kind == "model" else None
     cautions = []
     fallback = name or directory.name
-    with _quiet("gguf.metadata"):
+    with _quiet("metadata"):
         try:
             if any(f.stat().st_size > MAX_CARD_NBYTES for f in directory.glob("README.md")):
                 raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES >> 20} MiB")
