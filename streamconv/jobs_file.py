@@ -1,7 +1,8 @@
 """JOBS files: many conversions described in TOML or JSON lines.
 
 Owns: keys, defaults, globs, output templates, and refusing a file as a whole before anything runs. Does not own:
-running (batch.py). Paths are relative to the file. A glob as source makes one job of each match.
+running (batch.py). Paths are relative to the file. A glob as source makes one job of each match, in the order of their
+names; a path that exists under the very name is no glob.
 
     [defaults]
     outtype = "q8_0"
@@ -14,9 +15,11 @@ running (batch.py). Paths are relative to the file. A glob as source makes one j
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,7 +27,7 @@ from streamconv.dialects import RENAMES
 from streamconv.errors import UsageError
 from streamconv.memory import parse_size
 from streamconv.outtypes import OUTTYPES
-from streamconv.sources import model_name
+from streamconv.sources import find_cached, is_repo_id, model_name
 
 Command = Literal["convert", "lora", "verify"]
 DEFAULT_OUTPUT = "{name}-{outtype}.gguf"
@@ -58,8 +61,12 @@ _KEYS: dict[str, type] = {
     "name": str, "command": str, "source": str, "output": str, "base": str, "adapter": str, "outtype": str,
     "dialect": str, "max_memory": str, "split_max_size": str, "verify": bool, "force": bool,
 }  # fmt: skip
+_TYPE_NAMES = {str: "a string", bool: "true or false"}
 _CHOICES = {"command": get_args(Command), "outtype": ("auto", *OUTTYPES), "dialect": tuple(RENAMES)}
-_PATHS = ("source", "base", "adapter")
+
+# Keys that a kind of job must have, and keys that only some kinds have; as a default the others pass them by.
+_NEEDED = {"lora": ("base",), "verify": ("output",)}
+_ONLY_FOR = {"split_max_size": ("convert",), "adapter": ("convert", "verify"), "base": ("lora", "verify")}
 
 
 def read_jobs(path: Path) -> list[JobSpec]:
@@ -87,16 +94,20 @@ def _toml_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"not TOML: {error}", file=path) from None
-    unknown = sorted(set(document) - {"defaults", "job"})
     defaults, entries = document.get("defaults", {}), document.get("job", [])
-    if unknown or not isinstance(defaults, dict) or not isinstance(entries, list):
-        raise UsageError(f"only [defaults] and [[job]] are known, not {unknown or 'this'}", file=path)
+    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if set(document) - {"defaults", "job"} or not isinstance(defaults, dict) or not is_list:
+        unknown = ", ".join(sorted(set(document) - {"defaults", "job"})) or "what is in it"
+        raise UsageError(f"{unknown}: not known", file=path, hint="a file has [defaults] and [[job]]")
+    _check(defaults, "defaults", path)
     for number, entry in enumerate(entries, start=1):
-        yield f"job {number}", {**defaults, **entry}
+        command = entry.get("command", defaults.get("command", "convert"))
+        fitting = {key: value for key, value in defaults.items() if command in _ONLY_FOR.get(key, (command,))}
+        yield f"job {number}", {**fitting, **entry}
 
 
 def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 entry = json.loads(line)
@@ -110,24 +121,43 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
 def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpec]:
     """The jobs of one entry: one for each match of its source."""
     _check(entry, where, path)
+    _check_whole(entry, where, path)
     folder = path.absolute().parent
-    source = str(entry["source"])
-    if _GLOB & set(source):
-        matches = sorted(folder.glob(source)) if not Path(source).is_absolute() else sorted(Path("/").glob(source[1:]))
-        if not matches:
-            raise UsageError(f"{where}: nothing matches {source}", file=path)
-        if "name" in entry and len(matches) > 1:
-            raise UsageError(f"{where}: one name for {len(matches)} sources", file=path)
-    else:
-        matches = [folder / source]
-    given = {key: value for key, value in entry.items() if key in {field.name for field in fields(JobSpec)}}
-    for key in _PATHS:
+    matches = _matches(str(entry["source"]), folder, where, path)
+    if "name" in entry and len(matches) > 1:
+        raise UsageError(f"{where}: one name for {len(matches)} sources", file=path)
+    given = dict(entry)
+    for key in ("base", "adapter"):
         if key in given:
-            given[key] = str(folder / given[key])
+            given[key] = _absolute(given[key], folder)
     for match in matches:
-        name = given.get("name") or model_name(match)
-        job = JobSpec(**{"command": "convert", "output": "", **given, "source": str(match), "name": name})
-        yield replace(job, output=str(folder / _output(str(entry.get("output", DEFAULT_OUTPUT)), job, where, path)))
+        name = given.get("name") or model_name(Path(match))
+        job = JobSpec(**{"command": "convert", **given, "source": match, "name": name, "output": ""})
+        output = folder / _output(str(entry.get("output", DEFAULT_OUTPUT)), job, where, path)
+        yield replace(job, output=os.path.normpath(output))
+
+
+def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:
+    """The sources that one entry means; UsageError where it is a glob that nothing matches."""
+    if not _GLOB & set(source) or os.path.lexists(folder / source):
+        return [_absolute(source, folder)]
+    root, pattern = (Path("/"), source.lstrip("/")) if source.startswith("/") else (folder, source)
+    try:
+        matches = sorted(root.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(f"{where}: {source!r} is no glob: {error}", file=path) from None
+    if not matches:
+        raise UsageError(f"{where}: nothing matches {source}", file=path)
+    return [str(match) for match in matches]
+
+
+def _absolute(source: str, folder: Path) -> str:
+    """The path that `source` is from `folder`; where there is none, a repo id's folder in the Hugging Face cache."""
+    if is_repo_id(source) and not os.path.lexists(folder / source):
+        with suppress(ImportError):
+            if found := find_cached(source):
+                return str(found)
+    return str(folder / source)
 
 
 def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
@@ -136,7 +166,7 @@ def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
         outtype = _resolved(Path(job.source))
     try:
         return template.format(name=job.name, outtype=outtype)
-    except (KeyError, IndexError, ValueError):
+    except (LookupError, ValueError, AttributeError, TypeError):
         raise UsageError(f"{where}: output {template!r} may hold {{name}} and {{outtype}}", file=path) from None
 
 
@@ -145,9 +175,10 @@ def _resolved(source: Path) -> str:
     from streamconv.checkpoint import Checkpoint
     from streamconv.errors import StreamconvError
     from streamconv.outtypes import resolve_auto
+    from streamconv.sources import find_source
 
     try:
-        with Checkpoint.open(source) as checkpoint:
+        with Checkpoint.open(find_source(source)) as checkpoint:
             return resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
     except StreamconvError:
         return "auto"
@@ -158,16 +189,22 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
         if key not in _KEYS:
             raise UsageError(f"{where}: unknown key {key!r}", file=path, hint=f"known: {', '.join(_KEYS)}")
         if not isinstance(value, _KEYS[key]):
-            raise UsageError(f"{where}: {key} must be a {_KEYS[key].__name__}", file=path)
+            raise UsageError(f"{where}: {key} must be {_TYPE_NAMES[_KEYS[key]]}", file=path)
+        if value == "" or "\0" in str(value):
+            raise UsageError(f"{where}: {key} is {value!r}", file=path)
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UsageError(f"{where}: {key} {value!r} is none of {', '.join(_CHOICES[key])}", file=path)
-    if "source" not in entry:
-        raise UsageError(f"{where}: no source", file=path)
     for key in ("max_memory", "split_max_size"):
         if key in entry:
             parse_size(entry[key])
+
+
+def _check_whole(entry: Mapping[str, Any], where: str, path: Path) -> None:
+    """What keys there must be, and which go together."""
     command = entry.get("command", "convert")
-    if command == "lora" and "base" not in entry:
-        raise UsageError(f"{where}: a lora job needs a base", file=path)
-    if command == "verify" and "output" not in entry:
-        raise UsageError(f"{where}: a verify job needs the output to verify", file=path)
+    missing = [key for key in ("source", *_NEEDED.get(command, ())) if key not in entry]
+    if missing:
+        raise UsageError(f"{where}: a {command} job needs {missing[0]}", file=path)
+    for key, commands in _ONLY_FOR.items():
+        if key in entry and command not in commands:
+            raise UsageError(f"{where}: {key} is not for a {command} job", file=path)

@@ -11,33 +11,49 @@ from pathlib import Path
 from streamconv.errors import SourceError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+_CONFIGS = ("config.json", "adapter_config.json")  # a checkpoint's, an adapter's
 _CACHE_ENTRY = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 
 def find_source(source: str | Path) -> Path:
     """The path that `source` means: itself where it exists, or a repo id's snapshot in the local Hugging Face cache.
 
-    SourceError where it is neither; a repo id needs the `hub` extra.
+    SourceError where it could be a repo id and is not there; a repo id needs the `hub` extra.
     """
     path = Path(source)
-    if path.exists() or not _REPO_ID.fullmatch(str(source)):
+    if path.exists() or not is_repo_id(str(source)):
         return _snapshot(path)
     try:
-        from huggingface_hub import try_to_load_from_cache
+        found = find_cached(str(source))
     except ImportError:
         raise SourceError(
             "no such folder; a repo id is looked up in the local cache with huggingface_hub",
             file=path,
             hint='pip install "streamconv[hub]"',
         ) from None
-    found = try_to_load_from_cache(str(source), "config.json")
-    if not isinstance(found, str):
+    if found is None:
         raise SourceError(
             "no such folder, and not in the local Hugging Face cache",
             file=path,
             hint=f"hf download {source}; nothing is downloaded here",
         )
-    return Path(found).parent
+    return found
+
+
+def find_cached(repo_id: str) -> Path | None:
+    """The folder of a repo in the local Hugging Face cache, None where it is not there. ImportError without `hub`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for config in _CONFIGS:
+        found = try_to_load_from_cache(repo_id, config)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def is_repo_id(source: str) -> bool:
+    """Whether `source` could be one, as LiquidAI/LFM2-1.2B; many relative paths could."""
+    return _REPO_ID.fullmatch(source) is not None
 
 
 def _snapshot(path: Path) -> Path:
