@@ -29,7 +29,7 @@ _NAME_LETTERS = frozenset(string.ascii_letters + string.digits)
 
 
 def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[Caution]]:
-    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for what is empty or absent."""
+    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for an empty template."""
     templates, cautions = _find(companions)
     named = sorted(name for name in templates if name != DEFAULT)
     texts = {Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): templates[name] for name in named}

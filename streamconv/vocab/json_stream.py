@@ -213,7 +213,9 @@ class JsonStream:
                 self.expected(kind.name)
             self._at = last.end()
             if not self._takes(kind.closing):
-                self.expected(f"',' or {kind.closing.decode()!r}")
+                if self.peek() >= 0:
+                    self.seek(position)  # show it with what follows
+                self.expected(f"{kind.name}, then ',' or {kind.closing.decode()!r}")
             yield Batch(position, last.group())
             return
 

@@ -140,10 +140,10 @@ class _Reader:
                 self._read_model()
             elif key == "post_processor":
                 self.result.parts[key] = self.stream.value(MAX_PART_NBYTES)
-            elif key in PARTS:
-                self.result.parts[key] = self.stream.value_or(MAX_PART_NBYTES, TOO_LARGE)
             else:
-                self.stream.skip()
+                value = self.stream.value_or(MAX_PART_NBYTES, TOO_LARGE)
+                if key in PARTS:
+                    self.result.parts[key] = value
         self.stream.end()
         if not has_model:
             self.stream.fail("the file has no 'model'")
