@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
@@ -22,11 +23,23 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	.venv-demo/bin/pip install --quiet -e .
 	touch $@
 
+.venv-parity/.ready: pyproject.toml streamconv/_kernels.c
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/pip install --quiet "$(TORCH)"
+	.venv-parity/bin/pip install --quiet -e ".[test,parity]"
+	touch $@
+
 demo: .venv-demo/.ready ## a small LFM2 checkpoint becomes BF16 and Q8_0 files; shows what is in them and what it cost
 	.venv-demo/bin/python -m benchmarks.demo
 
 test: $(VENV)/.ready ## the tests (no torch)
 	$(BIN)/pytest -q
+
+test-all: $(VENV)/.ready ## the tests, those that take minutes included
+	$(BIN)/pytest -q -m "not parity"
+
+parity: .venv-parity/.ready ## against live llama.cpp converters, transformers and PEFT (downloads torch)
+	.venv-parity/bin/pytest -q -m parity tests/parity
 
 check: $(VENV)/.ready ## formatter, linter, types, import rules, generated docs
 	$(BIN)/ruff format --check .
@@ -43,5 +56,5 @@ bench-smoke: $(VENV)/.bench-ready ## the benchmark in seconds, so that it cannot
 clean: ## remove environments and made files
 	rm -rf $(VENV) .venv-demo .venv-parity .demo .cache build dist *.egg-info
 
-.PHONY: help demo test check bench bench-smoke clean
+.PHONY: help demo test check bench bench-smoke clean test-all parity
 .DEFAULT_GOAL := help
