@@ -28,8 +28,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define INLINE static inline __attribute__((always_inline))
+typedef float vector_t __attribute__((vector_size(32), aligned(4), may_alias));
 #else
 #define INLINE static inline
+typedef float vector_t;
 #endif
 
 /* A wheel is built for the oldest x86-64; where the loader can choose at run time, it also carries AVX2 code. */
@@ -284,9 +286,65 @@ static PyObject *encode(PyObject *module, PyObject *args) {
     return answer;
 }
 
+/* Vectors that are summed at a time: as many as registers hold beside a factor. */
+enum { N_SUMS = 8, N_COLUMNS = N_SUMS * (int)(sizeof(vector_t) / sizeof(float)) };
+
+/* One row of N_COLUMNS columns: products are summed from the first to the last, each operation rounded by itself. */
+INLINE void add_row(const float *left, const float *right, float scale, float *out, Py_ssize_t rank, Py_ssize_t stride) {
+    const vector_t *from = (const vector_t *)right;
+    vector_t sums[N_SUMS];
+    for (int j = 0; j < N_SUMS; j++) sums[j] = left[0] * from[j];
+    for (Py_ssize_t k = 1; k < rank; k++) {
+        from = (const vector_t *)(right + k * stride);
+        for (int j = 0; j < N_SUMS; j++) sums[j] += left[k] * from[j];
+    }
+    for (int j = 0; j < N_SUMS; j++) ((vector_t *)out)[j] += scale * sums[j];
+}
+
+CLONED static void add_product_to(const float *left, const float *right, float scale, float *out, Py_ssize_t n_rows,
+                                  Py_ssize_t rank, Py_ssize_t n_columns) {
+    Py_ssize_t start = 0;
+    for (; start + N_COLUMNS <= n_columns; start += N_COLUMNS)
+        for (Py_ssize_t i = 0; i < n_rows; i++)
+            add_row(left + i * rank, right + start, scale, out + i * n_columns + start, rank, n_columns);
+    for (Py_ssize_t i = 0; i < n_rows; i++)
+        for (Py_ssize_t j = start; j < n_columns; j++) {
+            float sum = left[i * rank] * right[j];
+            for (Py_ssize_t k = 1; k < rank; k++) sum += left[i * rank + k] * right[k * n_columns + j];
+            out[i * n_columns + j] += scale * sum;
+        }
+}
+
+static PyObject *add_product(PyObject *module, PyObject *args) {
+    Py_buffer left, right, out;
+    Py_ssize_t rank;
+    float scale;
+    PyObject *answer = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*nfw*:add_product", &left, &right, &rank, &scale, &out)) return NULL;
+    Py_ssize_t unit = rank > 0 ? rank * (Py_ssize_t)sizeof(float) : 1;
+    Py_ssize_t n_rows = left.len / unit, n_columns = right.len / unit;
+    if (rank > 0 && left.len % unit == 0 && right.len % unit == 0 &&
+        out.len == n_rows * n_columns * (Py_ssize_t)sizeof(float)) {
+        Py_BEGIN_ALLOW_THREADS
+        add_product_to(left.buf, right.buf, scale, out.buf, n_rows, rank, n_columns);
+        Py_END_ALLOW_THREADS
+        answer = Py_NewRef(Py_None);
+    } else {
+        PyErr_Format(PyExc_ValueError, "%zd and %zd bytes of rank %zd do not make %zd", left.len, right.len, rank,
+                     out.len);
+    }
+    PyBuffer_Release(&left);
+    PyBuffer_Release(&right);
+    PyBuffer_Release(&out);
+    return answer;
+}
+
 static PyMethodDef METHODS[] = {
     {"encode", encode, METH_VARARGS,
      "encode(source, target, slab, out, /)\n--\n\n(NaNs, infinities, whether all fits), as streamconv.kernels.encode."},
+    {"add_product", add_product, METH_VARARGS,
+     "add_product(left, right, rank, scale, out, /)\n--\n\nAs streamconv.kernels.add_product."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -117,6 +117,25 @@ def encode(
     return Stats(n_nan, n_inf)
 
 
+def product_scratch_nbytes(n_rows: int, n_columns: int) -> int:
+    """The scratch that `add_product` takes for `n_rows` rows of `n_columns` elements."""
+    return 2 * padded_nbytes(4 * kernels.product_temporaries(n_rows, n_columns))
+
+
+def add_product(
+    left: NDArray[np.float32], right: NDArray[np.float32], scale: np.float32, out: NDArray[np.float32], scratch: Scratch
+) -> None:
+    """Add scale * left @ right to `out`, all F32 and contiguous: left [n, r], right [r, c], out [n, c].
+
+    The same bits whatever the kernel, the machine and the rows done together.
+    """
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if _kernels is None:
+            kernels.add_product(left, right, scale, out, scratch)
+        else:
+            _kernels.add_product(left, right, len(right), scale, out)
+
+
 def largest_finite(source: GGMLQuantizationType, slab: NDArray[np.uint8]) -> float:
     """The largest finite magnitude in `slab` (rows of `source`), 0.0 where there is none: for messages."""
     fmt = FLOATS[source]

@@ -17,10 +17,11 @@ from streamconv.gguf_format import KeyValue
 from streamconv.graph import sources
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
 from streamconv.memory import resident_nbytes
+from streamconv.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.modelcard import read_general
 from streamconv.outtypes import FILE_TYPES, OUTTYPES, resolve_auto, type_of
 from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, too_small
-from streamconv.recipe import Config, Model, find_recipe
+from streamconv.recipe import Config, find_recipe
 from streamconv.report import Report
 from streamconv.run import run
 from streamconv.sources import find_source
@@ -37,25 +38,35 @@ def convert(
     name: str | None = None,
     pre: str | None = None,
     split: SplitOptions | None = None,
+    adapters: Sequence[AdapterSpec] = (),
     **keywords: Unpack[RunKeywords],
 ) -> Report:
     """What was written to `dst`: the checkpoint in the directory `src` as one GGUF file.
 
     dst: by default GGUF's naming convention, in the current directory. outtype: auto, f32, f16, bf16 or q8_0.
     name, pre: override general.name and tokenizer.ggml.pre. split: several files, named after `dst`.
+    adapters: LoRA or DoRA adapters (folders, or folders with weights) that are merged into the weights.
     keywords: how the run goes, see `RunKeywords`.
     Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
     """
     options = RunOptions(**keywords)
     wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions())
-    with Checkpoint.open(find_source(src), max_header_nbytes=options.limit_nbytes) as checkpoint:
-        return run(plan_model(checkpoint, dst, wanted, options.limit_nbytes), options)
+    limit = options.limit_nbytes
+    with open_adapters(adapters, limit) as opened, Checkpoint.open(find_source(src), max_header_nbytes=limit) as source:
+        return run(plan_model(source, dst, wanted, limit, opened), options)
 
 
-def plan_model(checkpoint: Checkpoint, dst: str | Path | None, wanted: OutputOptions, limit_nbytes: int) -> Job:
+def plan_model(
+    checkpoint: Checkpoint,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    limit_nbytes: int,
+    adapters: Sequence[Adapter] = (),
+) -> Job:
     """Everything that decides the output's bytes; headers and vocabulary are read, and no weight."""
     config = Config(checkpoint.config, checkpoint.directory / "config.json")
-    model = bind(find_recipe(config), config, checkpoint.tensors)
+    merged = merge(checkpoint, bind(find_recipe(config), config, checkpoint.tensors), adapters)
+    model = merged.model
     outtype = wanted.outtype
     if outtype == "auto":
         outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
@@ -73,8 +84,9 @@ def plan_model(checkpoint: Checkpoint, dst: str | Path | None, wanted: OutputOpt
         arch=model.recipe.arch,
         name=wanted.name,
         specs=[(target.name, target.tensor.spec) for target in model.targets],
+        merged=merged.directories,
     )
-    vocabulary = _bounded_vocabulary(checkpoint, model, wanted.pre, tensors, limit_nbytes)
+    vocabulary = _bounded_vocabulary(merged, wanted.pre, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", FILE_TYPES[OUTTYPES[outtype]])
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
     path = Path(dst) if dst is not None else Path(general.file_name(outtype))
@@ -85,22 +97,24 @@ def plan_model(checkpoint: Checkpoint, dst: str | Path | None, wanted: OutputOpt
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
         outtype=outtype,
-        shards=checkpoint.shards,
-        options={"outtype": outtype, "dialect": wanted.dialect},
-        cautions=[*model.cautions, *general.cautions, *vocabulary.cautions],
+        shards=(*checkpoint.shards, *merged.shards),
+        options={"outtype": outtype, "dialect": wanted.dialect, **merged.options},
+        cautions=[*model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
+        changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
 
 
 def _bounded_vocabulary(
-    checkpoint: Checkpoint, model: Model, pre: str | None, tensors: Sequence[PlacedTensor], limit_nbytes: int
+    merged: Merged, pre: str | None, tensors: Sequence[PlacedTensor], limit_nbytes: int
 ) -> Vocabulary:
     """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
+    directory, model = merged.vocabulary, merged.model
     n_vocab = model.dims["V"]
-    kept, extra = vocabulary_nbytes(checkpoint.directory, n_vocab)
+    kept, extra = vocabulary_nbytes(directory, n_vocab)
     # The keys are held twice, parsed and in the header; what parsing needs is given back before workers start.
     needed = resident_nbytes()[0] + 2 * kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
     if needed > limit_nbytes:
-        raise too_small(limit_nbytes, needed, checkpoint.directory)
+        raise too_small(limit_nbytes, needed, directory)
     return read_vocabulary(
-        checkpoint.directory, config=model.config.raw, n_vocab=n_vocab, default_pre=model.recipe.default_pre, pre=pre
+        directory, config=model.config.raw, n_vocab=n_vocab, default_pre=model.recipe.default_pre, pre=pre
     )

@@ -8,6 +8,7 @@ alike on every machine; no array is made but from the Scratch, as `temporaries` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -315,3 +316,34 @@ def _q8_0_scales(source: GGMLQuantizationType, bits: Bits, work: _Work) -> tuple
     scale_f16 = largest.view("<f2")[4 * n_blocks : 5 * n_blocks]
     np.copyto(scale_f16, scale, casting="unsafe")
     return scale_f16, inverse
+
+
+def product_temporaries(n_rows: int, n_columns: int) -> int:
+    """The elements of each of the two F32 arrays that `add_product` takes from its Scratch."""
+    return min(n_rows, max(1, PIECE // n_columns)) * n_columns
+
+
+def add_product(
+    left: NDArray[np.float32], right: NDArray[np.float32], scale: np.float32, out: NDArray[np.float32], scratch: Scratch
+) -> None:
+    """Add scale * left @ right to `out`; left [n, r], right [r, c], out [n, c].
+
+    Each element's products are summed from the first to the last, every operation rounded to F32 by itself: so a row
+    comes out the same alone and among others, on every machine. A BLAS promises neither.
+    """
+    n_rows, n_columns = out.shape
+    step = max(1, PIECE // n_columns)
+    with scratch.frame():
+        size = product_temporaries(n_rows, n_columns)
+        sums_of_piece, products_of_piece = (scratch.take(size, np.float32) for _ in range(2))
+        for start in range(0, n_rows, step):
+            factors = left[start : start + step]
+            shape = (len(factors), n_columns)
+            sums = sums_of_piece[: math.prod(shape)].reshape(shape)
+            products = products_of_piece[: math.prod(shape)].reshape(shape)
+            np.multiply(factors[:, :1], right[0], out=sums)
+            for k in range(1, len(right)):
+                np.multiply(factors[:, k : k + 1], right[k], out=products)
+                np.add(sums, products, out=sums)
+            np.multiply(sums, scale, out=sums)
+            np.add(out[start : start + step], sums, out=out[start : start + step])

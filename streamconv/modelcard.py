@@ -7,7 +7,7 @@ Invariant: a model card is a stranger's text; whatever it holds gives keys or a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ from streamconv.gguf_format import KeyValue, PackedArray
 from streamconv.graph import TensorSpec
 
 MAX_CARD_NBYTES = 4 << 20
+
+# What a model card says of one model alone, and not of another that was made of it.
+_OWN_FIELDS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,18 @@ class General:
 
 
 def read_general(
-    directory: Path, *, arch: str, name: str | None, specs: Iterable[tuple[str, TensorSpec]], kind: str = "model"
+    directory: Path,
+    *,
+    arch: str,
+    name: str | None,
+    specs: Iterable[tuple[str, TensorSpec]],
+    kind: str = "model",
+    merged: Sequence[Path] = (),
 ) -> General:
     """The keys as llama.cpp's converter writes them, general.architecture and general.type first.
 
-    `specs`: every target's logical name and spec, for the size label. `name` overrides what the card says.
+    `specs`: every target's logical name and spec, for the size label. `name` overrides what the card says. `merged`:
+    the folders of adapters that are merged into the model, which is then another one's fine-tune.
     """
     from gguf.gguf_writer import GGUFWriter
     from gguf.metadata import Metadata
@@ -60,10 +70,14 @@ def read_general(
     fallback = name or directory.name
     with _quiet("metadata"):
         try:
-            if any(f.stat().st_size > MAX_CARD_NBYTES for f in directory.glob("README.md")):
-                raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES >> 20} MiB")
+            for folder in (directory, *merged):
+                if any(f.stat().st_size > MAX_CARD_NBYTES for f in folder.glob("README.md")):
+                    raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES >> 20} MiB")
             # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
-            metadata = Metadata.load(None, directory.absolute(), name, total if kind == "model" else -total)
+            metadata = Metadata.load(None, directory.absolute(), None, total if kind == "model" else -total)
+            if merged:
+                _make_fine_tune(metadata, [Metadata.load(None, folder.absolute(), None, -1) for folder in merged])
+            metadata.name = name or metadata.name
             metadata.name = metadata.name or fallback
             metadata.size_label = metadata.size_label or label
             writer = GGUFWriter("", arch)
@@ -78,6 +92,18 @@ def read_general(
     head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
     tail = (KeyValue.u32("general.quantization_version", GGML_QUANT_VERSION),)
     return General((*head, *keys, *tail), tuple(cautions), metadata)
+
+
+def _make_fine_tune(metadata: Any, adapters: Sequence[Any]) -> None:
+    """A base's metadata become those of a model that adapters were merged into."""
+    cards = [entry for adapter in adapters for entry in adapter.base_models or ()]
+    own = {field: value for field in _OWN_FIELDS if (value := getattr(metadata, field))}
+    names = [str(adapter.name) for adapter in adapters]
+    for field in _OWN_FIELDS:
+        setattr(metadata, field, None)
+    metadata.base_models = [(cards[0] if cards else {}) | own]
+    metadata.name = " + ".join([str(own.get("name", "model")), *names])
+    metadata.finetune = " ".join(names)
 
 
 def count_parameters(specs: Iterable[tuple[str, TensorSpec]]) -> tuple[int, int, int, int]:

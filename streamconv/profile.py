@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 from streamconv.errors import DestinationError
 
 SCHEMA: Final = 1
-Phase = Literal["read", "encode", "write", "wait"]
+Phase = Literal["read", "merge", "encode", "write", "wait"]
 PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
 
 _STATUS = Path("/proc/self/status")

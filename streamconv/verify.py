@@ -6,7 +6,7 @@ Owns: finding out what a file claims to be, and planning what it should hold. Do
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
@@ -23,6 +23,7 @@ from streamconv.gguf_set import GGUFSet
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
 from streamconv.lora_file import LoraFile
 from streamconv.memory import resident_nbytes
+from streamconv.merge import AdapterSpec, open_adapters
 from streamconv.report import Output, Report
 from streamconv.sources import find_source
 
@@ -31,6 +32,7 @@ def verify(
     out: str | Path,
     source: str | Path,
     *,
+    adapters: Sequence[AdapterSpec] = (),
     base: str | Path | None = None,
     dialect: str = LLAMA_CPP,
     scale: float | None = None,
@@ -39,7 +41,8 @@ def verify(
     """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
 
     out: a GGUF file of any tool, or the first of a split, its tensors in any order and in F32, F16, BF16 or Q8_0.
-    source: the checkpoint, or the adapter's folder; base, dialect, scale: what `convert_adapter` was given.
+    source: the checkpoint, with the `adapters` that were merged into it; or the folder of an adapter that was written
+    as one, with `base`, `dialect` and `scale` as `convert_adapter` was given them.
     """
     options = RunOptions(**keywords)
     wanted = OutputOptions(dialect=dialect)
@@ -53,7 +56,7 @@ def verify(
     if is_adapter and base is not None:
         planned = _adapter_job(source, base, out, wanted, scale, options)
     else:
-        planned = _model_job(source, out, wanted, options)
+        planned = _model_job(source, adapters, out, wanted, options)
     with planned as job:
         compare(job, [output.path for output in outputs], options.n_threads, options.cancelled)
         report = job.report()
@@ -65,9 +68,15 @@ def verify(
 
 
 @contextmanager
-def _model_job(source: str | Path, out: str | Path, wanted: OutputOptions, options: RunOptions) -> Iterator[Job]:
-    with Checkpoint.open(find_source(source), max_header_nbytes=options.limit_nbytes) as checkpoint:
-        yield plan_model(checkpoint, out, wanted, options.limit_nbytes)
+def _model_job(
+    source: str | Path, adapters: Sequence[AdapterSpec], out: str | Path, wanted: OutputOptions, options: RunOptions
+) -> Iterator[Job]:
+    limit = options.limit_nbytes
+    with (
+        open_adapters(adapters, limit) as opened,
+        Checkpoint.open(find_source(source), max_header_nbytes=limit) as base,
+    ):
+        yield plan_model(base, out, wanted, limit, opened)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.cli.options import (
     DIALECTS,
     EXIT_CODES,
+    add_adapter_option,
     add_command,
     add_output_options,
     add_report_options,
@@ -41,6 +42,7 @@ def add_convert(commands: Any) -> None:
         help="the checkpoint: the folder of config.json and *.safetensors, one such file, or a repo id in the cache",
     )
     parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
+    add_adapter_option(parser, "merge this LoRA or DoRA adapter into the weights; may be repeated")
     add_output_options(parser)
     add_split_options(parser)
     add_run_options(parser)
@@ -79,6 +81,7 @@ def add_verify(commands: Any) -> None:
     parser.add_argument(
         "--source", metavar="SRC", type=Path, required=True, help="the checkpoint or adapter it was made of"
     )
+    add_adapter_option(parser, "an adapter that was merged, with its weight; may be repeated")
     parser.add_argument("--base", metavar="BASE", type=Path, help="of an adapter: the base it was made for")
     parser.add_argument("--scale", metavar="S", type=float, help="of an adapter: the scale it was made with")
     parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="the dialect it was made with")
@@ -90,6 +93,7 @@ def add_verify(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from streamconv.convert import convert
+    from streamconv.merge import parse_adapter
 
     return _run(
         options,
@@ -101,6 +105,7 @@ def _convert(options: argparse.Namespace) -> int:
             name=options.name,
             pre=options.pre,
             split=_split(options),
+            adapters=[parse_adapter(text) for text in options.adapters],
             **keywords,
         ),
     )
@@ -134,11 +139,13 @@ def _lora(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from streamconv.memory import parse_size
+    from streamconv.merge import parse_adapter
     from streamconv.verify import verify
 
     report = verify(
         options.out,
         options.source,
+        adapters=[parse_adapter(text) for text in options.adapters],
         base=options.base,
         dialect=options.dialect,
         scale=options.scale,

@@ -55,6 +55,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="replace an existing OUT, once the new file is complete")
 
 
+def add_adapter_option(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--adapter", metavar="PATH[=WEIGHT]", dest="adapters", action="append", default=[], help=help)
+
+
 def add_split_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first")
     group.add_argument("--split-max-size", metavar="SIZE", help="tensor data in a file, as 4G")

@@ -29,8 +29,8 @@ def test_seconds_add_up_by_phase(clock: list[float]) -> None:
         with profile.time(phase):  # type: ignore[arg-type]
             clock[0] += elapsed
     written = profile.as_json()
-    assert written["seconds"] == {"wall": 0.0, "read": 0.75, "encode": 0.0, "write": 2.0, "wait": 0.0}
-    assert written["calls"] == {"read": 2, "encode": 0, "write": 1, "wait": 0}
+    assert written["seconds"] == {"wall": 0.0, "read": 0.75, "merge": 0.0, "encode": 0.0, "write": 2.0, "wait": 0.0}
+    assert written["calls"] == {"read": 2, "merge": 0, "encode": 0, "write": 1, "wait": 0}
 
 
 def test_a_phase_that_fails_is_counted_and_its_error_passes(clock: list[float]) -> None:

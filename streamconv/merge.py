@@ -1,0 +1,387 @@
+"""Adapters merged into a checkpoint: its table of tensors with the changed ones made anew, for any recipe to bind.
+
+Owns: which stored tensors the adapters change, replace or add, and everything that rules a merge out. Does not own: an
+adapter's files and scales (lora.py and what it rests on), the arithmetic (low_rank.py), targets (binding.py).
+Invariant: merging happens in the checkpoint's own names, rows and shapes, before any operation of a recipe; what cannot
+be merged exactly is refused, all of it at once.
+
+What is merged is the adapted model as PEFT runs it: on a tied base a changed embedding leaves the head as it was, and a
+changed head the embedding, so the model gets an `output.weight` of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streamconv.base_model import N_EXPERTS, N_VOCAB, BaseModel
+from streamconv.binding import Stored, bind
+from streamconv.checkpoint import Checkpoint, Shard, SourceTensor
+from streamconv.errors import Caution, SourceError, UsageError
+from streamconv.graph import LazyTensor, Source, Transpose, sources
+from streamconv.lora import MAX_PROBLEMS_SHOWN, LoraModule, resolve
+from streamconv.lora_config import LoraConfig, MlxConfig, Problem, read_lora_config
+from streamconv.lora_file import LoraFile, parse_name
+from streamconv.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
+from streamconv.recipe import Config, Model, Tensor
+
+AdapterSpec = str | Path | tuple[str | Path, float]  # a path, or a path and its weight
+
+EMBEDDING = "token_embd.weight"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+# Kinds of tensors (lora_file.py) that replace one of the base's, by the end of its name there.
+_REPLACING: Mapping[str, str] = {"weight": "weight", "norm": "weight", "bias": "bias"}
+# What rules out a GGUF adapter and not a merge; whether they can be merged is found here.
+_MERGEABLE = frozenset(("dora", *_REPLACING))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter, open, and the weight that its scale is multiplied by."""
+
+    file: LoraFile
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        weight = "" if self.weight == 1 else f"={self.weight:g}"
+        return f"{self.file.directory}{weight}"
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A model with its adapters merged. vocabulary: the folder of its tokenizer. options: what decides its bytes."""
+
+    model: Model
+    vocabulary: Path
+    adapters: tuple[Adapter, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    cautions: tuple[Caution, ...] = ()
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(adapter.file.shard for adapter in self.adapters)
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        return tuple(adapter.file.directory for adapter in self.adapters)
+
+    def changed_by(self, tensor: LazyTensor) -> tuple[str, ...]:
+        """The adapters that `tensor` is made of."""
+        files = {id(source.file) for source in sources(tensor)}
+        return tuple(adapter.label for adapter in self.adapters if id(adapter.file.shard) in files)
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """Path and weight of "PATH=0.5", split at the last "=" if a number follows; else all of it is a path."""
+    path, _, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+@contextmanager
+def open_adapters(specs: Sequence[AdapterSpec], max_header_nbytes: int) -> Iterator[tuple[Adapter, ...]]:
+    """The adapters, headers read and nothing else. SourceError on what is missing or malformed."""
+    with ExitStack() as stack:
+        opened = []
+        for spec in specs:
+            path, weight = spec if isinstance(spec, tuple) else (spec, 1.0)
+            if not math.isfinite(weight):
+                raise UsageError(f"{weight} is no weight of an adapter")
+            opened.append(Adapter(stack.enter_context(LoraFile.open(Path(path), max_header_nbytes)), weight))
+        yield tuple(opened)
+
+
+def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> Merged:
+    """`model`, bound to `checkpoint`, with the adapters merged into it; no weight is read.
+
+    SourceError with all that cannot be merged of the first adapter that has such.
+    """
+    if not adapters:
+        return Merged(model, checkpoint.directory)
+    return _Merge(checkpoint, model, adapters).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A tensor that is not stored as it is, for binding."""
+
+    tensor: LazyTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.spec.shape
+
+    def lazy(self) -> LazyTensor:
+        return self.tensor
+
+
+class _Merge:
+    """One run of `merge`; exists to collect what was made of each stored tensor, by whom, and problems."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> None:
+        self.checkpoint, self.model, self.adapters = checkpoint, model, tuple(adapters)
+        self.recipe = model.recipe
+        self.stored: dict[str, Stored] = dict(checkpoint.tensors)
+        self.embedding = next(row.source for row in self.recipe.tensors if row.target == EMBEDDING)
+        self.made: dict[str, LazyTensor] = {}
+        self.replaced_by: dict[str, Adapter] = {}
+        self.changed_by: dict[str, list[Adapter]] = defaultdict(list)
+        self.problems: list[Problem] = []
+        self.cautions: list[Caution] = []
+        self.n_vocab = model.dims[N_VOCAB]
+
+    @property
+    def is_tied(self) -> bool:
+        return self.recipe.head not in self.checkpoint.tensors
+
+    def run(self) -> Merged:
+        options = {}
+        for adapter in self.adapters:
+            self._replace(adapter)
+            self._refuse(adapter)
+        for number, adapter in enumerate(self.adapters, 1):
+            origins = self._add(adapter)
+            self._refuse(adapter)
+            digest = hashlib.sha256("\n".join(origins).encode()).hexdigest()
+            options[f"adapter {number}"] = f"{adapter.weight!r} {adapter.file.shard.fingerprint} {digest}"
+        self._settle_ends()
+        overlay = self.stored | {name: _Made(tensor) for name, tensor in self.made.items()}
+        model = bind(self.recipe, self._config(), overlay)
+        return Merged(model, self._tokenizer(), self.adapters, options, tuple(self.cautions))
+
+    def _refuse(self, adapter: Adapter) -> None:
+        if self.problems:
+            shown = "; ".join(map(str, self.problems[:MAX_PROBLEMS_SHOWN]))
+            if len(self.problems) > MAX_PROBLEMS_SHOWN:
+                shown += f"; and {len(self.problems) - MAX_PROBLEMS_SHOWN} more"
+            raise SourceError(f"cannot be merged: {shown}", file=adapter.file.directory)
+
+    def _problem(self, code: str, message: str, *modules: str) -> None:
+        self.problems.append(Problem(code, message, modules))
+
+    # -- whole weights
+
+    def _replace(self, adapter: Adapter) -> None:
+        """Take the adapter's whole weights in place of the base's: modules_to_save, a resized vocabulary."""
+        found = list(self._whole_weights(adapter))
+        if found and adapter.weight != 1:
+            self._problem("weight", "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone")
+        n_vocab = {tensor.shape[0] for name, _, tensor in found if self._is_end(name) and len(tensor.shape) == 2}
+        if len(n_vocab) > 1:
+            self._problem("vocabulary", f"its embedding and head have {' and '.join(map(str, sorted(n_vocab)))} rows")
+        self.n_vocab = max(n_vocab, default=self.n_vocab)
+        for name, module, tensor in found:
+            shape = self._base_of(name).shape
+            expected = (self.n_vocab, *shape[1:]) if self._is_end(name) else shape
+            if tensor.shape != expected:
+                self._problem("shape", f"has shape {list(tensor.shape)}, the base's is {list(expected)}", module)
+            elif name in self.replaced_by:
+                self._problem("twice", f"{name} is replaced by {self.replaced_by[name].label} as well", module)
+            else:
+                self.made[name], self.replaced_by[name] = tensor.lazy(), adapter
+
+    def _whole_weights(self, adapter: Adapter) -> Iterator[tuple[str, str, SourceTensor]]:
+        """(stored name, module, tensor) of what replaces a tensor of the base."""
+        for full_name, tensor in adapter.file.shard.tensors.items():
+            role, module = parse_name(full_name)
+            # PEFT saves the frozen base of a trained embedding beside it: it matters where the vocabulary has grown.
+            is_frozen = full_name.endswith(".base_layer.weight")
+            if role not in _REPLACING and not is_frozen:
+                continue
+            name = self._stored_name(f"{module}.{_REPLACING.get(role, 'weight')}")
+            if name is None:
+                self._problem("no-module", f"the base ({self.recipe.arch}) has no such {role}", module)
+            elif not is_frozen or tensor.shape != self._base_of(name).shape:
+                yield name, module, tensor
+
+    def _stored_name(self, name: str) -> str | None:
+        """The base's name for an adapter's, whose model may have been one without a head, and so without "model."."""
+        known = self.checkpoint.tensors.keys() | {self.recipe.head}
+        return next((one for one in (name, f"model.{name}") if one in known), None)
+
+    def _is_end(self, name: str) -> bool:
+        return name in (self.embedding, self.recipe.head)
+
+    def _base_of(self, name: str) -> Stored:
+        """The stored tensor that `name` begins as; a tied head begins as the embedding."""
+        return self.stored.get(name) or self.stored[self.embedding]
+
+    # -- factors
+
+    def _add(self, adapter: Adapter) -> list[str]:
+        """Add the adapter's products to what it changes; what of its configuration and of the base decided them."""
+        config = read_lora_config(adapter.file.config)
+        base = self._base_model()
+        resolved = resolve(adapter.file, base, config)
+        self.problems += [problem for problem in resolved.problems if problem.code not in _MERGEABLE]
+        self.cautions += resolved.cautions
+        if config.invocation_tokens:
+            self._problem("alora", "an activated LoRA: its tokens switch it on at run time, which no merge can express")
+        magnitudes = self._magnitudes(adapter, config, resolved.modules)
+        origins = []
+        for module in resolved.modules:
+            for name, left, right in self._factors(module):
+                self._change(adapter, module, name, left, right, magnitudes.get(module.name))
+            turned = [isinstance(factor, Transpose) for factor in (module.a, module.b)]
+            origins.append(f"{module.name} {module.slot.order} {module.scale!r} {turned}")
+        return origins
+
+    def _base_model(self) -> BaseModel:
+        """The base as its adapters see it: the head of a tied base is a matrix of its own here."""
+        head = {row.target for row in self.recipe.tensors if row.source == self.recipe.head}
+        return BaseModel(
+            path=self.checkpoint.directory,
+            recipe=self.recipe,
+            dims=self.model.dims | {N_VOCAB: self.n_vocab},
+            kinds=self.model.kinds,
+            is_tied=False,
+            keys=(),
+            targets=frozenset(head | {target.name for target in self.model.targets}),
+            model=self.model,
+        )
+
+    def _magnitudes(
+        self, adapter: Adapter, config: LoraConfig, modules: Sequence[LoraModule]
+    ) -> dict[str, tuple[LazyTensor, bool]]:
+        """DoRA's magnitudes by module, and whether there is one a column (PEFT's embeddings) in place of one a row."""
+        tensors = {
+            module: tensor
+            for name, tensor in adapter.file.shard.tensors.items()
+            for role, module in [parse_name(name)]
+            if role == "dora"
+        }
+        if tensors and (adapter.weight != 1 or len(self.adapters) > 1):
+            self._problem("dora", "DoRA merges alone and at weight 1: its norms are of the whole sum")
+        found: dict[str, tuple[LazyTensor, bool]] = {}
+        for module in modules:
+            by_column = module.slot.is_embedding and not isinstance(config, MlxConfig)
+            n = module.b.spec.shape[-2] if by_column or not module.slot.is_embedding else module.a.spec.shape[-1]
+            tensor = tensors.pop(module.name, None)
+            if tensor is not None and tensor.shape == (n,):
+                found[module.name] = tensor.lazy(), by_column
+            elif tensor is not None:
+                self._problem("dora", f"has magnitudes {list(tensor.shape)}, and needs {[n]}", module.name)
+            elif config.is_dora:
+                self._problem("dora", "DoRA, and its magnitudes are missing", module.name)
+        if tensors:
+            self._problem("dora", "has magnitudes, and no factors", *tensors)
+        return found
+
+    def _factors(self, module: LoraModule) -> Iterator[tuple[str, LazyTensor, LazyTensor]]:
+        """(stored name, left, right) of each tensor that the module changes by scale * left @ right."""
+        layer, number, expert = module.slot.order
+        row = self.recipe.tensors[number]
+        if "{e}" in row.source and row.source.format(i=layer, e=0) not in self.stored:
+            self._unstack(row, layer)
+        if module.slot.n_experts and module.slot.expert is None:
+            n_out, rank = module.b.spec.shape[-2:]
+            for e in range(module.slot.n_experts):
+                yield row.source.format(i=layer, e=e), matrix_of(module.b, e, n_out), matrix_of(module.a, e, rank)
+        elif module.slot.is_embedding:
+            right = module.b.parents[0] if isinstance(module.b, Transpose) else Transpose(module.b)
+            yield row.source, _columns(module.a), right
+        else:
+            yield row.source.format(i=layer, e=expert), _rows(module.b), module.a
+
+    def _unstack(self, row: Tensor, layer: int) -> None:
+        """See a layer's stacked experts one by one, as recipes know them as well."""
+        alone = {other.target: other.source for other in self.recipe.tensors if "{e}" in other.source}
+        (name,) = {
+            other.source.format(i=layer)
+            for other in self.recipe.tensors
+            if other.target == row.target and "{e}" not in other.source and other.source.format(i=layer) in self.stored
+        }
+        stack = self.stored.pop(name).lazy()
+        for other in self.recipe.tensors:
+            if other.source.format(i=layer, e=0) == name:
+                index, count = (other.part.index, other.part.count) if other.part else (0, 1)
+                for e in range(self.model.dims[N_EXPERTS]):
+                    expert = matrix_of(stack, e * count + index, stack.spec.shape[-2] // count)
+                    self.stored[alone[other.target].format(i=layer, e=e)] = _Made(expert)
+
+    def _change(
+        self,
+        adapter: Adapter,
+        module: LoraModule,
+        name: str,
+        left: LazyTensor,
+        right: LazyTensor,
+        magnitudes: tuple[LazyTensor, bool] | None,
+    ) -> None:
+        owner = self.replaced_by.get(name, adapter)
+        if owner is not adapter:
+            self._problem("twice", f"{owner.label} replaces {name}", module.name)
+            return
+        before = self.made.get(name) or self._base_of(name).lazy()
+        merged: LazyTensor = AddProduct(before, left, right, module.scale * adapter.weight)
+        if magnitudes is not None:
+            vector, by_column = magnitudes
+            merged = ColumnMagnitudes(merged, vector) if by_column else RowMagnitudes(merged, vector)
+        self.made[name] = merged
+
+    # -- embedding, head and tokenizer
+
+    def _settle_ends(self) -> None:
+        """Untie a head whose embedding changed, unless PEFT tied them; refuse one that the vocabulary outgrew."""
+        ties = any(adapter.file.config.flag("ensure_weight_tying") for adapter in self.adapters)
+        if self.is_tied and not ties and self.embedding in self.made and self.recipe.head not in self.made:
+            self.made[self.recipe.head] = self._base_of(self.embedding).lazy()
+        for name in (self.embedding, self.recipe.head):
+            tensor = self.made.get(name) or (self.stored[name].lazy() if name in self.stored else None)
+            if tensor is not None and tensor.spec.shape[0] != self.n_vocab:
+                raise SourceError(
+                    f"the vocabulary grew from {tensor.spec.shape[0]} to {self.n_vocab} tokens, "
+                    f"and the adapter has no {name} of that size",
+                    file=self._resized_by().file.directory,
+                    hint="save the adapter with save_embedding_layers=True",
+                )
+
+    def _config(self) -> Config:
+        """The base's configuration, as it would be of the merged model."""
+        raw = dict(self.model.config.raw)
+        if self.n_vocab != self.model.dims[N_VOCAB]:
+            raw[self.recipe.dims[N_VOCAB].label] = self.n_vocab
+        if self.recipe.head in self.made:
+            raw |= {key: False for key in self.recipe.tie_keys if key in raw}
+        return Config(raw, self.model.config.file)
+
+    def _resized_by(self) -> Adapter:
+        return next(self.replaced_by[name] for name in (self.embedding, self.recipe.head) if name in self.replaced_by)
+
+    def _tokenizer(self) -> Path:
+        """The folder of the tokenizer: beside the adapter that replaced the embedding, where there is one."""
+        ends = [name for name in (self.embedding, self.recipe.head) if name in self.replaced_by]
+        directory = self._resized_by().file.directory if ends else self.checkpoint.directory
+        if any((directory / name).is_file() for name in TOKENIZERS):
+            return directory
+        if self.n_vocab != self.model.dims[N_VOCAB]:
+            raise SourceError(
+                f"the vocabulary has {self.n_vocab} tokens, the base's {self.model.dims[N_VOCAB]}, and there is no "
+                "tokenizer beside the adapter",
+                file=directory,
+                hint="put the fine-tune's tokenizer files there: tokenizer.save_pretrained(folder)",
+            )
+        return self.checkpoint.directory
+
+
+def _rows(factor: LazyTensor) -> LazyTensor:
+    """A factor whose rows are read some at a time: of one that is stored transposed, without reading all of it."""
+    stored = factor.parents[0] if isinstance(factor, Transpose) else None
+    return Columns(stored) if isinstance(stored, Source) else factor
+
+
+def _columns(factor: LazyTensor) -> LazyTensor:
+    """The transpose of a factor, to be read some rows at a time."""
+    if isinstance(factor, Transpose):
+        return factor.parents[0]
+    assert isinstance(factor, Source)
+    return Columns(factor)
