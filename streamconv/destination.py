@@ -37,6 +37,10 @@ _WORDS: dict[int, tuple[str, str]] = {
     errno.EISDIR: ("is a directory", "name a file in it"),
     errno.ELOOP: ("is a loop of symbolic links", _ELSEWHERE),
     errno.ENAMETOOLONG: ("its name is too long to add .part.journal", "choose a shorter one with -o"),
+    errno.EMFILE: (
+        "the limit on open files is too low for this many parts",
+        "raise it with ulimit -n, or make larger parts",
+    ),
     errno.EEXIST: ("exists already", "--force replaces it, once the new file is complete"),
 }
 

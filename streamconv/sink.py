@@ -40,8 +40,8 @@ MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for re
 class Sink:
     """One output being written. A context manager: left before `publish`, it leaves the destination as it was.
 
-    After KeyboardInterrupt, Interrupted and DestinationError the part file and its journal stay, for `resume`; else
-    they go. Leaving waits for the writes that other threads have begun.
+    After KeyboardInterrupt and Interrupted, and after DestinationError once there was a write, the part file and its
+    journal stay, for `resume`; else they go. Leaving waits for the writes that other threads have begun.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Sink:
         self._replaces = replaces
         self._is_published = is_published
         self._covered = Coverage(begun_with.prefix_nbytes)
+        self._has_work = begun_with.prefix_nbytes > 0
         self._idle = Condition()
         self._n_writing = 0
         self._is_closed = False
@@ -141,6 +142,7 @@ class Sink:
         with self._idle:
             if self._is_closed:
                 raise ValueError("written after the sink was left")
+            self._has_work = True
             self._n_writing += 1
         try:
             with failures(self._output.path):
@@ -218,12 +220,20 @@ class Sink:
         with ExitStack() as closing:
             closing.callback(self._part.close)  # and with it the lock, last
             closing.callback(self._file.close)
-            if _keeps(error):
-                self._journal.close()
-                return
+            keeps = self._keeps(error)
             with suppress(OSError):  # what stays is discarded by the next run
-                self._journal.remove()
-                self._part.remove()
+                if keeps:
+                    self._journal.close()
+                else:
+                    self._journal.remove()
+                if self._is_published or not keeps:
+                    self._part.remove()
+
+    def _keeps(self, error: BaseException | None) -> bool:
+        """Whether `error` lets the run go on later: its input and its program were right, and it had begun."""
+        if isinstance(error, DestinationError):  # perhaps that of another output, refused before any work
+            return self._has_work
+        return isinstance(error, Interrupted | KeyboardInterrupt)
 
 
 class Coverage:
@@ -309,8 +319,3 @@ def _open_journal(output: Output, header: Header, past: Contents | None, undo: E
     undo.callback(journal.remove)
     sync_directory(output.path.parent)
     return journal
-
-
-def _keeps(error: BaseException | None) -> bool:
-    """Whether a run that ended in `error` can go on later: what stopped it was neither its input nor its program."""
-    return isinstance(error, Interrupted | DestinationError | KeyboardInterrupt)

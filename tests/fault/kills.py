@@ -1,8 +1,8 @@
-"""Kill the writer of an output at random moments, over and over, until it finishes: `python -m tests.fault.kills`.
+"""Kill writers of outputs at random moments, over and over, until they finish: `python -m tests.fault.kills`.
 
 Each trial starts a process that writes with three threads; it is killed when it has reported a random number of steps,
 that is, at whatever its threads are doing by then; the next one resumes. The result must be what an undisturbed run
-writes.
+writes. Every fourth trial is a whole conversion, the others are outputs of known content.
 """
 
 from __future__ import annotations
@@ -13,50 +13,22 @@ import random
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fault.program import Finished, Program, empty, make_source
 from tests.fault.trial import CHUNK_NBYTES, OLD, Trial
 
 
-@dataclass(frozen=True)
-class Result:
-    """Of one trial: how often it was killed, and the most that a resumed run found done."""
-
-    n_kills: int
-    resumed_nbytes: int
-
-
-def kill_at_random(directory: Path, chance: random.Random, max_kills: int = 3) -> Result:
-    """Begin an output in `directory`, kill it up to `max_kills` times, finish it, and compare."""
-    directory.mkdir(parents=True)
-    trial = Trial(
-        directory / "out.gguf",
-        seed=chance.randrange(1 << 30),
-        nbytes=chance.randrange(20, 60) * CHUNK_NBYTES + chance.randrange(1, CHUNK_NBYTES),
-        chunks_per_record=chance.randrange(1, 6),
-        n_threads=3,
-    )
-    trial.dst.write_bytes(OLD)
-    n_kills = 0
-    for attempt in range(chance.randrange(1, max_kills + 1)):
-        n_kills += _run_and_kill(trial, resume=attempt > 0, n_steps=chance.randrange(1, 70))
-        trial.assert_old_or_new()
-    trial.run(resume=True)
-    trial.assert_done()
-    return Result(n_kills, trial.resumed_nbytes)
-
-
-def _run_and_kill(trial: Trial, *, resume: bool, n_steps: int) -> bool:
-    """True where the process was killed before it came to its end."""
+def kill_at_random(run: Trial | Program, n_steps: int, *, resume: bool) -> bool:
+    """Run it in another process that is killed once it has reported `n_steps`; False where it was done before."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             os.close(reading)
-            trial.progress = lambda: _step(writing)
-            trial.run(resume=resume)
+            run.progress = lambda: _report_step(writing)
+            run.run(resume=resume)
             code = 0
         finally:
             os._exit(code)
@@ -70,28 +42,66 @@ def _run_and_kill(trial: Trial, *, resume: bool, n_steps: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def _step(descriptor: int) -> None:
+def kill_writer(directory: Path, chance: random.Random) -> tuple[int, int]:
+    """(kills, bytes that the last run found done) of one output of known content, begun, killed and finished."""
+    trial = Trial(
+        empty(directory) / "out.gguf",
+        seed=chance.randrange(1 << 30),
+        nbytes=chance.randrange(20, 60) * CHUNK_NBYTES + chance.randrange(1, CHUNK_NBYTES),
+        chunks_per_record=chance.randrange(1, 6),
+        n_threads=3,
+    )
+    trial.dst.write_bytes(OLD)
+    n_kills = 0
+    for attempt in range(chance.randrange(1, 4)):
+        n_kills += kill_at_random(trial, chance.randrange(1, 70), resume=attempt > 0)
+        trial.assert_old_or_new()
+    trial.run(resume=True)
+    trial.assert_done()
+    return n_kills, trial.resumed_nbytes
+
+
+def kill_conversion(directory: Path, source: Path, expected: Finished, chance: random.Random) -> tuple[int, int]:
+    """The same of a whole conversion; for the second figure, 1 where the last run resumed."""
+    program = Program(source, empty(directory) / "out.gguf", threads=3)
+    program.put_old(set(expected.outputs))
+    n_kills = 0
+    for attempt in range(chance.randrange(1, 4)):
+        n_kills += kill_at_random(program, chance.randrange(1, 20), resume=attempt > 0)
+        expected.assert_old_or_new(program)
+    report = program.run(resume=True)
+    expected.assert_same(program, report)
+    return n_kills, int(report.resumed)
+
+
+def _report_step(descriptor: int) -> None:
     os.write(descriptor, b".")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
-    parser.add_argument(
-        "--directory", type=Path, help="on the filesystem to try; default: the system's own for scratch"
-    )
+    parser.add_argument("--seed", type=int, help="default: another one each time")
+    parser.add_argument("--directory", type=Path, help="on the filesystem to try; default: that of temporary files")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 30) if options.seed is None else options.seed
+    print(f"seed {seed}", flush=True)
     chance = random.Random(seed)
-    done = n_trials = n_resumed = 0
-    with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        while done < options.kills:
-            result = kill_at_random(Path(scratch) / str(n_trials), chance)
+    n_kills = n_trials = n_resumed = 0
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        scratch = Path(name)
+        source = make_source(scratch / "Made-Model")
+        expected = Finished.of(Program(source, empty(scratch / "whole") / "out.gguf"))
+        while n_kills < options.kills:
+            directory = scratch / str(n_trials)
+            if n_trials % 4 == 3:
+                kills, resumed = kill_conversion(directory, source, expected, chance)
+            else:
+                kills, resumed = kill_writer(directory, chance)
+            n_kills += kills
             n_trials += 1
-            done += result.n_kills
-            n_resumed += result.resumed_nbytes > 0
-    print(f"seed {seed}: {done} kills in {n_trials} trials, {n_resumed} finished from a record, all byte-identical")
+            n_resumed += resumed > 0
+    print(f"{n_kills} kills in {n_trials} trials, {n_resumed} finished from a record; every output byte-identical")
     return 0
 
 

@@ -46,10 +46,13 @@ class Disk:
 
     def adopt(self) -> None:
         """What lies in the directory now is on the disk."""
+        self._pending_names.clear()
+        self._names.clear()
         for path in self._directory.iterdir():
             self._names[path.name] = self._know(path)
             file = self._files[self._names[path.name]]
             file.data, file.mtime_ns = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+            file.pending.clear()
 
     def cut_after(self, n_calls: int) -> None:
         """The next run's power goes after this many of its calls."""

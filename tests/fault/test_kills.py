@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.fault.calls import Call, syncs_skipped, watched
-from tests.fault.kills import kill_at_random
+from tests.fault.kills import kill_writer
+from tests.fault.program import empty
 from tests.fault.trial import OLD, Trial, in_child, kill_self
 
 # The states of a run that a kill must have met, by the call that leads out of each.
@@ -31,11 +32,6 @@ STATES = {
     "renamed": "fsync .",
     "directory synced": "unlink out.gguf.part.journal",
 }
-
-
-def empty(directory: Path) -> Path:
-    directory.mkdir()
-    return directory
 
 
 def short(call: Call, directory: Path) -> str:
@@ -107,6 +103,6 @@ def test_killed_at_every_call(tmp_path: Path, after: bool, old: bool) -> None:
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     chance = random.Random(20)
     with syncs_skipped():
-        results = [kill_at_random(tmp_path / str(n), chance) for n in range(40)]
-    assert any(result.resumed_nbytes > 0 for result in results)
-    assert sum(result.n_kills for result in results) >= 30
+        results = [kill_writer(tmp_path / str(number), chance) for number in range(40)]
+    assert any(resumed_nbytes > 0 for _, resumed_nbytes in results)
+    assert sum(n_kills for n_kills, _ in results) >= 30

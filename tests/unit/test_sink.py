@@ -95,7 +95,9 @@ def test_the_destination_appears_last(dst: Path, data: NDArray[np.uint8]) -> Non
         write(sink, data, 0, NBYTES)
         sink.complete()
         assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
+        assert sink.readable_path.read_bytes() == data.tobytes()
         sink.publish()
+        assert sink.readable_path == dst
         assert names(dst) == {"out.gguf", "out.gguf.part.journal"}
     assert names(dst) == {"out.gguf"}
 
@@ -284,8 +286,9 @@ def test_without_locks_there_is_a_note(dst: Path) -> None:
     [KeyboardInterrupt(), Interrupted("stop"), InterruptedByTerm("stop"), DestinationError("full")],
     ids=lambda error: type(error).__name__,
 )
-def test_what_can_go_on_is_kept(dst: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), create(dst):
+def test_what_can_go_on_is_kept(dst: Path, data: NDArray[np.uint8], error: BaseException) -> None:
+    with pytest.raises(type(error)), create(dst) as sink:
+        write(sink, data, 0, 8192)
         raise error
     assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
 
@@ -297,6 +300,25 @@ def test_what_cannot_go_on_leaves_nothing(dst: Path, error: BaseException) -> No
     with pytest.raises(type(error)), create(dst):
         raise error
     assert not names(dst)
+
+
+def test_of_several_outputs_one_cannot_be_written(tmp_path: Path) -> None:
+    """A refusal before any work leaves nothing, of the others neither."""
+    paths = [tmp_path / f"out-{n}.gguf" for n in (1, 2, 3)]
+    paths[2].write_bytes(OLD)
+    with pytest.raises(DestinationError, match="exists already"), create(paths[0]), create(paths[1]):
+        create(paths[2])
+    assert list(tmp_path.iterdir()) == [paths[2]]
+
+
+def test_what_an_earlier_run_did_outlives_a_refusal(tmp_path: Path, data: NDArray[np.uint8]) -> None:
+    paths = [tmp_path / f"out-{n}.gguf" for n in (1, 2)]
+    interrupt(paths[0], data)
+    paths[1].write_bytes(OLD)
+    with pytest.raises(DestinationError, match="exists already"), create(paths[0], resume=True):
+        create(paths[1], resume=True)
+    with create(paths[0], resume=True) as sink:
+        assert sink.resumed_nbytes == 8192
 
 
 def test_a_sink_left_unsealed_leaves_nothing(dst: Path) -> None:
