@@ -144,7 +144,7 @@ def find_ids(
                 cautions.append(Caution("special-token-range", message))
         if inside:
             source, ids[role] = inside[0]
-            cautions += _disagreement(role, source, ids[role], companions)
+            cautions += _disagreement(role, source, ids[role], companions, n_vocab)
     return ids, cautions
 
 
@@ -161,7 +161,7 @@ def _candidates(
         (TOKENIZER_CONFIG, find_any(text) if text else None),
         ("special_tokens_map.json", find_any(mapped) if mapped else None),
         (GENERATION_CONFIG, token_id(companions.generation_config.get(f"{role}_token_id"))),
-        ("config.json", token_id(written)),
+        ("config.json", token_id(written) if isinstance(written, list) else None),
     )
     yield from ((source, id_) for source, id_ in found if id_ is not None)
 
@@ -171,7 +171,7 @@ def _config_id(role: str, companions: Companions) -> Any:
     return inner.get(f"{role}_token_id") if value is None and isinstance(inner, Mapping) else value
 
 
-def _disagreement(role: str, source: str, chosen: int, companions: Companions) -> Iterator[Caution]:
+def _disagreement(role: str, source: str, chosen: int, companions: Companions, n_vocab: int) -> Iterator[Caution]:
     """A caution for each file that names another token for this role, and not this one among several."""
     others = (
         ("config.json", _config_id(role, companions)),
@@ -179,6 +179,7 @@ def _disagreement(role: str, source: str, chosen: int, companions: Companions) -
     )
     for name, value in others:
         named = value if isinstance(value, list) else [value]
-        if token_id(value) is not None and chosen not in named:
+        first = token_id(value)
+        if first is not None and first < n_vocab and chosen not in named:
             message = f"{role} is token {chosen} by {source} and {shown(value)} by {name}; {chosen} is written"
             yield Caution("special-token-disagreement", message)
