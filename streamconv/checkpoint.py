@@ -39,6 +39,7 @@ FLOAT_TYPES = {
     "F16": GGMLQuantizationType.F16,
     "BF16": GGMLQuantizationType.BF16,
 }
+_FILE_NAME = re.compile(rb"[^\0/\\]{1,255}")  # longer ones no filesystem takes
 _NUMBERED_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -252,8 +253,9 @@ def _indexed_names(index: Mapping[str, Any], file: Path) -> list[str]:
         raise SourceError("the index has no weight_map", file=file, hint="download it again")
     names = set()
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name or "\0" in name or "/" in name or "\\" in name or name in (".", ".."):
-            raise SourceError(f"the index names {name!r}, which is no file beside it", file=file, tensor=tensor)
+        raw = name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b""
+        if not _FILE_NAME.fullmatch(raw) or name in (".", ".."):
+            raise SourceError(f"the index names {name!r:.80}, which is no file beside it", file=file, tensor=tensor)
         names.add(name)
     return sorted(names)
 

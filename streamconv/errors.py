@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+# A file of strangers may have names of megabytes; nobody reads on after this.
+MAX_MESSAGE_CHARS = 4000
+MAX_NAME_CHARS = 400
+
 
 def printable(text: str) -> str:
     """`text` on one line and without effect on a terminal: what a stranger's file brings is shown, never obeyed."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _shortened(text: str, n_chars: int) -> str:
+    return text if len(text) <= n_chars else f"{text[:n_chars]}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +45,9 @@ class StreamconvError(Exception):
         self, message: str, *, file: str | Path | None = None, tensor: str | None = None, hint: str | None = None
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = _shortened(message, MAX_MESSAGE_CHARS)
         self.file = None if file is None else str(file)
-        self.tensor = tensor
+        self.tensor = None if tensor is None else _shortened(tensor, MAX_NAME_CHARS)
         self.hint = hint
 
     def __str__(self) -> str:

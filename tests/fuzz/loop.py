@@ -91,7 +91,7 @@ def judge(call: Call, directory: Path) -> tuple[bool, float, str | None]:
         call(directory)
     except StreamconvError as error:
         refused = True
-        if not str(error).isprintable() or error.exit_code == 1 or len(str(error)) > 20_000:
+        if not str(error).isprintable() or error.exit_code == 1 or len(error.message) > 5_000:
             wrong = f"no error for people: {type(error).__name__}: {str(error)[:300]!r}"
         else:
             json.dumps(error_to_json(error), allow_nan=False)

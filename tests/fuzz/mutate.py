@@ -184,6 +184,8 @@ def mutate_safetensors(blob: Blob, rng: random.Random, others: Sequence[bytes]) 
     try:
         table = json.loads(header)
     except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
         return Blob.of(mutate_bytes(content, rng, others))
     n_data = max(0, blob.nbytes - 8 - length)
     if kind < 6:
@@ -204,9 +206,9 @@ def mutate_safetensors(blob: Blob, rng: random.Random, others: Sequence[bytes]) 
 def _retabled(table: dict[str, Any], rng: random.Random) -> Blob:
     """One to three tensors renamed, reshaped, retyped, dropped or repeated; all bytes accounted for."""
     entries = [
-        [name, entry.get("dtype"), list(entry.get("shape", []))]
+        [name, entry.get("dtype"), list(entry["shape"])]
         for name, entry in table.items()
-        if isinstance(entry, dict) and name != "__metadata__"
+        if isinstance(entry, dict) and isinstance(entry.get("shape"), list)
     ]
     for _ in range(rng.choice((1, 1, 2, 3))):
         if not entries:
