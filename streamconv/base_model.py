@@ -21,6 +21,7 @@ from streamconv.gguf_reader import GGUFKey, Span, refuse
 from streamconv.gguf_set import GGUFSet
 from streamconv.lora_config import Problem
 from streamconv.recipe import Key, Model, PerLayer, Recipe, Tensor, all_recipes, find_recipe, recipe_of
+from streamconv.sources import find_source
 from streamconv.strict_json import load_object
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
@@ -143,6 +144,7 @@ def open_base(path: Path, max_header_nbytes: int) -> BaseModel:
 
     SourceError where it cannot be read, or where its architecture has no recipe.
     """
+    path = find_source(path)
     if not path.is_dir():
         return _from_gguf(path)
     if not (path / "config.json").is_file():

@@ -33,6 +33,7 @@ from streamconv.lora_file import LoraFile
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import choose_type, resolve_auto
 from streamconv.recipe import find_recipe
+from streamconv.sources import find_source
 from streamconv.strict_json import load_object
 from streamconv.vocab import read_vocabulary, vocabulary_nbytes
 
@@ -147,7 +148,7 @@ class Inspection:
 def inspect(path: str | Path) -> Inspection:
     """What is at `path`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
     or one .safetensors file. SourceError where nothing of it can be read."""
-    path = Path(path)
+    path = find_source(path)
     try:
         return _reader_of(path)(path)
     except OSError as error:

@@ -18,6 +18,7 @@ from streamconv.checkpoint import Shard, SourceTensor
 from streamconv.config import Config
 from streamconv.errors import SourceError
 from streamconv.lora_config import Problem
+from streamconv.sources import find_source
 from streamconv.strict_json import load_object
 
 CONFIG = "adapter_config.json"
@@ -83,6 +84,7 @@ class LoraFile:
 
         SourceError where a file is missing or malformed.
         """
+        path = find_source(path)
         if not path.exists():
             raise SourceError("no such adapter", file=path)
         directory = path if path.is_dir() else path.parent

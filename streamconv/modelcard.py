@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 from streamconv.errors import Caution
 from streamconv.gguf_format import KeyValue, PackedArray
 from streamconv.graph import TensorSpec
+from streamconv.sources import model_name
 
 MAX_CARD_NBYTES = 4 << 20
 
@@ -67,16 +68,16 @@ def read_general(
     total, shared, expert, n_experts = count_parameters(specs)
     label = size_label(total, shared, expert, n_experts) if total > 0 and kind == "model" else None
     cautions = []
-    fallback = name or directory.name
+    fallback = name or model_name(directory)
     with _quiet("metadata"):
         try:
             for folder in (directory, *merged):
                 if any(f.stat().st_size > MAX_CARD_NBYTES for f in folder.glob("README.md")):
                     raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES >> 20} MiB")
             # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
-            metadata = Metadata.load(None, directory.absolute(), None, total if kind == "model" else -total)
+            metadata = _load(directory, total if kind == "model" else -total)
             if merged:
-                _make_fine_tune(metadata, [Metadata.load(None, folder.absolute(), None, -1) for folder in merged])
+                _make_fine_tune(metadata, [_load(folder, -1) for folder in merged])
             metadata.name = name or metadata.name
             metadata.name = metadata.name or fallback
             metadata.size_label = metadata.size_label or label
@@ -92,6 +93,21 @@ def read_general(
     head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
     tail = (KeyValue.u32("general.quantization_version", GGML_QUANT_VERSION),)
     return General((*head, *keys, *tail), tuple(cautions), metadata)
+
+
+def _load(directory: Path, n_parameters: int) -> Any:
+    """gguf's metadata of what is in `directory`; in the Hugging Face cache, with the repo's name for the folder's."""
+    from gguf.metadata import Metadata
+
+    path = directory.absolute()
+    metadata = Metadata.load(None, path, None, n_parameters)
+    if (name := model_name(path)) != path.name:
+        card, params = Metadata.load_model_card(path), Metadata.load_hf_parameters(path)
+        named = Metadata.apply_metadata_heuristic(Metadata(), card, params, Path(name), n_parameters)
+        for field in fields(metadata):
+            if not field.name.startswith("sampling_"):
+                setattr(metadata, field.name, getattr(named, field.name))
+    return metadata
 
 
 def _make_fine_tune(metadata: Any, adapters: Sequence[Any]) -> None:

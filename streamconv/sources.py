@@ -6,6 +6,7 @@ Owns: finding the folder and the model's name. Does not own: reading it (checkpo
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from streamconv.errors import SourceError
@@ -44,10 +45,11 @@ def find_cached(repo_id: str) -> Path | None:
     """The folder of a repo in the local Hugging Face cache, None where it is not there. ImportError without `hub`."""
     from huggingface_hub import try_to_load_from_cache
 
-    for config in _CONFIGS:
-        found = try_to_load_from_cache(repo_id, config)
-        if isinstance(found, str):
-            return Path(found).parent
+    with suppress(ValueError):  # "a--b/c" is no repo id for it
+        for config in _CONFIGS:
+            found = try_to_load_from_cache(repo_id, config)
+            if isinstance(found, str):
+                return Path(found).parent
     return None
 
 

@@ -1,0 +1,280 @@
+"""Batches: what runs, what is up to date, what is retried, what is said; each job in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import Executor, Future
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import streamconv
+from streamconv.batch import EXIT_NONE_SUCCEEDED, EXIT_SOME_FAILED, run_batch, select_array
+from streamconv.batch_job import JobResult
+from streamconv.batch_state import State
+from streamconv.cli import main
+from streamconv.errors import UsageError
+from streamconv.jobs_file import JobSpec, read_jobs
+from streamconv.split import SplitOptions
+from tests import tiny
+from tests.holding import held_processes, hold
+
+JOBS = """
+[defaults]
+outtype = "q8_0"
+output = "out/{name}-{outtype}.gguf"
+[[job]]
+source = "models/*"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two models, and a jobs file for them."""
+    tiny.llama(tmp_path / "models" / "one")
+    tiny.llama(tmp_path / "models" / "two", seed=8)
+    (tmp_path / "jobs.toml").write_text(JOBS)
+    return tmp_path
+
+
+def batch(folder: Path, *options: str) -> tuple[int, list[dict[str, Any]], str]:
+    """(exit code, the JSON lines, stderr) of `streamconv batch`."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
+        code = main(["batch", str(folder / "jobs.toml"), *options])
+    return code, [json.loads(line) for line in out.getvalue().splitlines()], error.getvalue()
+
+
+def outcome(lines: list[dict[str, Any]]) -> dict[str, tuple[str, int, int]]:
+    return {line["name"]: (line["status"], line["exit_code"], line["attempts"]) for line in lines}
+
+
+def assert_whole(folder: Path, *names: str) -> None:
+    """The outputs are what `convert` writes, and nothing else is there."""
+    assert {path.name for path in (folder / "out").iterdir()} == {f"{name}-q8_0.gguf" for name in names}
+    for name in names:
+        expected = folder / f"expected-{name}.gguf"
+        streamconv.convert(folder / "models" / name, expected, outtype="q8_0", force=True)
+        assert (folder / "out" / f"{name}-q8_0.gguf").read_bytes() == expected.read_bytes()
+
+
+def test_each_job_is_done_and_told_in_a_line(folder: Path) -> None:
+    code, lines, table = batch(folder, "--jobs", "2")
+    assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1), "two": ("done", 0, 1)})
+    assert_whole(folder, "one", "two")
+    line = next(line for line in lines if line["name"] == "one")
+    assert line.keys() == {"schema", "job", "name", "status", "exit_code", "attempts", "report"}
+    assert line["schema"] == 1
+    assert line["job"]["source"] == str(folder / "models" / "one")
+    assert line["report"]["output"] == str(folder / "out" / "one-q8_0.gguf")
+    assert table.splitlines()[-1] == "2 done"
+    assert table.splitlines()[0].startswith("done         0  one  ")
+
+
+def test_what_is_up_to_date_is_skipped(folder: Path) -> None:
+    batch(folder)
+    code, lines, _ = batch(folder)
+    assert (code, outcome(lines)) == (0, {"one": ("skipped", 0, 0), "two": ("skipped", 0, 0)})
+    card = folder / "models" / "one" / "README.md"
+    card.write_text("---\nlicense: mit\n---\n")
+    (folder / "out" / "two-q8_0.gguf").unlink()
+    code, lines, _ = batch(folder)
+    assert (code, outcome(lines)) == (EXIT_SOME_FAILED, {"one": ("failed", 5, 1), "two": ("done", 0, 1)})
+    assert "exists already" in next(line["error"]["message"] for line in lines if line["name"] == "one")
+    (folder / "jobs.toml").write_text(JOBS + "force = true\n")
+    assert outcome(batch(folder)[1]) == {"one": ("done", 0, 1), "two": ("skipped", 0, 0)}
+    assert_whole(folder, "one", "two")
+
+
+def test_an_output_beside_its_source_is_no_new_source(folder: Path) -> None:
+    (folder / "jobs.toml").write_text('[[job]]\nsource = "models/one"\noutput = "models/one/{name}.gguf"\n')
+    assert outcome(batch(folder)[1]) == {"one": ("done", 0, 1)}
+    assert outcome(batch(folder)[1]) == {"one": ("skipped", 0, 0)}
+
+
+def test_a_torn_line_of_the_state_costs_one_job(folder: Path) -> None:
+    batch(folder)
+    state = folder / "jobs.toml.state.jsonl"
+    state.write_bytes(state.read_bytes()[:-20])
+    (folder / "jobs.toml").write_text(JOBS + "force = true\n")
+    assert sorted(status for status, *_ in outcome(batch(folder)[1]).values()) == ["done", "skipped"]
+    assert {status for status, *_ in outcome(batch(folder)[1]).values()} == {"skipped"}
+
+
+def test_a_failed_job_stops_no_other(folder: Path) -> None:
+    (folder / "models" / "bad").mkdir()
+    code, lines, table = batch(folder)
+    assert (code, outcome(lines)["bad"]) == (EXIT_SOME_FAILED, ("failed", 3, 1))
+    assert_whole(folder, "one", "two")
+    line = next(line for line in lines if line["name"] == "bad")
+    assert line.keys() == {"schema", "job", "name", "status", "exit_code", "attempts", "error"}
+    assert line["error"]["kind"] == "source"
+    assert line["error"]["file"] == str(folder / "models" / "bad")
+    assert table.splitlines()[-1] == "1 failed, 2 done"
+    (folder / "jobs.toml").write_text('[[job]]\nsource = "models/bad"\n')
+    assert batch(folder)[0] == EXIT_NONE_SUCCEEDED
+
+
+def test_a_wrong_file_runs_nothing(folder: Path) -> None:
+    (folder / "jobs.toml").write_text(JOBS + '[[job]]\nsource = "nowhere*"\n')
+    code, lines, error = batch(folder)
+    assert (code, lines) == (2, [])
+    assert error == f"streamconv: {folder}/jobs.toml: job 2: nothing matches nowhere*\n"
+    assert not (folder / "out").exists()
+
+
+def test_a_dry_run_tells_sizes_and_writes_nothing(folder: Path) -> None:
+    (folder / "models" / "bad").mkdir()
+    before = sorted(folder.rglob("*"))
+    code, (told,), _ = batch(folder, "--dry-run", "--json")
+    assert code == 0
+    assert sorted(folder.rglob("*")) == before
+    assert [(job["name"], job["action"]) for job in told["jobs"]] == [("bad", "fail"), ("one", "run"), ("two", "run")]
+    assert told["jobs"][0]["error"] == "the directory is empty"
+    batch(folder)
+    sizes = {path.name: path.stat().st_size for path in (folder / "out").iterdir()}
+    assert [job["nbytes"] for job in told["jobs"]] == [0, sizes["one-q8_0.gguf"], sizes["two-q8_0.gguf"]]
+    assert told["nbytes"] == sum(sizes.values())
+    assert [job["action"] for job in batch(folder, "--dry-run", "--json")[1][0]["jobs"]] == ["fail", "skip", "skip"]
+
+
+def test_lora_and_verify_jobs(folder: Path) -> None:
+    tiny.peft_adapter(folder / "adapter", folder / "models" / "one")
+    (folder / "jobs.toml").write_text(
+        '[[job]]\nsource = "models/one"\noutput = "a.gguf"\n'
+        '[[job]]\ncommand = "verify"\nsource = "models/one"\noutput = "a.gguf"\n'
+        '[[job]]\ncommand = "verify"\nname = "wrong"\nsource = "models/two"\noutput = "a.gguf"\n'
+        '[[job]]\ncommand = "lora"\nsource = "adapter"\nbase = "models/one"\noutput = "b.gguf"\n'
+    )
+    code, lines, _ = batch(folder)
+    assert code == EXIT_SOME_FAILED
+    found = [(line["job"]["command"], line["name"], line["status"], line["exit_code"]) for line in lines]
+    assert sorted(found) == [
+        ("convert", "one", "done", 0),
+        ("lora", "adapter", "done", 0),
+        ("verify", "one", "done", 0),
+        ("verify", "wrong", "failed", 6),
+    ]
+
+
+def test_a_split_is_a_job_for_each_part(folder: Path) -> None:
+    (folder / "jobs.toml").write_text('[[job]]\nsource = "models/one"\noutput = "s.gguf"\nsplit_max_size = "60K"\n')
+    code, lines, _ = batch(folder, "--jobs", "2")
+    whole = streamconv.convert(folder / "models" / "one", folder / "w.gguf", split=SplitOptions(60_000))
+    names = [f"one part {k}" for k in range(1, len(whole.outputs) + 1)]
+    assert len(names) > 2
+    assert (code, sorted(outcome(lines))) == (0, names)
+    for output in whole.outputs:
+        assert (folder / output.path.name.replace("w-", "s-")).read_bytes() == output.path.read_bytes()
+    assert {status for status, *_ in outcome(batch(folder)[1]).values()} == {"skipped"}
+
+
+def test_an_array_shares_the_sorted_jobs(tmp_path: Path) -> None:
+    jobs = [JobSpec(str(n), "convert", f"s{n}", f"o{n}") for n in range(7)]
+    shares = [select_array(jobs, f"{i}/3") for i in (1, 2, 3)]
+    assert [[job.name for job in share] for share in shares] == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+    assert select_array(jobs, "9/9") == []
+    for wrong in ("0/3", "4/3", "1", "a/b", "-1/3", "1/3/5", "²/3"):
+        with pytest.raises(UsageError, match="--array"):
+            select_array(jobs, wrong)
+
+
+def test_a_job_that_is_killed_is_tried_again_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in hold(folder, "kill").items():
+        monkeypatch.setenv(name, value)
+    code, lines, _ = batch(folder)
+    assert (folder / "held").exists()
+    assert (code, outcome(lines)) == (0, {"one": ("done", 0, 2), "two": ("done", 0, 1)})
+    assert [line["report"]["resumed"] for line in lines] == [True, False]
+    assert_whole(folder, "one", "two")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_batch_that_is_stopped_leaves_what_can_be_resumed(folder: Path, number: signal.Signals, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "streamconv", "batch", "jobs.toml"],
+        cwd=folder,
+        env=os.environ | hold(folder, "wait"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    job, parent = held_processes(folder)
+    assert parent.pid == process.pid
+    process.send_signal(number)
+    out, error = process.communicate()
+    assert process.returncode == code
+    assert not job.is_running()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert outcome(lines) == {"one": ("cancelled", code, 1), "two": ("cancelled", code, 0)}
+    assert error.splitlines()[-1] == "2 cancelled"
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        "one-q8_0.gguf.part",
+        "one-q8_0.gguf.part.journal",
+    }
+    _, lines, _ = batch(folder, "--resume")
+    assert [(line["name"], line["report"]["resumed"]) for line in lines] == [("one", True), ("two", False)]
+    assert_whole(folder, "one", "two")
+
+
+def test_without_resume_a_batch_begins_anew(folder: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "streamconv", "batch", "jobs.toml"], cwd=folder, env=os.environ | hold(folder, "wait")
+    )
+    job, _ = held_processes(folder)
+    process.kill()  # which nothing can announce: its job notices by itself
+    process.wait()
+    job.wait(30)
+    assert (folder / "out" / "one-q8_0.gguf.part.journal").exists()
+    code, lines, _ = batch(folder)
+    assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1), "two": ("done", 0, 1)})
+    assert not any(line["report"]["resumed"] for line in lines)
+    assert_whole(folder, "one", "two")
+
+
+class Losing(Executor):
+    """Loses the worker of the first tasks, as a cluster may."""
+
+    def __init__(self, n_lost: int) -> None:
+        self.n_lost = n_lost
+
+    def submit(self, function: Any, /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if self.n_lost > 0:
+            self.n_lost -= 1
+            future.set_exception(ConnectionError("worker gone"))
+        else:
+            future.set_result(function(*arguments, **keywords))
+        return future
+
+
+def run_with(folder: Path, executor: Executor) -> list[JobResult]:
+    return run_batch(read_jobs(folder / "jobs.toml")[:1], State(folder / "state"), executor=executor)
+
+
+def test_a_lost_worker_is_replaced(folder: Path) -> None:
+    (result,) = run_with(folder, Losing(2))
+    assert (result.status, result.attempts) == ("done", 3)
+
+
+def test_a_job_that_loses_every_worker_fails(folder: Path) -> None:
+    (result,) = run_with(folder, Losing(3))
+    assert (result.status, result.exit_code, result.attempts) == ("failed", 1, 3)
+    assert result.error is not None
+    assert result.error["message"] == "its worker was lost 3 times: ConnectionError: worker gone"
+
+
+def test_nothing_runs_on_when_the_listener_fails(folder: Path) -> None:
+    def listener(result: JobResult) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_batch(read_jobs(folder / "jobs.toml"), State(folder / "state"), n_parallel=2, finished=listener)
+    assert not [child for child in psutil.Process().children() if "batch-job" in child.cmdline()]
