@@ -249,9 +249,7 @@ CONFIGS: dict[str, Attack] = {
     "layer_types against the tensors": _key("layer_types", ["conv"] * 4, "layer"),
     "layer_types of numbers": _key("layer_types", [1, 2, 3, 4], "layer_types"),
     "layer_types of a million entries": _key("layer_types", ["conv"] * 1_000_000, "the mixer of 1000000 layers, of 4"),
-    "full_attn_idxs out of range": lfm2(
-        config(layer_types=None, full_attn_idxs=[2, 99]), ""
-    ),,
+    "full_attn_idxs out of range": lfm2(config(layer_types=None, full_attn_idxs=[2, 99]), ""),
     "full_attn_idxs negative": lfm2(config(layer_types=None, full_attn_idxs=[-2]), "the mixer of layer 2"),
     "norm_eps 0": _key("norm_eps", 0, "norm_eps is 0"),
     "norm_eps negative": _key("norm_eps", -1e-5, "norm_eps is"),
