@@ -124,6 +124,13 @@ def _read(tensor: LazyTensor, rows: range, work: Workspace) -> Floats:
     return slab.view("<f4").reshape(len(rows), tensor.spec.n_columns)
 
 
+def _square(values: Floats, out: NDArray[np.generic]) -> NDArray[np.float64]:
+    """The squares of `values`, exact, in the first rows of `out` (F64)."""
+    part = out[: len(values)].view(np.float64)
+    part[:] = values
+    return np.multiply(part, part, out=part)
+
+
 class RowMagnitudes(InPlace):
     """Each row of the parent scaled to its magnitude: DoRA of a linear layer, m * V / |V| with |V| a row's norm.
 
@@ -154,8 +161,7 @@ class RowMagnitudes(InPlace):
             with work.stopwatch.time("merge"):
                 for start in range(0, len(rows), step):
                     part = values[start : start + step]
-                    np.multiply(part, part, out=squares[: len(part)], dtype=np.float64)
-                    np.add.reduce(squares[: len(part)], axis=1, out=norms[start : start + step])
+                    np.add.reduce(_square(part, squares), axis=1, out=norms[start : start + step])
                 np.divide(factors, np.sqrt(norms, out=norms), out=norms)
                 factors[:] = norms
                 np.multiply(values, factors[:, None], out=values)
@@ -203,10 +209,8 @@ class ColumnMagnitudes(InPlace):
             for start in range(0, n_rows, self._step):
                 rows = range(start, min(start + self._step, n_rows))
                 with work.scratch.frame():
-                    values = _read(self.parents[0], rows, work)
-                    np.multiply(values, values, out=squares[: len(rows)], dtype=np.float64)
-                np.add.reduce(squares[: len(rows)], axis=0, out=sums)
+                    np.add.reduce(_square(_read(self.parents[0], rows, work), squares), axis=0, out=sums)
                 np.add(norms, sums, out=norms)
-            magnitudes = _read(self.magnitudes, range(n_columns), work)[:, 0]
-            factors: Floats = np.divide(magnitudes, np.sqrt(norms, out=norms)).astype(np.float32)
+            sums[:] = _read(self.magnitudes, range(n_columns), work)[:, 0]
+            factors: Floats = np.divide(sums, np.sqrt(norms, out=norms), out=sums).astype(np.float32)
             return factors
