@@ -76,7 +76,7 @@ class _Equation:
         if len(unknown) != 1:
             return False
         rest = math.prod(int(f) if f.isdigit() else dims[f] for f in self.factors if f != unknown[0])
-        if self.extent == 0 or rest < 1 or self.extent % rest:
+        if self.extent == 0 or self.extent % rest:
             return False
         dims[unknown[0]] = self.extent // rest
         return True
@@ -110,12 +110,18 @@ def _default(default: int | str | None, dims: Mapping[str, int]) -> int | None:
     if whole not in dims or (divisor and divisor not in dims):
         return None
     quotient, rest = divmod(dims[whole], dims[divisor] if divisor else 1)
-    return quotient if quotient and not rest else None
+    return None if rest else quotient
 
 
 def stated_dims(recipe: Recipe, config: Config) -> dict[str, int]:
-    """The dims that the config states explicitly."""
-    return {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
+    """The dims that the config states explicitly; SourceError where one is no size."""
+    stated = {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
+    for name, value in stated.items():
+        if value < 1:
+            raise SourceError(
+                f"{recipe.dims[name].label} comes to {value}", file=config.file, hint="correct the config"
+            )
+    return stated
 
 
 # ---------------------------------------------------------------- binding

@@ -241,6 +241,23 @@ def test_a_dim_that_nothing_tells_is_named() -> None:
     )
 
 
+def test_a_default_quotient_must_come_out_whole() -> None:
+    shapes = without("layers.1.q.weight")
+    assert "head_dim is not in config.json and does not follow" in complaint(shapes, heads=4, head_dim=ABSENT)
+    assert "head_dim" not in complaint(shapes, heads=3, head_dim=ABSENT)
+
+
+def test_an_empty_tensor_settles_no_dim() -> None:
+    shapes = {"layers.0.norm.weight": (0,)} | SHAPES | {"layers.0.norm.weight": (0,)}
+    assert "layers.0.norm.weight has shape [0], expected [6]" in complaint(shapes, hidden=ABSENT)
+
+
+def test_a_rule_must_come_to_a_size() -> None:
+    none = replace(TOY, dims={**TOY.dims, "A": Dim(lambda config: 0, rule="heads by a rule")})
+    with pytest.raises(SourceError, match=r"^model/config\.json: heads by a rule comes to 0 "):
+        bound(CONFIG, made(SHAPES), none, head_dim=ABSENT)
+
+
 def test_heads_of_an_odd_size_cannot_be_paired() -> None:
     shapes = SHAPES | {"layers.1.q.weight": (6, 6)}
     assert "layers.1.q.weight has no heads of two halves" in complaint(shapes, head_dim=3)

@@ -72,6 +72,15 @@ def test_a_claim_against_the_tensors_is_an_error(lfm2: Checkpoint, said: dict[st
         ({"intermediate_size": 6656, "block_auto_adjust_ff_dim": True}, 4608),
         ({"block_ff_dim": 6656, "intermediate_size": 7, "block_auto_adjust_ff_dim": True}, 4608),
         ({"block_ff_dim": 6000, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.3}, 5376),
+        (
+            {
+                "block_ff_dim": 100,
+                "block_auto_adjust_ff_dim": True,
+                "block_ffn_dim_multiplier": 1.5,
+                "block_multiple_of": 1,
+            },
+            99,  # of 66, two thirds in whole numbers
+        ),
         ({"block_ff_dim": 6656}, None),
         ({"block_ff_dim": 6656, "block_auto_adjust_ff_dim": True, "block_multiple_of": None}, None),
         ({"block_ff_dim": 6656, "block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": None}, None),
