@@ -53,21 +53,50 @@ def interleaved(weight: Matrix, n_heads: int) -> Matrix:
 
 def trained(adapter: Path, scale: Callable[[str], float]) -> dict[str, Matrix]:
     """s B A by module, of an adapter as PEFT or MLX stores it; an embedding's is [V, H] like its weight."""
+    return {module: scale(module) * _product(parts) for module, parts in _factors(adapter).items()}
+
+
+def sizes(adapter: Path, scale: Callable[[str], float]) -> dict[str, tuple[Matrix, int]]:
+    """|s| |B| |A| and the rank by module: what rounding errors of s B A are measured by."""
+    return {
+        module: (
+            abs(scale(module)) * _product({part: np.abs(values) for part, values in parts.items()}),
+            _rank(parts),
+        )
+        for module, parts in _factors(adapter).items()
+    }
+
+
+def magnitudes(adapter: Path) -> dict[str, NDArray[np.float64]]:
+    """DoRA's magnitudes by module."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector"): tensor.float32().astype(
+            np.float64
+        )
+        for name, tensor in tiny.tensors_of(adapter).items()
+        if name.endswith(".lora_magnitude_vector")
+    }
+
+
+def _factors(adapter: Path) -> dict[str, dict[str, Matrix]]:
     factors: dict[str, dict[str, Matrix]] = {}
     for name, tensor in tiny.tensors_of(adapter).items():
         module, _, part = name.replace("base_model.model.", "").partition(".lora_")
-        if part:
+        if part and part != "magnitude_vector":
             factors.setdefault(module, {})[part] = tensor.float32().astype(np.float64)
-    deltas = {}
-    for module, parts in factors.items():
-        if "embedding_A" in parts:
-            product = (parts["embedding_B"] @ parts["embedding_A"]).T
-        elif "a" in parts:
-            product = (parts["a"] @ parts["b"]).T
-        else:
-            product = parts["B.weight"] @ parts["A.weight"]
-        deltas[module] = scale(module) * product
-    return deltas
+    return factors
+
+
+def _rank(parts: Mapping[str, Matrix]) -> int:
+    return parts["a"].shape[1] if "a" in parts else next(v for k, v in parts.items() if "A" in k).shape[0]
+
+
+def _product(parts: Mapping[str, Matrix]) -> Matrix:
+    if "embedding_A" in parts:
+        return (parts["embedding_B"] @ parts["embedding_A"]).T
+    if "a" in parts:
+        return (parts["a"] @ parts["b"]).T
+    return parts["B.weight"] @ parts["A.weight"]
 
 
 def applied(adapter: ggufs.Gguf) -> dict[str, Matrix]:

@@ -60,6 +60,15 @@ def deltas(checkpoint: Path, adapter: Path) -> dict[str, NDArray[np.float64]]:
     return found
 
 
+def scales(checkpoint: Path, adapter: Path) -> dict[str, float]:
+    """What PEFT multiplies B A by, by the module's name in the checkpoint."""
+    return {
+        name.removeprefix("base_model.model."): float(module.scaling["default"])
+        for name, module in load(checkpoint, adapter).named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
 def greedy(checkpoint: Path, ids: Sequence[int], n: int) -> tuple[list[int], list[float]]:
     """The `n` likeliest tokens after `ids`, one after the other, and by how many nats each beat the second."""
     model, sequence, margins = load(checkpoint), list(ids), []
