@@ -5,12 +5,15 @@ Owns: joining and encoding. Invariant: a string is UTF-8, so the byte that parts
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
 
 BETWEEN = b"\xff"
+MAX_SCATTERED_NBYTES = 128 << 10  # of some 20 bytes of scratch each
 _SHIFT = 8 - len(BETWEEN)  # a length of 8 bytes comes before each string, for the byte that came behind it
+_LENGTH = struct.Struct("<Q")
 
 
 def joined(strings: Sequence[bytes]) -> bytes:
@@ -24,7 +27,9 @@ def split(text: bytes) -> list[bytes]:
 
 
 def encode_joined(text: bytes) -> bytes:
-    """An array's payload, each string behind its length (uint64), at 8 bytes of scratch and some for each of `text`."""
+    """An array's payload, each string behind its length (uint64)."""
+    if len(text) > MAX_SCATTERED_NBYTES:  # long strings: few objects, and no scratch for each letter
+        return b"".join(_LENGTH.pack(len(string)) + string for string in split(text))
     letters = np.frombuffer(text, dtype=np.uint8)
     ends = np.flatnonzero(letters == BETWEEN[0])
     lengths = np.diff(ends, prepend=-1) - 1

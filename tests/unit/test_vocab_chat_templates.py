@@ -1,0 +1,89 @@
+"""Chat templates: which file wins, names as keys, and text that is carried as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamconv.errors import SourceError
+from streamconv.vocab.chat_templates import MAX_NBYTES, chat_template_keys
+from streamconv.vocab.companions import Companions
+from tests.vocab_keys import unpacked
+
+EVIL = "{% for x in ().__class__.__base__.__subclasses__() %}{{ x('rm -rf /') }}{% endfor %}\r\n\x00 ü 🚀"
+
+
+def templates(directory: Path, in_config: Any = None) -> tuple[dict[str, Any], list[str]]:
+    beside = Companions(directory, {}, {"chat_template": in_config}, {}, {})
+    keys, cautions = chat_template_keys(beside)
+    return {entry.key: unpacked(entry.value) for entry in keys}, [caution.code for caution in cautions]
+
+
+def test_none(tmp_path: Path) -> None:
+    assert templates(tmp_path) == ({}, [])
+    assert templates(tmp_path, "") == ({}, [])
+    assert templates(tmp_path, []) == ({}, [])
+
+
+def test_text_is_carried_not_run(tmp_path: Path) -> None:
+    assert templates(tmp_path, EVIL) == ({"tokenizer.chat_template": EVIL}, [])
+
+
+def test_the_config_wins_with_a_caution_where_the_file_differs(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert templates(tmp_path, "config") == ({"tokenizer.chat_template": "config"}, ["chat-template-twice"])
+    assert templates(tmp_path, "file") == ({"tokenizer.chat_template": "file"}, [])
+    assert templates(tmp_path) == ({"tokenizer.chat_template": "file"}, [])
+
+
+def test_the_newer_file_wins(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "old"}))
+    assert templates(tmp_path) == ({"tokenizer.chat_template": "old"}, [])
+    (tmp_path / "chat_template.jinja").write_text("new")
+    assert templates(tmp_path) == ({"tokenizer.chat_template": "new"}, [])
+
+
+def test_names(tmp_path: Path) -> None:
+    value = [{"name": n, "template": n.upper()} for n in ("tool use", "default", "rag-2", "")]
+    keys, _ = templates(tmp_path, value)
+    assert keys == {
+        "tokenizer.chat_template": "DEFAULT",
+        "tokenizer.chat_template.rag_2": "RAG-2",
+        "tokenizer.chat_template.tool_use": "TOOL USE",
+        "tokenizer.chat_templates": ["rag_2", "tool_use"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (3, "'chat_template' is a text, or a list"),
+        ({"default": "x"}, "'chat_template' is a text, or a list"),
+        ([{"name": "x"}], "'chat_template' is a text, or a list"),
+        ([{"name": 1, "template": "x"}], "'chat_template' is a text, or a list"),
+        ([3], "'chat_template' is a text, or a list"),
+        ([{"name": n, "template": "x"} for n in ("a-b", "a.b")], "two chat templates would have the name 'a_b'"),
+        ("\ud800", "half of a surrogate pair"),
+        ("x" * (MAX_NBYTES + 1), "more than 1,048,576 characters"),
+    ],
+)
+def test_hostile_values(value: Any, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=problem):
+        templates(tmp_path, value)
+
+
+def test_hostile_files(tmp_path: Path) -> None:
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"ab\xff")
+    with pytest.raises(SourceError, match="not UTF-8 at byte 2"):
+        templates(tmp_path)
+    path.write_bytes(b"x" * (MAX_NBYTES + 1))
+    with pytest.raises(SourceError, match="more than the 1,048,576 it may have"):
+        templates(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SourceError, match="not a regular file"):
+        templates(tmp_path)

@@ -1,0 +1,162 @@
+"""The memory that a vocabulary is declared to cost, against what is allocated: for real shapes, and for the worst."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamconv.errors import SourceError
+from streamconv.vocab import read_vocabulary, vocabulary_nbytes
+from tests.tiny import tokenizer as tiny
+from tests.tiny.tokenizer import _field
+from tests.vocab_cases import added, edit
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_large(directory: Path, n_words: int, **options: Any) -> int:
+    """A byte-level tokenizer of `n_words` merges in the shape of published ones; the number of its tokens."""
+    tiny.write_bpe(directory, pre="llama-bpe")
+    value = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    model = value["model"]
+    parts = [letter for letter in model["vocab"] if len(letter) == 1]
+    for left in [*parts, *(a + b for a in parts[:200] for b in parts[:200])]:
+        for right in parts[:30]:
+            if len(model["merges"]) < n_words and left in model["vocab"] and left + right not in model["vocab"]:
+                model["vocab"][left + right] = len(model["vocab"])
+                model["merges"].append([left, right])
+    value["added_tokens"] = [added(index, text, special=True) for index, text in enumerate(tiny.SPECIALS)]
+    (directory / "tokenizer.json").write_text(json.dumps(value, ensure_ascii=False, **options), encoding="utf-8")
+    return len(model["vocab"])
+
+
+def many_merges(directory: Path) -> int:
+    merges = "[" + ",".join(['"a b"'] * 100_000) + "]"
+    model = f'{{"type":"BPE","vocab":{{"a":0,"b":1,"ab":2}},"merges":{merges}}}'
+    pre = json.dumps({"type": "ByteLevel", "add_prefix_space": False})
+    (directory / "tokenizer.json").write_text(f'{{"pre_tokenizer":{pre},"model":{model}}}')
+    return 3
+
+
+def long_tokens(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    n_tokens, text = 60, "x" * 30_000
+
+    def change(value: Any) -> None:
+        value["model"]["vocab"] |= {f"{text}{n}": tiny.N_BPE_TOKENS + n for n in range(n_tokens)}
+
+    edit(directory / "tokenizer.json", change)
+    return tiny.N_BPE_TOKENS + n_tokens
+
+
+def many_added_tokens(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    n_tokens = 5_000
+    tokens = [{"id": tiny.N_BPE_TOKENS + n, "content": f"<{n}>" + "y" * 60} for n in range(n_tokens)]
+    edit(directory / "tokenizer.json", lambda value: value["added_tokens"].extend(tokens))
+    return tiny.N_BPE_TOKENS + n_tokens
+
+
+def many_configured_tokens(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    decoder = {str(tiny.N_BPE_TOKENS + n): {"content": f"<{n}>"} for n in range(10_000)}
+    edit(
+        directory / "tokenizer_config.json", lambda value: value.update(added_tokens_decoder=decoder, x=[[]] * 100_000)
+    )
+    return tiny.N_BPE_TOKENS + 10_000
+
+
+def large_companions(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    for name in ("special_tokens_map.json", "generation_config.json"):
+        (directory / name).write_text('{"x":[' + ",".join(["[]"] * 100_000) + "]}")
+    edit(directory / "tokenizer_config.json", lambda value: value.update(chat_template="t" * 500_000 + "🚀"))
+    (directory / "chat_template.jinja").write_text("j" * 900_000 + "🚀")
+    return tiny.N_BPE_TOKENS
+
+
+def large_parts(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    junk = [[]] * 5000
+    edit(directory / "tokenizer.json", lambda value: value.update(truncation=junk, post_processor={"x": junk[:3500]}))
+    edit(directory / "tokenizer.json", lambda value: value.update(normalizer={"type": "NFC", "map": "m" * 500_000}))
+    return tiny.N_BPE_TOKENS
+
+
+def sentencepiece_model(directory: Path) -> int:
+    n_pieces = 20_000
+    pieces = b"".join(_field(1, _field(1, f"▁{n}".encode())) for n in range(n_pieces))
+    (directory / "tokenizer.model").write_bytes(pieces)
+    return n_pieces + 500
+
+
+SHAPES: dict[str, Callable[[Path], int]] = {
+    "indented": lambda directory: write_large(directory, 6000, indent=2) + 3000,
+    "compact": lambda directory: write_large(directory, 6000, separators=(",", ":")),
+    "many merges": many_merges,
+    "long tokens": long_tokens,
+    "many added tokens": many_added_tokens,
+    "many configured tokens": many_configured_tokens,
+    "large companions": large_companions,
+    "large parts": large_parts,
+    "tokenizer.model": sentencepiece_model,
+    "rows without tokens": lambda directory: (tiny.write_bpe(directory, pre="llama-bpe"), 40_000)[1],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_allocated_is_below_declared(shape: str, tmp_path: Path) -> None:
+    n_vocab = SHAPES[shape](tmp_path)
+    kept, extra = vocabulary_nbytes(tmp_path, n_vocab)
+    tracemalloc.start()
+    try:
+        vocabulary = read_vocabulary(tmp_path, config={}, n_vocab=n_vocab, default_pre="lfm2", pre=None)
+        held, peak = tracemalloc.get_traced_memory()
+    except SourceError:
+        assert shape == "large parts"  # a bound holds for what is refused as well
+        held, peak = 0, tracemalloc.get_traced_memory()[1]
+        vocabulary = None
+    finally:
+        tracemalloc.stop()
+    assert held <= kept + (64 << 10)  # and some names and small objects
+    assert peak <= kept + extra
+    assert vocabulary is None or vocabulary.keys
+
+
+def test_declared_is_near_the_real_cost(tmp_path: Path) -> None:
+    """A bound that is far too large would refuse machines that suffice."""
+    n_vocab = write_large(tmp_path, 6000, indent=2)
+    kept, extra = vocabulary_nbytes(tmp_path, n_vocab)
+    size = (tmp_path / "tokenizer.json").stat().st_size
+    assert kept + extra < 3 * size + 240 * n_vocab + (10 << 20)
+
+
+def test_nothing_is_declared_for_files_that_are_not_there(tmp_path: Path) -> None:
+    assert vocabulary_nbytes(tmp_path / "missing", 0)[0] == 0
+
+
+PROBE = """
+import resource, sys
+from pathlib import Path
+from streamconv.vocab import read_vocabulary
+directory, n_vocab = Path(sys.argv[1]), int(sys.argv[2])
+unit = 1 if sys.platform == "darwin" else 1024
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+read_vocabulary(directory, config={}, n_vocab=n_vocab, default_pre=None, pre=None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+"""
+
+
+def test_resident_growth_is_below_declared(tmp_path: Path) -> None:
+    n_vocab = write_large(tmp_path, 6000, indent=2)
+    kept, extra = vocabulary_nbytes(tmp_path, n_vocab)
+    command = [sys.executable, "-c", PROBE, str(tmp_path), str(n_vocab)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= kept + extra
