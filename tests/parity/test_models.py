@@ -16,6 +16,7 @@ import streamconv
 from tests import cases, tiny
 from tests.oracles import reference, runtime
 from tests.parity.conftest import MEMORY
+from tests.tiny import ABSENT
 
 pytestmark = pytest.mark.parity
 
@@ -25,6 +26,18 @@ N_DRAWS = 12
 def draw_attention(rng: random.Random, n_layers: int) -> list[int]:
     """Some layers, never all: llama.cpp aborts on an LFM2 without a layer of convolution."""
     return sorted(rng.sample(range(n_layers), rng.randint(1, n_layers - 1)))
+
+
+def draw_lfm2_config(rng: random.Random) -> dict[str, Any]:
+    """RoPE's base in either place or in none, and keys left out that have the default's value anyway."""
+    ropes: list[dict[str, Any]] = [
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+        {"rope_parameters": ABSENT, "rope_theta": 50000.0},
+        {"rope_parameters": ABSENT},
+        {"rope_parameters": None, "rope_theta": 20000.0},
+    ]
+    defaults = ["norm_eps", "block_ffn_dim_multiplier", "use_cache", "initializer_range", "conv_bias"]
+    return rng.choice(ropes) | dict.fromkeys(rng.sample(defaults, rng.randint(0, len(defaults))), ABSENT)
 
 
 def draw_lfm2(rng: random.Random) -> dict[str, Any]:
@@ -44,7 +57,7 @@ def draw_lfm2(rng: random.Random) -> dict[str, Any]:
         "layers_by": rng.choice(ways),
         "dtype": rng.choice(["F32", "BF16", "F16"]),
         "n_shards": rng.randint(1, 3),
-        "config": {"rope_parameters": {"rope_theta": rng.choice([10000.0, 1000000.0]), "rope_type": "default"}},
+        "config": draw_lfm2_config(rng),
     }
 
 
