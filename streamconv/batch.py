@@ -62,13 +62,15 @@ def run_batch(
     state: State,
     *,
     executor: Executor | None = None,
+    stop: Callable[[], object] = stop_jobs,
     n_parallel: int = 1,
     resume: bool = False,
     finished: Callable[[JobResult], None] = lambda result: None,
 ) -> list[JobResult]:
     """The result of every job, in the jobs' order; `finished` hears of each as it ends, in this thread.
 
-    executor: by default `n_parallel` threads, each of which watches one process. resume: take up what an earlier batch
+    executor: by default `n_parallel` threads, each of which watches one process. stop: what ends the jobs that have
+    begun, wherever the executor's workers are (`end_jobs`, called there). resume: take up what an earlier batch
     left, too; what a try of this batch left is always taken up. KeyboardInterrupt and SIGTERM stop the processes; what
     was not done is then cancelled, and can be resumed.
     """
@@ -82,7 +84,7 @@ def run_batch(
 
     allow_jobs()
     pool = executor or ThreadPoolExecutor(n_parallel)
-    run = _Run(pool, {job: frozenset() if resume else frozenset(journals(job)) for job in jobs})
+    run = _Run(pool, {job: frozenset() if resume else frozenset(journals(job)) for job in jobs}, stop)
     try:
         for job in jobs:
             if state.is_up_to_date(job):
@@ -91,8 +93,8 @@ def run_batch(
                 run.submit(job)
         for result in run.results():
             settle(result)
-    except (KeyboardInterrupt, Interrupted) as stop:
-        code = stop.exit_code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
+    except (KeyboardInterrupt, Interrupted) as order:
+        code = order.exit_code if isinstance(order, Interrupted) else 128 + signal.SIGINT
         run.stop()
         for result in run.stopped(own=executor is None):
             settle(replace(result, exit_code=code) if result.status == "cancelled" else result)
@@ -109,9 +111,13 @@ def run_batch(
 class _Run:
     """The jobs that an executor has. A job whose worker was lost is given to it again."""
 
-    def __init__(self, executor: Executor, stale: dict[JobSpec, frozenset[Leftover]]) -> None:
+    def __init__(
+        self, executor: Executor, stale: dict[JobSpec, frozenset[Leftover]], stop: Callable[[], object]
+    ) -> None:
         self._executor = executor
         self._stale = stale
+        self._stop = stop
+        self._is_stopped = False
         self._waiting: dict[Future[JobResult], tuple[JobSpec, int]] = {}
 
     def submit(self, job: JobSpec, n_before: int = 0) -> None:
@@ -134,11 +140,12 @@ class _Run:
                         yield JobResult.failed(job, lost, attempts)
 
     def stop(self) -> None:
-        """No job begins any more, and those that run here are told to end."""
+        """No job begins any more, and those that run are told to end."""
         for future in self._waiting:
             future.cancel()
-        if self._waiting:
-            stop_jobs()
+        if self._waiting and not self._is_stopped:
+            self._is_stopped = True
+            self._stop()
 
     def stopped(self, *, own: bool) -> Iterator[JobResult]:
         """What became of the jobs that had begun here, after `stop`; of those elsewhere nobody waits."""

@@ -149,9 +149,15 @@ def run_process(order: Order) -> tuple[int, dict[str, Any]]:
 
 
 def stop_jobs() -> None:
-    """Stop the jobs of this process, and let none begin until `allow_jobs`. Their part files can be resumed."""
+    """End the jobs of this process, and let none begin until `allow_jobs`."""
     with _lock:
         _is_stopping.set()
+    end_jobs()
+
+
+def end_jobs() -> None:
+    """End the jobs of this process. Their part files can be resumed."""
+    with _lock:
         for child in _children:
             if child.stdin is not None:
                 with suppress(OSError):
@@ -222,12 +228,14 @@ def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_me
     from streamconv.adapter import convert_adapter
     from streamconv.convert import convert
     from streamconv.memory import parse_size
+    from streamconv.merge import parse_adapter
     from streamconv.split import SplitOptions
     from streamconv.verify import verify
 
+    adapters = [parse_adapter(job.adapter)] if job.adapter else []
     limit = parse_size(job.max_memory) if job.max_memory and max_memory is None else max_memory
     if job.command == "verify":
-        return verify(job.output, job.source, base=job.base, dialect=job.dialect, max_memory=limit)
+        return verify(job.output, job.source, adapters=adapters, base=job.base, dialect=job.dialect, max_memory=limit)
     keywords: RunKeywords = {
         "max_memory": limit,
         "force": job.force,
@@ -241,7 +249,15 @@ def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_me
         assert job.base is not None  # jobs_file.py sees to it
         return convert_adapter(job.source, job.base, job.output, outtype=job.outtype, dialect=job.dialect, **keywords)
     split = SplitOptions(parse_size(job.split_max_size) if job.split_max_size else None, None, job.only_part)
-    return convert(job.source, job.output, outtype=job.outtype, dialect=job.dialect, split=split, **keywords)
+    return convert(
+        job.source,
+        job.output,
+        outtype=job.outtype,
+        dialect=job.dialect,
+        split=split,
+        adapters=adapters,
+        **keywords,
+    )
 
 
 def _make_folder(folder: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from streamconv.errors import DestinationError, SourceError
 from streamconv.job import FORMAT_VERSION
 from streamconv.jobs_file import JobSpec
+from streamconv.merge import parse_adapter
 from streamconv.sources import find_source
 
 _WITHOUT_EFFECT = frozenset(("name", "max_memory", "force", "verify"))  # on the bytes of an output
@@ -78,7 +79,8 @@ def _key(job: JobSpec) -> str:
 def _digest(job: JobSpec) -> str:
     """Of everything that decides a job's result: its options, and size and time of every file that it reads."""
     options = {key: value for key, value in job.to_json().items() if key not in _WITHOUT_EFFECT}
-    sources = [find_source(source) for source in (job.source, job.base, job.adapter) if source]
+    adapter = parse_adapter(job.adapter)[0] if job.adapter else None
+    sources = [find_source(source) for source in (job.source, job.base, adapter) if source]
     stamps = _stamps(str(path) for source in sources for path in _files(source))
     return hashlib.sha256(json.dumps([FORMAT_VERSION, options, stamps], sort_keys=True).encode()).hexdigest()
 

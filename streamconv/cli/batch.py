@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from streamconv.cli.options import add_command, add_verbose, positive
 from streamconv.cli.output import say
@@ -60,8 +60,6 @@ def add_batch_job(commands: Any) -> None:
 
 
 def _batch(options: argparse.Namespace) -> int:
-    from contextlib import nullcontext
-
     from streamconv.batch import exit_code, expand_splits, forecast, run_batch, select_array
     from streamconv.batch_state import State
     from streamconv.jobs_file import read_jobs
@@ -73,11 +71,12 @@ def _batch(options: argparse.Namespace) -> int:
     if options.dry_run:
         _say_forecast(list(forecast(jobs, state, n_parallel=options.n_parallel)), options.json)
         return 0
-    with _dask_executor(options.dask) if options.dask else nullcontext() as executor:
+    place: AbstractContextManager[_Where] = _dask(options.dask) if options.dask else nullcontext(_Where())
+    with place as where:
         results = run_batch(
             jobs,
             state,
-            executor=executor,
+            **where,
             n_parallel=options.n_parallel,
             resume=options.resume,
             finished=lambda result: say(json.dumps(result.to_json()), flush=True),
@@ -101,24 +100,28 @@ def _batch_job(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Where(TypedDict, total=False):
+    """The keywords of run_batch that say where jobs run."""
+
+    executor: Executor
+    stop: Callable[[], object]
+
+
 @contextmanager
-def _dask_executor(address: str) -> Iterator[Executor]:
+def _dask(address: str) -> Iterator[_Where]:
     try:
         from distributed import Client
     except ImportError:
         raise UsageError("--dask needs the dask extra", hint='pip install "streamconv[dask]"') from None
-    from streamconv.batch_job import stop_jobs
+    from streamconv.batch_job import end_jobs
 
     try:
         client = Client(address, timeout="10s")
     except (OSError, TimeoutError, ValueError) as error:
         raise UsageError(f"no Dask scheduler answers at {address}: {error}") from None
     with client:
-        try:
-            yield client.get_executor()
-        except BaseException:
-            client.run(stop_jobs)  # what a worker has begun is out of an executor's reach
-            raise
+        # What a worker has begun is out of an executor's reach.
+        yield {"executor": client.get_executor(), "stop": lambda: client.run(end_jobs)}
 
 
 def _say_forecast(rows: Sequence[Forecast], as_json: bool) -> None:

@@ -164,6 +164,18 @@ def test_lora_and_verify_jobs(folder: Path) -> None:
     ]
 
 
+def test_an_adapter_is_merged(folder: Path) -> None:
+    adapter = tiny.peft_adapter(folder / "adapter", folder / "models" / "one")
+    entry = '[[job]]\nsource = "models/one"\noutput = "merged.gguf"\nadapter = "adapter=0.5"\n'
+    (folder / "jobs.toml").write_text(entry + entry.replace("[[job]]", '[[job]]\ncommand = "verify"'))
+    code, lines, _ = batch(folder)
+    assert (code, [line["status"] for line in lines]) == (0, ["done", "done"])
+    streamconv.convert(folder / "models" / "one", folder / "expected.gguf", adapters=[(adapter, 0.5)])
+    assert (folder / "merged.gguf").read_bytes() == (folder / "expected.gguf").read_bytes()
+    (adapter / "adapter_config.json").touch()
+    assert [line["status"] for line in batch(folder)[1]] == ["failed", "done"]
+
+
 def test_a_split_is_a_job_for_each_part(folder: Path) -> None:
     (folder / "jobs.toml").write_text('[[job]]\nsource = "models/one"\noutput = "s.gguf"\nsplit_max_size = "60K"\n')
     code, lines, _ = batch(folder, "--jobs", "2")
