@@ -118,9 +118,8 @@ def stated_dims(recipe: Recipe, config: Config) -> dict[str, int]:
     stated = {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
     for name, value in stated.items():
         if value < 1:
-            raise SourceError(
-                f"{recipe.dims[name].label} comes to {value}", file=config.file, hint="correct the config"
-            )
+            what = f"{recipe.dims[name].label} comes to {value}"
+            raise SourceError(what, file=config.file, hint="correct the config")
     return stated
 
 
@@ -189,8 +188,8 @@ class _Binding:
         counted.setdefault("L", 1 + max((i for by in self.found.values() for i in by), default=NONE))
         if n_experts := 1 + max((e for by in self.found.values() for es in by.values() for e in es), default=NONE):
             counted.setdefault("E", n_experts)
-        if counted["L"] > MAX_LAYERS:
-            raise SourceError(f"{counted['L']} layers are more than any model has", file=self.config.file)
+        if not 1 <= counted["L"] <= MAX_LAYERS:
+            raise SourceError(f"{counted['L']} layers are no model", file=self.config.file.parent)
         self.dims = solve_dims(self.recipe, counted, self._equations())
         for name, dim in self.recipe.dims.items():
             if name not in self.dims:
@@ -298,7 +297,8 @@ class _Binding:
         if len(stored) > 1:
             firsts = _listed([next(iter(names.values())) for _, names in stored])
             self.problems.append(f"{rows[0].target.format(i=i)} has {len(stored)} sources: {firsts}")
-        for row, names in stored[:1]:
+        if stored:
+            row, names = stored[0]
             yield _Choice(row.target.format(i=i), row, self._in_order(row, i, names))
             return
         if tensors and self._is_due(tensors[0]):
@@ -330,7 +330,9 @@ class _Binding:
         taken = {source for choice in choices for source in choice.sources}
         left = [name for template in self.found for name in self._names(template) if name not in taken]
         if left:
-            counts = [f"{self.recipe.dims[n].label}={self.dims[n]}" for n in ("L", "E") if n in self.dims]
+            counts = [
+                f"{dim.label}={self.dims[n]}" for n, dim in self.recipe.dims.items() if n in "LE" and n in self.dims
+            ]
             self.problems.append(f"tensors with no place in the model ({', '.join(counts)}): {_listed(left)}")
 
     def _check_head(self, model: Model) -> None:

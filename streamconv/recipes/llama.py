@@ -142,7 +142,10 @@ RECIPE = Recipe(
         Tensor("lm_head.weight", "output.weight", "V H", required=False),
     ),
     computed=(Computed("rope_freqs.weight", llama3_factors),),
-    drops=(Drop("model.layers.{i}.self_attn.rotary_emb.inv_freq", "follows from the config"),),
+    drops=(
+        Drop("model.layers.{i}.self_attn.rotary_emb.inv_freq", "follows from the config"),
+        Drop("model.rotary_emb.inv_freq", "follows from the config"),
+    ),
     keys=(
         Key("{arch}.vocab_size", "V"),
         Key("{arch}.block_count", "L"),

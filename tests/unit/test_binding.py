@@ -264,8 +264,13 @@ def test_heads_of_an_odd_size_cannot_be_paired() -> None:
 
 
 def test_more_layers_than_any_model_has_are_not_counted_through() -> None:
-    with pytest.raises(SourceError, match="layers are more than any model has"):
+    with pytest.raises(SourceError, match="1073741824 layers are no model"):
         toy(n_layers=1 << 30)
+
+
+def test_a_model_without_layers_is_none() -> None:
+    with pytest.raises(SourceError, match="0 layers are no model"):
+        bound(CONFIG, made({"embed.weight": (11, 6)}), TOY, n_layers=ABSENT)
 
 
 @pytest.mark.parametrize(
