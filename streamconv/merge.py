@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -134,8 +133,7 @@ class _Merge:
         self.embedding = next(row.source for row in self.recipe.tensors if row.target == EMBEDDING)
         self.made: dict[str, LazyTensor] = {}
         self.replaced_by: dict[str, Adapter] = {}
-        self.changed_by: dict[str, list[Adapter]] = defaultdict(list)
-        self.problems: list[Problem] = []
+        self.problems: list[tuple[Adapter, Problem]] = []
         self.cautions: list[Caution] = []
         self.n_vocab = model.dims[N_VOCAB]
 
@@ -147,26 +145,29 @@ class _Merge:
         options = {}
         for adapter in self.adapters:
             self._replace(adapter)
-            self._refuse(adapter)
         for number, adapter in enumerate(self.adapters, 1):
             origins = self._add(adapter)
-            self._refuse(adapter)
             digest = hashlib.sha256("\n".join(origins).encode()).hexdigest()
             options[f"adapter {number}"] = f"{adapter.weight!r} {adapter.file.shard.fingerprint} {digest}"
+        self._refuse()
         self._settle_ends()
         overlay = self.stored | {name: _Made(tensor) for name, tensor in self.made.items()}
         model = bind(self.recipe, self._config(), overlay)
         return Merged(model, self._tokenizer(), self.adapters, options, tuple(self.cautions))
 
-    def _refuse(self, adapter: Adapter) -> None:
-        if self.problems:
-            shown = "; ".join(map(str, self.problems[:MAX_PROBLEMS_SHOWN]))
-            if len(self.problems) > MAX_PROBLEMS_SHOWN:
-                shown += f"; and {len(self.problems) - MAX_PROBLEMS_SHOWN} more"
-            raise SourceError(f"cannot be merged: {shown}", file=adapter.file.directory)
+    def _refuse(self) -> None:
+        """SourceError with all problems of the first adapter that has some."""
+        if not self.problems:
+            return
+        file = self.problems[0][0].file
+        problems = [problem for adapter, problem in self.problems if adapter.file is file]
+        shown = "; ".join(map(str, problems[:MAX_PROBLEMS_SHOWN]))
+        if len(problems) > MAX_PROBLEMS_SHOWN:
+            shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
+        raise SourceError(f"cannot be merged: {shown}", file=file.directory)
 
-    def _problem(self, code: str, message: str, *modules: str) -> None:
-        self.problems.append(Problem(code, message, modules))
+    def _problem(self, adapter: Adapter, code: str, message: str, *modules: str) -> None:
+        self.problems.append((adapter, Problem(code, message, modules)))
 
     # -- whole weights
 
@@ -174,18 +175,24 @@ class _Merge:
         """Take the adapter's whole weights in place of the base's: modules_to_save, a resized vocabulary."""
         found = list(self._whole_weights(adapter))
         if found and adapter.weight != 1:
-            self._problem("weight", "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone")
+            self._problem(
+                adapter, "weight", "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone"
+            )
         n_vocab = {tensor.shape[0] for name, _, tensor in found if self._is_end(name) and len(tensor.shape) == 2}
         if len(n_vocab) > 1:
-            self._problem("vocabulary", f"its embedding and head have {' and '.join(map(str, sorted(n_vocab)))} rows")
+            self._problem(
+                adapter, "vocabulary", f"its embedding and head have {' and '.join(map(str, sorted(n_vocab)))} rows"
+            )
         self.n_vocab = max(n_vocab, default=self.n_vocab)
         for name, module, tensor in found:
             shape = self._base_of(name).shape
             expected = (self.n_vocab, *shape[1:]) if self._is_end(name) else shape
             if tensor.shape != expected:
-                self._problem("shape", f"has shape {list(tensor.shape)}, the base's is {list(expected)}", module)
+                self._problem(
+                    adapter, "shape", f"has shape {list(tensor.shape)}, the base's is {list(expected)}", module
+                )
             elif name in self.replaced_by:
-                self._problem("twice", f"{name} is replaced by {self.replaced_by[name].label} as well", module)
+                self._problem(adapter, "twice", f"{name} is replaced by {self.replaced_by[name].label} as well", module)
             else:
                 self.made[name], self.replaced_by[name] = tensor.lazy(), adapter
 
@@ -199,7 +206,7 @@ class _Merge:
                 continue
             name = self._stored_name(f"{module}.{_REPLACING.get(role, 'weight')}")
             if name is None:
-                self._problem("no-module", f"the base ({self.recipe.arch}) has no such {role}", module)
+                self._problem(adapter, "no-module", f"the base ({self.recipe.arch}) has no such {role}", module)
             elif not is_frozen or tensor.shape != self._base_of(name).shape:
                 yield name, module, tensor
 
@@ -222,10 +229,14 @@ class _Merge:
         config = read_lora_config(adapter.file.config)
         base = self._base_model()
         resolved = resolve(adapter.file, base, config)
-        self.problems += [problem for problem in resolved.problems if problem.code not in _MERGEABLE]
+        self.problems += [(adapter, problem) for problem in resolved.problems if problem.code not in _MERGEABLE]
         self.cautions += resolved.cautions
         if config.invocation_tokens:
-            self._problem("alora", "an activated LoRA: its tokens switch it on at run time, which no merge can express")
+            self._problem(
+                adapter, "alora", "an activated LoRA: its tokens switch it on at run time, which no merge can express"
+            )
+        if adapter.file.config.raw.get("target_parameters"):
+            self._problem(adapter, "parameters", "target_parameters: factors of stacked parameters are not known here")
         magnitudes = self._magnitudes(adapter, config, resolved.modules)
         origins = []
         for module in resolved.modules:
@@ -260,7 +271,7 @@ class _Merge:
             if role == "dora"
         }
         if tensors and (adapter.weight != 1 or len(self.adapters) > 1):
-            self._problem("dora", "DoRA merges alone and at weight 1: its norms are of the whole sum")
+            self._problem(adapter, "dora", "DoRA merges alone and at weight 1: its norms are of the whole sum")
         found: dict[str, tuple[LazyTensor, bool]] = {}
         for module in modules:
             by_column = module.slot.is_embedding and not isinstance(config, MlxConfig)
@@ -269,11 +280,11 @@ class _Merge:
             if tensor is not None and tensor.shape == (n,):
                 found[module.name] = tensor.lazy(), by_column
             elif tensor is not None:
-                self._problem("dora", f"has magnitudes {list(tensor.shape)}, and needs {[n]}", module.name)
+                self._problem(adapter, "dora", f"has magnitudes {list(tensor.shape)}, and needs {[n]}", module.name)
             elif config.is_dora:
-                self._problem("dora", "DoRA, and its magnitudes are missing", module.name)
+                self._problem(adapter, "dora", "DoRA, and its magnitudes are missing", module.name)
         if tensors:
-            self._problem("dora", "has magnitudes, and no factors", *tensors)
+            self._problem(adapter, "dora", "has magnitudes, and no factors", *tensors)
         return found
 
     def _factors(self, module: LoraModule) -> Iterator[tuple[str, LazyTensor, LazyTensor]]:
@@ -319,7 +330,7 @@ class _Merge:
     ) -> None:
         owner = self.replaced_by.get(name, adapter)
         if owner is not adapter:
-            self._problem("twice", f"{owner.label} replaces {name}", module.name)
+            self._problem(adapter, "twice", f"{owner.label} replaces {name}", module.name)
             return
         before = self.made.get(name) or self._base_of(name).lazy()
         merged: LazyTensor = AddProduct(before, left, right, module.scale * adapter.weight)

@@ -112,3 +112,36 @@ def test_a_new_head_on_a_tied_base_is_an_output_of_its_own(workshop: Workshop, t
     saved = tiny.tensors_of(adapter)["base_model.model.lm_head.weight"].float32()
     assert (merged.float64("output.weight") == saved).all()
     assert (merged.float64("token_embd.weight") == workshop.read("llama-linear").float64("token_embd.weight")).all()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_experts_and_routers(tmp_path: Path, factor: float, stacked: bool) -> None:
+    settings = {"routed_scaling_factor": factor}
+    mlx, peft, merged = changes(tiny.tensors_of(tiny.lfm2moe(tmp_path / "alone", dtype="F32", config=settings)))
+    tiny.write_safetensors(tiny.lfm2moe(tmp_path / "merged", config=settings) / "model.safetensors", merged)
+    streamconv.convert(tmp_path / "merged", tmp_path / "merged.gguf", outtype="f32")
+    expected = ggufs.read(tmp_path / "merged.gguf")
+    base = tiny.lfm2moe(tmp_path / "base", dtype="F32", stacked=stacked, config=settings)
+    as_mlx = {"lora_parameters": {"rank": RANK, "scale": SCALE}}
+    as_peft = {"peft_type": "LORA", "r": RANK, "lora_alpha": SCALE * RANK}
+    for name, tensors, config in (("mlx", mlx, as_mlx), ("peft", peft, as_peft)):
+        adapter = loras.write(tmp_path / name, tensors, config)
+        streamconv.convert(base, tmp_path / f"{name}.gguf", outtype="f32", adapters=[adapter])
+        ours = ggufs.read(tmp_path / f"{name}.gguf")
+        assert list(ours.tensors) == list(expected.tensors)
+        for target in expected.tensors:
+            np.testing.assert_allclose(ours.float64(target), expected.float64(target), rtol=1e-5, atol=1e-6)
+
+
+def test_one_expert_of_many_changes_alone(tmp_path: Path) -> None:
+    base = tiny.lfm2moe(tmp_path / "base", stacked=True)
+    module = "model.layers.2.feed_forward.experts.4.w3"
+    adapter = loras.write(tmp_path / "adapter", loras.factors(module, 160, 64))
+    streamconv.convert(base, tmp_path / "plain.gguf", outtype="f32")
+    streamconv.convert(base, tmp_path / "merged.gguf", outtype="f32", adapters=[adapter])
+    before, after = ggufs.read(tmp_path / "plain.gguf"), ggufs.read(tmp_path / "merged.gguf")
+    changed = [name for name in before.tensors if before.tensors[name].sha256 != after.tensors[name].sha256]
+    assert changed == ["blk.2.ffn_up_exps.weight"]
+    differences = np.abs(after.float64(changed[0]) - before.float64(changed[0])).max(axis=(1, 2))
+    assert list(differences > 0) == [e == 4 for e in range(6)]

@@ -1,0 +1,387 @@
+"""What merged adapters change, add and replace, what the file says of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import streamconv
+from streamconv.cli import main
+from streamconv.errors import SourceError, UsageError, VerifyError
+from streamconv.merge import parse_adapter
+from tests import tiny
+from tests.oracles import ggufs
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GREW_TO = tiny.N_BPE_TOKENS + 6
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("llama") / "my-llama", tied=False)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("tied") / "tied-llama")
+
+
+def merged(base: Path, dst: Path, *adapters: Path | tuple[Path, float], **options: Any) -> ggufs.Gguf:
+    streamconv.convert(base, dst, outtype="f32", adapters=adapters, **options)
+    return ggufs.read(dst)
+
+
+def weight(folder: Path, name: str) -> NDArray[np.float32]:
+    return tiny.tensors_of(folder)[name].float32()
+
+
+def edited(adapter: Path, **settings: Any) -> Path:
+    file = adapter / "adapter_config.json"
+    tiny.write_json(file, json.loads(file.read_text()) | settings)
+    return adapter
+
+
+def with_tensors(adapter: Path, tensors: dict[str, NDArray[np.float32]]) -> Path:
+    """The adapter with tensors added under PEFT's prefix."""
+    more = {f"base_model.model.{name}": tiny.Tensor.of(values, "F32") for name, values in tensors.items()}
+    tiny.write_safetensors(adapter / "adapter_model.safetensors", tiny.tensors_of(adapter) | more)
+    return adapter
+
+
+# ---------------------------------------------------------------- what is added, and how much of it
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [
+        ("my-adapter", "my-adapter", 1.0),
+        ("my-adapter=0.5", "my-adapter", 0.5),
+        ("runs/lr=1e-4/last=2", "runs/lr=1e-4/last", 2.0),
+        ("runs/lr=low", "runs/lr=low", 1.0),
+        ("a=-1", "a", -1.0),
+        ("=2", "=2", 1.0),
+        ("a=", "a=", 1.0),
+    ],
+)
+def test_a_weight_is_a_number_after_the_last_sign(text: str, path: str, weight: float) -> None:
+    assert parse_adapter(text) == (path, weight)
+
+
+def test_adapters_add_up_by_their_weights(llama: Path, tmp_path: Path) -> None:
+    first = tiny.peft_adapter(tmp_path / "first", llama, seed=1, targets=("v_proj", "up_proj"))
+    second = tiny.peft_adapter(tmp_path / "second", llama, seed=2, targets=("up_proj", "o_proj"), r=3)
+    both = merged(llama, tmp_path / "both.gguf", (first, 0.5), (second, -2.0))
+    name = "model.layers.1.mlp.up_proj"
+    expected = weight(llama, f"{name}.weight").astype(np.float64)
+    for adapter, factor in ((first, 0.5 * 12 / 8), (second, -2 * 12 / 3)):
+        a, b = (weight(adapter, f"base_model.model.{name}.lora_{x}.weight").astype(np.float64) for x in ("A", "B"))
+        expected += factor * (b @ a)
+    np.testing.assert_allclose(both.float64("blk.1.ffn_up.weight"), expected, rtol=1e-5, atol=1e-6)
+    alone = merged(llama, tmp_path / "alone.gguf", (first, 0.5))
+    assert both.tensors["blk.1.attn_v.weight"].sha256 == alone.tensors["blk.1.attn_v.weight"].sha256
+    assert both.tensors["blk.1.attn_output.weight"].sha256 != alone.tensors["blk.1.attn_output.weight"].sha256
+
+
+def test_mlx_and_peft_adapters_of_the_same_values_merge_to_the_same_bits(llama: Path, tmp_path: Path) -> None:
+    peft = tiny.peft_adapter(tmp_path / "peft", llama, alpha=12, r=8)
+    mlx = tiny.mlx_adapter(tmp_path / "mlx", llama, scale=1.5, r=8)
+    ours, theirs = (merged(llama, tmp_path / f"{a.name}.gguf", a).golden()["tensors"] for a in (peft, mlx))
+    assert ours == theirs
+
+
+def test_an_adapter_that_is_off_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, alpha=0)
+    plain = merged(llama, tmp_path / "plain.gguf").golden()["tensors"]
+    assert merged(llama, tmp_path / "off.gguf", adapter).golden()["tensors"] == plain
+
+
+@pytest.mark.parametrize("outtype", ["f32", "bf16", "q8_0"])
+def test_threads_and_memory_never_show(llama: Path, tmp_path: Path, outtype: str) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, dora=True, targets=(*LINEAR, "embed_tokens", "lm_head"))
+    files = [tmp_path / "one.gguf", tmp_path / "three.gguf"]
+    for dst, threads in zip(files, (1, 3), strict=True):
+        streamconv.convert(llama, dst, outtype=outtype, adapters=[adapter], threads=threads, verify=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# ---------------------------------------------------------------- whole weights, heads and vocabularies
+
+
+def test_whole_weights_and_biases_replace_the_bases(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base", attention_bias=True)
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=("v_proj",))
+    bias = tiny.noise("bias", (64,), 1.0)
+    norm = tiny.noise("norm", (64,), 1.0)
+    with_tensors(adapter, {"model.layers.0.self_attn.o_proj.base_layer.bias": bias, "model.norm.weight": norm})
+    after = merged(base, tmp_path / "merged.gguf", adapter)
+    assert np.array_equal(after.float64("blk.0.attn_output.bias"), bias)
+    assert np.array_equal(after.float64("output_norm.weight"), norm)
+
+
+def test_a_changed_head_of_a_tied_base_is_written_beside_the_embedding(tied: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", tied, targets=("lm_head",))
+    after = merged(tied, tmp_path / "merged.gguf", adapter)
+    embedding = weight(tied, "model.embed_tokens.weight")
+    a, b = (weight(adapter, f"base_model.model.lm_head.lora_{x}.weight") for x in ("A", "B"))
+    assert np.array_equal(after.float64("token_embd.weight"), embedding)
+    np.testing.assert_allclose(after.float64("output.weight"), embedding + 1.5 * (b @ a), atol=1e-5)
+
+
+def test_a_changed_embedding_of_a_tied_base_leaves_the_head(tied: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", tied, targets=("embed_tokens",))
+    after = merged(tied, tmp_path / "merged.gguf", adapter)
+    embedding = weight(tied, "model.embed_tokens.weight")
+    assert np.array_equal(after.float64("output.weight"), embedding)
+    assert not np.array_equal(after.float64("token_embd.weight"), embedding)
+
+
+def test_an_adapter_that_ties_what_it_trains_leaves_the_model_tied(tied: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(
+        tmp_path / "adapter", tied, targets=("q_proj",), modules_to_save=("embed_tokens",),
+        config={"ensure_weight_tying": True},
+    )  # fmt: skip
+    after = merged(tied, tmp_path / "merged.gguf", adapter)
+    assert "output.weight" not in after.tensors
+    saved = weight(adapter, "base_model.model.model.embed_tokens.weight")
+    assert np.array_equal(after.float64("token_embd.weight"), saved)
+
+
+def grown(base: Path, adapter: Path, *modules: str) -> Path:
+    """An adapter on q_proj, saved with `modules` of GREW_TO rows."""
+    tiny.peft_adapter(adapter, base, targets=("q_proj",))
+    return with_tensors(adapter, {f"{m}.weight": tiny.noise(m, (GREW_TO, 64), 1.0) for m in modules})
+
+
+def smaller(directory: Path, **options: Any) -> Path:
+    """A model of 380 tokens, its tokenizer beside it."""
+    base = tiny.llama(directory, vocab=380, **options)
+    tiny.write_bpe(base, pre="llama-bpe", n_tokens=380)
+    return base
+
+
+def test_a_grown_vocabulary_comes_with_the_tokenizer_beside_the_adapter(tmp_path: Path) -> None:
+    base = smaller(tmp_path / "base")
+    adapter = grown(base, tmp_path / "adapter", "model.embed_tokens", "lm_head")
+    tiny.write_bpe(adapter, pre="llama-bpe")
+    after = merged(base, tmp_path / "merged.gguf", adapter)
+    for target, module in (("token_embd.weight", "model.embed_tokens"), ("output.weight", "lm_head")):
+        assert np.array_equal(after.float64(target), weight(adapter, f"base_model.model.{module}.weight"))
+    assert len(after["tokenizer.ggml.tokens"]) == after["llama.vocab_size"] == GREW_TO
+    assert after["tokenizer.ggml.tokens"][tiny.N_BPE_TOKENS - 1] == "<tool>"
+
+
+def test_factors_lie_on_the_grown_embedding_that_was_saved_with_them(tmp_path: Path) -> None:
+    base = smaller(tmp_path / "base", tied=False)
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=("q_proj",))
+    frozen = {m: tiny.noise(m, (GREW_TO, 64), 1.0) for m in ("model.embed_tokens", "lm_head")}
+    a, b = tiny.noise("a", (8, GREW_TO), 0.3), tiny.noise("b", (64, 8), 0.3)
+    with_tensors(
+        adapter,
+        {f"{module}.base_layer.weight": values for module, values in frozen.items()}
+        | {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b},
+    )
+    tiny.write_bpe(adapter, pre="llama-bpe")
+    after = merged(base, tmp_path / "merged.gguf", adapter)
+    np.testing.assert_allclose(
+        after.float64("token_embd.weight"), frozen["model.embed_tokens"] + 1.5 * (b @ a).T, atol=1e-5
+    )
+    assert np.array_equal(after.float64("output.weight"), frozen["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("modules", "tokenizer", "message"),
+    [
+        (("model.embed_tokens", "lm_head"), False, "no tokenizer beside the adapter"),
+        (("model.embed_tokens",), True, "has no lm_head.weight of that size"),
+        (("lm_head",), True, "has no model.embed_tokens.weight of that size"),
+    ],
+)
+def test_half_a_grown_vocabulary_is_refused(
+    tmp_path: Path, modules: tuple[str, ...], tokenizer: bool, message: str
+) -> None:
+    base = smaller(tmp_path / "base")
+    adapter = grown(base, tmp_path / "adapter", *modules)
+    if tokenizer:
+        tiny.write_bpe(adapter, pre="llama-bpe")
+    with pytest.raises(SourceError, match=message):
+        streamconv.convert(base, tmp_path / "merged.gguf", adapters=[adapter])
+
+
+# ---------------------------------------------------------------- what cannot be merged
+
+
+def refusal(base: Path, tmp_path: Path, *adapters: Path | tuple[Path, float]) -> str:
+    with pytest.raises((SourceError, UsageError)) as caught:
+        streamconv.convert(base, tmp_path / "merged.gguf", adapters=adapters)
+    assert not (tmp_path / "merged.gguf").exists()
+    return str(caught.value)
+
+
+def test_all_that_matches_nothing_is_told_at_once(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",))
+    factors = {"lora_A.weight": np.ones((8, 64), np.float32), "lora_B.weight": np.ones((64, 8), np.float32)}
+    for layer in (7, 8):
+        with_tensors(adapter, {f"model.layers.{layer}.self_attn.q_proj.{n}": v for n, v in factors.items()})
+    with_tensors(adapter, {"model.vision.weight": np.ones((3, 4), np.float32)})
+    message = refusal(llama, tmp_path, adapter)
+    assert str(adapter) in message
+    assert "model.layers.7.self_attn.q_proj and 1 more: the base (llama) has no such module" in message
+    assert "model.vision: the base (llama) has no such weight" in message
+
+
+@pytest.mark.parametrize("weight", [0.5, -1.0])
+def test_dora_has_no_weight(llama: Path, tmp_path: Path, weight: float) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, dora=True)
+    assert "DoRA merges alone and at weight 1" in refusal(llama, tmp_path, (adapter, weight))
+
+
+def test_dora_merges_alone(llama: Path, tmp_path: Path) -> None:
+    dora = tiny.peft_adapter(tmp_path / "dora", llama, dora=True, targets=("q_proj",))
+    other = tiny.peft_adapter(tmp_path / "other", llama, targets=("v_proj",))
+    assert "DoRA merges alone and at weight 1" in refusal(llama, tmp_path, dora, other)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"model.norm.lora_magnitude_vector": (64,)}, "model.norm: has magnitudes, and no factors"),
+        ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (63,)}, "has magnitudes [63], and needs [64]"),
+        ({"model.layers.0.self_attn.q_proj.lora_B.bias": (64,)}, "lora_bias"),
+        ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 64)}, "trainable_token_indices"),
+        ({"model.layers.0.mlp.up_proj.lora_diag": (8,)}, "KaSA"),
+        ({"model.layers.0.mlp.up_proj.weight": (3, 64)}, "has shape [3, 64], the base's is [160, 64]"),
+        ({"something": (3, 64)}, "a tensor of no known kind"),
+    ],
+)
+def test_what_cannot_be_added_is_named(
+    llama: Path, tmp_path: Path, tensors: dict[str, tuple[int, ...]], message: str
+) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",))
+    with_tensors(adapter, {name: np.ones(shape, np.float32) for name, shape in tensors.items()})
+    assert message in refusal(llama, tmp_path, adapter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "DoRA, and its magnitudes are missing"),
+        ({"alora_invocation_tokens": [5, 6]}, "an activated LoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"r": 7}, "has rank 8, adapter_config.json gives it 7"),
+    ],
+)
+def test_configurations_that_mean_more_than_a_sum_are_refused(
+    llama: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    adapter = edited(tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",)), **settings)
+    assert message in refusal(llama, tmp_path, adapter)
+
+
+def test_whole_weights_merge_once_and_whole(llama: Path, tmp_path: Path) -> None:
+    saved = tiny.peft_adapter(tmp_path / "saved", llama, targets=("q_proj",), modules_to_save=("lm_head",))
+    again = tiny.peft_adapter(tmp_path / "again", llama, targets=("q_proj",), modules_to_save=("lm_head",))
+    plain = tiny.peft_adapter(tmp_path / "plain", llama, targets=("lm_head",))
+    assert "they merge at weight 1 alone" in refusal(llama, tmp_path, (saved, 0.5))
+    assert f"lm_head.weight is replaced by {saved} as well" in refusal(llama, tmp_path, saved, again)
+    assert f"{saved} replaces lm_head.weight" in refusal(llama, tmp_path, saved, plain)
+    assert f"{saved} replaces lm_head.weight" in refusal(llama, tmp_path, plain, saved)
+
+
+def test_a_weight_is_finite_and_an_adapter_exists(llama: Path, tmp_path: Path) -> None:
+    assert "nan is no weight" in refusal(llama, tmp_path, (tmp_path, float("nan")))
+    assert "no such adapter" in refusal(llama, tmp_path, tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------- what the file, the plan and verify say
+
+
+def test_metadata_name_base_and_adapter(llama: Path, tmp_path: Path) -> None:
+    (llama / "README.md").write_text("---\nmodel_name: My Llama\norganization: Us\nlicense: mit\n---\n")
+    adapter = tiny.peft_adapter(tmp_path / "sea-shanties", llama)
+    (adapter / "README.md").write_text("---\nbase_model: us/my-llama\n---\n")
+    after = merged(llama, tmp_path / "merged.gguf", adapter)
+    assert after["general.name"] == "My Llama + Sea Shanties"
+    assert after["general.finetune"] == "Sea Shanties"
+    assert after["general.license"] == "mit"
+    assert after["general.base_model.count"] == 1
+    assert after["general.base_model.0.name"] == "My Llama"
+    assert after["general.base_model.0.organization"] == "Us"
+    assert after["general.base_model.0.repo_url"] == "https://huggingface.co/us/my-llama"
+    assert "general.organization" not in after.keys
+    named = merged(llama, tmp_path / "named.gguf", adapter, name="Shanties 1B")
+    assert named["general.name"] == "Shanties 1B"
+    (llama / "README.md").unlink()
+
+
+def test_the_plan_tells_what_changes_and_by_what(llama: Path, tmp_path: Path) -> None:
+    first = tiny.peft_adapter(tmp_path / "first", llama, targets=("q_proj", "up_proj"), layers=(1,))
+    second = tiny.peft_adapter(tmp_path / "second", llama, targets=("up_proj",), layers=(0, 1))
+    report = streamconv.convert(llama, tmp_path / "merged.gguf", adapters=[first, (second, 0.5)], dry_run=True)
+    assert report.plan is not None
+    assert {row.target: row.changed_by for row in report.plan if row.changed_by} == {
+        "blk.0.ffn_up.weight": (f"{second}=0.5",),
+        "blk.1.ffn_up.weight": (str(first), f"{second}=0.5"),
+        "blk.1.attn_q.weight": (str(first),),
+    }
+
+
+def test_verify_takes_the_adapters_and_their_weights(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama)
+    merged(llama, tmp_path / "merged.gguf", (adapter, 0.5))
+    assert streamconv.verify(tmp_path / "merged.gguf", llama, adapters=[(adapter, 0.5)]).verified
+    for wrong in ([], [adapter]):
+        with pytest.raises(VerifyError, match="by its source it is"):
+            streamconv.verify(tmp_path / "merged.gguf", llama, adapters=wrong)
+
+
+@pytest.mark.parametrize("change", ["weight", "alpha", "factor", "nothing"])
+def test_a_run_resumes_another_of_the_same_adapter_alone(llama: Path, tmp_path: Path, change: str) -> None:
+    adapter, factor = tiny.peft_adapter(tmp_path / "adapter", llama), 0.5
+    dst = tmp_path / "merged.gguf"
+    with pytest.raises(streamconv.Interrupted):
+        streamconv.convert(llama, dst, outtype="f32", adapters=[(adapter, factor)], cancel=lambda: True)
+    if change == "weight":
+        factor = 0.25
+    elif change == "alpha":
+        edited(adapter, lora_alpha=13)
+    elif change == "factor":
+        tiny.peft_adapter(adapter, llama, seed=9)
+    resume = {"outtype": "f32", "adapters": [(adapter, factor)], "resume": True}
+    if change == "nothing":
+        streamconv.convert(llama, dst, **resume)
+    else:
+        with pytest.raises(SourceError, match=r"was another one: .*adapter 1"):
+            streamconv.convert(llama, dst, **resume)
+
+
+def test_an_adapter_that_changes_under_the_run_is_noticed(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama)
+    file = adapter / "adapter_model.safetensors"
+
+    def touch(done: int, _total: int) -> None:
+        if done == 0:
+            data = file.read_bytes()
+            file.unlink()
+            file.write_bytes(data)
+
+    with pytest.raises(SourceError, match="changed"):
+        streamconv.convert(llama, tmp_path / "merged.gguf", adapters=[adapter], progress=touch, verify=True)
+
+
+def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("up_proj",), layers=(0,))
+    dst = tmp_path / "merged.gguf"
+    arguments = ["convert", str(llama), "-o", str(dst), "--outtype", "f32", "--adapter", f"{adapter}=0.5"]
+    assert main([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    changed = [line for line in shown if str(adapter) in line]
+    assert len(changed) == 1 and changed[0].startswith("blk.0.ffn_up.weight") and changed[0].endswith("=0.5")
+    assert main([*arguments, "--quiet"]) == 0
+    assert main(["verify", str(dst), "--source", str(llama), "--adapter", f"{adapter}=0.5"]) == 0
+    assert main(["verify", str(dst), "--source", str(llama)]) == 6
