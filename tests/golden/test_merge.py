@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import streamconv
-from tests import cases, tiny
+from tests import cases, loras, tiny
+from tests.golden.conftest import Workshop
 from tests.golden.test_lora import GIVEN_SCALES, HEADS, SCALES
+from tests.golden.test_lora_experts import RANK, SCALE, changes
 from tests.oracles import deltas, ggufs, runtime
 
 EPS32 = 2.0**-23
