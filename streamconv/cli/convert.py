@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from streamconv.cli.options import (
     add_split_options,
 )
 from streamconv.cli.output import progress_bar, say, show_report
+from streamconv.errors import DestinationError, UsageError
 
 if TYPE_CHECKING:
     from streamconv.job import RunKeywords
@@ -134,6 +136,7 @@ def _lora(options: argparse.Namespace) -> int:
             name=options.name,
             **keywords,
         ),
+        base=options.base,
     )
 
 
@@ -159,13 +162,27 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> int:
-    """Do one conversion with the options that all of them share, and say what was done."""
+def _check_modelfile(options: argparse.Namespace, base: Path | None) -> None:
+    """Whether there can be a Modelfile is known before anything is written."""
+    from streamconv.modelfile import check_base, modelfile_path
+
+    if base is not None:
+        check_base(base)
+    elif options.split_max_size or options.split_max_tensors:
+        raise UsageError("--modelfile is for one file: Ollama imports no split ones")
+    if options.output is not None and not options.force and os.path.lexists(modelfile_path(options.output)):
+        raise DestinationError("exists already", file=modelfile_path(options.output), hint="--force replaces it")
+
+
+def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report], base: Path | None = None) -> int:
+    """Do one conversion with the options that all of them share, and say what was done. base: an adapter's."""
     from contextlib import nullcontext
 
     from streamconv.memory import parse_size
     from streamconv.profile import Profile
 
+    if options.modelfile:
+        _check_modelfile(options, base)
     profile = Profile() if options.profile else None
     with progress_bar(options) as progress, profile or nullcontext():
         report = work(
@@ -183,5 +200,9 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
         )
     if profile is not None:
         profile.write(options.profile)
+    if options.modelfile and not options.dry_run:
+        from streamconv.modelfile import write_modelfile
+
+        write_modelfile(report.output, base, force=options.force)
     show_report(report, options)
     return 0

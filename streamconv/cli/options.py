@@ -53,6 +53,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--name", metavar="NAME", help="the model's name in the file")
     group.add_argument("--force", action="store_true", help="replace an existing OUT, once the new file is complete")
+    group.add_argument("--modelfile", action="store_true", help="write Ollama's Modelfile beside OUT, too")
 
 
 def add_adapter_option(parser: argparse.ArgumentParser, help: str) -> None:

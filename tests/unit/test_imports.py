@@ -38,7 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "run",
         "merge",
         "convert adapter inspect",
-        "verify inspect_text",
+        "verify inspect_text modelfile",
         "jobs_file",
         "batch_state batch_job",
         "batch",
