@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m streamconv`, and the `streamconv` command."""
 
 import sys

@@ -1,0 +1,74 @@
+"""docs/cli.md, made of the parser: `make docs`, or `python -m tests.tools.cli_docs`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamconv.cli.options import EXIT_CODES
+from streamconv.cli.parser import build_parser
+
+PATH = Path(__file__).parents[2] / "docs" / "cli.md"
+HEAD = """# Command line
+
+Made of the parser by `make docs`; `streamconv COMMAND --help` says the same. A size is a number of bytes or has a unit:
+96MiB, 4GiB are powers of 1024, 300M, 4G of 1000.
+
+- A result for programs is one JSON object on stdout (`--json`, see [json.md](json.md)). Warnings and errors are one line
+  each on stderr, `streamconv: FILE: TENSOR: what (the way out)`; the progress bar is there, too.
+- The bar is shown on a terminal alone. No colour is used, so `NO_COLOR` holds without being asked for.
+- A closed pipe ends the command without a word; characters that the terminal's encoding lacks are shown escaped.
+- `-v` says more, and shows the traceback of a bug of ours, which otherwise is one line.
+- Completion of commands and options: `pip install "streamconv[completion]"`, then, once in ~/.bashrc or ~/.zshrc,
+  `eval "$(register-python-argcomplete streamconv)"`.
+"""
+
+
+def render() -> str:
+    """The page."""
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    shown = {action.dest: action.help for action in commands._choices_actions}
+    lines = [HEAD, "```text", str(parser.epilog), "```", ""]
+    lines += [f"- [`streamconv {name}`](#streamconv-{name}): {text}" for name, text in shown.items()]
+    for name in shown:
+        lines += ["", f"## streamconv {name}", "", *_command(name, commands.choices[name])]
+    return "\n".join(lines) + "\n"
+
+
+def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    positionals = [action for action in parser._actions if not action.option_strings]
+    words = " ".join(str(action.metavar) for action in positionals)
+    needed = [f"{a.option_strings[-1]} {a.metavar}" for a in parser._actions if a.option_strings and a.required]
+    yield f"    {' '.join(filter(None, ('streamconv', name, words, *needed, '[options]')))}"
+    yield ""
+    yield str(parser.description)
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.dest != "help"]
+        if actions:
+            title = "" if group.title in ("positional arguments", "options") else f"{group.title}:"
+            yield from ("", *((title, "") if title else ()), "| | |", "|---|---|")
+            yield from (_row(action) for action in actions)
+    example, _, codes = str(parser.epilog).partition("exit codes:")
+    if example.strip():
+        title, _, text = example.strip().partition("\n")
+        yield from ("", title, "", *(f"    {line.removeprefix('  ')}".rstrip() for line in text.splitlines()))
+    if codes not in EXIT_CODES:
+        yield from ("", f"exit codes: {codes.strip()}")
+
+
+def _row(action: argparse.Action) -> str:
+    if action.nargs == 0:
+        name = ", ".join(action.option_strings)
+    else:
+        value = action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}"
+        name = f"{', '.join(action.option_strings)} {value}".strip()
+    help_ = str(action.help).replace("|", "\\|")
+    return f"| `{name}` | {help_} |"
+
+
+if __name__ == "__main__":
+    PATH.write_text(render(), encoding="utf-8")
+    sys.exit(0)

@@ -1,0 +1,164 @@
+"""The command as people and scripts use it: help, pipes, encodings, completion, errors; and its page in docs/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import streamconv
+from streamconv import cli
+from streamconv.cli.parser import build_parser
+from tests import tiny
+from tests.tools import cli_docs
+
+COMMANDS = ("convert", "lora", "verify", "batch", "inspect", "architectures", "draft")
+
+
+def run(*words: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "streamconv", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True)
+
+
+def help_of(*words: str) -> str:
+    done = run(*words, "--help", COLUMNS="100")
+    assert done.returncode == 0
+    return done.stdout.decode()
+
+
+def test_version() -> None:
+    assert run("--version").stdout.decode() == f"streamconv {streamconv.__version__}\n"
+
+
+def test_help_lists_the_commands_and_not_the_one_of_our_own() -> None:
+    text = help_of()
+    assert all(f"\n    {name}" in text for name in COMMANDS)
+    assert "batch-job" not in text
+    assert "exit codes:" in text
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"architectures"}))
+def test_help_of_a_command_has_an_example(command: str) -> None:
+    assert f"example:\n  streamconv {command} " in help_of(command) or "example of JOBS:" in help_of(command)
+
+
+def test_every_option_is_explained_and_none_is_abbreviated() -> None:
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for name, parser in commands.choices.items():
+        if name == "batch-job":
+            continue
+        assert not parser.allow_abbrev
+        assert [action.dest for action in parser._actions if not action.help] == []
+        assert {"-v", "--verbose"} <= set(parser._option_string_actions)
+
+
+def test_the_page_is_what_the_parser_says() -> None:
+    assert cli_docs.PATH.read_text(encoding="utf-8") == cli_docs.render(), "run `make docs`"
+
+
+def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
+    done = run("convert", "x", "--outtype", "q4_0", "--json")
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("streamconv: argument --outtype: invalid choice: 'q4_0'")
+    assert done.stderr.decode().count("\n") == 1
+    assert json.loads(done.stdout)["error"]["kind"] == "usage"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model whose name no ASCII terminal can show."""
+    folder = tmp_path_factory.mktemp("modèle-模")
+    streamconv.convert(tiny.lfm2(folder / "src"), folder / "größe.gguf", outtype="q8_0", name="Größe 模 🦙")
+    return folder / "größe.gguf"
+
+
+def test_a_closed_pipe_ends_it_without_a_word(model: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "streamconv", "inspect", str(model), "--tensors"]
+    with os.fdopen(write_end, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_the_head_of_a_long_output_is_all_that_is_asked_for(model: Path) -> None:
+    line = f"{sys.executable} -m streamconv inspect '{model}' --tensors --json | head -c 20"
+    done = subprocess.run(["bash", "-c", line], capture_output=True)
+    assert (done.stdout, done.stderr) == (b'{"schema": 1, "kind"', b"")
+
+
+def test_a_full_disk_behind_stdout_is_an_error_of_ours(model: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "streamconv", "inspect", str(model)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 5
+    assert done.stderr == "streamconv: standard output: cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_all_characters(model: Path, encoding: str) -> None:
+    done = run("inspect", model, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = {
+        "ascii": "Gr\\xf6\\xdfe \\u6a21 \\U0001f999",
+        "latin-1": "Größe \\u6a21 \\U0001f999",
+        "utf-8": "Größe 模 🦙",
+    }
+    assert shown[encoding] in done.stdout.decode(encoding)
+    assert run("inspect", model.with_name("nö.gguf"), PYTHONIOENCODING=encoding).returncode == 3
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "src")
+    command = [os.fsencode(sys.executable), b"-m", b"streamconv", b"convert", os.fsencode(source), b"-o", b"\xff.gguf"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.gguf"))).exists()
+
+
+def test_a_bug_of_ours_is_one_line_and_with_v_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setattr("streamconv.recipe.all_recipes", broken)
+    assert cli.main(["architectures"]) == 1
+    expected = "streamconv: a bug of ours: ZeroDivisionError: a b (please report it, with what -v shows)\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["architectures", "-v"])
+
+
+def test_verbose_says_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny.llama(tmp_path / "src")
+    said = []
+    for options in ([], ["-v"], ["--quiet"]):
+        assert cli.main(["convert", str(source), "-o", str(tmp_path / "m.gguf"), "--force", "--sha256", *options]) == 0
+        said.append(capsys.readouterr().out.splitlines())
+    assert [len(lines) for lines in said] == [2, 6, 0]
+    assert any("sha256" in line for line in said[1])
+
+
+def test_completion_knows_commands_and_options(tmp_path: Path) -> None:
+    def complete(line: str) -> list[str]:
+        env = {
+            "_ARGCOMPLETE": "1",
+            "COMP_LINE": line,
+            "COMP_POINT": str(len(line)),
+            "_ARGCOMPLETE_IFS": "\n",
+            "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"),
+        }
+        done = run(**env)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "out").read_text().split("\n")
+
+    assert [word.strip() for word in complete("streamconv in")] == ["inspect"]
+    assert [word.strip() for word in complete("streamconv convert x --outtype q")] == ["q8_0"]
+    assert b"PYTHON_ARGCOMPLETE_OK" in (Path(streamconv.__file__).parent / "__main__.py").read_bytes()[:1024]
