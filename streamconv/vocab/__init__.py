@@ -52,10 +52,8 @@ def read_vocabulary(
     """
     companions = Companions.load(directory, config)
     source = _read_source(directory, companions, n_vocab)
-    tokens, cautions = source.tokens, source.tokens.cautions
-    name = pre or "default"
-    if source.model == "gpt2":
-        name = _pre_tokenizer(source, default_pre, pre)
+    tokens = source.tokens
+    name = _pre_tokenizer(source, default_pre, pre) if source.model == "gpt2" else pre or "default"
     keys = [KeyValue.string(Keys.Tokenizer.MODEL, source.model), KeyValue.string(Keys.Tokenizer.PRE, name)]
     special = _special_keys(source, companions, n_vocab)
     texts, types, scores = tokens.packed()
@@ -65,8 +63,8 @@ def read_vocabulary(
     keys.append(KeyValue.array(Keys.Tokenizer.TOKEN_TYPE, types))
     if source.model == "gpt2" and source.merges is not None:
         keys.append(KeyValue.array(Keys.Tokenizer.MERGES, source.merges.lines))
-    templates, template_cautions = chat_template_keys(companions)
-    return Vocabulary((*keys, *special, *templates), (*cautions, *template_cautions))
+    templates, cautions = chat_template_keys(companions)
+    return Vocabulary((*keys, *special, *templates), (*tokens.cautions, *cautions))
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from streamconv.strict_json import parse_object
 from streamconv.vocab.packing import joined, split
 
 WINDOW_NBYTES = 128 << 10
-MAX_ENTRY_NBYTES = 64 << 10  # one entry of a batch, one key; a real token has at most a few hundred bytes
+MAX_ENTRY_NBYTES = 64 << 10  # a batch, and so an entry of it; a key. A real token has at most a few hundred bytes
 MAX_STRING_NBYTES = 512 << 10  # in what is passed over: T5's normalizer has a string of 0.3 MB
 MAX_KEYS = 1024
 MAX_DEPTH = 64
@@ -30,12 +30,12 @@ BATCH = 4096  # entries; bounds what a batch costs as Python objects
 # Building blocks of patterns. All quantifiers are possessive: a match takes linear time and never goes back.
 SPACE = rb"[ \t\n\r]*+"
 STRING = rb'"(?:[^"\\\x00-\x1f]++|\\[\x20-\xff])*+"'
+FLAT = rb'(?:[^"\[\]{}]++|' + STRING + rb")*+"  # what is inside brackets that have no others in them
 
 _SPACE = re.compile(SPACE)
 _STRING = re.compile(STRING)
 _SCALAR = re.compile(rb'[^ \t\n\r,:"\[\]{}]++')
-_FLAT = rb'(?:[^"\[\]{}]++|' + STRING + rb")*+"
-_PLAIN = re.compile(rb'(?:[^"\[\]{}]++|' + STRING + rb"|\[" + _FLAT + rb"\]|\{" + _FLAT + rb"\})*+")
+_PLAIN = re.compile(rb'(?:[^"\[\]{}]++|' + STRING + rb"|\[" + FLAT + rb"\]|\{" + FLAT + rb"\})*+")
 _CLOSING = {ord("["): ord("]"), ord("{"): ord("}")}
 
 # Escapes become the bytes they stand for while a batch is still whole: a quote and a backslash are marked by bytes that
@@ -73,6 +73,11 @@ class Batch:
         if text is not self.text:
             strings = split(joined(strings).translate(_UNMARK))
         return strings, parts[2::2]
+
+    def values(self, file: Path) -> list[Any]:
+        """The entries of an array as Python objects. SourceError naming `file` on what is no JSON in them."""
+        values: list[Any] = parse_object(b'{"":[' + self.text.rstrip(b" \t\n\r,") + b"]}", file)[""]
+        return values
 
 
 def _resolve(text: bytes) -> bytes:
@@ -183,17 +188,6 @@ class JsonStream:
                 return
             self.take(b",")
 
-    def elements(self) -> Iterator[None]:
-        """As `members`, of an array: a turn for each element."""
-        self.take(b"[")
-        if self._takes(b"]"):
-            return
-        while True:
-            yield
-            if self._takes(b"]"):
-                return
-            self.take(b",")
-
     def batches(self, kind: EntryKind) -> Iterator[Batch]:
         """A large object or array of small entries, some thousands of them at a time."""
         self.take(kind.opening)
@@ -202,13 +196,13 @@ class JsonStream:
         while True:
             self.peek()
             self._fill(MAX_ENTRY_NBYTES)
-            position = self.position
-            run = kind.run.match(self._window, self._at)
+            position, limit = self.position, self._at + MAX_ENTRY_NBYTES
+            run = kind.run.match(self._window, self._at, limit)
             if run:
                 self._at = run.end()
                 yield Batch(position, run.group())
                 continue
-            last = kind.one.match(self._window, self._at)
+            last = kind.one.match(self._window, self._at, limit)
             if not last:
                 self.expected(kind.name)
             self._at = last.end()

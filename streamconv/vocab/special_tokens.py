@@ -91,7 +91,7 @@ def _read_template(processor: Mapping[str, Any], roles: Roles) -> None:
         if first not in (texts.get("bos"), texts.get("cls")):
             texts.setdefault("bos", first)
             texts.setdefault("cls", first)
-        roles.add["bos"] = first in (texts["bos"], texts.get("cls"))
+        roles.add["bos"] = first in (texts.get("bos"), texts.get("cls"))
     if last is not None:
         if last != texts.get("eos") and "eos" in texts:
             # What was the end of a sequence ends a turn, then.

@@ -22,18 +22,19 @@ from numpy.typing import NDArray
 
 from streamconv.errors import SourceError
 from streamconv.gguf_format import PackedArray
-from streamconv.vocab.json_stream import SPACE, STRING, Batch, EntryKind, JsonStream
+from streamconv.vocab.json_stream import FLAT, SPACE, STRING, Batch, EntryKind, JsonStream
 from streamconv.vocab.packing import BETWEEN, encode_joined, joined, split
 
 FILE_NAME = "tokenizer.json"
 MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
 MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a model of speech has 28,000 of 20 bytes
-MAX_PART_NBYTES = 16 << 10  # a pre-tokenizer, a post-processor, an added token: real ones have at most some KB
+MAX_PART_NBYTES = 16 << 10  # a pre-tokenizer, a post-processor: real ones have at most some KB
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 # Stands for a part that is too large to be one that llama.cpp has, such as a normalizer with a map of characters.
 TOO_LARGE = {"type": f"of more than {MAX_PART_NBYTES:,} bytes"}
 
+_ADDED = EntryKind("an added token", b"[", rb"\{" + FLAT + rb"\}", b"]")
 _ID = rb"(?:0|[1-9][0-9]{0,9}+)"
 _VOCAB = EntryKind("a token and its id", b"{", STRING + SPACE + rb":" + SPACE + _ID, b"}")
 _MERGE_LINES = EntryKind('a merge such as "a b"', b"[", STRING, b"]")
@@ -112,7 +113,7 @@ class TokenizerJson:
 
     @property
     def model_type(self) -> str:
-        """BPE, Unigram, WordPiece or WordLevel. Files from before 2020 say only what their fields show."""
+        """BPE, Unigram, WordPiece or WordLevel. Old files leave it out."""
         return str(self.model.get("type") or ("BPE" if self.merges else "of no type"))
 
 
@@ -168,14 +169,12 @@ class _Reader:
                 self.result.model[key] = self.stream.value_or(MAX_PART_NBYTES, TOO_LARGE)
 
     def _read_added(self) -> None:
-        for _ in self.stream.elements():
-            entry = self.stream.value(MAX_PART_NBYTES)
-            token = parse_added_token(entry, self.n_vocab, self.result.path)
-            if len(self.result.added) == self.n_vocab:
-                self.stream.fail(f"more added tokens than the model's {self.n_vocab:,} rows")
-            if self.result.added.text_nbytes + len(token.text) > MAX_ADDED_NBYTES:
-                self.stream.fail(f"added tokens of more than {MAX_ADDED_NBYTES:,} bytes in all")
-            self.result.added.append(token)
+        path, added = self.result.path, self.result.added
+        for batch in self.stream.batches(_ADDED):
+            for entry in batch.values(path):
+                added.append(parse_added_token(entry, self.n_vocab, path))
+            if len(added) > self.n_vocab or added.text_nbytes > MAX_ADDED_NBYTES:
+                self.stream.fail(f"more added tokens than the model's {self.n_vocab:,} rows, or of too many bytes")
 
     def _read_vocab(self) -> None:
         vocab = self.result.vocab

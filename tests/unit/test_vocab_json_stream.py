@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from streamconv.errors import SourceError
 from streamconv.vocab import json_stream
-from streamconv.vocab.json_stream import STRING, EntryKind, JsonStream
+from streamconv.vocab.json_stream import FLAT, STRING, EntryKind, JsonStream
 
 LARGE = 1 << 30
 NUMBERS = EntryKind("a number", b"[", rb"[0-9]++", b"]")
@@ -70,14 +70,30 @@ def test_batches_are_bounded_and_tile_the_array(tmp_path: Path) -> None:
     assert all(path.read_bytes()[b.position :].startswith(b.text) for b in batches)
 
 
-def test_members_and_elements_in_order(tmp_path: Path) -> None:
+def test_members_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, '{"a\\u0062": [1, {"x": []}, "]"], "c": {}, "d": []}')
     with JsonStream(path, LARGE) as stream:
-        seen: dict[str, Any] = {}
-        for key in stream.members():
-            seen[key] = [stream.value(99) for _ in stream.elements()] if key == "ab" else stream.value(99)
+        seen = {key: stream.value(99) for key in stream.members()}
         stream.end()
     assert seen == {"ab": [1, {"x": []}, "]"], "c": {}, "d": []}
+
+
+def test_objects_in_batches(tmp_path: Path) -> None:
+    objects = [{"a": [], "b": '}]\\"'}, {}, {"c": 1.5}]
+    flat = [{"b": '}]"\\'}, {}, {"c": 1.5, "d": None}]
+    kind = EntryKind("an object", b"[", rb"\{" + FLAT + rb"\}", b"]")
+    path = write(tmp_path, json.dumps(flat, indent=1))
+    with JsonStream(path, LARGE) as stream:
+        assert [value for batch in stream.batches(kind) for value in batch.values(path)] == flat
+    with (
+        JsonStream(write(tmp_path, json.dumps(objects)), LARGE) as stream,
+        pytest.raises(SourceError, match="an object"),
+    ):
+        list(stream.batches(kind))
+    with JsonStream(write(tmp_path, '[{"a":1,"a":2}]'), LARGE) as stream:
+        (batch,) = stream.batches(kind)
+    with pytest.raises(SourceError, match="duplicate key 'a'"):
+        batch.values(path)
 
 
 def test_what_is_passed_over_leaves_the_next_value(tmp_path: Path) -> None:
@@ -92,11 +108,11 @@ def test_what_is_passed_over_leaves_the_next_value(tmp_path: Path) -> None:
 
 
 def test_an_oversized_value_is_passed_over_or_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, json.dumps([["x" * 100], 7]))
+    path = write(tmp_path, json.dumps({"a": "x" * 100, "b": 7}))
     with JsonStream(path, LARGE) as stream:
-        assert [stream.value_or(50, "large") for _ in stream.elements()] == ["large", 7]
+        assert [stream.value_or(50, "large") for _ in stream.members()] == ["large", 7]
     with JsonStream(path, LARGE) as stream, pytest.raises(SourceError, match="of more than 50 bytes"):
-        for _ in stream.elements():
+        for _ in stream.members():
             stream.value(50)
 
 
@@ -184,10 +200,17 @@ def test_escapes(text: str, strings: list[str], tmp_path: Path) -> None:
     assert json.loads(f"[{text}]") == strings
 
 
-def test_an_entry_is_bounded(tmp_path: Path) -> None:
-    path = write(tmp_path, json.dumps(["x" * json_stream.MAX_ENTRY_NBYTES * 4]))
-    with JsonStream(path, LARGE) as stream, pytest.raises(SourceError, match="expected a string, found '\"xxx"):
-        list(stream.batches(STRINGS))
+@pytest.mark.parametrize("n_before", [0, 1000, 60_000, 130_000])
+def test_an_entry_is_bounded_wherever_it_stands(n_before: int, tmp_path: Path) -> None:
+    longest = "x" * (json_stream.MAX_ENTRY_NBYTES - 10)
+    for text, problem in ((longest, None), (longest + "y" * 10, "expected a string, found '\"xxx")):
+        path = write(tmp_path, json.dumps([*["a"] * (n_before // 5), text, "b"]))
+        with JsonStream(path, LARGE) as stream:
+            if problem is None:
+                assert sum(len(batch.strings()[0]) for batch in stream.batches(STRINGS)) == n_before // 5 + 2
+            else:
+                with pytest.raises(SourceError, match=problem):
+                    list(stream.batches(STRINGS))
 
 
 def test_white_space_without_end_is_read_in_windows(tmp_path: Path) -> None:
