@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from benchmarks.bench import Bench, Sample
-from benchmarks.cases import cgroup, convert, memory, per_tensor, startup, vocabulary
+from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, startup, vocabulary
 from benchmarks.summary import Row
 
 
@@ -22,4 +22,4 @@ class Case(Protocol):
     def rows(self, samples: Sequence[Sample]) -> list[Row]: ...
 
 
-CASES: tuple[Case, ...] = (startup, convert, memory, vocabulary, per_tensor, cgroup)
+CASES: tuple[Case, ...] = (startup, convert, merge, memory, vocabulary, per_tensor, cgroup)
