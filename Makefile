@@ -41,11 +41,25 @@ test-all: $(VENV)/.ready ## the tests, those that take minutes included
 parity: .venv-parity/.ready ## against live llama.cpp converters, transformers and PEFT (downloads torch)
 	.venv-parity/bin/pytest -q -m parity tests/parity
 
+fuzz: $(VENV)/.ready ## every parser on mutated files: SECONDS_PER_TARGET=60, or EXECUTIONS=100000 of each, TARGET=gguf
+	$(BIN)/python -m tests.fuzz $(if $(EXECUTIONS),--executions $(EXECUTIONS),--seconds $(or $(SECONDS_PER_TARGET),60)) $(addprefix --target ,$(TARGET))
+
+kills: $(VENV)/.ready ## SIGKILL, SIGINT and SIGTERM at random moments, then --resume: KILLS=500 DIRECTORY=ON-A-DISK-TO-TRY
+	$(BIN)/python -m tests.fault.kills --kills $(or $(KILLS),500) $(addprefix --directory ,$(DIRECTORY))
+	$(BIN)/python -m tests.fault.signals --signals $(or $(KILLS),500) $(addprefix --directory ,$(DIRECTORY))
+
 check: $(VENV)/.ready ## formatter, linter, types, import rules, generated docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/unit/test_imports.py
+	$(BIN)/pytest -q tests/unit/test_imports.py tests/unit/test_docs_json.py \
+	  tests/unit/test_cli.py::test_the_page_is_what_the_parser_says
+
+docs: $(VENV)/.ready ## docs/cli.md, made of the parser
+	$(BIN)/python -m tests.tools.cli_docs
+
+package-check: $(VENV)/.ready ## wheel and sdist install and run in fresh environments, on every Python that is here
+	$(BIN)/python -m tests.tools.package_check
 
 bench: $(VENV)/.bench-ready ## speed and memory: MODELS="350m 1.2b 2.6b 8b-a1b" OUTTYPES="bf16 f16 q8_0" LLAMA_CPP=FOLDER PAIRS=9
 	$(BIN)/python -m benchmarks.run
@@ -56,5 +70,5 @@ bench-smoke: $(VENV)/.bench-ready ## the benchmark in seconds, so that it cannot
 clean: ## remove environments and made files
 	rm -rf $(VENV) .venv-demo .venv-parity .demo .cache build dist *.egg-info
 
-.PHONY: help demo test check bench bench-smoke clean test-all parity
+.PHONY: help demo test fuzz kills check docs package-check bench bench-smoke clean test-all parity
 .DEFAULT_GOAL := help

@@ -27,11 +27,13 @@ from streamconv.gguf_format import KeyValue, PackedArray, Scalar
 from streamconv.gguf_reader import GGUFFile, Span, StoredTensor, refuse
 from streamconv.graph import Encode, Workspace, peak_nbytes, read
 from streamconv.job import Job
-from streamconv.plan import SLAB_NBYTES
+from streamconv.memory import resident_nbytes
+from streamconv.plan import RUN_OVERHEAD_NBYTES, SLAB_NBYTES, WORKER_OVERHEAD_NBYTES, too_small
 from streamconv.scratch import Scratch
 
 VERIFIABLE = frozenset({"F32", "F16", "BF16", "Q8_0"})
 RELATIVE_TOLERANCE = 1e-6  # of a float key: others round a double once more than we do
+_VALUE_ARRAYS = 6  # of float32: two rows, what gguf makes on the way to either, and their comparison
 COMPARED_ARRAYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
@@ -44,18 +46,20 @@ class _Pair:
     stored: StoredTensor
     slab_rows: int
 
-    @property
-    def scratch_nbytes(self) -> int:
-        return peak_nbytes(self.expected, self.slab_rows)
-
 
 def compare(
-    job: Job, paths: Sequence[Path], threads: int = 1, cancelled: Callable[[], Exception | None] = lambda: None
+    job: Job,
+    paths: Sequence[Path],
+    *,
+    limit: int,
+    threads: int = 1,
+    cancelled: Callable[[], Exception | None] = lambda: None,
 ) -> None:
     """Nothing, if the files `paths` together are what `job` would write, but for order and types.
 
+    limit: of the process's resident set, in bytes; fewer than `threads` threads are used where it asks for that.
     VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
-    not what a strict loader takes.
+    not what a strict loader takes; BudgetError where one thread is too many.
     """
     with ExitStack() as stack:
         stack.enter_context(codecs.reference_kernels())
@@ -63,9 +67,27 @@ def compare(
         for file in files:
             refuse(file.problems)
         _compare_keys(job, files[0])
-        _compare_tensors(list(_match(job, files)), threads, cancelled)
+        pairs = list(_match(job, files))
+        workers = prove_memory([pair.expected for pair in pairs], limit=limit, threads=threads)
+        _compare_tensors(pairs, workers, cancelled)
         for shard in job.shards:
             shard.check_unchanged()
+
+
+def prove_memory(tensors: Sequence[Encode], *, limit: int, threads: int) -> int:
+    """How many threads can compare `tensors` under `limit` bytes of resident memory; BudgetError where none can."""
+    worker = WORKER_OVERHEAD_NBYTES + max((_worker_nbytes(tensor) for tensor in tensors), default=0)
+    fixed = resident_nbytes()[0] + RUN_OVERHEAD_NBYTES
+    if fixed + worker > limit:
+        raise too_small(limit, fixed + worker)
+    return max(1, min(threads, (limit - fixed) // worker))
+
+
+def _worker_nbytes(tensor: Encode) -> int:
+    """The slab as it should be and as it is, what making it takes, and one row's values where the two differ."""
+    n_rows = _slab_rows(tensor)
+    values = _VALUE_ARRAYS * 4 * tensor.spec.n_columns
+    return 3 * n_rows * tensor.spec.row_nbytes + peak_nbytes(tensor, n_rows) + values
 
 
 # ---------------------------------------------------------------- keys
@@ -165,8 +187,12 @@ def _aliases(target: str) -> Iterator[str]:
 
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:
     expected = Encode(made.parents[0], stored.name, type_)
-    widest = max(expected.spec.row_nbytes, made.parents[0].spec.row_nbytes)
-    return _Pair(expected, file, stored, max(1, min(SLAB_NBYTES // widest, expected.spec.n_rows)))
+    return _Pair(expected, file, stored, _slab_rows(expected))
+
+
+def _slab_rows(tensor: Encode) -> int:
+    widest = max(tensor.spec.row_nbytes, tensor.parents[0].spec.row_nbytes, 1)
+    return max(1, min(SLAB_NBYTES // widest, tensor.spec.n_rows))
 
 
 def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[], Exception | None]) -> None:
@@ -178,7 +204,7 @@ def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[
     )
     lock, failures = threading.Lock(), queue.SimpleQueue[tuple[int, int, BaseException]]()
     stop = threading.Event()
-    slab = max((pair.scratch_nbytes for pair in pairs), default=0)
+    slab = max((peak_nbytes(pair.expected, pair.slab_rows) for pair in pairs), default=0)
 
     def work() -> None:
         workspace = Workspace(Scratch(slab))
@@ -224,24 +250,31 @@ def _compare_rows(pair: _Pair, rows: range, work: Workspace) -> None:
     except codecs.EncodeError as error:
         raise VerifyError(f"its source does not fit its type: {error.reason}", tensor=pair.stored.name) from None
     pair.file.read_into(pair.stored, rows.start * width, found)
-    if np.array_equal(expected, found):
-        return
+    differing = (expected != found).reshape(len(rows), width).any(axis=1)
+    for row in np.flatnonzero(differing).tolist():
+        _compare_values(pair, rows.start + row, *(data[row * width :][:width] for data in (expected, found)))
+
+
+def _compare_values(pair: _Pair, row: int, expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> None:
+    """VerifyError where a row of other bytes has other values too."""
     type_ = pair.expected.spec.type
-    ours, theirs = (_values(data, len(rows), type_) for data in (expected, found))
+    ours, theirs = _values(expected, type_), _values(found, type_)
     # Two NaNs are the same value, whatever their payload: other tools make them quiet.
     differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))
     if not differ.any():
         return
-    row, column = (int(n) for n in np.argwhere(differ)[0])
+    column = int(np.argmax(differ))
+    spec = pair.expected.spec
+    where = f"element {row}" if len(spec.shape) == 1 else f"row {row}, column {column}"
     raise VerifyError(
-        f"row {rows.start + row}, column {column} is {theirs[row, column]:.9g}, by its source it is "
-        f"{ours[row, column]:.9g} ({type_.name}; {int(differ.sum())} values differ in these {len(rows)} rows)",
+        f"{where} is {theirs[column]:.9g}, by its source it is {ours[column]:.9g} "
+        f"({type_.name}; {np.count_nonzero(differ)} of {differ.size} values of the row differ)",
         file=pair.file.path,
         tensor=pair.stored.name,
     )
 
 
-def _values(data: NDArray[np.uint8], n_rows: int, type_: GGMLQuantizationType) -> NDArray[np.float32]:
+def _values(row: NDArray[np.uint8], type_: GGMLQuantizationType) -> NDArray[np.float32]:
     from gguf.quants import dequantize
 
-    return dequantize(data.reshape(n_rows, -1), type_)
+    return dequantize(row, type_)

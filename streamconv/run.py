@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from streamconv import codecs
 from streamconv.compare import compare
+from streamconv.compare import prove_memory as prove_compare
 from streamconv.errors import Caution
 from streamconv.job import Job, RunOptions
 from streamconv.manifest import digest, write_manifest
@@ -34,6 +35,8 @@ def run(job: Job, options: RunOptions) -> Report:
         peak_so_far=peak,
         threads=options.n_threads,
     )
+    if options.verify:
+        prove_compare([step.tensor for step in job.steps], limit=options.limit_nbytes, threads=1)
     if options.dry_run:
         report.plan = list(_plan(job))
         report.memory = _memory(proof)
@@ -65,7 +68,8 @@ def _write(job: Job, proof: MemoryProof, options: RunOptions, report: Report) ->
             sink.complete(state_of(counts))
             tally |= counts
         if options.verify:
-            compare(job, [sink.readable_path for sink in sinks], proof.workers, options.cancelled)
+            paths = [sink.readable_path for sink in sinks]
+            compare(job, paths, limit=proof.limit, threads=proof.workers, cancelled=options.cancelled)
             report.verified = True
         digests = [digest(s.readable_path, p.layout) if options.sha256 else None
                    for s, p in zip(sinks, job.parts, strict=True)]  # fmt: skip

@@ -58,7 +58,8 @@ def verify(
     else:
         planned = _model_job(source, adapters, out, wanted, options)
     with planned as job:
-        compare(job, [output.path for output in outputs], options.n_threads, options.cancelled)
+        paths = [output.path for output in outputs]
+        compare(job, paths, limit=options.limit_nbytes, threads=options.n_threads, cancelled=options.cancelled)
         report = job.report()
     report.command, report.verified = "verify", True
     report.output, report.outputs = Path(out), outputs

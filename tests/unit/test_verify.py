@@ -1,0 +1,418 @@
+"""Verify: files of ours and of others pass, in whatever order and type; each way of being wrong is named, exit 6."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+import streamconv
+from streamconv import codecs, compare
+from streamconv.adapter import convert_adapter
+from streamconv.cli import main
+from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
+from streamconv.gguf_reader import GGUFFile
+from streamconv.graph import Encode, Resident, Workspace, peak_nbytes
+from streamconv.memory import MIB
+from streamconv.scratch import Scratch
+from streamconv.split import SplitOptions
+from streamconv.verify import verify
+from tests import tiny
+from tests.oracles import ggufs
+
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
+QUERY = "blk.2.attn_q.weight"
+NORM = "blk.1.attn_norm.weight"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.lfm2(tmp_path_factory.mktemp("source") / "lfm2")
+
+
+def made(source: Path, tmp_path: Path, outtype: str = "auto", **keywords: Any) -> Path:
+    out = tmp_path / f"{outtype}.gguf"
+    streamconv.convert(source, out, outtype=outtype, **keywords)
+    return out
+
+
+def rewritten(
+    path: Path,
+    out: Path,
+    *,
+    keys: Callable[[dict[str, Any]], None] = lambda _: None,
+    tensors: Callable[[dict[str, tuple[Any, Any]]], dict[str, tuple[Any, Any]] | None] = lambda _: None,
+) -> Path:
+    """The file as gguf-py writes it, after its keys ({name: value}) and tensors ({name: (raw, type)}) were changed."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    values = {name: field.contents() for name, field in fields.items()}
+    data = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    keys(values)
+    data = tensors(data) or data
+    writer = gguf.GGUFWriter(out, values.pop("general.architecture"))
+    for name, value in values.items():
+        types = fields[name].types
+        sub_type = types[-1] if types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, types[0], sub_type)
+    for name, (raw, type_) in data.items():
+        writer.add_tensor(name, raw, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def flip(path: Path, tensor: str, byte: int, bit: int) -> None:
+    """One bit of a tensor's data."""
+    with GGUFFile.open(path) as file:
+        at = file.tensors[tensor].offset + byte
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+# ---------------------------------------------------------------- what is right
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("model", [tiny.lfm2, tiny.lfm2moe, tiny.llama], ids=lambda model: model.__name__)
+def test_what_we_write(model: Callable[[Path], Path], outtype: str, tmp_path: Path) -> None:
+    source = model(tmp_path / "source")
+    report = verify(made(source, tmp_path, outtype), source)
+    assert report.verified
+    assert report.command == "verify"
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "ollama-legacy"])
+def test_either_dialect(source: Path, dialect: str, tmp_path: Path) -> None:
+    assert verify(made(source, tmp_path, dialect=dialect), source).verified
+
+
+def test_parts(source: Path, tmp_path: Path) -> None:
+    streamconv.convert(source, tmp_path / "x.gguf", outtype="q8_0", split=SplitOptions(max_tensors=9))
+    parts = sorted(tmp_path.glob("x-*.gguf"))
+    assert len(parts) > 2
+    report = verify(parts[0], source)
+    assert [output.path for output in report.outputs] == parts
+    flip(parts[2], next(iter(ggufs.read(parts[2]).tensors)), 0, 7)
+    with pytest.raises(VerifyError, match=parts[2].name):
+        verify(parts[0], source)
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_another_writer_and_order(source: Path, outtype: str, tmp_path: Path) -> None:
+    order = np.random.default_rng(3).permutation(len(ggufs.read(made(source, tmp_path, outtype)).tensors))
+    other = rewritten(
+        tmp_path / f"{outtype}.gguf",
+        tmp_path / "other.gguf",
+        tensors=lambda data: {name: data[name] for name in np.array(list(data))[order].tolist()},
+    )
+    assert list(ggufs.read(other).tensors) != list(ggufs.read(tmp_path / f"{outtype}.gguf").tensors)
+    assert verify(other, source).verified
+
+
+def test_types_of_its_own(source: Path, tmp_path: Path) -> None:
+    """A file may have each tensor in a type of its own, whatever --outtype would have given."""
+    f32, f16, q8 = (ggufs.read(made(source, tmp_path, name)).tensors for name in ("f32", "f16", "q8_0"))
+    kinds = [f32, f16, q8]
+
+    def mixed(data: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: (t.raw.reshape(*t.shape[:-1], -1), gguf.GGMLQuantizationType[t.type])
+            if t.type != "F32"
+            else (t.raw.view(np.float32).reshape(t.shape), gguf.GGMLQuantizationType.F32)
+            for number, name in enumerate(data)
+            for t in [kinds[number % 3][name]]
+        }
+
+    other = rewritten(tmp_path / "q8_0.gguf", tmp_path / "mixed.gguf", tensors=mixed)
+    assert {t.type for t in ggufs.read(other).tensors.values()} == {"F32", "F16", "Q8_0"}
+    assert verify(other, source).verified
+
+
+def test_adapters(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base)
+    out = tmp_path / "adapter.gguf"
+    convert_adapter(adapter, base, out)
+    assert verify(out, adapter, base=base).verified
+    with pytest.raises(UsageError, match="--base"):
+        verify(out, adapter)
+    flip(out, "blk.0.attn_q.weight.lora_b", 5, 3)
+    with pytest.raises(VerifyError, match=r"blk\.0\.attn_q\.weight\.lora_b: row 0, column 1 is"):
+        verify(out, adapter, base=base)
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("outtype", "tensor", "byte", "bit", "where"),
+    [
+        ("f32", QUERY, (17 * 64 + 5) * 4 + 2, 1, "row 17, column 5"),
+        ("f16", QUERY, (17 * 64 + 5) * 2 + 1, 0, "row 17, column 5"),
+        ("bf16", QUERY, (63 * 64 + 63) * 2, 0, "row 63, column 63"),
+        ("q8_0", QUERY, (17 * 2 + 1) * 34 + 2 + 7, 6, "row 17, column 39"),  # the second block's number 7
+        ("q8_0", QUERY, (17 * 2 + 1) * 34, 2, "row 17, column 32"),  # that block's scale
+        ("bf16", NORM, 4 * 9, 4, "element 9"),
+        ("q8_0", "token_embd.weight", 415 * 2 * 34 + 40, 0, "row 415, column 36"),
+    ],
+)
+def test_a_flipped_bit(
+    source: Path, outtype: str, tensor: str, byte: int, bit: int, where: str, tmp_path: Path
+) -> None:
+    out = made(source, tmp_path, outtype)
+    before = ggufs.read(out).tensors[tensor].float64()
+    flip(out, tensor, byte, bit)
+    after = ggufs.read(out).tensors[tensor].float64()
+    with pytest.raises(VerifyError, match=rf"{tensor}: {where} is") as caught:
+        verify(out, source)
+    place = tuple(np.argwhere(before != after)[0])
+    assert f"{where} is {after[place]:.9g}, by its source it is {before[place]:.9g}" in str(caught.value)
+
+
+def test_the_first_in_file_order_is_named(source: Path, tmp_path: Path) -> None:
+    out = made(source, tmp_path)
+    names = list(ggufs.read(out).tensors)
+    for name in (names[20], names[7], names[30]):
+        flip(out, name, 1, 6)
+    for threads in (1, 3):
+        with pytest.raises(VerifyError) as caught:
+            verify(out, source, threads=threads)
+        assert caught.value.tensor == names[7]
+
+
+def test_tensors_that_exchanged_their_data(source: Path, tmp_path: Path) -> None:
+    def swap(data: dict[str, Any]) -> None:
+        data["blk.0.ffn_gate.weight"], data["blk.0.ffn_up.weight"] = (
+            data["blk.0.ffn_up.weight"],
+            data["blk.0.ffn_gate.weight"],
+        )
+
+    other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", tensors=swap)
+    with pytest.raises(VerifyError, match=r"blk\.0\.ffn_(gate|up)\.weight: row 0, column 0 is"):
+        verify(other, source)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("lfm2.rope.freq_base", 0.0, r"key lfm2.rope.freq_base is 0.0, by its source it is 1000000.0"),  # Ollama's
+        ("lfm2.attention.head_count_kv", [0, 0, 0, 0], r"head_count_kv\[2\] is 0, by its source it is 2"),  # Ollama's
+        ("lfm2.attention.head_count_kv", [0, 0, 2], r"head_count_kv\[3\] is missing, by its source it is 0"),
+        ("lfm2.block_count", 5, "block_count is 5, by its source it is 4"),
+        ("lfm2.attention.layer_norm_rms_epsilon", 1.1e-5, "layer_norm_rms_epsilon is 1.1"),
+        ("general.architecture", "llama", "general.architecture is 'llama', by its source it is 'lfm2'"),
+    ],
+)
+def test_a_wrong_key(source: Path, key: str, value: Any, words: str, tmp_path: Path) -> None:
+    other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", keys=lambda keys: keys.update({key: value}))
+    with pytest.raises(VerifyError, match=words):
+        verify(other, source)
+
+
+def test_a_wrong_token(source: Path, tmp_path: Path) -> None:
+    def change(keys: dict[str, Any]) -> None:
+        keys["tokenizer.ggml.tokens"][300] = "other"
+
+    other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", keys=change)
+    with pytest.raises(VerifyError, match=r"tokenizer.ggml.tokens\[300\] is 'other'"):
+        verify(other, source)
+
+
+def test_a_double_that_was_rounded_once_more_is_the_same(source: Path, tmp_path: Path) -> None:
+    epsilon = float(np.nextafter(np.float32(1e-5), np.float32(1)))
+    key = "lfm2.attention.layer_norm_rms_epsilon"
+    other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", keys=lambda keys: keys.update({key: epsilon}))
+    assert verify(other, source).verified
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: {n: t for n, t in data.items() if n != QUERY}, rf"{QUERY}: the file lacks {QUERY}"),
+        (lambda data: {**data, "blk.9.extra.weight": data[NORM]}, r"blk\.9\.extra\.weight: the file holds, and its"),
+        (lambda data: {**data, NORM: (data[NORM][0].reshape(2, 32), data[NORM][1])}, r"has shape \[2, 32\], by its"),
+        (lambda data: {**data, NORM: (np.zeros((2, 18), np.uint8), gguf.GGMLQuantizationType.Q4_0)}, "shape"),
+    ],
+    ids=["lacking", "extra", "reshaped", "another type and shape"],
+)
+def test_the_wrong_tensors(source: Path, change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", tensors=change)
+    with pytest.raises(VerifyError, match=words):
+        verify(other, source)
+
+
+def test_a_type_that_cannot_be_made_again(source: Path, tmp_path: Path) -> None:
+    def quantise(data: dict[str, Any]) -> dict[str, Any]:
+        q4 = gguf.quantize(data[QUERY][0], gguf.GGMLQuantizationType.Q4_0)
+        return {**data, QUERY: (q4, gguf.GGMLQuantizationType.Q4_0)}
+
+    other = rewritten(made(source, tmp_path, "f32"), tmp_path / "other.gguf", tensors=quantise)
+    with pytest.raises(VerifyError, match=r"type Q4_0 cannot be made from the source.*BF16, F16, F32, Q8_0"):
+        verify(other, source)
+
+
+def test_another_payload_of_nan_is_the_same_value(tmp_path: Path) -> None:
+    source = tiny.lfm2(tmp_path / "source")
+    path = source / "model.safetensors"
+    tensors = tiny.read_safetensors(path)
+    name = "model.layers.2.self_attn.q_proj.weight"
+    bits = np.frombuffer(tensors[name].data, np.uint16).copy()
+    bits[70] = 0x7F81  # a signalling NaN
+    tensors[name] = tiny.Tensor("BF16", tensors[name].shape, bits.tobytes())
+    tiny.write_safetensors(path, tensors)
+    out = made(source, tmp_path)
+    flip(out, QUERY, 140, 6)  # made quiet
+    assert verify(out, source).verified
+    flip(out, QUERY, 142, 6)  # its neighbour is a number
+    with pytest.raises(VerifyError, match=r"row 1, column 7 is .* \(BF16; 1 of 64 values of the row differ\)"):
+        verify(out, source)
+
+
+def test_a_structure_that_a_strict_loader_refuses(source: Path, tmp_path: Path) -> None:
+    out = made(source, tmp_path)
+    out.write_bytes(out.read_bytes()[:-64])
+    with pytest.raises(SourceError):
+        verify(out, source)
+
+
+def test_a_source_that_is_another_model(source: Path, tmp_path: Path) -> None:
+    other = tiny.lfm2(tmp_path / "other", seed=99)
+    with pytest.raises(VerifyError, match=r"row 0, column 0 is"):
+        verify(made(source, tmp_path), other)
+
+
+# ---------------------------------------------------------------- how it is done
+
+
+def test_compiled_kernels_have_no_part_in_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is wrong makes a wrong file, and is not believed when that is read back."""
+
+    def wrong(*arguments: Any) -> Any:
+        raise AssertionError("a compiled kernel was called")
+
+    out = made(source, tmp_path, "q8_0")
+    monkeypatch.setattr(codecs, "_kernels", SimpleNamespace(encode=wrong, __getattr__=wrong))
+    with pytest.raises((AssertionError, AttributeError)):
+        made(source, tmp_path, "f16")
+    assert verify(out, source).verified
+    assert codecs.kernel_name() == "c"  # and is there again
+
+
+def test_verify_before_the_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """convert --verify refuses a file that came out wrong, and leaves nothing of it."""
+    real = streamconv.convert.__globals__["run"].__globals__["stream"]
+
+    def spoiled(layout: Any, sink: Any, *arguments: Any, **keywords: Any) -> Any:
+        tally = real(layout, sink, *arguments, **keywords)
+        (part,) = tmp_path.glob("*.part")
+        with part.open("r+b") as file:
+            file.seek(layout.steps[3].offset + 10)
+            file.write(b"\xaa")
+        return tally
+
+    monkeypatch.setitem(streamconv.convert.__globals__["run"].__globals__, "stream", spoiled)
+    out = tmp_path / "out.gguf"
+    assert main(["convert", str(source), "-o", str(out), "--verify", "--quiet"]) == 6
+    assert list(tmp_path.iterdir()) == []
+    assert main(["convert", str(source), "-o", str(out), "--quiet"]) == 0  # what --verify is for
+    assert main(["verify", str(out), "--source", str(source), "--quiet"]) == 6
+
+
+def test_the_commands_exit_codes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.gguf"
+    assert main(["convert", str(source), "-o", str(out), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] is True
+    assert main(["verify", str(out), "--source", str(source)]) == 0
+    assert "are what" in capsys.readouterr().out
+    flip(out, QUERY, 0, 6)
+    assert main(["verify", str(out), "--source", str(source), "--json"]) == 6
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["kind"], error["exit_code"], error["tensor"]) == ("verify", 6, QUERY)
+
+
+def test_digests(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    report = streamconv.convert(source, out, outtype="q8_0", sha256=True)
+    content = out.read_bytes()
+    manifest = json.loads((tmp_path / "out.gguf.manifest.json").read_text())
+    assert manifest["sha256"] == report.outputs[0].sha256 == hashlib.sha256(content).hexdigest()
+    assert manifest["nbytes"] == len(content)
+    stored = ggufs.read(out).tensors
+    assert [entry["name"] for entry in manifest["tensors"]] == list(stored)
+    for entry in manifest["tensors"]:
+        data = content[entry["offset"] : entry["offset"] + entry["nbytes"]]
+        assert entry["sha256"] == hashlib.sha256(data).hexdigest() == stored[entry["name"]].sha256
+        assert (tuple(entry["shape"]), entry["type"]) == (stored[entry["name"]].shape, stored[entry["name"]].type)
+
+
+def test_memory_bounds_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "resident_nbytes", lambda: (50 * MIB, 50 * MIB))
+    tensor = Encode(Resident(tiny.noise("x", (300, 640), 1.0)), "x", Q8_0)
+    assert compare.prove_memory([tensor], limit=1 << 40, threads=4) == 4
+    worker = compare.WORKER_OVERHEAD_NBYTES + compare._worker_nbytes(tensor)
+    fixed = 50 * MIB + compare.RUN_OVERHEAD_NBYTES
+    assert compare.prove_memory([tensor], limit=fixed + 3 * worker - 1, threads=4) == 2
+    assert compare.prove_memory([tensor], limit=fixed + worker, threads=4) == 1
+    with pytest.raises(BudgetError, match=r"needs 5[0-9] MiB"):
+        compare.prove_memory([tensor], limit=fixed + worker - 1, threads=4)
+
+
+@pytest.mark.parametrize("shape", [(300, 640), (1, 1 << 20), (5, 320_000)])
+@pytest.mark.parametrize("outtype", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16, Q8_0])
+def test_comparing_takes_what_it_declares(
+    shape: tuple[int, int], outtype: gguf.GGMLQuantizationType, tmp_path: Path
+) -> None:
+    tensor = Encode(Resident(tiny.noise("x", shape, 1.0)), "x", outtype)
+    out = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(out, "x")
+    writer.add_tensor("x", np.full((shape[0], tensor.spec.row_nbytes), 7, np.uint8), raw_dtype=outtype) if (
+        outtype != gguf.GGMLQuantizationType.F32
+    ) else writer.add_tensor("x", np.full(shape, 7.0, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with GGUFFile.open(out) as file, codecs.reference_kernels():
+        pair = compare._pair(tensor, file, file.tensors["x"], outtype)
+        work = Workspace(Scratch(peak_nbytes(tensor, pair.slab_rows)))
+        declared = compare._worker_nbytes(tensor) - peak_nbytes(tensor, pair.slab_rows)
+        gguf.dequantize(np.zeros(34, np.uint8), Q8_0)  # what is imported or cached once
+        tracemalloc.start()
+        try:
+            with pytest.raises(VerifyError, match="row 0, column 0"):
+                compare._compare_rows(pair, range(pair.slab_rows), work)
+            assert tracemalloc.get_traced_memory()[1] <= declared + (128 << 10)
+        finally:
+            tracemalloc.stop()
+
+
+def test_verify_keeps_to_the_bound(tmp_path: Path) -> None:
+    """A whole process under --max-memory, on a tensor larger than that."""
+    source = tiny.llama(tmp_path / "source", vocab=404, n_layers=1, hidden=64, ff=160_000, dtype="BF16")
+    out = tmp_path / "out.gguf"
+    limit = 96 * MIB
+    streamconv.convert(source, out, outtype="f32")
+    code = (
+        "import json, streamconv;"
+        f"print(json.dumps(streamconv.verify({str(out)!r}, {str(source)!r}, max_memory={limit}).to_json()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    report = json.loads(done.stdout)
+    assert out.stat().st_size > 100 * MIB
+    assert report["peak_rss_nbytes"] <= limit
