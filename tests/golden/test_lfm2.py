@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 import streamconv
 from tests import cases
@@ -76,6 +77,13 @@ def test_run_time_refuses_the_legacy_name(workshop: Workshop) -> None:
     outcome = runtime.load(workshop.gguf("lfm2-given", "f32", "ollama-legacy"))
     assert outcome.status == "refused"
     assert "token_embd_norm.weight" in outcome.log
+
+
+def test_run_time_tokenizes_as_tokenizers_does(workshop: Workshop) -> None:
+    library = tokenizers.Tokenizer.from_file(str(workshop.source("lfm2-given") / "tokenizer.json"))
+    for text in cases.TEXTS:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert runtime.tokenize(workshop.gguf("lfm2-given"), text, add_special=True) == [1, *ids]
 
 
 def test_shards_leave_no_trace(workshop: Workshop, tmp_path: Path) -> None:

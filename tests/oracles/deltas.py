@@ -88,7 +88,8 @@ def _factors(adapter: Path) -> dict[str, dict[str, Matrix]]:
 
 
 def _rank(parts: Mapping[str, Matrix]) -> int:
-    return parts["a"].shape[1] if "a" in parts else next(v for k, v in parts.items() if "A" in k).shape[0]
+    _, rank = parts["a"].shape if "a" in parts else next(v for k, v in parts.items() if "A" in k).T.shape
+    return int(rank)
 
 
 def _product(parts: Mapping[str, Matrix]) -> Matrix:

@@ -26,9 +26,10 @@ transformers.logging.disable_progress_bar()
 
 def load(checkpoint: Path, adapter: Path | None = None) -> Any:
     """The model in float32, in evaluation mode, `adapter` on it as a PeftModel; ValueError if a tensor is left over."""
-    model, seen = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
+    model, seen = loaded
     _refuse(checkpoint, {kind: seen[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")})
     if adapter is not None:
         model = _adapted(model, adapter)
