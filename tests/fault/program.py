@@ -1,166 +1,109 @@
-"""The whole command as a process that can be stopped at will: what the tests of interrupts, kills and moving sources run.
-
-Owns: a checkpoint, a child that runs the command and reports each chunk that it has written, and what must hold after
-it. Records are made small here, so that a run of a fraction of a second has many.
-"""
+"""A whole conversion in pieces so small that a tiny checkpoint passes through every state: what program tests run."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
+import pytest
+
+import streamconv
+from streamconv import plan, stream
+from streamconv.report import Report
+from streamconv.split import SplitOptions
 from tests import tiny
+from tests.fault.trial import OLD
 
-OLD = b"what was there before"
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+CHUNK_NBYTES = 16384
+RECORD_NBYTES = 3 * CHUNK_NBYTES
 
-# In the child: small chunks and records; a byte on the pipe for each chunk, and an answer awaited where it is asked for.
-_CHILD = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-from streamconv import plan, run, sink, stream
-from streamconv.cli import main
-reports, answers = int(sys.argv[1]), int(sys.argv[2])
-plan.CHUNK_NBYTES = stream.CHUNK_NBYTES = (1 << 16,)
-stream.RECORD_NBYTES = 1 << 18
-write = sink.Sink.write
-def reported(self, offset, view):
-    write(self, offset, view)
-    os.write(reports, b".")
-    if answers >= 0:
-        os.read(answers, 1)
-sink.Sink.write = reported
-sys.exit(main(sys.argv[3:]))
-"""
+
+@contextmanager
+def small_steps() -> Iterator[None]:
+    """Chunks and records at sizes that suit kilobytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plan, stream):
+            patch.setattr(module, "CHUNK_NBYTES", (CHUNK_NBYTES,))
+        patch.setattr(stream, "RECORD_NBYTES", RECORD_NBYTES)
+        yield
+
+
+def make_source(directory: Path) -> Path:
+    """An LFM2 checkpoint in two shards, with NaNs and infinities all over, so that a resumed run must count on."""
+    tiny.lfm2(directory, n_shards=2)
+    for path in directory.glob("*.safetensors"):
+        tensors = tiny.read_safetensors(path)
+        for number, (name, tensor) in enumerate(sorted(tensors.items())):
+            data = bytearray(tensor.data)
+            for at in range(0, len(data) - 1, 2 * (577 + number)):
+                data[at : at + 2] = (b"\xc0\x7f", b"\x80\xff")[at // 2 % 2]
+            tensors[name] = tiny.Tensor(tensor.dtype, tensor.shape, bytes(data))
+        tiny.write_safetensors(path, tensors)
+    return directory
 
 
 @dataclass
 class Program:
-    """One conversion of `src` to `dst`, run as often as it takes."""
+    """`streamconv.convert` from `source` to `dst`, alone in its folder."""
 
-    src: Path
+    source: Path
     dst: Path
-    options: Sequence[str] = ("--outtype", "f32", "--threads", "2")
-    n_kills: int = field(default=0, init=False)
+    split: SplitOptions = field(default_factory=SplitOptions)
+    threads: int = 1
+    progress: Callable[[], None] = field(default=lambda: None)
 
-    @classmethod
-    def make(cls, directory: Path, n_shards: int = 1) -> Program:
-        """A checkpoint of 2 MB in `directory`, and a destination that holds something."""
-        src = tiny.llama(directory / "src", ff=1100, n_layers=3, dtype="BF16", n_shards=n_shards)
-        (directory / "out").mkdir()
-        dst = directory / "out" / "model.gguf"
-        dst.write_bytes(OLD)
-        return cls(src, dst)
+    def run(self, *, resume: bool = False) -> Report:
+        with small_steps():
+            return streamconv.convert(
+                self.source,
+                self.dst,
+                outtype="bf16",
+                split=self.split,
+                threads=self.threads,
+                force=True,
+                resume=resume,
+                progress=lambda done, total: self.progress(),
+            )
 
-    @cached_property
-    def expected(self) -> str:
-        """The digest of an undisturbed run's file."""
-        dst = self.dst.parent.parent / "undisturbed.gguf"
-        Program(self.src, dst, self.options).run()
-        return digest(dst)
-
-    def command(self, *, resume: bool) -> list[str]:
-        words = ["convert", str(self.src), "-o", str(self.dst), "--force", "--quiet", *self.options]
-        return [*words, "--resume"] if resume else words
-
-    def start(self, *, resume: bool = False, answered: bool = False) -> Running:
-        return Running(self.command(resume=resume), answered)
-
-    def run(self, *, resume: bool = False) -> None:
-        """To its end, which must be a good one."""
-        running = self.start(resume=resume)
-        running.steps(1 << 30)
-        code, printed = running.end()
-        assert code == 0, printed
-
-    def stop_at(self, n_steps: int, number: signal.Signals, *, resume: bool = False) -> Stopped:
-        """Stopped by a signal when it has written `n_steps` chunks, or so."""
-        running = self.start(resume=resume)
-        running.steps(n_steps)
-        started = time.monotonic()
-        running.process.send_signal(number)
-        running.steps(1 << 30)
-        code, printed = running.end()
-        return Stopped(code, printed, time.monotonic() - started)
+    def outputs(self) -> dict[str, bytes]:
+        """Every GGUF there is, by name."""
+        return {path.name: path.read_bytes() for path in self.dst.parent.glob("*.gguf")}
 
     def left_behind(self) -> set[str]:
-        return {path.name for path in self.dst.parent.iterdir()} - {self.dst.name}
+        return {path.name for path in self.dst.parent.iterdir()} - self.outputs().keys()
 
-    def assert_untouched(self) -> None:
-        assert self.dst.read_bytes() == OLD
-
-    def assert_done(self) -> None:
-        assert digest(self.dst) == self.expected
-        assert not self.left_behind()
+    def put_old(self, names: set[str]) -> None:
+        """Files that the run will replace."""
+        for name in names:
+            (self.dst.parent / name).write_bytes(OLD)
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """How a run ended that was sent a signal, and how long that took."""
+class Finished:
+    """What an undisturbed run made and said."""
 
-    code: int
-    printed: str
-    seconds: float
+    outputs: dict[str, bytes]
+    warnings: list[tuple[str, str | None, str]]
 
+    @classmethod
+    def of(cls, program: Program) -> Finished:
+        return cls({}, []).after(program, program.run())
 
-class Running:
-    """A child, and the two pipes to it."""
+    def after(self, program: Program, report: Report) -> Finished:
+        warnings = [(note.code, note.tensor, note.message) for note in report.warnings if note.code != "stale-part"]
+        return Finished(program.outputs(), warnings)
 
-    def __init__(self, words: Sequence[str], answered: bool) -> None:
-        self._reports, reports = os.pipe()
-        answers, self._answers = os.pipe()
-        child = [sys.executable, "-c", _CHILD, str(reports), str(answers if answered else -1), *words]
-        self.process = subprocess.Popen(
-            child, pass_fds=(reports, answers), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        os.close(reports)
-        os.close(answers)
+    def assert_old_or_new(self, program: Program) -> None:
+        for name, data in program.outputs().items():
+            assert data in (OLD, self.outputs[name]), name
 
-    def steps(self, n: int) -> None:
-        """Wait until it has written `n` more chunks, or ended."""
-        while n and os.read(self._reports, 1):
-            n -= 1
-
-    def answer(self, n: int) -> None:
-        """Let it go on for `n` chunks."""
-        os.write(self._answers, b"." * n)
-
-    def end(self) -> tuple[int, str]:
-        """(exit code, all that was printed) once it has ended."""
-        os.close(self._answers)
-        printed = self.process.communicate()[0]
-        os.close(self._reports)
-        return self.process.returncode, printed
+    def assert_same(self, program: Program, report: Report) -> None:
+        assert self.after(program, report) == self
+        assert not program.left_behind()
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def stop_and_resume(program: Program, chance: random.Random, numbers: Sequence[signal.Signals]) -> list[Stopped]:
-    """Stop the program at up to four random moments, check what must hold after each, and let it finish."""
-    stops = []
-    for attempt in range(chance.randrange(1, 5)):
-        number = chance.choice(numbers)
-        stopped = program.stop_at(chance.randrange(1, 60), number, resume=attempt > 0)
-        if stopped.code == 0:  # it was faster
-            program.assert_done()
-            return stops
-        assert stopped.code == EXIT_CODES[number], stopped.printed
-        if number != signal.SIGKILL:
-            assert "--resume" in stopped.printed
-            assert stopped.printed.count("\n") == 1
-        program.assert_untouched()
-        stops.append(stopped)
-    program.run(resume=True)
-    program.assert_done()
-    return stops
+def empty(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    return directory

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fault.program import Program, stop_and_resume
+from tests.fault.stopped import Program, stop_and_resume
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 

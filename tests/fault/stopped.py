@@ -1,0 +1,166 @@
+"""The whole command as a process that can be stopped at will: what the tests of interrupts and kills run.
+
+Owns: a checkpoint, a child that runs the command and reports each chunk that it has written, and what must hold after
+it. Records are made small here, so that a run of a fraction of a second has many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from tests import tiny
+
+OLD = b"what was there before"
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+
+# Small chunks and records; a byte on the pipe for each chunk, and an answer awaited where it is asked for.
+_CHILD = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from streamconv import plan, run, sink, stream
+from streamconv.cli import main
+reports, answers = int(sys.argv[1]), int(sys.argv[2])
+plan.CHUNK_NBYTES = stream.CHUNK_NBYTES = (1 << 16,)
+stream.RECORD_NBYTES = 1 << 18
+write = sink.Sink.write
+def reported(self, offset, view):
+    write(self, offset, view)
+    os.write(reports, b".")
+    if answers >= 0:
+        os.read(answers, 1)
+sink.Sink.write = reported
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@dataclass
+class Program:
+    """One conversion of `src` to `dst`, run as often as it takes."""
+
+    src: Path
+    dst: Path
+    options: Sequence[str] = ("--outtype", "f32", "--threads", "2")
+    n_kills: int = field(default=0, init=False)
+
+    @classmethod
+    def make(cls, directory: Path, n_shards: int = 1) -> Program:
+        """A checkpoint of 2 MB in `directory`, and a destination that holds something."""
+        src = tiny.llama(directory / "src", ff=1100, n_layers=3, dtype="BF16", n_shards=n_shards)
+        (directory / "out").mkdir()
+        dst = directory / "out" / "model.gguf"
+        dst.write_bytes(OLD)
+        return cls(src, dst)
+
+    @cached_property
+    def expected(self) -> str:
+        """The digest of an undisturbed run's file."""
+        dst = self.dst.parent.parent / "undisturbed.gguf"
+        Program(self.src, dst, self.options).run()
+        return digest(dst)
+
+    def command(self, *, resume: bool) -> list[str]:
+        words = ["convert", str(self.src), "-o", str(self.dst), "--force", "--quiet", *self.options]
+        return [*words, "--resume"] if resume else words
+
+    def start(self, *, resume: bool = False, answered: bool = False) -> Running:
+        return Running(self.command(resume=resume), answered)
+
+    def run(self, *, resume: bool = False) -> None:
+        """To its end, which must be a good one."""
+        running = self.start(resume=resume)
+        running.steps(1 << 30)
+        code, printed = running.end()
+        assert code == 0, printed
+
+    def stop_at(self, n_steps: int, number: signal.Signals, *, resume: bool = False) -> Stopped:
+        """Stopped by a signal when it has written `n_steps` chunks, or so."""
+        running = self.start(resume=resume)
+        running.steps(n_steps)
+        started = time.monotonic()
+        running.process.send_signal(number)
+        running.steps(1 << 30)
+        code, printed = running.end()
+        return Stopped(code, printed, time.monotonic() - started)
+
+    def left_behind(self) -> set[str]:
+        return {path.name for path in self.dst.parent.iterdir()} - {self.dst.name}
+
+    def assert_untouched(self) -> None:
+        assert self.dst.read_bytes() == OLD
+
+    def assert_done(self) -> None:
+        assert digest(self.dst) == self.expected
+        assert not self.left_behind()
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a run ended that was sent a signal, and how long that took."""
+
+    code: int
+    printed: str
+    seconds: float
+
+
+class Running:
+    """A child, and the two pipes to it."""
+
+    def __init__(self, words: Sequence[str], answered: bool) -> None:
+        self._reports, reports = os.pipe()
+        answers, self._answers = os.pipe()
+        child = [sys.executable, "-c", _CHILD, str(reports), str(answers if answered else -1), *words]
+        self.process = subprocess.Popen(
+            child, pass_fds=(reports, answers), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        os.close(reports)
+        os.close(answers)
+
+    def steps(self, n: int) -> None:
+        """Wait until it has written `n` more chunks, or ended."""
+        while n and os.read(self._reports, 1):
+            n -= 1
+
+    def answer(self, n: int) -> None:
+        """Let it go on for `n` chunks."""
+        os.write(self._answers, b"." * n)
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, all that was printed) once it has ended."""
+        os.close(self._answers)
+        printed = self.process.communicate()[0]
+        os.close(self._reports)
+        return self.process.returncode, printed
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def stop_and_resume(program: Program, chance: random.Random, numbers: Sequence[signal.Signals]) -> list[Stopped]:
+    """Stop the program at up to four random moments, check what must hold after each, and let it finish."""
+    stops = []
+    for attempt in range(chance.randrange(1, 5)):
+        number = chance.choice(numbers)
+        stopped = program.stop_at(chance.randrange(1, 60), number, resume=attempt > 0)
+        if stopped.code == 0:  # it was faster
+            program.assert_done()
+            return stops
+        assert stopped.code == EXIT_CODES[number], stopped.printed
+        if number != signal.SIGKILL:
+            assert "--resume" in stopped.printed
+            assert stopped.printed.count("\n") == 1
+        program.assert_untouched()
+        stops.append(stopped)
+    program.run(resume=True)
+    program.assert_done()
+    return stops
