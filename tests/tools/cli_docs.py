@@ -16,7 +16,7 @@ HEAD = """# Command line
 Made of the parser by `make docs`; `streamconv COMMAND --help` says the same. A size is a number of bytes or has a unit:
 96MiB, 4GiB are powers of 1024, 300M, 4G of 1000.
 
-- A result for programs is one JSON object on stdout (`--json`, see [json.md](json.md)). Warnings and errors are one line
+- A result for programs is one JSON object on stdout (`--json`: [json.md](json.md)). Warnings and errors are one line
   each on stderr, `streamconv: FILE: TENSOR: what (the way out)`; the progress bar is there, too.
 - The bar is shown on a terminal alone. No colour is used, so `NO_COLOR` holds without being asked for.
 - A closed pipe ends the command without a word; characters that the terminal's encoding lacks are shown escaped.
