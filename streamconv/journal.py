@@ -132,14 +132,8 @@ class Journal:
 
     @classmethod
     def reopen(cls, path: Path, contents: Contents) -> Journal:
-        """The journal that `contents` was read from, without what follows its last whole record."""
-        journal = cls(path, open_plain(path, os.O_RDWR), contents.end, contents.digest)
-        try:
-            os.ftruncate(journal._fd, contents.end)
-        except BaseException:
-            journal.close()
-            raise
-        return journal
+        """The journal that `contents` was read from. What follows its last whole record is written over."""
+        return cls(path, open_plain(path, os.O_RDWR), contents.end, contents.digest)
 
     def append(self, record: Record) -> None:
         """Returns when the record is durable. The caller has synced what it covers."""

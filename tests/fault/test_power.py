@@ -99,7 +99,10 @@ def test_cut_while_discarding(tmp_path: Path, n_calls: int) -> None:
             trial.assert_done()
 
 
-@pytest.mark.parametrize("seed", range(8))
+MANY = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 300)]
+
+
+@pytest.mark.parametrize("seed", [*range(8), *MANY])
 def test_chains_of_cuts(tmp_path: Path, seed: int) -> None:
     """Runs of two conversions to one destination, resumed or begun anew, each cut, until one gets through."""
     chance = random.Random(seed)

@@ -158,8 +158,11 @@ def test_the_page_cache_is_emptied_behind(fd: int, tmp_path: Path, monkeypatch: 
     assert dropped == [(start, 65536, os.POSIX_FADV_DONTNEED) for start in (0, 65536, 131072)]
 
 
-def test_writing_behind_asks_another_descriptor_than_sync(fd: int, tmp_path: Path) -> None:
+def test_writing_behind_asks_another_descriptor_than_sync(
+    fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system tells a disk's fault once to each descriptor: asked through `fd`, `sync` would not hear of it."""
+    monkeypatch.setattr(directio, "WRITE_BEHIND_NBYTES", 1)
     calls = fill(fd, tmp_path / "file", without_direct)
     assert all(call.arguments[0] != fd for call in calls if call.name == "sync_file_range")
     assert [call.arguments[0] for call in calls if call.name == "fsync"] == [fd]
