@@ -286,8 +286,11 @@ static PyObject *encode(PyObject *module, PyObject *args) {
     return answer;
 }
 
-/* Vectors that are summed at a time: as many as registers hold beside a factor. */
-enum { N_SUMS = 8, N_COLUMNS = N_SUMS * (int)(sizeof(vector_t) / sizeof(float)) };
+enum {
+    N_SUMS = 8, /* vectors that are summed at a time: as many as registers hold beside a factor */
+    N_COLUMNS = N_SUMS * (int)(sizeof(vector_t) / sizeof(float)),
+    MAX_PANEL = 64, /* rows of `right` that are copied next to each other: a power of two apart they share cache lines */
+};
 
 /* One row of N_COLUMNS columns: products are summed from the first to the last, each operation rounded by itself. */
 INLINE void add_row(const float *left, const float *right, float scale, float *out, Py_ssize_t rank, Py_ssize_t stride) {
@@ -303,10 +306,18 @@ INLINE void add_row(const float *left, const float *right, float scale, float *o
 
 CLONED static void add_product_to(const float *left, const float *right, float scale, float *out, Py_ssize_t n_rows,
                                   Py_ssize_t rank, Py_ssize_t n_columns) {
+    float panel[MAX_PANEL * N_COLUMNS];
     Py_ssize_t start = 0;
-    for (; start + N_COLUMNS <= n_columns; start += N_COLUMNS)
+    for (; start + N_COLUMNS <= n_columns; start += N_COLUMNS) {
+        const float *from = right + start;
+        Py_ssize_t stride = n_columns;
+        if (rank <= MAX_PANEL) {
+            for (Py_ssize_t k = 0; k < rank; k++) memcpy(panel + k * N_COLUMNS, from + k * n_columns, N_COLUMNS * 4);
+            from = panel, stride = N_COLUMNS;
+        }
         for (Py_ssize_t i = 0; i < n_rows; i++)
-            add_row(left + i * rank, right + start, scale, out + i * n_columns + start, rank, n_columns);
+            add_row(left + i * rank, from, scale, out + i * n_columns + start, rank, stride);
+    }
     for (Py_ssize_t i = 0; i < n_rows; i++)
         for (Py_ssize_t j = start; j < n_columns; j++) {
             float sum = left[i * rank] * right[j];
