@@ -129,20 +129,15 @@ class Shard:
     def _validate(self, head: bytes) -> None:
         """Let safetensors judge the header and the file's size: on a copy of the head with a hole behind it where the
         system has anonymous files, so that its map cannot die of a change to the file."""
+        fd = _sparse_copy(head, self.nbytes)
         try:
-            if not hasattr(os, "memfd_create"):
-                with safe_open(str(self.path), framework="numpy"):
-                    return
-            fd = os.memfd_create("safetensors-header")
-            try:
-                os.truncate(fd, self.nbytes)
-                os.pwrite(fd, head, 0)
-                with safe_open(f"/proc/self/fd/{fd}", framework="numpy"):
-                    return
-            finally:
-                os.close(fd)
+            with safe_open(str(self.path) if fd is None else f"/proc/self/fd/{fd}", framework="numpy"):
+                return
         except (SafetensorError, OSError, ValueError) as error:
             raise self._malformed(f"not a valid safetensors file: {error}") from None
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def _parse(self, header: bytes) -> dict[str, SourceTensor]:
         start = 8 + len(header)
@@ -213,6 +208,20 @@ class Checkpoint:
     ) -> None:
         for shard in self.shards:
             shard.close()
+
+
+def _sparse_copy(head: bytes, nbytes: int) -> int | None:
+    """A descriptor of an anonymous file: `head`, and a hole up to `nbytes`; None where the system makes none."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    fd = os.memfd_create("safetensors-header")
+    try:
+        os.truncate(fd, nbytes)
+        os.pwrite(fd, head, 0)
+    except OSError:  # such as a limit on the size of files
+        os.close(fd)
+        return None
+    return fd
 
 
 def _check_name(name: str, file: Path) -> None:

@@ -17,7 +17,7 @@ from typing import NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.errors import SourceError
+from streamconv.errors import SourceError, SourceReadError
 
 WINDOW_NBYTES = 64 << 10
 
@@ -67,7 +67,9 @@ class PositionedFile:
             try:
                 n_read = os.preadv(self._fd, [view], offset)
             except OSError as error:
-                raise SourceError(f"cannot be read at byte {offset}: {error.strerror}", file=self.path) from None
+                message = f"cannot be read at byte {offset}: {error.strerror}"
+                hint = "where the disk comes back, run it again with --resume to go on"
+                raise SourceReadError(message, file=self.path, hint=hint) from None
             if not n_read:
                 message = f"ends at byte {offset}, it had {self.nbytes:,} bytes when it was opened"
                 raise SourceError(message, file=self.path, hint="leave the file alone while it is read")

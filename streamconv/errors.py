@@ -70,6 +70,10 @@ class SourceError(StreamconvError):
     exit_code = 3
 
 
+class SourceReadError(SourceError):
+    """The disk failed under a source: its file may be well, and what was written can be gone on with."""
+
+
 class BudgetError(StreamconvError):
     """The memory bound is too small; the message carries the bound that would be needed."""
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from streamconv import journal as journals
 from streamconv.destination import Output, Part, failures, lock_part, reserve_space, resolve
 from streamconv.directio import ChunkFile, rename_new, sync_directory
-from streamconv.errors import Caution, DestinationError, Interrupted, SourceError, StreamconvError
+from streamconv.errors import Caution, DestinationError, Interrupted, SourceError, SourceReadError, StreamconvError
 from streamconv.journal import Contents, Header, Journal, Record, Stamp
 
 MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for records no closer than this
@@ -40,8 +40,8 @@ MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for re
 class Sink:
     """One output being written. A context manager: left before `publish`, it leaves the destination as it was.
 
-    After KeyboardInterrupt and Interrupted, and after DestinationError once there was a write, the part file and its
-    journal stay, for `resume`; else they go. Leaving waits for the writes that other threads have begun.
+    After KeyboardInterrupt and Interrupted, and after a failing disk on either side once there was a write, the part
+    file and its journal stay, for `resume`; else they go. Leaving waits for the writes that other threads have begun.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Sink:
 
     def _keeps(self, error: BaseException | None) -> bool:
         """Whether `error` lets the run go on later: its input and its program were right, and it had begun."""
-        if isinstance(error, DestinationError):  # perhaps that of another output, refused before any work
+        if isinstance(error, DestinationError | SourceReadError):  # perhaps of another output, before any work
             return self._has_work
         return isinstance(error, Interrupted | KeyboardInterrupt)
 
