@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 def batch(folder: Path, *options: str) -> tuple[int, list[dict[str, Any]], str]:
     """(exit code, the JSON lines, stderr) of `streamconv batch`."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
-        code = main(["batch", str(folder / "jobs.toml"), *options])
+        code = main(["batch", str(folder / "jobs.toml"), *(options or ("--jobs", "2"))])
     return code, [json.loads(line) for line in out.getvalue().splitlines()], error.getvalue()
 
 
@@ -122,6 +122,15 @@ def test_a_failed_job_stops_no_other(folder: Path) -> None:
     assert batch(folder)[0] == EXIT_NONE_SUCCEEDED
 
 
+def test_each_job_has_a_bound_of_its_own(folder: Path) -> None:
+    (folder / "jobs.toml").write_text(JOBS.replace("models/*", "models/one") + 'max_memory = "20MiB"\n')
+    with (folder / "jobs.toml").open("a") as file:
+        file.write('[[job]]\nsource = "models/two"\nmax_memory = "80MiB"\n')
+    code, lines, _ = batch(folder)
+    assert (code, outcome(lines)) == (EXIT_SOME_FAILED, {"one": ("failed", 4, 1), "two": ("done", 0, 1)})
+    assert next(line["report"]["peak_rss_nbytes"] for line in lines if "report" in line) < 80 << 20
+
+
 def test_a_wrong_file_runs_nothing(folder: Path) -> None:
     (folder / "jobs.toml").write_text(JOBS + '[[job]]\nsource = "nowhere*"\n')
     code, lines, error = batch(folder)
@@ -153,7 +162,7 @@ def test_lora_and_verify_jobs(folder: Path) -> None:
         '[[job]]\ncommand = "verify"\nname = "wrong"\nsource = "models/two"\noutput = "a.gguf"\n'
         '[[job]]\ncommand = "lora"\nsource = "adapter"\nbase = "models/one"\noutput = "b.gguf"\n'
     )
-    code, lines, _ = batch(folder)
+    code, lines, _ = batch(folder, "--jobs", "1")
     assert code == EXIT_SOME_FAILED
     found = [(line["job"]["command"], line["name"], line["status"], line["exit_code"]) for line in lines]
     assert sorted(found) == [
@@ -168,12 +177,12 @@ def test_an_adapter_is_merged(folder: Path) -> None:
     adapter = tiny.peft_adapter(folder / "adapter", folder / "models" / "one")
     entry = '[[job]]\nsource = "models/one"\noutput = "merged.gguf"\nadapter = "adapter=0.5"\n'
     (folder / "jobs.toml").write_text(entry + entry.replace("[[job]]", '[[job]]\ncommand = "verify"'))
-    code, lines, _ = batch(folder)
+    code, lines, _ = batch(folder, "--jobs", "1")
     assert (code, [line["status"] for line in lines]) == (0, ["done", "done"])
     streamconv.convert(folder / "models" / "one", folder / "expected.gguf", adapters=[(adapter, 0.5)])
     assert (folder / "merged.gguf").read_bytes() == (folder / "expected.gguf").read_bytes()
     (adapter / "adapter_config.json").touch()
-    assert [line["status"] for line in batch(folder)[1]] == ["failed", "done"]
+    assert [line["status"] for line in batch(folder, "--jobs", "1")[1]] == ["failed", "done"]
 
 
 def test_a_split_is_a_job_for_each_part(folder: Path) -> None:
@@ -201,7 +210,7 @@ def test_an_array_shares_the_sorted_jobs(tmp_path: Path) -> None:
 def test_a_job_that_is_killed_is_tried_again_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in hold(folder, "kill").items():
         monkeypatch.setenv(name, value)
-    code, lines, _ = batch(folder)
+    code, lines, _ = batch(folder, "--jobs", "1")
     assert (folder / "held").exists()
     assert (code, outcome(lines)) == (0, {"one": ("done", 0, 2), "two": ("done", 0, 1)})
     assert [line["report"]["resumed"] for line in lines] == [True, False]
