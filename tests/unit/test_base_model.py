@@ -138,6 +138,19 @@ def test_layers_of_each_kind_by_their_head_counts(tmp_path: Path) -> None:
     assert "no such module" in why(base, of(2, "conv.in_proj"))
 
 
+def test_one_head_count_is_every_layers(tmp_path: Path) -> None:
+    base = gguf(tmp_path / "base.gguf", LFM2 | {"lfm2.attention.head_count_kv": 2})
+    assert slot(base, of(3, "self_attn.k_proj")).shape == (32, 64)
+    assert "no such module" in why(base, of(3, "conv.in_proj"))
+
+
+def test_the_vocabulary_tells_its_size(tmp_path: Path) -> None:
+    tokens = raw.array("tokenizer.ggml.tokens", raw.STRING, b"".join(map(raw.text, "abcde")), 5)
+    keys = [key(name, value) for name, value in ({"general.architecture": "llama"} | LLAMA).items()]
+    (tmp_path / "base.gguf").write_bytes(raw.gguf([*keys, tokens]))
+    assert slot(open_base(tmp_path / "base.gguf", LIMIT), "model.embed_tokens").shape == (5, 64)
+
+
 def test_a_tensor_list_beats_wrong_head_counts(tmp_path: Path) -> None:
     keys = LFM2 | {"lfm2.attention.head_count_kv": [0, 0, 0, 0]}  # as Ollama's first release wrote them
     base = gguf(tmp_path / "base.gguf", keys, {"blk.2.attn_k.weight": (32, 64)})

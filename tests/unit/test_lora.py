@@ -118,6 +118,13 @@ def test_the_other_modules_of_a_file_tell_how_it_was_written(tmp_path: Path, lla
     assert [type(module.a).__name__ for module in found.modules] == ["Transpose" if is_turned else "Source"] * 2
 
 
+def test_modules_that_disagree_tell_nothing(tmp_path: Path, llama: Path) -> None:
+    straight, turned = loras.factors(K, 32, 64, r=64), loras.factors(UP, 160, 64, r=64)
+    turned = {name: loras.turned(tensor) for name, tensor in turned.items()}
+    adapter = loras.write(tmp_path, loras.factors(Q, 64, 64, r=64) | straight | turned, loras.PEFT | {"r": 64})
+    assert problems(adapter, llama)["ambiguous"].modules == (Q,)
+
+
 # ---------------------------------------------------------------- what is resolved
 
 
