@@ -219,7 +219,7 @@ def _misfits(module: LoraModule, base: BaseModel, config: LoraConfig) -> Iterato
     elif slot.heads and n_out % (2 * slot.heads):
         yield Problem("heads", f"its {n_out} rows are not {slot.heads} heads of two halves", names)
     if slot.factor is None:
-        yield Problem("factor", "a GGUF does not tell how the base's experts were scaled: give the base's folder", names)
+        yield Problem("factor", "a GGUF does not tell how its experts were scaled: give the base's folder", names)
     if slot.is_embedding and base.is_tied:
         yield Problem(
             "tied", "the base is tied, and llama.cpp dies of an adapter on an embedding that is the head", names

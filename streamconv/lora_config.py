@@ -55,7 +55,7 @@ class Problem:
     @property
     def is_mergeable(self) -> bool:
         """Whether merging while converting can do what an adapter cannot."""
-        return self.code in ("dora", "weight", "tied")
+        return self.code in ("dora", "weight", "norm", "bias", "tied")
 
     def __str__(self) -> str:
         if not self.modules:

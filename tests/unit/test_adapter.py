@@ -158,6 +158,70 @@ def test_the_default_name_says_what_it_is(tmp_path: Path, llama: Path, monkeypat
     assert streamconv.convert_adapter(mixed, llama).output == Path("Story-Teller-MIXED-LoRA.gguf")
 
 
+# ---------------------------------------------------------------- configurations as they are found
+
+ATTENTION, ALL = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LFM2 = ("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3")
+BD_LORA = {
+    "target_modules_bd_a": ["o_proj", "down_proj"],
+    "target_modules_bd_b": ["up_proj", "gate_proj"],
+    "nblocks": 2,
+}
+MLX_RUN = {"fine_tune_type": "lora", "num_layers": 16, "optimizer": "adam", "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("targets", "r", "settings", "expected"),
+    [
+        # PEFT: the ratio of alpha to rank as trainers choose it, quantised training, another library's additions.
+        (ATTENTION, 16, {"lora_alpha": 32, "task_type": None, "auto_mapping": {"base_model_class": "x"}}, 32.0),
+        (ATTENTION, 64, {"lora_alpha": 16, "lora_dropout": 0.1}, 16.0),
+        (ALL, 16, {"lora_alpha": 32, "auto_mapping": {"unsloth_fixed": True}, "target_parameters": None}, 32.0),
+        (ALL, 64, {"lora_alpha": 64, "use_rslora": True, "target_modules": None}, 512.0),
+        (LFM2, 16, {"lora_alpha": 32, "lora_dropout": 0.05}, 32.0),
+        (ALL[:4], 32, {"lora_alpha": 64, "use_dora": True}, "DoRA"),
+        (ALL[4:], 14, {"lora_alpha": 28, "use_bdlora": BD_LORA}, "BD-LoRA"),
+        # MLX: with and without an alpha, with and without a mark of the version that wrote it.
+        (ALL, 8, MLX_RUN | {"lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}}, 160.0),
+        (ALL, 8, MLX_RUN | {"lora_parameters": {"rank": 8, "alpha": 16, "scale": 10.0}}, 80.0),
+        (ALL, 8, {"num_layers": 8, "lora_parameters": {"rank": 8, "scale": 10.0, "dropout": 0.0}}, 80.0),
+        (
+            ATTENTION,
+            8,
+            {"use_dora": False, "lora_layers": 2, "lora_parameters": {"rank": 8, "alpha": 16, "scale": 2.0}},
+            16.0,
+        ),
+    ],
+)
+def test_configurations_as_they_are_found(
+    tmp_path: Path, targets: tuple[str, ...], r: int, settings: dict[str, Any], expected: float | str
+) -> None:
+    base = (tiny.lfm2 if targets == LFM2 else tiny.llama)(tmp_path / "base")
+    if "lora_parameters" in settings:
+        adapter = tiny.mlx_adapter(tmp_path / "adapter", base, targets=targets, r=r)
+        tiny.write_json(adapter / "adapter_config.json", settings)
+    else:
+        adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=targets, r=r, config=settings)
+    if isinstance(expected, float):
+        assert loras.convert(adapter, base)["adapter.lora.alpha"] == expected
+        return
+    with pytest.raises(SourceError, match=expected):
+        loras.convert(adapter, base)
+
+
+def test_an_adapter_for_another_architecture(tmp_path: Path, llama: Path) -> None:
+    """As roberta's: two linear layers a block under other names, and a classifier that was trained whole."""
+    tensors = {"base_model.model.classifier.dense.weight": loras.noise("c", (64, 64))}
+    for i in range(12):
+        for name in ("query", "value"):
+            tensors |= loras.factors(f"roberta.encoder.layer.{i}.attention.self.{name}", 64, 64)
+    adapter = loras.write(tmp_path, tensors, loras.PEFT | {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"})
+    with pytest.raises(SourceError) as caught:
+        loras.convert(adapter, llama)
+    assert "classifier.dense: a whole trained weight" in str(caught.value)
+    assert "query and 23 more: the base (llama) has no such module" in str(caught.value)
+
+
 # ---------------------------------------------------------------- bases
 
 
