@@ -130,6 +130,26 @@ def test_allocated_is_below_declared(shape: str, tmp_path: Path) -> None:
     assert vocabulary is None or vocabulary.keys
 
 
+def short_tokens(directory: Path, n_tokens: int) -> None:
+    """As many tokens as a file can have for its size, in ascending order of ids or not."""
+    vocab = ",".join(f'"{n:x}":{n}' for n in range(n_tokens))
+    pre = json.dumps({"type": "ByteLevel", "add_prefix_space": False})
+    model = f'{{"type":"BPE","vocab":{{{vocab}}},"merges":["1 0"]}}'
+    (directory / "tokenizer.json").write_text(f'{{"pre_tokenizer":{pre},"model":{model}}}')
+
+
+def test_each_row_costs_what_is_declared_for_it(tmp_path: Path) -> None:
+    declared, peaks = [], []
+    for n_vocab in (15_000, 45_000):  # a dict has just grown at the latter
+        short_tokens(tmp_path, n_vocab)
+        declared.append(sum(vocabulary_nbytes(tmp_path, n_vocab)))
+        tracemalloc.start()
+        read_vocabulary(tmp_path, config={}, n_vocab=n_vocab, default_pre=None, pre=None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] <= declared[1] - declared[0]
+
+
 def test_declared_is_near_the_real_cost(tmp_path: Path) -> None:
     """A bound that is far too large would refuse machines that suffice."""
     n_vocab = write_large(tmp_path, 6000, indent=2)

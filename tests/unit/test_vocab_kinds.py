@@ -185,6 +185,21 @@ def test_added_tokens_in_any_order_are_numbered_as_tokenizers_does(bpe: Path) ->
     assert vocab_keys.codes(vocabulary) == ["added-token-ids"]
 
 
+@pytest.mark.parametrize(("normalized", "text"), [(True, "Ġhey"), (False, " hey")])
+def test_what_is_not_normalized_is_decoded(normalized: bool, text: str, bpe: Path) -> None:
+    change(bpe, lambda value: value["added_tokens"].append(added(tiny.N_BPE_TOKENS, "Ġhey", normalized=normalized)))
+    assert vocab_keys.values(vocab_keys.read(bpe))["tokenizer.ggml.tokens"][tiny.N_BPE_TOKENS] == text
+
+
+@pytest.mark.parametrize("text", ["éé", "two words", "▁é", "<｜é｜>"])
+def test_what_is_no_text_when_decoded_stays(text: str, bpe: Path) -> None:
+    """`éé` spells two bytes that are no character; the others are not spelled in letters for bytes."""
+    token = added(tiny.N_BPE_TOKENS, text, normalized=False)
+    change(bpe, lambda value: value["added_tokens"].append(token))
+    expected = text.replace("▁", " ")
+    assert vocab_keys.values(vocab_keys.read(bpe))["tokenizer.ggml.tokens"][tiny.N_BPE_TOKENS] == expected
+
+
 def test_added_tokens_that_take_spaces(bpe: Path) -> None:
     change(bpe, lambda value: value["added_tokens"][-1].update(lstrip=True))
     assert vocab_keys.codes(vocab_keys.read(bpe)) == ["added-token-spaces"]

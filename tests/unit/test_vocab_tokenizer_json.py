@@ -176,6 +176,20 @@ def test_many_batches(tmp_path: Path) -> None:
     assert tokenizer.merges.ranks[n_words : 2 * n_words].tolist() == list(range(n_words))
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_merges_of_one_token_stay_together_across_batches(shift: int, tmp_path: Path) -> None:
+    """Of two merges for each token, a border of a batch parts a pair with one shift or the other."""
+    letters = [chr(0x4E00 + index) for index in range(2 * BATCH)]
+    tokens = ["!", "!!", "?", "?!", *letters, *(f"{x}!" for x in letters), *(f"{x}!!" for x in letters)]
+    merges = [["?", "!"]] * shift + [pair for x in letters for pair in ([f"{x}!", "!"], [x, "!!"])]
+    value = document()
+    value["model"] |= {"vocab": {token: index for index, token in enumerate(tokens)}, "merges": merges}
+    value["added_tokens"] = []
+    tokenizer = read_tokenizer_json(write(tmp_path, value, ensure_ascii=False), len(tokens))
+    assert tokenizer.merges is not None and tokenizer.merges.grouped
+    assert tokenizer.merges.lines.length == len(merges)
+
+
 def test_a_token_made_twice_keeps_its_first_rank(tmp_path: Path) -> None:
     value = document()
     value["model"]["vocab"] |= {"bé": 36, "ba": 38}
