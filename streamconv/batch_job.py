@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MAX_ATTEMPTS = 3  # of a job whose process, or machine, died; an error of ours is final at once
+PATIENCE_SECONDS = 60
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
 Status = Literal["done", "skipped", "failed", "cancelled"]
@@ -98,7 +100,8 @@ def run_job(job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: in
     """
     attempt, answer, code = max(n_before, int(_has_journal(job, stale))), dict[str, Any](), -1
     while True:
-        _await_earlier_try(job)
+        if attempt:
+            _await_earlier_try(job)
         attempt += 1
         code, answer = run_process(Order(job, resume=_has_journal(job, stale)))
         if code >= 0 or code in _STOPPED or attempt >= MAX_ATTEMPTS:
@@ -182,10 +185,25 @@ def _has_journal(job: JobSpec, stale: frozenset[Leftover]) -> bool:
 
 
 def _await_earlier_try(job: JobSpec) -> None:
-    """Returns once nobody holds a lock on the job's part files: a job whose starter was killed takes a moment to go."""
+    """Returns once nobody has a lock on the job's part files: a job whose starter was killed takes a moment to go.
+
+    Whoever still has one after PATIENCE_SECONDS is no try of ours; this one will say so.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
     for path in _unfinished(job, ".part"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        while _is_locked(path) and time.monotonic() < deadline and not _is_stopping.wait(0.02):
+            pass
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it is gone, or its filesystem has no locks
+        return False
+    return False
 
 
 def _unfinished(job: JobSpec, ending: str) -> list[Path]:

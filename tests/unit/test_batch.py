@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 
 import streamconv
 from streamconv.batch import EXIT_NONE_SUCCEEDED, EXIT_SOME_FAILED, run_batch, select_array
-from streamconv.batch_job import JobResult
+from streamconv.batch_job import JobResult, run_job
 from streamconv.batch_state import State
 from streamconv.cli import main
 from streamconv.errors import UsageError
@@ -96,6 +97,8 @@ def test_what_is_up_to_date_is_skipped(folder: Path) -> None:
 def test_an_output_beside_its_source_is_no_new_source(folder: Path) -> None:
     (folder / "jobs.toml").write_text('[[job]]\nsource = "models/one"\noutput = "models/one/{name}.gguf"\n')
     assert outcome(batch(folder)[1]) == {"one": ("done", 0, 1)}
+    (folder / "models" / "one" / "other.gguf").write_bytes(b"another job's")
+    (folder / "models" / "one" / "other.gguf.part").write_bytes(b"another job's")
     assert outcome(batch(folder)[1]) == {"one": ("skipped", 0, 0)}
 
 
@@ -258,6 +261,31 @@ def test_without_resume_a_batch_begins_anew(folder: Path) -> None:
     assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1), "two": ("done", 0, 1)})
     assert not any(line["report"]["resumed"] for line in lines)
     assert_whole(folder, "one", "two")
+
+
+def test_a_try_waits_until_the_one_before_is_gone(folder: Path) -> None:
+    (job,) = read_jobs(folder / "jobs.toml")[:1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "streamconv", "batch", "jobs.toml"], cwd=folder, env=os.environ | hold(folder, "wait")
+    )
+    held, _ = held_processes(folder)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run_job, job)  # as another worker would, before the lost one's job is gone
+        process.kill()
+        held.wait(30)
+        found = result.result()
+    process.wait()
+    assert (found.status, found.attempts) == ("done", 2)
+    assert found.report is not None
+    assert found.report["resumed"]
+
+
+def test_what_another_program_writes_is_left_alone(folder: Path) -> None:
+    (folder / "out").mkdir()
+    with (folder / "out" / "one-q8_0.gguf.part").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, lines, _ = batch(folder)
+    assert (code, outcome(lines)) == (EXIT_SOME_FAILED, {"one": ("failed", 5, 1), "two": ("done", 0, 1)})
 
 
 class Losing(Executor):
