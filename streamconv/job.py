@@ -90,6 +90,9 @@ class OutputOptions:
         for value, choices in ((self.outtype, ("auto", *OUTTYPES)), (self.dialect, tuple(RENAMES))):
             if value not in choices:
                 raise UsageError(f"{value!r} is none of {', '.join(choices)}")
+        for text in (self.name, self.pre):
+            if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
+                raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is")
 
 
 @dataclass(slots=True)

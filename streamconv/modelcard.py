@@ -20,7 +20,8 @@ from streamconv.gguf_format import KeyValue, PackedArray
 from streamconv.graph import TensorSpec
 from streamconv.sources import model_name
 
-MAX_CARD_NBYTES = 4 << 20
+MAX_CARD_NBYTES = 1 << 20
+MAX_FRONT_MATTER_NBYTES = 64 << 10  # YAML takes up to 340 bytes of memory for each; published ones have a few thousand
 
 # What a model card says of one model alone, and not of another that was made of it.
 _OWN_FIELDS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
@@ -61,7 +62,6 @@ def read_general(
     `specs`: every target's logical name and spec, for the size label. `name` overrides what the card says. `merged`:
     the folders of adapters that are merged into the model, which is then another one's fine-tune.
     """
-    from gguf.gguf_writer import GGUFWriter
     from gguf.metadata import Metadata
     from gguf.utility import size_label
 
@@ -72,8 +72,7 @@ def read_general(
     with _quiet("metadata"):
         try:
             for folder in (directory, *merged):
-                if any(f.stat().st_size > MAX_CARD_NBYTES for f in folder.glob("README.md")):
-                    raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES >> 20} MiB")
+                _check_size(folder / "README.md")
             # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
             metadata = _load(directory, total if kind == "model" else -total)
             if merged:
@@ -81,18 +80,28 @@ def read_general(
             metadata.name = name or metadata.name
             metadata.name = metadata.name or fallback
             metadata.size_label = metadata.size_label or label
-            writer = GGUFWriter("", arch)
-            metadata.set_gguf_meta_model(writer)
-            keys = tuple(_carried_over(writer.kv_data[0]))
+            keys = tuple(_keys(metadata, arch))
         except Exception as error:  # gguf and yaml raise whatever comes; the card is optional
-            cautions.append(Caution("model-card", f"the model card was left out: {type(error).__name__}: {error}"))
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            cautions.append(Caution("model-card", f"the model card was left out: {what}"))
             metadata = Metadata(name=fallback, size_label=label)
-            writer = GGUFWriter("", arch)
-            metadata.set_gguf_meta_model(writer)
-            keys = tuple(_carried_over(writer.kv_data[0]))
+            keys = tuple(_keys(metadata, arch))
     head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
     tail = (KeyValue.u32("general.quantization_version", GGML_QUANT_VERSION),)
     return General((*head, *keys, *tail), tuple(cautions), metadata)
+
+
+def _check_size(card: Path) -> None:
+    """ValueError where reading `card` would take more memory than the bound leaves for what nobody counts."""
+    if not card.is_file():
+        return
+    with card.open("rb") as file:
+        text = file.read(MAX_CARD_NBYTES + 1)
+    if len(text) > MAX_CARD_NBYTES:
+        raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES:,} bytes")
+    lines = text[:MAX_FRONT_MATTER_NBYTES].decode("utf-8", "replace").splitlines()
+    if len(text) > MAX_FRONT_MATTER_NBYTES and lines[0] == "---" and "---" not in lines[1:-1]:
+        raise ValueError(f"its front matter is larger than {MAX_FRONT_MATTER_NBYTES:,} bytes")
 
 
 def _load(directory: Path, n_parameters: int) -> Any:
@@ -135,16 +144,26 @@ def count_parameters(specs: Iterable[tuple[str, TensorSpec]]) -> tuple[int, int,
     return total, shared, expert, n_experts
 
 
-def _carried_over(entries: Any) -> Iterator[KeyValue]:
-    for key, entry in entries.items():
+def _keys(metadata: Any, arch: str) -> Iterator[KeyValue]:
+    """What gguf would write of `metadata`, with exact types."""
+    from gguf.gguf_writer import GGUFWriter
+
+    writer = GGUFWriter("", arch)
+    metadata.set_gguf_meta_model(writer)
+    for key, entry in writer.kv_data[0].items():
         if key in ("general.architecture", "general.type"):
             continue
         if entry.type == GGUFValueType.ARRAY:
-            yield KeyValue.array(key, PackedArray.of_strings([str(item) for item in entry.value]))
+            yield KeyValue.array(key, PackedArray.of_strings([_utf8(item) for item in entry.value]))
         elif entry.type == GGUFValueType.STRING:
-            yield KeyValue.string(key, str(entry.value))
+            yield KeyValue.string(key, _utf8(entry.value))
         else:
             yield KeyValue(key, entry.type, entry.value)
+
+
+def _utf8(value: object) -> str:
+    """`value` as text; half of a surrogate pair in a card, or a byte of a name that is no UTF-8, becomes "?"."""
+    return str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 @contextmanager
