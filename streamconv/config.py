@@ -27,7 +27,7 @@ class Config:
         if value is None:
             return None
         if type(value) is not int or not minimum <= value <= MAX_INTEGER:
-            raise self.wrong(key, f"a whole number of at least {minimum}")
+            raise self.wrong(key, f"a whole number from {minimum} to {MAX_INTEGER}")
         return value
 
     def number(self, key: str) -> float | None:
