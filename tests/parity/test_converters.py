@@ -1,7 +1,11 @@
-"""llama.cpp's converters, run now on the same sources: the same tensors and the same values of keys."""
+"""llama.cpp's converters, run now on the same sources: what is committed of them is current, and ours is the same.
+
+Every outtype of every case is compared with the committed goldens by tests/golden; here each case has one.
+"""
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,7 @@ pytestmark = pytest.mark.parity
 CONVERTIBLE = [name for name in cases.MODELS if "tensors" in cases.record(name)["llamacpp"]]
 
 
-@pytest.mark.parametrize("outtype", ["auto", "q8_0"])
-@pytest.mark.parametrize("name", CONVERTIBLE)
+@pytest.mark.parametrize(("name", "outtype"), zip(CONVERTIBLE, cycle(("auto", "q8_0", "f32")), strict=False))
 def test_models(sources: Sources, tmp_path: Path, name: str, outtype: str) -> None:
     src = sources.model(name)
     theirs = ggufs.read(llama_cpp.convert(src, tmp_path / "theirs.gguf", outtype, pre=cases.PRE[name])).golden()
