@@ -195,8 +195,8 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UsageError(f"{where}: {key} {value!r} is none of {', '.join(_CHOICES[key])}", file=path)
     for key in ("max_memory", "split_max_size"):
-        if key in entry:
-            parse_size(entry[key])
+        if key in entry and not parse_size(entry[key]):
+            raise UsageError(f"{where}: {key} is {entry[key]!r}", file=path)
 
 
 def _check_whole(entry: Mapping[str, Any], where: str, path: Path) -> None:

@@ -81,6 +81,7 @@ def _architectures(options: argparse.Namespace) -> int:
 
 def _draft(options: argparse.Namespace) -> int:
     from streamconv.draft import draft
+    from streamconv.sources import find_source
 
-    say(draft(options.src), end="")
+    say(draft(find_source(options.src)), end="")
     return 0

@@ -124,6 +124,7 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
         ('[[job]]\nsource = ""\n', "job 1: source is ''"),
         ('[[job]]\nsource = "a"\nverify = "yes"\n', "job 1: verify must be true or false"),
         ('[[job]]\nsource = "a"\nmax_memory = "lots"\n', "'lots' is not a size"),
+        ('[[job]]\nsource = "a"\nsplit_max_size = "0"\n', "job 1: split_max_size is '0'"),
         ('[[job]]\noutput = "a.gguf"\n', "job 1: a convert job needs source"),
         ('[[job]]\nsource = "a"\ncommand = "lora"\n', "job 1: a lora job needs base"),
         ('[[job]]\nsource = "a"\ncommand = "verify"\n', "job 1: a verify job needs output"),
