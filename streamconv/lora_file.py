@@ -34,8 +34,8 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for role, pattern in (
         (A, r"(.+)\.(?:lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?|lora_a)"),
         (B, r"(.+)\.(?:lora_B(?:\.default)?\.weight|lora_embedding_B(?:\.default)?|lora_b)"),
-        # A copy of the frozen base that PEFT saves beside trained embeddings; what VeLoRA and MonteCLoRA train with.
-        ("unused", r"(.+)\.(?:base_layer\.weight|lora_velora_.+|lora_monteclora_sampler\..+)"),
+        # Copies of the frozen base that PEFT saves beside trained embeddings; what VeLoRA and MonteCLoRA train with.
+        ("unused", r"(.+)\.(?:base_layer\.weight|original_module\.weight|lora_velora_.+|lora_monteclora_sampler\..+)"),
         ("dora", r"(.+)\.(?:lora_magnitude_vector(?:\..+)?|m)"),
         ("lora-bias", r"(.+)\.lora_B(?:\.default)?\.bias"),
         ("kasa", r"(.+)\.lora_diag(?:\..+)?"),

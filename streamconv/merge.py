@@ -38,6 +38,9 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _REPLACING: Mapping[str, str] = {"weight": "weight", "norm": "weight", "bias": "bias"}
 # What rules out a GGUF adapter and not a merge; whether they can be merged is found here.
 _MERGEABLE = frozenset(("dora", *_REPLACING))
+_FROZEN = (".base_layer.weight", ".original_module.weight")
+
+_Weights = dict[str, tuple[str, SourceTensor]]  # by stored name: the adapter's module, and its tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +139,7 @@ class _Merge:
         self.problems: list[tuple[Adapter, Problem]] = []
         self.cautions: list[Caution] = []
         self.n_vocab = model.dims[N_VOCAB]
-
-    @property
-    def is_tied(self) -> bool:
-        return self.recipe.head not in self.checkpoint.tensors
+        self.ends_from: Adapter | None = None  # who brought an embedding or a head
 
     def run(self) -> Merged:
         options = {}
@@ -173,42 +173,47 @@ class _Merge:
 
     def _replace(self, adapter: Adapter) -> None:
         """Take the adapter's whole weights in place of the base's: modules_to_save, a resized vocabulary."""
-        found = list(self._whole_weights(adapter))
-        if found and adapter.weight != 1:
-            self._problem(
-                adapter, "weight", "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone"
-            )
-        n_vocab = {tensor.shape[0] for name, _, tensor in found if self._is_end(name) and len(tensor.shape) == 2}
-        if len(n_vocab) > 1:
-            self._problem(
-                adapter, "vocabulary", f"its embedding and head have {' and '.join(map(str, sorted(n_vocab)))} rows"
-            )
-        self.n_vocab = max(n_vocab, default=self.n_vocab)
-        for name, module, tensor in found:
+        frozen, trained = self._whole_weights(adapter)
+        if trained and adapter.weight != 1:
+            what = "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone"
+            self._problem(adapter, "weight", what)
+        ends = [tensor for name, (_, tensor) in (*frozen.items(), *trained.items()) if self._is_end(name)]
+        if n_vocab := {tensor.shape[0] for tensor in ends if len(tensor.shape) == 2}:
+            self.ends_from = self.ends_from or adapter
+            self.n_vocab = max(n_vocab)
+        for name, (module, tensor) in (*frozen.items(), *trained.items()):
             shape = self._base_of(name).shape
             expected = (self.n_vocab, *shape[1:]) if self._is_end(name) else shape
             if tensor.shape != expected:
-                self._problem(
-                    adapter, "shape", f"has shape {list(tensor.shape)}, the base's is {list(expected)}", module
-                )
+                what = f"has shape {list(tensor.shape)}, the base's is {list(expected)}"
+                self._problem(adapter, "shape", what, module)
             elif name in self.replaced_by:
-                self._problem(adapter, "twice", f"{name} is replaced by {self.replaced_by[name].label} as well", module)
-            else:
+                what = f"{name} is replaced by {self.replaced_by[name].label} as well"
+                self._problem(adapter, "twice", what, module)
+            elif name in trained:
                 self.made[name], self.replaced_by[name] = tensor.lazy(), adapter
+            else:
+                self.stored[name] = tensor
 
-    def _whole_weights(self, adapter: Adapter) -> Iterator[tuple[str, str, SourceTensor]]:
-        """(stored name, module, tensor) of what replaces a tensor of the base."""
+    def _whole_weights(self, adapter: Adapter) -> tuple[_Weights, _Weights]:
+        """The base's weights that PEFT saved beside the trained ones, and those that were trained whole.
+
+        Of the former only an embedding or head matters whose vocabulary has grown: it is what factors are added to.
+        """
+        frozen, trained = _Weights(), _Weights()
         for full_name, tensor in adapter.file.shard.tensors.items():
             role, module = parse_name(full_name)
-            # PEFT saves the frozen base of a trained embedding beside it: it matters where the vocabulary has grown.
-            is_frozen = full_name.endswith(".base_layer.weight")
+            is_frozen = full_name.endswith(_FROZEN)
             if role not in _REPLACING and not is_frozen:
                 continue
             name = self._stored_name(f"{module}.{_REPLACING.get(role, 'weight')}")
             if name is None:
                 self._problem(adapter, "no-module", f"the base ({self.recipe.arch}) has no such {role}", module)
-            elif not is_frozen or tensor.shape != self._base_of(name).shape:
-                yield name, module, tensor
+            elif is_frozen and self._is_end(name) and tensor.shape != self._base_of(name).shape:
+                frozen[name] = module, tensor
+            elif not is_frozen and (name not in trained or ".modules_to_save." in full_name):
+                trained[name] = module, tensor  # with a grown vocabulary PEFT saves trained ends under two names
+        return {name: frozen[name] for name in frozen if name not in trained}, trained
 
     def _stored_name(self, name: str) -> str | None:
         """The base's name for an adapter's, whose model may have been one without a head, and so without "model."."""
@@ -343,17 +348,18 @@ class _Merge:
 
     def _settle_ends(self) -> None:
         """Untie a head whose embedding changed, unless PEFT tied them; refuse one that the vocabulary outgrew."""
+        head, embedding = self.recipe.head, self.embedding
         ties = any(adapter.file.config.flag("ensure_weight_tying") for adapter in self.adapters)
-        if self.is_tied and not ties and self.embedding in self.made and self.recipe.head not in self.made:
-            self.made[self.recipe.head] = self._base_of(self.embedding).lazy()
-        for name in (self.embedding, self.recipe.head):
+        if embedding in self.made and head not in self.made and head not in self.stored and not ties:
+            self.made[head] = self.stored[embedding].lazy()
+        for name in (embedding, head):
             tensor = self.made.get(name) or (self.stored[name].lazy() if name in self.stored else None)
-            if tensor is not None and tensor.spec.shape[0] != self.n_vocab:
+            if self.ends_from is not None and tensor is not None and tensor.spec.shape[0] != self.n_vocab:
                 raise SourceError(
                     f"the vocabulary grew from {tensor.spec.shape[0]} to {self.n_vocab} tokens, "
                     f"and the adapter has no {name} of that size",
-                    file=self._resized_by().file.directory,
-                    hint="save the adapter with save_embedding_layers=True",
+                    file=self.ends_from.file.directory,
+                    hint="save both with it, as modules_to_save",
                 )
 
     def _config(self) -> Config:
@@ -361,17 +367,14 @@ class _Merge:
         raw = dict(self.model.config.raw)
         if self.n_vocab != self.model.dims[N_VOCAB]:
             raw[self.recipe.dims[N_VOCAB].label] = self.n_vocab
-        if self.recipe.head in self.made:
+        if self.recipe.head in self.made.keys() | (self.stored.keys() - self.checkpoint.tensors.keys()):
             raw |= {key: False for key in self.recipe.tie_keys if key in raw}
         return Config(raw, self.model.config.file)
 
-    def _resized_by(self) -> Adapter:
-        return next(self.replaced_by[name] for name in (self.embedding, self.recipe.head) if name in self.replaced_by)
-
     def _tokenizer(self) -> Path:
-        """The folder of the tokenizer: beside the adapter that replaced the embedding, where there is one."""
-        ends = [name for name in (self.embedding, self.recipe.head) if name in self.replaced_by]
-        directory = self._resized_by().file.directory if ends else self.checkpoint.directory
+        """The folder of the tokenizer: beside the adapter that brought an embedding or a head, where there is one."""
+        base = self.checkpoint.directory
+        directory = self.ends_from.file.directory if self.ends_from else base
         if any((directory / name).is_file() for name in TOKENIZERS):
             return directory
         if self.n_vocab != self.model.dims[N_VOCAB]:
@@ -381,7 +384,7 @@ class _Merge:
                 file=directory,
                 hint="put the fine-tune's tokenizer files there: tokenizer.save_pretrained(folder)",
             )
-        return self.checkpoint.directory
+        return base
 
 
 def _rows(factor: LazyTensor) -> LazyTensor:
