@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     try:
         while not (tmp_path / "scheduler.json").exists():
             assert processes[0].poll() is None, (tmp_path / "dask.log").read_text()
+            time.sleep(0.01)
         with Client(scheduler_file=str(tmp_path / "scheduler.json")) as client:
             client.wait_for_workers(2, timeout=60)
             address = client.scheduler.address
