@@ -27,11 +27,13 @@ from safetensors import SafetensorError, safe_open
 from streamconv.cursor import PositionedFile
 from streamconv.errors import BudgetError, SourceError
 from streamconv.graph import Source, TensorSpec
-from streamconv.strict_json import load_object, load_object_if_present, parse_object
+from streamconv.memory import MIB, resident_nbytes
+from streamconv.strict_json import OBJECT_NBYTES_PER_BYTE, load_object, load_object_if_present, parse_object
 
 MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
-# What a parsed header holds for each of its bytes, safetensors' own copy included. Measured: 7 on 2,302 tensors.
-HEADER_OBJECT_NBYTES = 12
+# What a parsed header takes for each of its bytes, safetensors' own copy included. Measured: 15 on names as models have
+# them, 25 on the shortest.
+HEADER_OBJECT_NBYTES = 28
 INDEX = "model.safetensors.index.json"
 
 FLOAT_TYPES = {
@@ -75,6 +77,7 @@ class Shard:
         try:
             header = self._read_header(max_header_nbytes)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
+            self.parsed_nbytes = len(header) * HEADER_OBJECT_NBYTES
             self.tensors = self._parse(header)
         except BaseException:
             self.close()
@@ -114,12 +117,9 @@ class Shard:
                 else "truncated or no safetensors"
             )
             raise self._malformed(f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}: {what}")
-        if length * HEADER_OBJECT_NBYTES > max_header_nbytes:
-            raise BudgetError(
-                f"the header of {length:,} bytes needs about {length * HEADER_OBJECT_NBYTES >> 20} MiB to parse",
-                file=self.path,
-                hint="raise --max-memory",
-            )
+        _check_affordable(
+            self.path, f"its header of {length:,} bytes", length * HEADER_OBJECT_NBYTES, max_header_nbytes
+        )
         text = np.empty(length, dtype=np.uint8)
         self.read_into(8, text)
         header = text.tobytes()
@@ -170,17 +170,27 @@ class Checkpoint:
     def open(cls, src: Path, *, max_header_nbytes: int = MAX_HEADER_NBYTES * HEADER_OBJECT_NBYTES) -> Checkpoint:
         """The checkpoint in the directory `src`, or the single file `src` with its config.json beside it.
 
-        SourceError on anything missing or malformed; BudgetError where a header alone would take more than
-        `max_header_nbytes` of memory.
+        SourceError on anything missing or malformed; BudgetError, before it is parsed, where config, index and headers
+        would take more than `max_header_nbytes` of memory together.
         """
         directory = src.parent if src.suffix == ".safetensors" and src.is_file() else src
         if not directory.is_dir():
-            raise SourceError("no such checkpoint directory", file=src)
+            what = (
+                "is no checkpoint directory and no .safetensors file"
+                if src.exists()
+                else "no such checkpoint directory"
+            )
+            raise SourceError(what, file=src)
         if not (directory / "config.json").is_file():
             what = "the directory is empty" if not any(directory.iterdir()) else "no config.json"
             raise SourceError(what, file=directory, hint="name the folder that holds config.json and *.safetensors")
-        config = load_object(directory / "config.json")
         alone = directory != src or (directory / "model.safetensors").is_file()
+        left = max_header_nbytes
+        for path in (directory / "config.json", *(() if alone else (directory / INDEX,))):
+            size = path.stat().st_size if path.is_file() else 0
+            _check_affordable(path, f"its {size:,} bytes", size * OBJECT_NBYTES_PER_BYTE, left)
+            left -= size * OBJECT_NBYTES_PER_BYTE
+        config = load_object(directory / "config.json")
         index = {} if alone else load_object_if_present(directory / INDEX)
         paths = [src] if directory != src else _find_shards(directory, index)
         shards: list[Shard] = []
@@ -188,7 +198,8 @@ class Checkpoint:
             for path in paths:
                 if not path.exists():
                     raise SourceError("the shard is missing", file=path, hint="download it again")
-                shards.append(Shard(path, max_header_nbytes))
+                shards.append(Shard(path, left))
+                left -= shards[-1].parsed_nbytes
             tensors = _merge_tables(shards, index, directory)
         except BaseException:
             for shard in shards:
@@ -222,6 +233,17 @@ def _sparse_copy(head: bytes, nbytes: int) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def _check_affordable(path: Path, what: str, nbytes: int, left: int) -> None:
+    """BudgetError where parsing takes `nbytes` of memory and `left` is left."""
+    if nbytes > left:
+        bound = -(-(resident_nbytes()[0] + nbytes) // MIB)
+        raise BudgetError(
+            f"{what} may take {-(-nbytes // MIB)} MiB to parse, {max(left, 0) // MIB} MiB are left of the bound",
+            file=path,
+            hint=f"--max-memory {bound}MiB, and what the conversion needs on top",
+        )
 
 
 def _check_name(name: str, file: Path) -> None:

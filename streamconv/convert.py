@@ -16,7 +16,7 @@ from streamconv.dialects import LLAMA_CPP, written_name
 from streamconv.gguf_format import KeyValue
 from streamconv.graph import sources
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
-from streamconv.memory import resident_nbytes
+from streamconv.memory import headroom_nbytes, resident_nbytes
 from streamconv.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.modelcard import read_general
 from streamconv.outtypes import FILE_TYPES, OUTTYPES, resolve_auto, type_of
@@ -52,7 +52,10 @@ def convert(
     options = RunOptions(**keywords)
     wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions())
     limit = options.limit_nbytes
-    with open_adapters(adapters, limit) as opened, Checkpoint.open(find_source(src), max_header_nbytes=limit) as source:
+    with (
+        open_adapters(adapters, headroom_nbytes(limit)) as opened,
+        Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit)) as source,
+    ):
         return run(plan_model(source, dst, wanted, limit, opened), options)
 
 

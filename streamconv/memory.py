@@ -62,6 +62,12 @@ def cgroup_limit_nbytes() -> int:
     return smallest
 
 
+def headroom_nbytes(limit_nbytes: int) -> int:
+    """What the bound leaves for parsing; a MiB at least, so that a bound too small for anything is told what is needed
+    by who knows it."""
+    return max(limit_nbytes - resident_nbytes()[0], MIB)
+
+
 def resident_nbytes() -> tuple[int, int]:
     """(resident set now, its peak so far) of this process."""
     try:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from streamconv.checkpoint import INDEX, Checkpoint, Shard
 from streamconv.errors import BudgetError, SourceError
+from streamconv.strict_json import OBJECT_NBYTES_PER_BYTE
 
 RNG = np.random.default_rng(20)
 
@@ -170,9 +171,28 @@ def test_malformed_shards_are_refused(tmp_path: Path, content: bytes, message: s
     assert caught.value.file == str(path)
 
 
-def test_a_header_too_large_for_the_bound_is_not_parsed(checkpoint: Path) -> None:
-    with pytest.raises(BudgetError, match="header"):
-        Checkpoint.open(checkpoint, max_header_nbytes=100)
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00001-of-00002.safetensors"])
+def test_what_is_too_large_for_the_bound_is_not_parsed(checkpoint: Path, name: str) -> None:
+    path = checkpoint / name
+    if path.suffix == ".safetensors":
+        n = 100_000
+        path.write_bytes(struct.pack("<Q", n) + b"{" * n)  # parsing would say that it is malformed
+    else:
+        path.write_bytes(b"{" * 100_000)
+    with pytest.raises(BudgetError, match="100,000 bytes may take 3 MiB to parse, 1 MiB are left") as caught:
+        Checkpoint.open(checkpoint, max_header_nbytes=2_000_000)
+    assert caught.value.file == str(path) and caught.value.hint is not None
+
+
+def test_the_headers_of_all_shards_are_counted_together(checkpoint: Path) -> None:
+    with Checkpoint.open(checkpoint) as found:
+        nbytes = [shard.parsed_nbytes for shard in found.shards]
+    files = [checkpoint / "config.json", checkpoint / INDEX]
+    rest = sum(path.stat().st_size * OBJECT_NBYTES_PER_BYTE for path in files)
+    Checkpoint.open(checkpoint, max_header_nbytes=sum(nbytes) + rest).__exit__(None, None, None)
+    with pytest.raises(BudgetError, match="header") as caught:
+        Checkpoint.open(checkpoint, max_header_nbytes=sum(nbytes) + rest - 1)
+    assert caught.value.file is not None and caught.value.file.endswith("00002-of-00002.safetensors")
 
 
 def test_a_dtype_that_does_not_convert(tmp_path: Path) -> None:
