@@ -185,11 +185,10 @@ class _Merge:
             shape = self._base_of(name).shape
             expected = (self.n_vocab, *shape[1:]) if self._is_end(name) else shape
             if tensor.shape != expected:
-                what = f"has shape {list(tensor.shape)}, the base's is {list(expected)}"
-                self._problem(adapter, "shape", what, module)
-            elif name in self.replaced_by:
-                what = f"{name} is replaced by {self.replaced_by[name].label} as well"
-                self._problem(adapter, "twice", what, module)
+                shapes = f"has shape {list(tensor.shape)}, the base's is {list(expected)}"
+                self._problem(adapter, "shape", shapes, module)
+            elif (other := self.replaced_by.get(name)) is not None:
+                self._problem(adapter, "twice", f"{name} is replaced by {other.label} as well", module)
             elif name in trained:
                 self.made[name], self.replaced_by[name] = tensor.lazy(), adapter
             else:

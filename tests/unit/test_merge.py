@@ -193,6 +193,34 @@ def test_factors_lie_on_the_grown_embedding_that_was_saved_with_them(tmp_path: P
     assert np.array_equal(after.float64("output.weight"), frozen["lm_head"])
 
 
+def test_trained_ends_of_a_grown_vocabulary_are_stored_under_two_names(tmp_path: Path) -> None:
+    base = smaller(tmp_path / "base")
+    adapter = grown(base, tmp_path / "adapter", "model.embed_tokens", "lm_head")
+    saved = {m: weight(adapter, f"base_model.model.{m}.weight") for m in ("model.embed_tokens", "lm_head")}
+    frozen = {f"{m}.original_module.weight": tiny.noise(f"{m} before", (GREW_TO, 64), 1.0) for m in saved}
+    with_tensors(adapter, frozen | {f"{m}.modules_to_save.weight": values for m, values in saved.items()})
+    tiny.write_bpe(adapter, pre="llama-bpe")
+    after = merged(base, tmp_path / "merged.gguf", adapter)
+    assert np.array_equal(after.float64("token_embd.weight"), saved["model.embed_tokens"])
+    assert np.array_equal(after.float64("output.weight"), saved["lm_head"])
+
+
+def test_a_grown_embedding_of_a_tied_base_is_its_head(tmp_path: Path) -> None:
+    base = smaller(tmp_path / "base")
+    frozen = tiny.noise("frozen", (GREW_TO, 64), 1.0)
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=("q_proj",))
+    factors = {
+        "lora_embedding_A": tiny.noise("a", (8, GREW_TO), 0.3),
+        "lora_embedding_B": tiny.noise("b", (64, 8), 0.3),
+    }
+    with_tensors(adapter, {f"model.embed_tokens.{name}": values for name, values in factors.items()})
+    with_tensors(adapter, {"model.embed_tokens.base_layer.weight": frozen})
+    tiny.write_bpe(adapter, pre="llama-bpe")
+    after = merged(base, tmp_path / "merged.gguf", adapter)
+    assert np.array_equal(after.float64("output.weight"), frozen)
+    assert not np.array_equal(after.float64("token_embd.weight"), frozen)
+
+
 @pytest.mark.parametrize(
     ("modules", "tokenizer", "message"),
     [
