@@ -23,5 +23,10 @@ def held_processes(folder: Path) -> list[psutil.Process]:
     while not (marker.exists() and marker.read_text().endswith("\n")):
         assert time.monotonic() < deadline, "no output was ever complete"
         time.sleep(0.005)
-    pids = [int(word) for word in marker.read_text().split()]
+    pids = [int(word) for word in marker.read_text().split()[:2]]
     return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+
+
+def held_output(folder: Path) -> str:
+    """The name of the output that is held, or was."""
+    return (folder / "held").read_text().split()[2].removesuffix(".gguf.part")

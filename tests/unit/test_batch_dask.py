@@ -17,7 +17,7 @@ from distributed import Client
 
 import streamconv
 from tests import tiny
-from tests.holding import held_processes, hold
+from tests.holding import held_output, held_processes, hold
 
 
 def start(module: str, folder: Path, *options: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -77,7 +77,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path, cluster: str) -> 
     batch = begin(tmp_path, "--dask", cluster)
     job, worker = held_processes(tmp_path)
     assert "dask_worker" in " ".join(worker.cmdline())
-    held = next((tmp_path / "out").glob("*.part")).name.removesuffix(".gguf.part")
+    held = held_output(tmp_path)
     worker.kill()
     job.wait(60)
     code, lines = finish(batch)

@@ -1,6 +1,7 @@
 """Put on PYTHONPATH by the batch's tests: the first process that has an output complete is held before its rename.
 
-HOLD_MARKER names a file: who creates it is the one that is held, and writes its own and its parent's process id to it.
+HOLD_MARKER names a file: who creates it is the one that is held, and writes to it its own and its parent's process id
+and the name of the part file.
 HOLD_HOW: `kill` ends that process by SIGKILL, `wait` leaves it where it is until a signal ends it.
 """
 
@@ -17,7 +18,7 @@ def _held(self: Sink) -> None:
     marker = Path(os.environ["HOLD_MARKER"])
     try:
         with marker.open("x") as file:
-            file.write(f"{os.getpid()} {os.getppid()}\n")
+            file.write(f"{os.getpid()} {os.getppid()} {self.readable_path.name}\n")
     except FileExistsError:
         _publish(self)
         return
