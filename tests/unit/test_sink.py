@@ -213,7 +213,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path, dst: Path, data
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("missing/out.gguf", "directory does not exist"), ("n" * 250, "name is too long"), (".", "is a directory")],
+    [("missing/out.gguf", "does not exist"), ("n" * 250, "name is too long"), (".", "is a directory")],
 )
 def test_a_place_that_cannot_be_written(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(DestinationError, match=words):
