@@ -25,6 +25,7 @@ from streamconv.lora import LoraModule, Resolved, refuse, resolve
 from streamconv.lora_config import read_lora_config
 from streamconv.lora_file import LoraFile
 from streamconv.lora_fold import MAX_SCALE, Pair, fold
+from streamconv.memory import headroom_nbytes
 from streamconv.modelcard import read_general
 from streamconv.ollama_lora import legacy_adapter, legacy_problems
 from streamconv.outtypes import choose_type
@@ -54,8 +55,9 @@ def convert_adapter(
     """
     options = RunOptions(**keywords)
     wanted = OutputOptions(outtype, dialect, name)
-    with LoraFile.open(Path(adapter), options.limit_nbytes) as source:
-        return run(plan_adapter(source, open_base(Path(base), options.limit_nbytes), dst, wanted, scale), options)
+    room = headroom_nbytes(options.limit_nbytes)
+    with LoraFile.open(Path(adapter), room) as source:
+        return run(plan_adapter(source, open_base(Path(base), room), dst, wanted, scale), options)
 
 
 def plan_adapter(

@@ -22,7 +22,7 @@ from streamconv.gguf_set import GGUFSet
 from streamconv.lora_config import Problem
 from streamconv.recipe import Key, Model, PerLayer, Recipe, Tensor, all_recipes, find_recipe, recipe_of
 from streamconv.sources import find_source
-from streamconv.strict_json import load_object
+from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
 N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
@@ -267,7 +267,7 @@ class _GGUFFacts:
 
 
 def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
-    raw = load_object(path / "config.json")
+    raw = load_object(path / "config.json", MAX_CONFIG_NBYTES)
     # A quantised base (as QLoRA trains on) has other shapes on disk; its config.json gives the real ones.
     is_quantized = raw.pop("quantization_config", None) is not None
     config = Config(raw, path / "config.json")

@@ -134,10 +134,28 @@ class Shard:
             with safe_open(str(self.path) if fd is None else f"/proc/self/fd/{fd}", framework="numpy"):
                 return
         except (SafetensorError, OSError, ValueError) as error:
+            self._refuse_truncated(head[8:])
             raise self._malformed(f"not a valid safetensors file: {error}") from None
         finally:
             if fd is not None:
                 os.close(fd)
+
+    def _refuse_truncated(self, header: bytes) -> None:
+        """SourceError naming the first tensor that lies beyond the file's end, where the header can tell."""
+        try:
+            entries = parse_object(header, self.path, MAX_HEADER_NBYTES)
+            ends = {name: 8 + len(header) + entry["data_offsets"][1] for name, entry in entries.items()
+                    if name != "__metadata__"}  # fmt: skip
+            beyond = {name: end for name, end in ends.items() if end > self.nbytes}
+        except (SourceError, KeyError, IndexError, TypeError):
+            return  # safetensors' own words say more
+        if beyond:
+            raise SourceError(
+                f"truncated: the file has {self.nbytes:,} bytes, its header describes {max(ends.values()):,}",
+                file=self.path,
+                tensor=min(beyond, key=lambda name: beyond[name]),
+                hint="download the file again",
+            )
 
     def _parse(self, header: bytes) -> dict[str, SourceTensor]:
         start = 8 + len(header)

@@ -32,7 +32,7 @@ _WORDS: dict[int, tuple[str, str]] = {
     errno.EROFS: ("its filesystem is read-only", _ELSEWHERE),
     errno.EACCES: ("permission denied", _ELSEWHERE),
     errno.EPERM: ("the system does not allow it to be written", _ELSEWHERE),
-    errno.ENOENT: ("its directory does not exist", "make it first"),
+    errno.ENOENT: ("the folder for it does not exist", "make it first"),
     errno.ENOTDIR: ("a part of its path is not a directory", _ELSEWHERE),
     errno.EISDIR: ("is a directory", "name a file in it"),
     errno.ELOOP: ("is a loop of symbolic links", _ELSEWHERE),

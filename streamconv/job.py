@@ -61,9 +61,14 @@ class RunOptions:
     cancel: Callable[[], bool] | None = None
     profile: Profile | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_memory is None:  # settled now: it follows from what is resident before the run
+            object.__setattr__(self, "max_memory", default_limit_nbytes())
+
     @property
     def limit_nbytes(self) -> int:
-        return default_limit_nbytes() if self.max_memory is None else self.max_memory
+        assert self.max_memory is not None
+        return self.max_memory
 
     @property
     def n_threads(self) -> int:

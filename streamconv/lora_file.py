@@ -19,7 +19,7 @@ from streamconv.config import Config
 from streamconv.errors import SourceError
 from streamconv.lora_config import Problem
 from streamconv.sources import find_source
-from streamconv.strict_json import load_object
+from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, MLX's
@@ -91,7 +91,7 @@ class LoraFile:
         weights = _find_weights(path) if path.is_dir() else path
         if not (directory / CONFIG).is_file():
             raise SourceError(f"no {CONFIG}", file=directory, hint="it lies beside the weights of every adapter")
-        raw = load_object(directory / CONFIG)
+        raw = load_object(directory / CONFIG, MAX_CONFIG_NBYTES)
         adapter = cls(directory, Config(raw, directory / CONFIG), Shard(weights, max_header_nbytes))
         adapter._sort()
         return adapter

@@ -32,8 +32,12 @@ def parse_size(text: str) -> int:
 
 
 def default_limit_nbytes() -> int:
-    """256 MiB, or 80% of what the cgroup allows where that is less."""
-    return min(DEFAULT_LIMIT_NBYTES, int(CGROUP_SHARE * cgroup_limit_nbytes()))
+    """256 MiB, or 80% of what the cgroup allows where that is less.
+
+    In a process that holds much already, as a caller of the library may, half of the 256 MiB come on top of that.
+    """
+    usual = max(DEFAULT_LIMIT_NBYTES, resident_nbytes()[0] + DEFAULT_LIMIT_NBYTES // 2)
+    return min(usual, int(CGROUP_SHARE * cgroup_limit_nbytes()))
 
 
 def cgroup_limit_nbytes() -> int:

@@ -25,6 +25,7 @@ CHUNK_NBYTES = (4 * MIB, 2 * MIB, 1 * MIB, MIB // 4)
 WORKER_OVERHEAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
 RUN_OVERHEAD_NBYTES = 4 * MIB  # what is imported and allocated between the plan and the end (progress bar, report)
 MAX_DEFAULT_WORKERS = 4
+RUN_TO_RUN_NBYTES = 2 * MIB  # by which the same process's resident set differs from one run to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,7 @@ def _slab_rows(tensor: Encode) -> int:
     return max(1, min(SLAB_NBYTES // max(widest, 1), tensor.spec.n_rows))
 
 
-def prove_memory(
-    layouts: Sequence[Layout], *, limit: int, resident: int, peak_so_far: int, threads: int
-) -> MemoryProof:
+def prove_memory(layouts: Sequence[Layout], *, limit: int, resident: int, threads: int) -> MemoryProof:
     """How many workers with which chunks fit under `limit`; BudgetError, with what would be needed, where none does.
 
     `resident`: the process's resident set now, everything parsed and the header made. Fewer workers are taken only
@@ -119,9 +118,9 @@ def prove_memory(
     for workers in range(max(1, threads), 0, -1):
         for chunk in CHUNK_NBYTES:
             proof = MemoryProof(limit, fixed, slab, chunk, workers)
-            if max(proof.peak, peak_so_far) <= limit:
+            if proof.peak <= limit:
                 return proof
-    raise too_small(limit, max(fixed + worker_nbytes(CHUNK_NBYTES[-1], slab), peak_so_far))
+    raise too_small(limit, fixed + worker_nbytes(CHUNK_NBYTES[-1], slab))
 
 
 def least_worker_nbytes(tensors: Sequence[PlacedTensor]) -> int:
@@ -131,7 +130,7 @@ def least_worker_nbytes(tensors: Sequence[PlacedTensor]) -> int:
 
 
 def too_small(limit: int, needed: int, file: Path | None = None) -> BudgetError:
-    needed_mib = -(-needed // MIB)
+    needed_mib = -(-(needed + RUN_TO_RUN_NBYTES) // MIB)
     return BudgetError(
         f"--max-memory {limit / MIB:.0f} MiB is too small: this conversion needs {needed_mib} MiB",
         file=file,

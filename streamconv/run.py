@@ -27,18 +27,17 @@ from streamconv.stream import state_of, stream
 def run(job: Job, options: RunOptions) -> Report:
     """Write the job's output and say what was done; with `dry_run`, prove that it can be and say what would be."""
     report = job.report()
-    now, peak = resident_nbytes()
     proof = prove_memory(
         [part.layout for part in job.parts],
         limit=options.limit_nbytes,
-        resident=now,
-        peak_so_far=peak,
+        resident=resident_nbytes()[0],
         threads=options.n_threads,
     )
     if options.verify:
         prove_compare([step.tensor for step in job.steps], limit=options.limit_nbytes, threads=1)
     if options.dry_run:
         report.plan = list(_plan(job))
+        report.warnings += _in_the_way(job, options)
         report.memory = _memory(proof)
     else:
         _write(job, proof, options, report)
@@ -108,6 +107,13 @@ def _progress(job: Job, options: RunOptions) -> Callable[[int], None]:
             options.progress(done, total)
 
     return advance
+
+
+def _in_the_way(job: Job, options: RunOptions) -> Iterator[Caution]:
+    """What the run itself would refuse: outputs that exist."""
+    for part in job.parts:
+        if part.path.exists() and not options.force:
+            yield Caution("exists", f"{part.path} exists already: the run would refuse it without --force")
 
 
 def _plan(job: Job) -> Iterator[PlannedTensor]:

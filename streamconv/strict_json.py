@@ -14,6 +14,7 @@ from streamconv.cursor import PositionedFile
 from streamconv.errors import SourceError
 
 MAX_NBYTES = 64 << 20
+MAX_CONFIG_NBYTES = 1 << 20  # where no one has counted the memory; published configs have up to 60 KB
 # What json.loads may take for each byte of text. Measured on headers and configs: 3 to 9; an array of empty arrays: 28.
 OBJECT_NBYTES_PER_BYTE = 30
 
@@ -37,15 +38,15 @@ def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MA
     return value
 
 
-def load_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`."""
+def load_object(path: Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
+    """The JSON object in the file at `path`; SourceError where that has more than `max_nbytes`."""
     file = PositionedFile(path)
     try:
-        text = bytearray(min(file.nbytes, MAX_NBYTES + 1))
+        text = bytearray(min(file.nbytes, max_nbytes + 1))
         file.read_into(0, text)
     finally:
         file.close()
-    return parse_object(text, path)
+    return parse_object(text, path, max_nbytes)
 
 
 def load_object_if_present(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from streamconv.gguf_reader import refuse
 from streamconv.gguf_set import GGUFSet
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
 from streamconv.lora_file import LoraFile
-from streamconv.memory import resident_nbytes
+from streamconv.memory import headroom_nbytes, resident_nbytes
 from streamconv.merge import AdapterSpec, open_adapters
 from streamconv.report import Output, Report
 from streamconv.sources import find_source
@@ -72,10 +72,10 @@ def verify(
 def _model_job(
     source: str | Path, adapters: Sequence[AdapterSpec], out: str | Path, wanted: OutputOptions, options: RunOptions
 ) -> Iterator[Job]:
-    limit = options.limit_nbytes
+    limit, room = options.limit_nbytes, headroom_nbytes(options.limit_nbytes)
     with (
-        open_adapters(adapters, limit) as opened,
-        Checkpoint.open(find_source(source), max_header_nbytes=limit) as base,
+        open_adapters(adapters, room) as opened,
+        Checkpoint.open(find_source(source), max_header_nbytes=room) as base,
     ):
         yield plan_model(base, out, wanted, limit, opened)
 
@@ -89,5 +89,6 @@ def _adapter_job(
     scale: float | None,
     options: RunOptions,
 ) -> Iterator[Job]:
-    with LoraFile.open(Path(source), options.limit_nbytes) as adapter:
-        yield plan_adapter(adapter, open_base(Path(base), options.limit_nbytes), out, wanted, scale)
+    room = headroom_nbytes(options.limit_nbytes)
+    with LoraFile.open(Path(source), room) as adapter:
+        yield plan_adapter(adapter, open_base(Path(base), room), out, wanted, scale)

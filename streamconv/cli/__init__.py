@@ -22,15 +22,17 @@ from streamconv.cli.parser import build_parser
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError
 
 RESUME = "run it again with --resume to go on"
+RESUMED = frozenset({"convert", "lora", "batch"})  # the commands that have something to resume
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one call of the command."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
+    hint = RESUME if RESUMED & set(arguments[:1]) else None
     _print_any_character()
     try:
-        with _signals():
+        with _signals(hint):
             parser = build_parser()
             if "_ARGCOMPLETE" in os.environ:
                 from argcomplete import autocomplete
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StreamconvError as error:
         return _fail(error, as_json)
     except KeyboardInterrupt:
-        return _fail(Interrupted("interrupted", hint=RESUME), as_json)
+        return _fail(Interrupted("interrupted", hint=hint), as_json)
     except BrokenPipeError:
         return _leave_pipe()
     except Exception as error:
@@ -80,11 +82,11 @@ def _print_any_character() -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def _signals(hint: str | None) -> Iterator[None]:
     """SIGTERM stops a run as Ctrl-C does."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise InterruptedByTerm("terminated", hint=RESUME)
+        raise InterruptedByTerm("terminated", hint=hint)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -117,7 +117,7 @@ def _split(options: argparse.Namespace) -> SplitOptions:
     from streamconv.memory import parse_size
     from streamconv.split import SplitOptions
 
-    max_nbytes = parse_size(options.split_max_size) if options.split_max_size else None
+    max_nbytes = None if options.split_max_size is None else parse_size(options.split_max_size)
     return SplitOptions(max_nbytes, options.split_max_tensors, options.only_part)
 
 
@@ -152,7 +152,7 @@ def _verify(options: argparse.Namespace) -> int:
         base=options.base,
         dialect=options.dialect,
         scale=options.scale,
-        max_memory=parse_size(options.max_memory) if options.max_memory else None,
+        max_memory=None if options.max_memory is None else parse_size(options.max_memory),
         threads=options.threads,
     )
     if options.json:
@@ -187,7 +187,7 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report], bas
     with progress_bar(options) as progress, profile or nullcontext():
         report = work(
             {
-                "max_memory": parse_size(options.max_memory) if options.max_memory else None,
+                "max_memory": None if options.max_memory is None else parse_size(options.max_memory),
                 "threads": options.threads,
                 "force": options.force,
                 "resume": options.resume,

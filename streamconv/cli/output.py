@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from streamconv.errors import DestinationError
+from streamconv.errors import DestinationError, printable
 
 if TYPE_CHECKING:
     from streamconv.report import Report
@@ -51,7 +51,7 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
     """Warnings on stderr; then JSON, the plan of a dry run, or a summary."""
     for caution in report.warnings:
         where = f"{caution.tensor}: " if caution.tensor else ""
-        print(f"streamconv: warning: {where}{caution.message}", file=sys.stderr)
+        print(printable(f"streamconv: warning: {where}{caution.message}"), file=sys.stderr)
     if options.json:
         say(json.dumps(report.to_json()))
     elif report.plan is not None:

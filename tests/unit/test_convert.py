@@ -80,7 +80,9 @@ def test_a_dry_run_tells_everything_and_writes_nothing(source: Path, tmp_path: P
         assert set(row) == {"source", "target", "shape", "type", "nbytes"} and row["source"]
     memory = planned["memory"]
     assert set(memory) == {"limit", "fixed", "slab", "workers", "peak"}
-    assert memory["fixed"] < memory["peak"] <= memory["limit"] == 256 * MIB
+    assert memory["fixed"] < memory["peak"] <= memory["limit"]
+    again = streamconv.convert(source, tmp_path / "out.gguf", outtype="f16", dry_run=True)
+    assert [warning.code for warning in again.warnings] == ["exists"]
 
 
 def test_progress_ends_at_the_total_and_grows(source: Path, tmp_path: Path) -> None:
@@ -128,6 +130,20 @@ def test_shards_never_show_in_the_tensors(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the bound
+
+
+def test_the_default_bound_is_256_mib_in_a_process_of_its_own(source: Path) -> None:
+    done = command("convert", source, "--dry-run", "--json")
+    assert json.loads(done.stdout)["memory"]["limit"] == 256 * MIB
+
+
+def test_a_caller_that_holds_much_already_is_not_refused(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import numpy, streamconv; held = numpy.ones(300 << 20, dtype=numpy.uint8);"
+        f"print(streamconv.convert({str(source)!r}, {str(tmp_path / 'out.gguf')!r}).n_tensors)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_bound_holds_for_a_tensor_larger_than_it(tmp_path: Path) -> None:
