@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
@@ -22,6 +23,9 @@ from streamconv.scratch import padded_nbytes
 SLAB_NBYTES = 1 << 19
 # Chunks are what one worker makes and writes at a time, largest first; all are multiples of any page and disk block.
 CHUNK_NBYTES = (4 * MIB, 2 * MIB, 1 * MIB, MIB // 4)
+# Chunks on their way to the disk beside those being made, most first. A disk with a queue wants several writes at once:
+# benchmarks/LOG.md.
+CHUNKS_WRITING = (4, 2, 0)
 WORKER_OVERHEAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
 RUN_OVERHEAD_NBYTES = 4 * MIB  # what is imported and allocated between the plan and the end (progress bar, report)
 MAX_DEFAULT_WORKERS = 4
@@ -69,17 +73,27 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class MemoryProof:
-    """The bound and what adds up to the promised peak; all in bytes. `slab` is the scratch of one worker."""
+    """The bound and what adds up to the promised peak; all in bytes.
+
+    `slab` is the scratch of one worker. So many `workers` make chunks at a time; `writing` more chunks may be on their
+    way to the disk meanwhile, so that neither waits for the other.
+    """
 
     limit: int
     fixed: int
     slab: int
     chunk: int
     workers: int
+    writing: int = 0
+
+    @property
+    def base(self) -> int:
+        """What is there besides the workers: the process as it is, and the chunks that are being written."""
+        return self.fixed + self.writing * worker_nbytes(self.chunk, 0)
 
     @property
     def peak(self) -> int:
-        return self.fixed + self.workers * worker_nbytes(self.chunk, self.slab)
+        return self.base + self.workers * worker_nbytes(self.chunk, self.slab)
 
 
 def worker_nbytes(chunk: int, slab: int) -> int:
@@ -116,8 +130,8 @@ def prove_memory(layouts: Sequence[Layout], *, limit: int, resident: int, thread
     slab = max((step.scratch_nbytes for step in steps), default=0)
     fixed = resident + RUN_OVERHEAD_NBYTES
     for workers in range(max(1, threads), 0, -1):
-        for chunk in CHUNK_NBYTES:
-            proof = MemoryProof(limit, fixed, slab, chunk, workers)
+        for chunk, writing in product(CHUNK_NBYTES, CHUNKS_WRITING):
+            proof = MemoryProof(limit, fixed, slab, chunk, workers, writing)
             if proof.peak <= limit:
                 return proof
     raise too_small(limit, fixed + worker_nbytes(CHUNK_NBYTES[-1], slab))

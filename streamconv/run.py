@@ -126,7 +126,7 @@ def _plan(job: Job) -> Iterator[PlannedTensor]:
 def _memory(proof: MemoryProof) -> Mapping[str, int]:
     return {
         "limit": proof.limit,
-        "fixed": proof.fixed,
+        "fixed": proof.base,
         "slab": proof.slab + proof.chunk,
         "workers": proof.workers,
         "peak": proof.peak,

@@ -1,8 +1,8 @@
 """Making an output file, chunk by chunk: any chunk is a function of the layout, so workers need no order among them.
 
 Owns: `fill_chunk` and the pool of workers. Does not own: the file (sink.py), the layout (plan.py).
-Invariants: a worker holds one chunk and its scratch, nothing else; the first failure in file order is the one reported;
-nothing is told to be done before its sources were checked to be what they were.
+Invariants: a thread holds one chunk, and scratch while it makes it, nothing else; the first failure in file order is
+the one reported; nothing is told to be done before its sources were checked to be what they were.
 """
 
 from __future__ import annotations
@@ -153,8 +153,12 @@ class _Pool:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._finished: queue.SimpleQueue[tuple[int, dict[str, codecs.Stats] | BaseException]] = queue.SimpleQueue()
-        n_workers = min(proof.workers, max(1, self._n_chunks - self._first))
-        self._threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(n_workers)]
+        n_threads = min(proof.workers + proof.writing, max(1, self._n_chunks - self._first))
+        self._threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(n_threads)]
+        # A thread makes a chunk while it has one of these; while it writes, another has it.
+        self._workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+        for _ in range(min(proof.workers, n_threads)):
+            self._workspaces.put(Workspace(Scratch(proof.slab), stopwatch=stopwatch))
 
     def start(self) -> None:
         for thread in self._threads:
@@ -212,18 +216,27 @@ class _Pool:
         index = -1
         try:
             buffer = aligned_buffer(self.proof.chunk)
-            work = Workspace(Scratch(self.proof.slab), stopwatch=self.stopwatch)
             while (taken := self._take()) is not None:
                 index = taken
                 start = index * self.proof.chunk
                 out = buffer[: min(self.proof.chunk, self.layout.nbytes - start)]
-                fill_chunk(self.layout, start, out, work)
+                counts = self._fill(start, out)
                 for source in self.watched:
                     source.check_unchanged()
                 with self.stopwatch.time("write"):
                     self.sink.write(start, out)
-                self._finished.put((index, work.tally))
-                work.tally = {}
+                self._finished.put((index, counts))
         except BaseException as error:  # carried to the thread that collects
             self._stopping.set()
             self._finished.put((index, error))
+
+    def _fill(self, start: int, out: NDArray[np.uint8]) -> dict[str, codecs.Stats]:
+        """The tally of one chunk, which is made in `out` as soon as a workspace is free."""
+        with self.stopwatch.time("wait"):
+            work = self._workspaces.get()
+        try:
+            fill_chunk(self.layout, start, out, work)
+            return work.tally
+        finally:
+            work.tally = {}
+            self._workspaces.put(work)

@@ -22,8 +22,9 @@ RECORD_NBYTES = 3 * CHUNK_NBYTES
 
 @contextmanager
 def small_steps() -> Iterator[None]:
-    """Chunks and records at sizes that suit kilobytes."""
+    """Chunks and records at sizes that suit kilobytes; one thread is one thread, so that calls come in one order."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "CHUNKS_WRITING", (0,))
         for module in (plan, stream):
             patch.setattr(module, "CHUNK_NBYTES", (CHUNK_NBYTES,))
         patch.setattr(stream, "RECORD_NBYTES", RECORD_NBYTES)
