@@ -40,6 +40,10 @@ def main() -> int:
         except (BenchError, OSError) as error:
             failed = True
             bench.skip(case.NAME, f"it failed: {error}")
+        except KeyboardInterrupt:
+            failed = True
+            bench.skip(case.NAME, "interrupted; what was measured until then is kept")
+            break
     rows = [
         row
         for case in CASES
