@@ -21,6 +21,8 @@ from typing import Final, NamedTuple
 
 INTERVAL_SECONDS: Final = 0.02
 N_SAMPLES_A_SEARCH: Final = 10  # for new processes
+# An installed package has its bytecode; where this is set, a checkout compiles its source in every process (0.1 s).
+_UNLIKE_INSTALLED: Final = frozenset({"PYTHONDONTWRITEBYTECODE"})
 _LAUNCHER: Final = Path(__file__).with_name("launch.py")
 
 
@@ -46,9 +48,10 @@ def measure(
     command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 1800
 ) -> Measured:
     """What `command` cost. Its output goes to `log`; beyond the timeout it is killed (exit code -9)."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _UNLIKE_INSTALLED}
     launcher = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_LAUNCHER), str(log), *command],
-        env={**os.environ, **(env or {})},
+        env={**inherited, **(env or {})},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -114,8 +114,8 @@ def _bounded_vocabulary(
     directory, model = merged.vocabulary, merged.model
     n_vocab = model.dims["V"]
     kept, extra = vocabulary_nbytes(directory, n_vocab)
-    # The keys are held twice, parsed and in the header; what parsing needs is given back before workers start.
-    needed = resident_nbytes()[0] + 2 * kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
+    # What parsing needs beside the keys is given back before workers start.
+    needed = resident_nbytes()[0] + kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
     if needed > limit_nbytes:
         raise too_small(limit_nbytes, needed, directory)
     return read_vocabulary(

@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,7 @@ SCALAR_FORMATS: dict[GGUFValueType, str] = {
 }
 
 Scalar = str | int | float | bool
+Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class PackedArray:
 
     element: GGUFValueType
     length: int
-    payload: bytes | bytearray | memoryview
+    payload: Buffer
 
     @classmethod
     def of_strings(cls, values: Iterable[str | bytes]) -> PackedArray:
@@ -142,30 +144,60 @@ def align(offset: int, alignment: int = DEFAULT_ALIGNMENT) -> int:
     return -(-offset // alignment) * alignment
 
 
+class Header:
+    """All bytes before the tensor data, in pieces that lie where they were made: no vocabulary is held twice."""
+
+    __slots__ = ("nbytes", "pieces")
+
+    def __init__(self, pieces: Iterable[Buffer]) -> None:
+        self.pieces = tuple(pieces)
+        self.nbytes = sum(map(len, self.pieces))
+
+    def sha256(self) -> str:
+        """In hexadecimal, of all bytes."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def fill(self, out: NDArray[np.uint8], start: int) -> int:
+        """How many bytes, from byte `start` of the header on, were put at the beginning of `out`."""
+        filled, passed = 0, 0
+        for piece in self.pieces:
+            first = start + filled - passed
+            passed += len(piece)
+            if first < len(piece):
+                part = np.frombuffer(piece, dtype=np.uint8)[first : first + out.nbytes - filled]
+                out[filled : filled + len(part)] = part
+                filled += len(part)
+        return filled
+
+
 def encode_header(
     keys: Sequence[KeyValue], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
-) -> bytearray:
+) -> Header:
     """All bytes before the tensor data, padding included. ValueError on what no loader takes."""
     _check(keys, tensors)
+    pieces: list[Buffer] = []
     out = bytearray(struct.pack("<4sIQQ", MAGIC, VERSION, len(tensors), len(keys)))
     for entry in keys:
-        _encode_key(out, entry)
+        out += encode_string(entry.key) + struct.pack("<I", entry.type)
+        if isinstance(entry.value, PackedArray):
+            out += struct.pack("<IQ", entry.value.element, entry.value.length)
+            pieces += [out, entry.value.payload]
+            out = bytearray()
+        else:
+            out += _encode_scalar(entry.type, entry.value)
     for info in tensors:
         out += encode_string(info.name)
         out += struct.pack(f"<I{len(info.shape)}QIQ", len(info.shape), *reversed(info.shape), info.type, info.offset)
-    out.extend(bytes(align(len(out), alignment) - len(out)))
-    return out
+    nbytes = sum(map(len, pieces)) + len(out)
+    out.extend(bytes(align(nbytes, alignment) - nbytes))
+    return Header([*pieces, out])
 
 
-def _encode_key(out: bytearray, entry: KeyValue) -> None:
-    out += encode_string(entry.key) + struct.pack("<I", entry.type)
-    if isinstance(entry.value, PackedArray):
-        out += struct.pack("<IQ", entry.value.element, entry.value.length)
-        out += entry.value.payload
-    elif entry.type == GGUFValueType.STRING:
-        out += encode_string(str(entry.value))
-    else:
-        out += struct.pack(SCALAR_FORMATS[entry.type], entry.value)
+def _encode_scalar(type_: GGUFValueType, value: Scalar) -> bytes:
+    return encode_string(str(value)) if type_ == GGUFValueType.STRING else struct.pack(SCALAR_FORMATS[type_], value)
 
 
 def _check(keys: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> None:

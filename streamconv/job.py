@@ -5,7 +5,6 @@ Owns: what `convert` and `convert_adapter` hand to `run` and to `verify`. Does n
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import defaultdict
@@ -123,7 +122,7 @@ class Job:
 
     def identity(self, part: Part) -> dict[str, str]:
         """What changes a part's bytes, item by item: a run resumes another only where all of it is the same."""
-        items = {"format": FORMAT_VERSION, "header": hashlib.sha256(part.layout.header).hexdigest()}
+        items = {"format": FORMAT_VERSION, "header": part.layout.header.sha256()}
         items |= {f"option {name}": value for name, value in self.options.items()}
         items |= {f"source {shard.path.name}": shard.fingerprint for shard in self.shards}
         return items

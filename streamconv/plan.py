@@ -14,7 +14,7 @@ from pathlib import Path
 from gguf.constants import GGMLQuantizationType
 
 from streamconv.errors import BudgetError
-from streamconv.gguf_format import KeyValue, TensorInfo, align, encode_header
+from streamconv.gguf_format import Header, KeyValue, TensorInfo, align, encode_header
 from streamconv.graph import Encode, LazyTensor, peak_nbytes
 from streamconv.memory import MIB
 from streamconv.scratch import padded_nbytes
@@ -66,7 +66,7 @@ class Step:
 class Layout:
     """A whole output file before memory is considered: header bytes, then steps in order of their offsets."""
 
-    header: bytearray
+    header: Header
     steps: tuple[Step, ...]
     nbytes: int
 
@@ -109,10 +109,10 @@ def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> La
         offset = align(offset + tensor.spec.nbytes)
     header = encode_header(keys, infos)
     steps = tuple(
-        Step(info.name, made, placed.sources, len(header) + info.offset, _slab_rows(made))
+        Step(info.name, made, placed.sources, header.nbytes + info.offset, _slab_rows(made))
         for placed, made, info in zip(tensors, encoded, infos, strict=True)
     )
-    return Layout(header, steps, len(header) + offset)
+    return Layout(header, steps, header.nbytes + offset)
 
 
 def _slab_rows(tensor: Encode) -> int:

@@ -50,10 +50,7 @@ def fill_chunk(layout: Layout, start: int, out: NDArray[np.uint8], work: Workspa
     """Fill `out` with the file's bytes from `start` on. A row that a border cuts is made in full, on either side."""
     end = start + out.nbytes
     at = start
-    if at < len(layout.header):
-        head = layout.header[at:end]
-        out[: len(head)] = np.frombuffer(head, dtype=np.uint8)
-        at += len(head)
+    at += layout.header.fill(out, start)
     index = max(0, bisect_right(layout.steps, at, key=lambda step: step.offset) - 1)
     for step in layout.steps[index:]:
         if step.offset >= end:

@@ -100,6 +100,6 @@ def write_model(path: Path, keys: Iterable[KeyValue], n_vocab: int) -> Path:
         infos.append(TensorInfo(f"{name}.weight", shape, GGMLQuantizationType.F32, end))
         end = align(end + infos[-1].nbytes)
     with path.open("wb") as file:
-        file.write(encode_header([*settings, *keys], infos))
+        file.writelines(encode_header([*settings, *keys], infos).pieces)
         file.truncate(file.tell() + end)
     return path

@@ -76,7 +76,7 @@ def encode(keys: dict[str, Any], tensors: dict[str, Any]) -> tuple[bytes, list[T
         infos.append(TensorInfo(name, shape, kind, offset))
         offset = align(offset + infos[-1].nbytes)
     header = encode_header([key_value(name, *value) for name, value in keys.items()], infos)
-    return bytes(header) + bytes(offset), infos
+    return b"".join(header.pieces) + bytes(offset), infos
 
 
 def look(content: bytes) -> GGUFFile:

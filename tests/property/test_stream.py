@@ -6,10 +6,11 @@ import struct
 from itertools import pairwise
 
 import numpy as np
+from gguf.constants import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv.gguf_format import KeyValue
+from streamconv.gguf_format import KeyValue, PackedArray
 from streamconv.graph import PairHalves, Source, TensorSpec, Workspace
 from streamconv.plan import Layout, PlacedTensor, make_layout
 from streamconv.scratch import Scratch, aligned_buffer
@@ -17,6 +18,14 @@ from streamconv.stream import fill_chunk
 from tests.property.test_graph import BF16, F16, F32, Q8_0, BytesFile, pair_halves, stored, widened
 
 NAN, INFINITY = 0x7FC1, 0xFF80
+
+KEYS = [
+    KeyValue.string("general.architecture", "made"),
+    KeyValue.array("made.sizes", PackedArray.of_numbers(GGUFValueType.UINT32, [3, 70_000, 5])),
+    KeyValue.array("made.none", PackedArray.of_strings([])),
+    KeyValue.array("made.words", PackedArray.of_strings(["one", "", "three"])),
+    KeyValue.u32("made.block_count", 3),
+]
 
 
 def made_layout() -> tuple[Layout, bytes]:
@@ -28,7 +37,7 @@ def made_layout() -> tuple[Layout, bytes]:
     bad_array[1, 7], bad_array[3, 30], bad_array[3, 0] = NAN, INFINITY, NAN
     bad = Source("bad", BytesFile(bad_array.tobytes()), 0, TensorSpec((5, 31), BF16))
     layout = make_layout(
-        [KeyValue.string("general.architecture", "made"), KeyValue.u32("made.block_count", 3)],
+        KEYS,
         [
             PlacedTensor("matrix.weight", matrix, ("m",), Q8_0),
             PlacedTensor("heads.weight", PairHalves(heads, 3), ("h",), F16),
@@ -44,7 +53,7 @@ def made_layout() -> tuple[Layout, bytes]:
         kernel_array.astype(np.float32).tobytes(),
         widened(bad_array).tobytes(),
     ]
-    whole = bytes(layout.header)
+    whole = b"".join(layout.header.pieces)
     for part in data:
         whole += part + bytes(-len(part) % 32)
     return layout, whole

@@ -121,7 +121,7 @@ class TestWhatIsRight:
             TensorInfo("scalar", (), GGMLQuantizationType.F32, 0),
             TensorInfo("e", (3, 0), GGMLQuantizationType.F32, 64),
         ]
-        path = write(tmp_path / "own.gguf", bytes(encode_header(keys, infos, 64)) + bytes(64))
+        path = write(tmp_path / "own.gguf", b"".join(encode_header(keys, infos, 64).pieces) + bytes(64))
         with GGUFFile.open(path) as file:
             assert [(key.name, key.type_name, plain(key.value)) for key in file.keys.values()] == [
                 ("general.architecture", "string", "lfm2"),
