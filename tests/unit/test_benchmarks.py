@@ -131,3 +131,9 @@ def test_the_peak_of_a_command_is_its_own_even_after_it_has_freed_it(tmp_path: P
     idle = measure([sys.executable, "-S", "-c", "print('hello')"], tmp_path / "log")
     assert idle.peak_rss_nbytes < nbytes / 2
     assert (tmp_path / "log").read_text() == "hello\n"
+
+
+def test_a_command_runs_as_an_installed_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    program = "import sys; raise SystemExit(4 if sys.dont_write_bytecode else 0)"
+    assert measure([sys.executable, "-S", "-c", program], tmp_path / "log").exit_code == 0
