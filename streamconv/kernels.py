@@ -25,9 +25,9 @@ F16: Final = GGMLQuantizationType.F16
 BF16: Final = GGMLQuantizationType.BF16
 Q8_0: Final = GGMLQuantizationType.Q8_0
 
-# Elements of a piece: its temporaries (13 to 17 bytes an element) stay in a core's second-level cache, and each numpy
-# call is long enough that threads seldom wait for the interpreter lock (benchmarks/codecs.py measures both).
-PIECE: Final = 1 << 16
+# Elements of a piece. Its temporaries (13 to 17 bytes an element) outgrow a core's own cache, but each numpy call is so
+# long that two threads seldom wait for the interpreter lock: benchmarks/LOG.md.
+PIECE: Final = 1 << 18
 
 Bytes = NDArray[np.uint8]
 Bits = NDArray[Any]  # the patterns of floats, as unsigned integers
