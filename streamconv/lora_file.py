@@ -25,28 +25,31 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, MLX's
 NUMBERED = "*[0-9]_adapters.safetensors"  # MLX's checkpoints, as 0000100_adapters.safetensors
 
-A, B = "a", "b"
+A, B, UNUSED = "a", "b", "unused"
 
-# The ends of names, first match first. PEFT leaves the adapter's name ("default") out when it saves; a state dict that
-# was saved by hand has it.
+_NAME = (
+    r"(?:\.[^.]+)?"  # an adapter's, as "default": PEFT leaves it out when it saves, a state dict saved by hand has it
+)
+
+# The ends of names, first match first.
 _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (role, re.compile(pattern))
     for role, pattern in (
-        (A, r"(.+)\.(?:lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?|lora_a)"),
-        (B, r"(.+)\.(?:lora_B(?:\.default)?\.weight|lora_embedding_B(?:\.default)?|lora_b)"),
+        (A, rf"(.+)\.(?:lora_A{_NAME}\.weight|lora_embedding_A{_NAME}|lora_a)"),
+        (B, rf"(.+)\.(?:lora_B{_NAME}\.weight|lora_embedding_B{_NAME}|lora_b)"),
         # Copies of the frozen base that PEFT saves beside trained embeddings; what VeLoRA and MonteCLoRA train with.
-        ("unused", r"(.+)\.(?:base_layer\.weight|original_module\.weight|lora_velora_.+|lora_monteclora_sampler\..+)"),
+        (UNUSED, r"(.+)\.(?:base_layer\.weight|original_module\.weight|lora_velora_.+|lora_monteclora_sampler\..+)"),
         ("dora", r"(.+)\.(?:lora_magnitude_vector(?:\..+)?|m)"),
-        ("lora-bias", r"(.+)\.lora_B(?:\.default)?\.bias"),
+        ("lora-bias", rf"(.+)\.lora_B{_NAME}\.bias"),
         ("kasa", r"(.+)\.lora_diag(?:\..+)?"),
         ("tokens", r"(.+?)\.(?:token_adapter\..+|trainable_tokens_.+)"),
+        ("unknown", r"(.+\.lora_.+)"),
         ("bias", r"(.+?)(?:\.base_layer)?\.bias"),
         ("norm", r"((?:.+\.)?[^.]*norm)\.weight"),
-        ("weight", r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.weight"),
+        ("weight", rf"(.+?)(?:\.modules_to_save{_NAME})?\.weight"),
         ("unknown", r"(.+)"),
     )
 )
-_UNUSED = frozenset(("unused",))
 
 _REASONS: Mapping[str, str] = {
     "dora": "DoRA has full rank: merge it while converting",
@@ -87,6 +90,8 @@ class LoraFile:
         path = find_source(path)
         if not path.exists():
             raise SourceError("no such adapter", file=path)
+        if path.is_file() and path.suffix != ".safetensors":
+            raise SourceError("is no safetensors file", file=path, hint=f"name the folder, {path.parent}")
         directory = path if path.is_dir() else path.parent
         weights = _find_weights(path) if path.is_dir() else path
         if not (directory / CONFIG).is_file():
@@ -113,7 +118,7 @@ class LoraFile:
                 if getattr(factors, role) is not None:
                     self.problems.append(Problem("twice", f"has two tensors for lora_{role}", (module,)))
                 setattr(factors, role, tensor)
-            elif role not in _UNUSED:
+            elif role != UNUSED:
                 others.setdefault(role, []).append(name if role == "unknown" else module)
         self.problems += [Problem(role, _REASONS[role], tuple(names)) for role, names in others.items()]
 

@@ -44,7 +44,13 @@ LIMIT = 1 << 28
         ("base_model.model.lm_head.modules_to_save.default.weight", "weight", "lm_head"),
         (f"{Q}.weight", "weight", Q),
         (f"base_model.model.{Q}.lora_E", "unknown", f"{Q}.lora_E"),
-        (f"base_model.model.{Q}.lora_A.other.weight", "weight", f"{Q}.lora_A.other"),
+        (f"base_model.model.{Q}.lora_A.mine.weight", "a", Q),
+        (f"base_model.model.{Q}.lora_B.mine.weight", "b", Q),
+        ("base_model.model.model.embed_tokens.lora_embedding_B.mine", "b", "model.embed_tokens"),
+        (f"base_model.model.{Q}.lora_B.mine.bias", "lora-bias", Q),
+        ("base_model.model.lm_head.modules_to_save.mine.weight", "weight", "lm_head"),
+        (f"{Q}.lora_a.weight", "unknown", f"{Q}.lora_a.weight"),  # a spelling of neither
+        (f"{Q}.lora_A.one.two.weight", "unknown", f"{Q}.lora_A.one.two.weight"),
     ],
 )
 def test_names(name: str, role: str, module: str) -> None:
@@ -97,6 +103,20 @@ def test_what_is_missing_is_said(tmp_path: Path, files: dict[str, bytes], messag
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such adapter"):
         opened(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin", "adapter.gguf"])
+def test_a_file_that_holds_no_weights(tmp_path: Path, name: str) -> None:
+    adapter = loras.write(tmp_path, loras.factors(Q, 64, 64))
+    (adapter / name).touch()
+    with pytest.raises(SourceError, match=f"{name}: is no safetensors file .*name the folder, {adapter}"):
+        opened(adapter / name)
+
+
+def test_two_adapters_in_one_file(tmp_path: Path) -> None:
+    tensors = loras.factors(Q, 64, 64)
+    tensors[f"base_model.model.{Q}.lora_A.mine.weight"] = loras.noise("mine", (8, 64))
+    assert opened(loras.write(tmp_path, tensors))[2] == ["twice"]
 
 
 def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
