@@ -99,7 +99,7 @@ def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Conf
 def legacy_adapter(
     base: BaseModel, modules: Sequence[LoraModule], stored: Mapping[str, Factors], config: Config
 ) -> LegacyAdapter:
-    """Keys, tensors and order as Ollama's converter has them, and how far each Q and K is from what was trained."""
+    """Keys, tensors and order as Ollama's converter has them, and how far what it mangles is from what was trained."""
     alpha = _alpha(config)
     made, cautions = [], [_warning()]
     for module in modules:
@@ -108,7 +108,7 @@ def legacy_adapter(
         a = _written(f"{module.slot.target}.lora_a", factors.a, _heads(module, base, config))
         b = _written(f"{module.slot.target}.lora_b", factors.b, 0)
         made += [a, b]
-        if _is_permuted(module):
+        if _is_permuted(module) or _is_turned(a.tensor, b.tensor) != _is_turned(module.a, module.b):
             cautions.append(_distance_caution(module, a.tensor, b.tensor, _scale(alpha, module.rank)))
     cautions += _ignored_scales(modules, alpha)
     if config.raw.get("alora_invocation_tokens"):
@@ -177,6 +177,10 @@ def _written(target: str, stored: SourceTensor, n_heads: int) -> LegacyTensor:
 # ---------------------------------------------------------------- what is wrong with it
 
 
+def _is_turned(a: LazyTensor, b: LazyTensor) -> tuple[bool, bool]:
+    return isinstance(a, Transpose), isinstance(b, Transpose)
+
+
 def _warning() -> Caution:
     return Caution(
         "legacy",
@@ -198,7 +202,8 @@ def _ignored_scales(modules: Sequence[LoraModule], alpha: float) -> Iterator[Cau
 
 def _distance_caution(module: LoraModule, a: LazyTensor, b: LazyTensor, scale: float) -> Caution:
     if (a.spec.shape, b.spec.shape) != (module.a.spec.shape, module.b.spec.shape):
-        message = f"taken for transposed, which it is not: lora_a {list(a.spec.shape)}, lora_b {list(b.spec.shape)}"
+        shapes = f"lora_a {list(a.spec.shape)}, lora_b {list(b.spec.shape)}"
+        message = f"written the wrong way round, {shapes}: llama.cpp refuses the file"
     else:
         distance = _distance(module, a, b, scale)
         message = f"the written change is off by {distance:.6g} of the trained one (Frobenius norms)"

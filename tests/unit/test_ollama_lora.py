@@ -149,12 +149,32 @@ def test_a_change_of_zero_has_no_distance(tmp_path: Path, llama: Path) -> None:
     assert distances(convert(loras.write(tmp_path, tensors), llama)[0]) == {"blk.0.attn_q.weight": 0.0}
 
 
-def test_a_rank_above_the_columns_is_taken_for_transposed(tmp_path: Path, llama: Path) -> None:
-    adapter = tiny.peft_adapter(tmp_path, llama, r=72, targets=("q_proj",), layers=(0,))
-    report, file = convert(adapter, llama)
+@pytest.mark.parametrize("make", [tiny.peft_adapter, tiny.mlx_adapter])
+def test_every_module_that_is_written_the_wrong_way_round_is_told(tmp_path: Path, llama: Path, make: Any) -> None:
+    """A rank of 72 is above in or out of every module."""
+    report, file = convert(make(tmp_path, llama, r=72, layers=(0,)), llama)
     assert file.tensors["blk.0.attn_q.weight.lora_a"].shape == (64, 72)
-    (told,) = (w.message for w in report.warnings if w.code == "legacy-distance")
-    assert "taken for transposed, which it is not" in told
+    told = {w.tensor: w.message for w in report.warnings if w.code == "legacy-distance"}
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_down", "ffn_up"]
+    assert list(told) == [f"blk.0.{name}.weight" for name in names]
+    for target, message in told.items():
+        shapes = [list(file.tensors[f"{target}.lora_{x}"].shape) for x in "ab"]
+        assert f"the wrong way round, lora_a {shapes[0]}, lora_b {shapes[1]}: llama.cpp refuses" in message
+
+
+def test_a_square_factor_that_is_left_transposed_has_its_distance(tmp_path: Path, llama: Path) -> None:
+    targets = {"q_proj": "attn_q", "o_proj": "attn_output", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    adapter = tiny.mlx_adapter(
+        tmp_path, llama, targets=targets, r=64, scale=1.5, dtype="F16", config={"lora_alpha": 96}
+    )
+    report, file = convert(adapter, llama)
+    computed = deltas.distances(
+        deltas.applied(file), deltas.expected(adapter, lambda _: 1.5, {"attn_q": 4, "attn_k": 2})
+    )
+    told = distances(report)
+    assert sorted(told) == sorted(f"blk.{i}.{name}.weight" for i in (0, 1) for name in targets.values())
+    for name, distance in told.items():
+        assert distance == pytest.approx(computed[name], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +200,7 @@ def test_every_file_is_told_to_be_wrong(tmp_path: Path, llama: Path) -> None:
 # ---------------------------------------------------------------- what it does not take
 
 
-@pytest.mark.parametrize("options", [{"outtype": "f16"}, {"scale": 1.0}, {"name": "Mine"}])
+@pytest.mark.parametrize("options", [{"outtype": "f16"}, {"outtype": "auto"}, {"scale": 1.0}, {"name": "Mine"}])
 def test_options_of_the_other_dialect(tmp_path: Path, llama: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="has no place with --dialect ollama-legacy"):
         convert(loras.write(tmp_path, loras.factors(Q, 96, 64)), llama, **options)
