@@ -9,7 +9,7 @@ base's tensor, in that tensor's own order of rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -40,7 +40,7 @@ def convert_adapter(
     base: str | Path,
     dst: str | Path | None = None,
     *,
-    outtype: str = "auto",
+    outtype: str | None = None,
     dialect: str = LLAMA_CPP,
     scale: float | None = None,
     name: str | None = None,
@@ -49,12 +49,14 @@ def convert_adapter(
     """What was written to `dst`: the PEFT or MLX adapter in the folder `adapter`, for the model `base`, as GGUF.
 
     base: a GGUF file or a Hugging Face folder; no weight of it is read. dst: by default GGUF's naming convention, in
-    the current directory. outtype: auto (each factor keeps its own type), f32, f16, bf16 or q8_0. scale: the absolute
-    s of every module instead of the configuration's. name: general.name. keywords: how it goes, see `RunKeywords`.
+    the current directory. outtype: auto (the default: each factor keeps its own type), f32, f16, bf16 or q8_0; of
+    ollama-legacy none, nor scale, nor name. scale: the absolute s of every module instead of the configuration's.
+    name: general.name. keywords: how it goes, see `RunKeywords`.
     Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
     """
     options = RunOptions(**keywords)
-    wanted = OutputOptions(outtype, dialect, name)
+    wanted = OutputOptions("auto" if outtype is None else outtype, dialect, name)
+    _check_legacy(dialect, {"--outtype": outtype, "--scale": scale, "--name": name})
     room = headroom_nbytes(options.limit_nbytes)
     with LoraFile.open(Path(adapter), room) as source:
         return run(plan_adapter(source, open_base(Path(base), room), dst, wanted, scale), options)
@@ -67,13 +69,13 @@ def plan_adapter(
 
     SourceError with all that cannot be carried, UsageError on options that do not go together.
     """
+    _check_legacy(wanted.dialect, {"--scale": scale})
     if scale is not None and not abs(scale) <= MAX_SCALE:
         raise UsageError(f"--scale {scale} is no scale")
     config = read_lora_config(source.config, scale)
     resolved = resolve(source, base, config)
-    refuse(resolved.problems, source)
     if wanted.dialect == OLLAMA_LEGACY:
-        return _plan_legacy(source, base, resolved, dst, wanted, scale)
+        return _plan_legacy(source, base, resolved, dst, wanted)
     return _plan(source, base, resolved, dst, wanted, config.invocation_tokens)
 
 
@@ -85,8 +87,8 @@ def _plan(
     wanted: OutputOptions,
     invocation_tokens: Sequence[int],
 ) -> Job:
-    folded = fold(resolved.modules)
-    refuse(folded.problems, source)
+    folded = fold(resolved.sound)
+    refuse([*resolved.problems, *folded.problems], source, base)
     # gguf counts the matrices that an adapter changes, for the heuristics that read names like my-1B-lora.
     specs = [(pair.target, pair.changed) for pair in folded.pairs]
     general = read_general(source.directory, arch=base.recipe.arch, name=wanted.name, specs=specs, kind="adapter")
@@ -114,14 +116,9 @@ def _plan_legacy(
     resolved: Resolved,
     dst: str | Path | None,
     wanted: OutputOptions,
-    scale: float | None,
 ) -> Job:
     """The job of an ollama-legacy file, which takes nothing but Ollama's own choices."""
-    options = {"--outtype": wanted.outtype != "auto", "--scale": scale is not None, "--name": wanted.name is not None}
-    given = [option for option, is_given in options.items() if is_given]
-    if given:
-        raise UsageError(f"{given[0]} has no place with --dialect {OLLAMA_LEGACY}: the file is what Ollama wrote")
-    refuse(list(legacy_problems(base, resolved.modules, source.config)), source)
+    refuse([*resolved.problems, *legacy_problems(base, resolved.sound, source.config)], source, base)
     legacy = legacy_adapter(base, resolved.modules, source.factors, source.config)
     general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
     tensors = [PlacedTensor(one.target, one.tensor, (one.source,), one.type) for one in legacy.tensors]
@@ -137,6 +134,13 @@ def _plan_legacy(
         options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A"))},
         cautions=[*resolved.cautions, *legacy.cautions],
     )
+
+
+def _check_legacy(dialect: str, options: Mapping[str, object]) -> None:
+    """UsageError where an option is given of which Ollama's converter leaves no choice."""
+    given = [option for option, value in options.items() if value is not None]
+    if dialect == OLLAMA_LEGACY and given:
+        raise UsageError(f"{given[0]} has no place with --dialect {OLLAMA_LEGACY}: the file is what Ollama wrote")
 
 
 def _tensors(pair: Pair, outtype: str) -> Iterator[PlacedTensor]:

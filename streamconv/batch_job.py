@@ -265,7 +265,8 @@ def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_me
         _make_folder(Path(job.output).parent)
     if job.command == "lora":
         assert job.base is not None  # jobs_file.py sees to it
-        return convert_adapter(job.source, job.base, job.output, outtype=job.outtype, dialect=job.dialect, **keywords)
+        outtype = None if job.outtype == "auto" else job.outtype
+        return convert_adapter(job.source, job.base, job.output, outtype=outtype, dialect=job.dialect, **keywords)
     split = SplitOptions(parse_size(job.split_max_size) if job.split_max_size else None, None, job.only_part)
     return convert(
         job.source,

@@ -45,7 +45,13 @@ def add_convert(commands: Any) -> None:
     )
     parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
     add_adapter_option(parser, "merge this LoRA or DoRA adapter into the weights; may be repeated")
-    add_output_options(parser)
+    add_output_options(
+        parser,
+        example="Name-1.2B-BF16.gguf",
+        auto="the source's own 16-bit type",
+        dialect="tensor names; the default is the one to use with Ollama too, "
+        "ollama-legacy is for its first LFM2 release",
+    )
     add_split_options(parser)
     add_run_options(parser)
     parser.set_defaults(run=_convert)
@@ -60,13 +66,23 @@ def add_lora(commands: Any) -> None:
         epilog="example:\n  streamconv lora my-adapter --base Llama-3.2-1B.gguf -o my-adapter.gguf\n\n" + EXIT_CODES,
     )
     parser.add_argument(
-        "adapter", metavar="ADAPTER", type=Path, help="the folder of adapter_config.json and its weights"
+        "adapter",
+        metavar="ADAPTER",
+        type=Path,
+        help="the folder of adapter_config.json and its weights, or those weights, as 0000100_adapters.safetensors",
     )
     parser.add_argument(
         "--base", metavar="BASE", type=Path, required=True, help="the base model: its GGUF or its folder"
     )
     parser.add_argument("--scale", metavar="S", type=float, help="the scale of every module, instead of the config's")
-    add_output_options(parser)
+    add_output_options(
+        parser,
+        example="Name-F32-LoRA.gguf",
+        auto="each factor's own type",
+        dialect="the default is the one to use with Ollama too; ollama-legacy reproduces what its first LFM2 release "
+        "wrote for Llama, which does not compute the trained adapter (it takes no --outtype, --scale or --name)",
+        outtype=None,
+    )
     add_run_options(parser)
     parser.set_defaults(run=_lora)
 

@@ -39,19 +39,15 @@ def add_command(commands: Any, name: str, *, help: str, description: str, epilog
     return parser
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
+def add_output_options(
+    parser: argparse.ArgumentParser, *, example: str, auto: str, dialect: str, outtype: str | None = "auto"
+) -> None:
+    """example: a default name of OUT; auto, dialect: what these options mean here; outtype: its default."""
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", metavar="OUT", type=Path, help="default: Name-1.2B-BF16.gguf, in this folder")
-    group.add_argument(
-        "--outtype", choices=OUTTYPES, default="auto", help="default: auto, the source's own 16-bit type"
-    )
-    group.add_argument(
-        "--dialect",
-        choices=DIALECTS,
-        default=DIALECTS[0],
-        help="tensor names; the default is the one to use with Ollama too, ollama-legacy is for its first LFM2 release",
-    )
-    group.add_argument("--name", metavar="NAME", help="the model's name in the file")
+    group.add_argument("-o", "--output", metavar="OUT", type=Path, help=f"default: {example}, in this folder")
+    group.add_argument("--outtype", choices=OUTTYPES, default=outtype, help=f"default: auto, {auto}")
+    group.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help=dialect)
+    group.add_argument("--name", metavar="NAME", help="the name in the file, general.name")
     group.add_argument("--force", action="store_true", help="replace an existing OUT, once the new file is complete")
     group.add_argument("--modelfile", action="store_true", help="write Ollama's Modelfile beside OUT, too")
 

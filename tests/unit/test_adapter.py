@@ -328,6 +328,7 @@ def test_the_command(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[
     [
         (["--scale", "nan"], 2, "--scale nan is no scale"),
         (["--dialect", "ollama-legacy", "--outtype", "f16"], 2, "--outtype has no place"),
+        (["--dialect", "ollama-legacy", "--outtype", "auto"], 2, "--outtype has no place"),
         (["--dialect", "ollama-legacy", "--scale", "2"], 2, "--scale has no place"),
         (["--max-memory", "1MiB"], 4, "--max-memory"),
     ],
@@ -340,6 +341,28 @@ def test_failures_are_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert not out.exists()
+
+
+def test_problems_of_every_stage_are_told_at_once(
+    tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the configuration, of the modules, of the one alpha; the line names one of alike ones, the JSON all."""
+    tensors = loras.factors(Q, 96, 64) | loras.factors(K, 48, 64)
+    for i in (7, 8, 9):
+        tensors |= loras.factors(f"model.layers.{i}.mlp.up_proj", 160, 64)
+    settings = {"alpha_pattern": {"q_proj": 1e-40, "k_proj": 1e-40}, "use_rslora": "yes"}
+    adapter = loras.write(tmp_path / "adapter", tensors, loras.PEFT | settings)
+    out = tmp_path / "x.gguf"
+    assert main(["lora", str(adapter), "--base", str(llama), "-o", str(out), "--json"]) == 3
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["error"]["problems"]
+    assert [(problem["code"], problem["modules"]) for problem in found] == [
+        ("config", []),
+        ("no-module", [f"model.layers.{i}.mlp.up_proj" for i in (7, 8, 9)]),
+        ("alpha", [Q, K]),
+    ]
+    assert "model.layers.7.mlp.up_proj and 2 more: the base (llama) has no such module" in printed.err
+    assert len(printed.err.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- strangers' files
