@@ -27,6 +27,8 @@ from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
 N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
 
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, of mlx-lm
+
 # Tensors that llama.cpp's run time uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
 _IGNORED_TARGETS = {"_norm.weight": "a norm", "shortconv.conv.weight": "the convolution's kernel"}
 
@@ -81,6 +83,13 @@ class BaseModel:
     @property
     def n_layers(self) -> int:
         return self.dims[N_LAYERS]
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a tensor of this name in its checkpoint; a tied base's head counts."""
+        template, numbers = match_name(name)
+        rows = (row for row in self.recipe.tensors if row.source == template)
+        i, e = (*numbers, None, None)[:2]
+        return any(name == self.recipe.head or self._has(row, i, e) for row in rows)
 
     def slot(self, module: str) -> Slot | Problem:
         """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
@@ -269,7 +278,7 @@ class _GGUFFacts:
 def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
     raw = load_object(path / "config.json", MAX_CONFIG_NBYTES)
     # A quantised base (as QLoRA trains on) has other shapes on disk; its config.json gives the real ones.
-    is_quantized = raw.pop("quantization_config", None) is not None
+    is_quantized = bool([key for key in QUANTIZATION_KEYS if raw.pop(key, None) is not None])
     config = Config(raw, path / "config.json")
     recipe = find_recipe(config)
     if any(path.glob("*.safetensors")) and not is_quantized:

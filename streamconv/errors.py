@@ -6,9 +6,10 @@ Invariant: one line of message, naming file and tensor where there is one, and a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 # A file of strangers may have names of megabytes; nobody reads on after this.
 MAX_MESSAGE_CHARS = 4000
@@ -36,19 +37,29 @@ class Caution:
 
 
 class StreamconvError(Exception):
-    """Base of all failures that streamconv reports. `kind` and `exit_code` are fixed by the subclass."""
+    """Base of all failures that streamconv reports. `kind` and `exit_code` are fixed by the subclass.
+
+    problems: what the message sums up, one by one and whole, as `--json` prints it.
+    """
 
     kind: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1
 
     def __init__(
-        self, message: str, *, file: str | Path | None = None, tensor: str | None = None, hint: str | None = None
+        self,
+        message: str,
+        *,
+        file: str | Path | None = None,
+        tensor: str | None = None,
+        hint: str | None = None,
+        problems: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__(message)
         self.message = _shortened(message, MAX_MESSAGE_CHARS)
         self.file = None if file is None else str(file)
         self.tensor = None if tensor is None else _shortened(tensor, MAX_NAME_CHARS)
         self.hint = hint
+        self.problems = problems
 
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)

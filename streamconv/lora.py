@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 from streamconv.base_model import BaseModel, Slot
 from streamconv.checkpoint import SourceTensor
@@ -21,7 +22,9 @@ from streamconv.lora_file import LoraFile
 
 MAX_PROBLEMS_SHOWN = 12
 
+Shape = Sequence[int]
 Orientation = tuple[bool, bool]  # whether A, whether B is stored transposed
+EVERY: frozenset[Orientation] = frozenset((a, b) for a in (False, True) for b in (False, True))
 STRAIGHT, TURNED = (False, False), (True, True)
 
 
@@ -51,9 +54,15 @@ class Resolved:
     problems: list[Problem] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
 
+    @property
+    def sound(self) -> list[LoraModule]:
+        """The modules that no problem names."""
+        named = {name for problem in self.problems for name in problem.modules}
+        return [module for module in self.modules if module.name not in named]
+
 
 def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
-    """The adapter's modules on `base`. Nothing is raised: what is wrong is in `problems`, alike ones together."""
+    """The adapter's modules on `base`. Nothing is raised: what is wrong is in `problems`."""
     problems = [*adapter.problems, *config.problems, *_whole_problems(adapter, base, config)]
     placed, is_taken = [], _Taken()
     for name, factors in adapter.factors.items():
@@ -67,11 +76,11 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
             problems.append(Problem("twice", f"another module changes {slot.target} as well", (name,)))
         else:
             placed.append(_Placed(name, factors.a, factors.b, slot))
-    certain = {placed.candidates[0] for placed in placed if len(placed.candidates) == 1}
     modules = []
-    for one in placed:
+    fitting = orientations([(one.a.shape, one.b.shape, one.slot) for one in placed])
+    for one, ways in zip(placed, fitting, strict=True):
         try:
-            modules.append(one.module(certain, config))
+            modules.append(one.module(ways, config))
         except SourceError as error:
             problems.append(Problem("dtype", error.message, (one.name,)))
         except _Unfit as error:
@@ -79,18 +88,37 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     for module in modules:
         problems += _misfits(module, base, config)
     modules.sort(key=lambda module: module.slot.order)
-    return Resolved(modules, _grouped(problems), [*base.cautions, *config.cautions])
+    return Resolved(modules, problems, [*base.cautions, *config.cautions])
 
 
-def refuse(problems: Sequence[Problem], adapter: LoraFile) -> None:
-    """SourceError with all of `problems`, if there are any."""
-    if not problems:
+def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> None:
+    """SourceError with all of `problems`, if there are any; its hint is merging where that can carry all of them."""
+    hint = f"streamconv convert BASE --adapter {adapter.directory}"
+    merges = all(_is_mergeable(problem, base) for problem in problems)
+    refuse_all("no GGUF adapter can carry this exactly", problems, adapter.directory, hint if merges else None)
+
+
+def refuse_all(what: str, found: Sequence[Problem], file: Path, hint: str | None = None) -> None:
+    """SourceError with all problems `found`, if there are any: in its line in short, in its `problems` whole."""
+    if not found:
         return
+    problems = grouped(found)
     shown = "; ".join(map(str, problems[:MAX_PROBLEMS_SHOWN]))
     if len(problems) > MAX_PROBLEMS_SHOWN:
         shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
-    hint = f"streamconv convert BASE --adapter {adapter.directory}" if all(p.is_mergeable for p in problems) else None
-    raise SourceError(f"no GGUF adapter can carry this exactly: {shown}", file=adapter.directory, hint=hint)
+    listed = [{"code": one.code, "message": one.message, "modules": list(one.modules)} for one in problems]
+    raise SourceError(f"{what}: {shown}", file=file, hint=hint, problems=listed)
+
+
+# Kinds of problems that a merge does not have, each with what of a module it needs the base to have.
+_MERGEABLE = {"dora": "weight", "weight": "weight", "norm": "weight", "bias": "bias", "tied": "weight"}
+
+
+def _is_mergeable(problem: Problem, base: BaseModel) -> bool:
+    """Whether merging while converting can do what an adapter cannot, to all modules that the problem names."""
+    what = _MERGEABLE.get(problem.code)
+    names = [f"{module}.{what}" for module in problem.modules]
+    return bool(what and names) and all(base.has(name) or base.has(f"model.{name}") for name in names)
 
 
 def _find_slot(name: str, base: BaseModel) -> Slot | Problem:
@@ -142,22 +170,14 @@ class _Placed:
     b: SourceTensor
     slot: Slot
 
-    @property
-    def candidates(self) -> list[Orientation]:
-        return orientations(self.a.shape, self.b.shape, self.slot)
-
-    def module(self, certain: set[Orientation], config: LoraConfig) -> LoraModule:
-        """The module, once its orientation is known; `certain` are those of the other modules of the file."""
-        candidates = self.candidates
-        if not candidates:
+    def module(self, fitting: frozenset[Orientation], config: LoraConfig) -> LoraModule:
+        """The module, of whose orientations one must be left."""
+        if not fitting:
             raise self._unfit()
-        if len(candidates) > 1:
-            # One program wrote the whole file, so what all other modules show holds for this one.
-            candidates = [turned for turned in candidates if certain == {turned}]
-            if not candidates:
-                what = f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)} fit either way round"
-                raise _Unfit("ambiguous", f"{what}: whether they are stored transposed cannot be told", self.name)
-        a_turned, b_turned = candidates[0]
+        if len(fitting) > 1:
+            what = f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)} fit either way round"
+            raise _Unfit("ambiguous", f"{what}: whether they are stored transposed cannot be told", self.name)
+        ((a_turned, b_turned),) = fitting
         a, b = self.a.lazy(), self.b.lazy()
         rank = self.a.shape[-1] if a_turned else self.a.shape[-2]
         return LoraModule(
@@ -170,37 +190,59 @@ class _Placed:
 
     def _unfit(self) -> _Unfit:
         shapes = f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)}"
-        for a, b in product(_both_ways(self.a.shape), _both_ways(self.b.shape)):
+        for a, b in product(*((shape, shape[::-1]) for shape in (self.a.shape, self.b.shape))):
             if len(a) == len(b) == 2 and _fit((b[1], a[1]), b, self.slot):
                 return _Unfit("rank", f"the ranks disagree: {shapes}", self.name)
         expected = ["?" if extent is None else extent for extent in self.slot.shape]
         return _Unfit("shape", f"{shapes} do not fit the base's {self.slot.target} {expected}", self.name)
 
 
-def _both_ways(shape: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-    return shape, shape[::-1]
+def orientations(pairs: Sequence[tuple[Shape, Shape, Slot]]) -> list[frozenset[Orientation]]:
+    """For each module of a file, by A's and B's stored shapes, how they lie: one way, or none fits, or nothing tells.
 
-
-def orientations(a: Sequence[int], b: Sequence[int], slot: Slot) -> list[Orientation]:
-    """How A and B of these stored shapes can lie: as [r, in] and [out, r], or either of them turned.
-
-    Both agree on the rank, and on the base's extents where those are known. Where they are not, a factor is longer than
-    it is wide. Both turned alike come before one alone.
+    One program wrote the whole file, so what fits all of its modules is how each of them lies. Where that leaves
+    several ways, a factor whose extents the base does not tell is longer than it is wide; then both lie alike. Modules
+    that cannot be of one file are left with all that fits each.
     """
-    if slot.n_experts and slot.expert is None:  # mlx-lm's LoRASwitchLinear stores them straight
+    found = [_fitting(*pair) for pair in pairs]
+    heard = [n for n, (_, _, slot) in enumerate(pairs) if found[n] and not _is_stack(slot)]
+    left = _agreeing([found[n] for n in heard])
+    left = _agreeing([ways & _longer(*pairs[n]) or ways for n, ways in zip(heard, left, strict=True)])
+    alike = EVERY.intersection((STRAIGHT, TURNED), *left)
+    for n, ways in zip(heard, left, strict=True):
+        found[n] = ways & alike or ways
+    return found
+
+
+def _agreeing(found: Sequence[frozenset[Orientation]]) -> list[frozenset[Orientation]]:
+    common = EVERY.intersection(*found)
+    return [ways & common or ways for ways in found]
+
+
+def _is_stack(slot: Slot) -> bool:
+    """All experts of a layer in one: mlx-lm's LoRASwitchLinear stores them straight, and all else turned."""
+    return bool(slot.n_experts) and slot.expert is None
+
+
+def _fitting(a: Shape, b: Shape, slot: Slot) -> frozenset[Orientation]:
+    """The ways in which A and B agree on the rank, and on the base's extents where those are known."""
+    if _is_stack(slot):
         is_stacked = len(a) == len(b) == 3 and a[0] == b[0] == slot.n_experts
-        return [STRAIGHT] if is_stacked and _fit(a[1:], b[1:], slot) else []
-    fitting = [
-        (bool(a_turned), bool(b_turned))
-        for (a_turned, one), (b_turned, other) in product(enumerate(_both_ways(a)), enumerate(_both_ways(b)))
-        if _fit(one, other, slot)
-    ]
-    if None in slot.shape and len(fitting) > 1 and a[0] != a[1] and b[0] != b[1]:
-        fitting = [turned for turned in fitting if turned == (a[0] > a[1], b[0] < b[1])] or fitting
-    return [turned for turned in fitting if turned in (STRAIGHT, TURNED)] or fitting
+        return frozenset({STRAIGHT} if is_stacked and _fit(a[1:], b[1:], slot) else ())
+    return frozenset(
+        (a_turned, b_turned)
+        for a_turned, b_turned in EVERY
+        if _fit(a[::-1] if a_turned else a, b[::-1] if b_turned else b, slot)
+    )
 
 
-def _fit(a: Sequence[int], b: Sequence[int], slot: Slot) -> bool:
+def _longer(a: Shape, b: Shape, slot: Slot) -> frozenset[Orientation]:
+    """The way in which factors are longer than wide, where the base leaves an extent open and they are not square."""
+    tells = None in slot.shape and a[0] != a[1] and b[0] != b[1]
+    return frozenset({(a[0] > a[1], b[0] < b[1])}) if tells else EVERY
+
+
+def _fit(a: Shape, b: Shape, slot: Slot) -> bool:
     n_out, n_in = slot.shape[::-1] if slot.is_embedding else slot.shape
     return len(a) == len(b) == 2 and a[0] == b[1] > 0 and n_in in (None, a[1]) and n_out in (None, b[0])
 
@@ -228,7 +270,7 @@ def _misfits(module: LoraModule, base: BaseModel, config: LoraConfig) -> Iterato
         yield Problem("tied", "whether the base is tied is not known: give its complete GGUF, or its folder", names)
 
 
-def _grouped(problems: Iterable[Problem]) -> list[Problem]:
+def grouped(problems: Iterable[Problem]) -> list[Problem]:
     """Problems of the same kind and words as one, with all their modules."""
     together: dict[tuple[str, str], list[str]] = {}
     for problem in problems:

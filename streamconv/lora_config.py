@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeVar
 
 from streamconv.config import Config
-from streamconv.errors import Caution
+from streamconv.errors import Caution, SourceError
 
 # PEFT's defaults, taken where a key is absent, as PEFT itself does when it loads such a file.
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0
@@ -26,9 +27,11 @@ DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0
 # the adapter is loaded. An adapter that was saved as a conversion to plain LoRA says true.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# What PEFT 0.21.2 writes. A key that it does not know is one of a version that may compute something else.
-PEFT_KEYS = frozenset(
+# What PEFT 0.21.2 writes, and what Ollama reads beside it (ollama_lora.py), which training does not. Another key is one
+# of a version that may compute something else.
+KNOWN_KEYS = frozenset(
     (
+        "num_key_value_heads",
         *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path"),
         *("bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out"),
         *("inference_mode", "init_lora_weights", "invocation_string", "kasa_config", "layer_replication"),
@@ -41,7 +44,10 @@ PEFT_KEYS = frozenset(
 )
 
 MAX_PATTERN_LENGTH = 500
-MAX_WILDCARDS = 3  # in a pattern: with more, one match may take time without end
+MAX_CHOICES = 1 << 18  # of all patterns of a configuration, for one module: tens of milliseconds
+LONGEST_NAME, LONGEST_RUN = 64, 8  # of modules; of the same letter in one, or of digits
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +58,6 @@ class Problem:
     message: str
     modules: tuple[str, ...] = ()
 
-    @property
-    def is_mergeable(self) -> bool:
-        """Whether merging while converting can do what an adapter cannot."""
-        return self.code in ("dora", "weight", "norm", "bias", "tied")
-
     def __str__(self) -> str:
         if not self.modules:
             return self.message
@@ -64,35 +65,46 @@ class Problem:
         return f"{self.modules[0]}{more}: {self.message}"
 
 
-class LoraConfig(Protocol):
-    """What is asked of either kind of configuration."""
+@dataclass(slots=True)
+class LoraConfig(ABC):
+    """What is asked of either kind of configuration. fixed_scale: the s of every module, where the user gave one."""
 
-    problems: list[Problem]
-    cautions: list[Caution]
-    is_dora: bool
-    invocation_tokens: tuple[int, ...]  # of an activated LoRA (aLoRA)
+    config: Config
+    fixed_scale: float | None = None
+    problems: list[Problem] = field(default_factory=list)
+    cautions: list[Caution] = field(default_factory=list)
+    is_dora: bool = False
+    invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA (aLoRA)
 
+    @abstractmethod
     def scale(self, module: str, rank: int) -> float:
         """The s of `module`, whose factors have this rank."""
-        ...
 
+    @abstractmethod
     def rank(self, module: str) -> int | None:
         """The rank that the configuration gives `module`, None where it says nothing."""
-        ...
 
     def module_problems(self, module: str) -> Iterator[Problem]:
         """Why this module is no plain LoRA."""
-        ...
+        return iter(())
 
     def replicated_layers(self, n_layers: int) -> bool:
         """Whether the adapter is one for another stack of layers than the base's."""
-        ...
+        return False
+
+    def _read(self, read: Callable[[str], T | None], key: str) -> T | None:
+        """`read(key)`; where the value is nonsense, a problem and None."""
+        try:
+            return read(key)
+        except SourceError as error:
+            self.problems.append(Problem("config", error.message))
+            return None
 
 
 def read_lora_config(config: Config, scale: float | None = None) -> LoraConfig:
     """The configuration in an adapter_config.json; `scale` is the absolute s of every module, where the user gave one.
 
-    What it rules out is listed in `problems`. SourceError where a value has the wrong type.
+    What it rules out is listed in `problems`, values of the wrong type too. Nothing is raised.
     """
     if "peft_type" not in config.raw and isinstance(config.raw.get("lora_parameters"), dict):
         return MlxConfig(config, scale)
@@ -112,37 +124,34 @@ class _Pattern:
 
 
 @dataclass(slots=True)
-class PeftConfig:
+class PeftConfig(LoraConfig):
     """PEFT: s = alpha / r, or alpha / sqrt(r) for rsLoRA, both by the module's name."""
 
-    config: Config
-    fixed_scale: float | None = None
-    problems: list[Problem] = field(default_factory=list)
-    cautions: list[Caution] = field(default_factory=list)
-    is_dora: bool = False
     is_rslora: bool = False
-    invocation_tokens: tuple[int, ...] = ()
+    tells_ranks: bool = False
     default_rank: int = DEFAULT_RANK
     default_alpha: float = DEFAULT_ALPHA
     _ranks: list[_Pattern] = field(default_factory=list)
     _alphas: list[_Pattern] = field(default_factory=list)
+    _n_choices: float = 0
     _block_diagonal: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         config = self.config
-        self.is_dora = config.flag("use_dora") or False
-        self.is_rslora = config.flag("use_rslora") or False
-        self.default_rank = config.integer("r") or DEFAULT_RANK
-        alpha = config.number("lora_alpha")
+        self.default_rank = self._read(config.integer, "r") or DEFAULT_RANK
+        self._ranks = list(self._patterns("rank_pattern"))
+        self.tells_ranks = self.fixed_scale is None and not self.problems
+        self.is_dora = self._read(config.flag, "use_dora") or False
+        self.is_rslora = self._read(config.flag, "use_rslora") or False
+        alpha = self._read(config.number, "lora_alpha")
         self.default_alpha = DEFAULT_ALPHA if alpha is None else alpha
         if alpha is None and self.fixed_scale is None:
             self.cautions.append(Caution("alpha-default", f"no lora_alpha: PEFT's default {DEFAULT_ALPHA:g} was used"))
-        self._ranks = list(self._patterns("rank_pattern"))
         self._alphas = list(self._patterns("alpha_pattern"))
         self._block_diagonal = tuple(self._bd_lora())
         self.invocation_tokens = tuple(self._invocation_tokens())
         self.problems += self._variants()
-        unknown = sorted(key for key, value in config.raw.items() if key not in PEFT_KEYS and value)
+        unknown = sorted(key for key, value in config.raw.items() if key not in KNOWN_KEYS and value)
         if unknown:
             message = f"adapter_config.json has keys that are not known here and were ignored: {', '.join(unknown)}"
             self.cautions.append(Caution("unknown-config", message))
@@ -153,18 +162,14 @@ class PeftConfig:
         return _first(self._alphas, module, self.default_alpha) / (math.sqrt(rank) if self.is_rslora else rank)
 
     def rank(self, module: str) -> int | None:
-        if self.fixed_scale is not None:
-            return None
-        return int(_first(self._ranks, module, self.default_rank))
+        return int(_first(self._ranks, module, self.default_rank)) if self.tells_ranks else None
 
     def module_problems(self, module: str) -> Iterator[Problem]:
         if any(part in module for part in self._block_diagonal):
             yield Problem("bd-lora", "BD-LoRA: a factor is stored as the blocks of a diagonal", (module,))
 
     def replicated_layers(self, n_layers: int) -> bool:
-        ranges = self.config.list_of("layer_replication", list) or []
-        if not all(len(pair) == 2 and all(type(bound) is int for bound in pair) for pair in ranges):
-            raise self.config.wrong("layer_replication", "a list of pairs of layers")
+        ranges = self._read(self._layer_ranges, "layer_replication") or []
         layers: list[int] = []
         for first, last in ranges:
             if not 0 <= first <= last <= n_layers or len(layers) > n_layers:
@@ -172,43 +177,63 @@ class PeftConfig:
             layers += range(first, last)
         return bool(ranges) and layers != list(range(n_layers))
 
+    def _layer_ranges(self, key: str) -> list[list[int]] | None:
+        ranges = self.config.list_of(key, list)
+        if not all(len(pair) == 2 and all(type(bound) is int for bound in pair) for pair in ranges or ()):
+            raise self.config.wrong(key, "a list of pairs of layers")
+        return ranges
+
     def _patterns(self, key: str) -> Iterator[_Pattern]:
         """The patterns under `key` in file order, each with what PEFT puts around it."""
-        section = self.config.section(key)
-        for pattern in section.raw if section else ():
-            assert section is not None
+        section = self._read(self.config.section, key) or Config({}, self.config.file)
+
+        def number(pattern: str) -> float:
             value = section.integer(pattern) if key == "rank_pattern" else section.number(pattern)
             if value is None:
                 raise section.wrong(pattern, "a number")
+            return value
+
+        for pattern in section.raw:
+            value = self._read(number, pattern)
             try:
-                yield _Pattern(pattern, _compiled(pattern), value)
+                regex = _compiled(pattern)
+                self._n_choices += n_choices(pattern)
+                if self._n_choices > MAX_CHOICES:
+                    raise ValueError("is too intricate a pattern for a module's name")
             except ValueError as error:
                 self.problems.append(Problem("pattern", f"{key}: {pattern[:60]!r} {error}"))
+            else:
+                if value is not None:
+                    yield _Pattern(pattern, regex, value)
 
     def _bd_lora(self) -> Iterator[str]:
         """What a module's name must hold for one of its factors to be block-diagonal (BdLoraLinearVariant)."""
-        section = self.config.section("use_bdlora")
-        if section is not None and section.integer("nblocks") != 1:
+        section = self._read(self.config.section, "use_bdlora")
+        if section is not None and self._read(section.integer, "nblocks") != 1:
             for key in ("target_modules_bd_a", "target_modules_bd_b"):
-                yield from section.list_of(key, str) or ()
+                yield from self._read(lambda key: section.list_of(key, str), key) or ()
 
-    def _invocation_tokens(self) -> Iterator[int]:
-        tokens = self.config.list_of("alora_invocation_tokens", int)
+    def _invocation_tokens(self) -> list[int]:
+        tokens = self._read(self._token_ids, "alora_invocation_tokens") or []
         if not tokens and self.config.raw.get("invocation_string"):
             message = "invocation_string without alora_invocation_tokens: write the ids of its tokens into the config"
             self.problems.append(Problem("invocation", message))
-        for token in tokens or ():
-            if not 0 <= token < 1 << 32:
-                raise self.config.wrong("alora_invocation_tokens", "a list of token ids")
-            yield token
+        return tokens
+
+    def _token_ids(self, key: str) -> list[int] | None:
+        tokens = self.config.list_of(key, int)
+        if not all(0 <= token < 1 << 32 for token in tokens or ()):
+            raise self.config.wrong(key, "a list of token ids")
+        return tokens
 
     def _variants(self) -> Iterator[Problem]:
         """Kinds of LoRA that compute something else, whatever the tensors are called."""
         raw = self.config.raw
-        peft_type = self.config.text("peft_type")
+        peft_type = self._read(self.config.text, "peft_type")
         if peft_type not in (None, "LORA"):
             yield Problem("peft-type", f"peft_type is {peft_type}, not LORA")
         init = raw.get("init_lora_weights", True)
+        init = init.lower() if isinstance(init, str) else init
         if init is not None and not any(init is known or init == known for known in HARMLESS_INITS):
             yield Problem(
                 "init",
@@ -221,33 +246,28 @@ class PeftConfig:
 
 
 @dataclass(slots=True)
-class MlxConfig:
+class MlxConfig(LoraConfig):
     """MLX: s = lora_parameters.scale, as mlx-lm computes since 2024-06-02."""
 
-    config: Config
-    fixed_scale: float | None = None
-    problems: list[Problem] = field(default_factory=list)
-    cautions: list[Caution] = field(default_factory=list)
-    is_dora: bool = False
-    invocation_tokens: tuple[int, ...] = ()
     _scale: float = 0.0
     _rank: int | None = None
 
     def __post_init__(self) -> None:
         parameters = self.config.section("lora_parameters") or Config({}, self.config.file)
-        kind = self.config.text("fine_tune_type")
-        self.is_dora = kind == "dora" or (kind is None and bool(self.config.flag("use_dora")))
+        kind = self._read(self.config.text, "fine_tune_type")
+        self.is_dora = kind == "dora" or (kind is None and bool(self._read(self.config.flag, "use_dora")))
         if kind == "full":
             self.problems.append(Problem("full", "fine_tune_type is full: whole weights, convert the model they make"))
         elif kind not in (None, "lora", "dora"):
             self.problems.append(Problem("fine-tune-type", f"fine_tune_type is {kind[:40]!r}, neither lora nor dora"))
-        self._rank = parameters.integer("rank")
-        scale, alpha = parameters.number("scale"), parameters.number("alpha")
+        self._rank = self._read(parameters.integer, "rank")
+        alpha, n_problems = self._read(parameters.number, "alpha"), len(self.problems)
+        scale = self._read(parameters.number, "scale")
         if self.fixed_scale is not None:
             self._scale = self.fixed_scale
-        elif scale is None:
+        elif scale is None and len(self.problems) == n_problems:
             self.problems.append(Problem("scale", "lora_parameters has no scale: give it with --scale"))
-        else:
+        elif scale is not None:
             self._scale = scale
             self._check_alpha(scale, alpha, is_new=kind is not None)
 
@@ -268,12 +288,6 @@ class MlxConfig:
     def rank(self, module: str) -> int | None:
         return None if self.fixed_scale is not None else self._rank
 
-    def module_problems(self, module: str) -> Iterator[Problem]:
-        return iter(())
-
-    def replicated_layers(self, n_layers: int) -> bool:
-        return False
-
 
 def _first(patterns: list[_Pattern], module: str, default: float) -> float:
     """The value of the first pattern, in file order, that matches the module's name (PEFT's get_pattern_key)."""
@@ -281,11 +295,43 @@ def _first(patterns: list[_Pattern], module: str, default: float) -> float:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """`pattern` as PEFT matches it. ValueError, saying why, where it is none, or where matching it might not end."""
-    n_wildcards = len(re.findall(r"[*+{]", pattern))
-    if len(pattern) > MAX_PATTERN_LENGTH or n_wildcards > MAX_WILDCARDS or re.search(r"\)[*+{]", pattern):
-        raise ValueError("is too intricate a pattern for a module's name")
+    """`pattern` as PEFT matches it. ValueError, saying why, where it is none."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise ValueError("is too long a pattern for a module's name")
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is no regular expression: {error}") from None
+
+
+# The parts of a regular expression that hold, or hide, what looks like another part.
+_SYNTAX = re.compile(
+    r"(?P<wide>\\[wWsSD1-9]|\[(?!0-9\])\^?\]?(?:\\.|[^\]\\])*\])"
+    r"|(?P<narrow>\\.|\[0-9\])"
+    r"|(?P<group>\(\?(?:[:=!]|<[=!]|P<\w+>))",
+    re.DOTALL,
+)
+_QUANTIFIED = re.compile(r"(.)(?:(\?)|[*+]|\{\d*,?\d*\})[?+]?", re.DOTALL)
+
+
+def n_choices(pattern: str) -> float:
+    """How many ways there are, at most, to try a compiled pattern on a module's name; infinity where it is not known.
+
+    A backtracking match tries no more: the product of what each quantifier may take and of each group's alternatives,
+    as long as no group is repeated.
+    """
+    marks = {"wide": ".", "narrow": "a", "group": "("}
+    bare = f"({_SYNTAX.sub(lambda match: marks[match.lastgroup or ''], pattern)})"
+    choices, alternatives = 1.0, [1]
+    for atom, optional in _QUANTIFIED.findall(bare):
+        if atom == ")" and not optional:
+            return math.inf
+        choices *= 2 if optional else LONGEST_NAME if atom == "." else LONGEST_RUN
+    for character in bare:
+        if character == "(":
+            alternatives.append(1)
+        elif character == "|":
+            alternatives[-1] += 1
+        elif character == ")":
+            choices *= alternatives.pop()
+    return math.inf if "(?" in bare else choices * math.prod(alternatives)

@@ -35,7 +35,7 @@ from streamconv.lora import LoraModule
 from streamconv.lora_config import Problem
 from streamconv.scratch import Scratch
 
-# Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a factor folded into B.
+# Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a ratio folded into B.
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30
 SIGNIFICANT_DIGITS = 12  # of an alpha: s * r is rounded there, so that alpha / r * r is alpha again
 READ_NBYTES = 1 << 20
@@ -82,14 +82,12 @@ def fold(modules: Sequence[LoraModule]) -> Folded:
     Factors are read only where a scale has to be folded into them.
     """
     needed = [_rounded(module.scale * (module.slot.factor or 0.0) * module.rank) for module in modules]
-    alpha = choose_alpha(needed) or float(modules[0].rank)
+    alpha = choose_alpha(needed) or float(modules[0].rank if modules else 0)
     pairs, problems = [], []
-    if not all(MIN_SCALE <= abs(value) <= MAX_SCALE for value in (alpha, *needed) if value):
-        return Folded(alpha, (), (Problem("alpha", "its scales are beyond what float32 multiplies with"),))
     for target, group in groupby(zip(modules, needed, strict=True), key=lambda item: item[0].slot.target):
         made = []
         for module, wanted in group:
-            pair, problem = _pair(module, wanted / alpha)
+            pair, problem = _pair(module, wanted, alpha)
             made.append((module, pair))
             problems += [problem] if problem else []
         if made[0][0].slot.expert is None:
@@ -135,14 +133,17 @@ def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
 # ---------------------------------------------------------------- pairs
 
 
-def _pair(module: LoraModule, ratio: float) -> tuple[Pair, Problem | None]:
-    """The pair of a module whose B takes `ratio`; a problem where the product leaves float32's range."""
+def _pair(module: LoraModule, wanted: float, alpha: float) -> tuple[Pair, Problem | None]:
+    """The pair of a module that needs the alpha `wanted`; a problem where its B would leave float32's range."""
     slot, a, b = module.slot, module.a, module.b
-    b_type, problem = b.spec.type, None
+    b_type, problem, ratio = b.spec.type, None, wanted / alpha
     if slot.heads:
         b = PairHalves(b, slot.heads)
-    if ratio == 0:
+    if wanted == 0:
         b = Zeros(b.spec)
+    elif not all(MIN_SCALE <= abs(value) <= MAX_SCALE for value in (wanted, ratio)):
+        what = f"alpha {wanted:g} beside {alpha:g} of others" if ratio != 1 else f"alpha {wanted:g}"
+        problem = Problem("alpha", f"needs {what}, beyond what float32 multiplies with", (module.name,))
     elif ratio != 1:
         is_exact, overflows = _try_scale(b, ratio)
         b_type = b_type if is_exact else F32

@@ -23,7 +23,7 @@ from streamconv.binding import Stored, bind
 from streamconv.checkpoint import Checkpoint, Shard, SourceTensor
 from streamconv.errors import Caution, SourceError, UsageError
 from streamconv.graph import LazyTensor, Source, Transpose, sources
-from streamconv.lora import MAX_PROBLEMS_SHOWN, LoraModule, resolve
+from streamconv.lora import LoraModule, refuse_all, resolve
 from streamconv.lora_config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora_file import LoraFile, parse_name
 from streamconv.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
@@ -161,10 +161,7 @@ class _Merge:
             return
         file = self.problems[0][0].file
         problems = [problem for adapter, problem in self.problems if adapter.file is file]
-        shown = "; ".join(map(str, problems[:MAX_PROBLEMS_SHOWN]))
-        if len(problems) > MAX_PROBLEMS_SHOWN:
-            shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
-        raise SourceError(f"cannot be merged: {shown}", file=file.directory)
+        refuse_all("cannot be merged", problems, file.directory)
 
     def _problem(self, adapter: Adapter, code: str, message: str, *modules: str) -> None:
         self.problems.append((adapter, Problem(code, message, modules)))

@@ -117,5 +117,6 @@ def error_to_json(error: StreamconvError) -> dict[str, Any]:
             "file": error.file,
             "tensor": error.tensor,
             "hint": error.hint,
+            "problems": [dict(problem) for problem in error.problems],
         },
     }

@@ -237,10 +237,23 @@ def test_a_folder_says_the_same_with_weights_without_and_as_gguf(tmp_path: Path,
     assert expected[of(1, "self_attn.k_proj")] == ("blk.1.attn_k.weight", (32, 64), 0, (1, 3, -1))
 
 
-def test_a_quantised_base_has_the_shapes_of_its_config(tmp_path: Path) -> None:
-    src = tiny.llama(tmp_path, config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+@pytest.mark.parametrize("keys", [("quantization_config",), ("quantization",), ("quantization", "quantization_config")])
+def test_a_quantised_base_has_the_shapes_of_its_config(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    """As of transformers, of older mlx-lm and of newer."""
+    src = tiny.llama(tmp_path, config={key: {"group_size": 64, "bits": 4} for key in keys})
     tiny.write_safetensors(src / "model.safetensors", {"packed": tiny.Tensor.of(tiny.noise("p", (7, 1), 1.0), "F32")})
     assert slot(open_base(src, LIMIT), of(1, "self_attn.k_proj")).shape == (32, 64)
+
+
+@pytest.mark.parametrize("form", ["folder", "gguf"])
+def test_which_tensors_a_base_has(tmp_path: Path, form: str) -> None:
+    base = open_base(src := tiny.llama(tmp_path / "src"), LIMIT)
+    if form == "gguf":
+        streamconv.convert(src, tmp_path / "base.gguf")
+        base = open_base(tmp_path / "base.gguf", LIMIT)
+    present = ("model.norm.weight", of(1, "mlp.up_proj.weight"), of(0, "input_layernorm.weight"), "lm_head.weight")
+    absent = ("score.weight", of(1, "mlp.up_proj.bias"), of(2, "mlp.up_proj.weight"), "norm.weight", "")
+    assert [base.has(name) for name in (*present, *absent)] == [True] * 4 + [False] * 5
 
 
 def test_layers_whose_kind_no_one_tells_may_have_either(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
     folder = tmp_path_factory.mktemp("json")
     source = tiny.llama(folder / "src")
     adapter = tiny.peft_adapter(folder / "adapter", source)
+    other = tiny.peft_adapter(folder / "other", source, dora=True)
     out, lora = folder / "m.gguf", folder / "a.gguf"
     (folder / "partner").mkdir()
     broken = tiny.llama(folder / "broken")
@@ -95,6 +96,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
         *say("convert", source, "-o", out, "--json"),
         *say("verify", out, "--source", nan, "--json"),
         *say("convert", "--json"),
+        *say("lora", other, "--base", source, "-o", lora, "--json"),
     ]
     shown = [*say("inspect", out, "--json"), *say("inspect", broken, "--json"), *say("inspect", adapter, "--json")]
     torn = folder / "torn.gguf"

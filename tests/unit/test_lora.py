@@ -9,7 +9,8 @@ import pytest
 
 from streamconv.base_model import Slot, open_base
 from streamconv.errors import SourceError
-from streamconv.lora import Resolved, orientations, refuse, resolve
+from streamconv.graph import Transpose
+from streamconv.lora import Resolved, grouped, orientations, refuse, resolve
 from streamconv.lora_config import Problem, read_lora_config
 from streamconv.lora_file import LoraFile
 from tests import loras, tiny
@@ -26,7 +27,13 @@ def resolved(adapter: Path, base: Path, scale: float | None = None) -> Resolved:
 
 
 def problems(adapter: Path, base: Path) -> dict[str, Problem]:
-    return {problem.code: problem for problem in resolved(adapter, base).problems}
+    return {problem.code: problem for problem in grouped(resolved(adapter, base).problems)}
+
+
+def refused(adapter: Path, base: Path) -> SourceError:
+    with pytest.raises(SourceError) as caught, LoraFile.open(adapter, LIMIT) as file:
+        refuse(resolved(adapter, base).problems, file, open_base(base, LIMIT))
+    return caught.value
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +86,14 @@ STRAIGHT, TURNED, A_TURNED, B_TURNED = (False, False), (True, True), (True, Fals
     ],
 )
 def test_orientations(a: Any, b: Any, shape: Any, expected: list[tuple[bool, bool]]) -> None:
-    assert sorted(orientations(a, b, Slot("x.weight", (0, 0, 0), shape))) == sorted(expected)
+    assert orientations([(a, b, Slot("x.weight", (0, 0, 0), shape))]) == [set(expected)]
 
 
 def test_an_embedding_goes_from_the_vocabulary_to_the_hidden_size() -> None:
     embedding = Slot("token_embd.weight", (-1, 0, -1), (50, 64), is_embedding=True)
-    assert orientations((8, 50), (64, 8), embedding) == [STRAIGHT]
-    assert orientations((50, 8), (8, 64), embedding) == [TURNED]
-    assert orientations((8, 64), (50, 8), embedding) == []
+    pairs = [((8, 50), (64, 8), STRAIGHT), ((50, 8), (8, 64), TURNED), ((8, 64), (50, 8), None)]
+    for a, b, expected in pairs:
+        assert orientations([(a, b, embedding)]) == [{expected} - {None}]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,7 @@ def test_an_embedding_goes_from_the_vocabulary_to_the_hidden_size() -> None:
 )
 def test_experts_together_are_never_turned(a: Any, b: Any, fits: bool) -> None:
     slot = Slot("blk.0.ffn_up_exps.weight", (0, 0, -1), (32, 64), n_experts=6)
-    assert orientations(a, b, slot) == ([STRAIGHT] if fits else [])
+    assert orientations([(a, b, slot)]) == [{STRAIGHT} if fits else set()]
 
 
 def test_what_shapes_leave_open_is_an_error(tmp_path: Path, llama: Path) -> None:
@@ -122,7 +129,47 @@ def test_modules_that_disagree_tell_nothing(tmp_path: Path, llama: Path) -> None
     straight, turned = loras.factors(K, 32, 64, r=64), loras.factors(UP, 160, 64, r=64)
     turned = {name: loras.turned(tensor) for name, tensor in turned.items()}
     adapter = loras.write(tmp_path, loras.factors(Q, 64, 64, r=64) | straight | turned, loras.PEFT | {"r": 64})
-    assert problems(adapter, llama)["ambiguous"].modules == (Q,)
+    found = [(problem.code, problem.modules) for problem in resolved(adapter, llama).problems]
+    assert sorted(found) == [("ambiguous", (name,)) for name in (UP, K, Q)]  # the first two by a square A
+    plain = {name: loras.turned(tensor) for name, tensor in loras.factors(UP, 160, 64).items()}
+    plain |= loras.factors(K, 32, 64)
+    assert not problems(loras.write(tmp_path, plain), llama)  # each by itself is certain
+
+
+@pytest.mark.parametrize("alone", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("r", [32, 64])
+def test_certain_modules_come_before_the_likelier_way(tmp_path: Path, llama: Path, alone: str, r: int) -> None:
+    """One factor turned in all modules, by a program of its own, and the rank an extent, so that factors are square."""
+    down = "model.layers.0.mlp.down_proj"
+    tensors = loras.factors(Q, 64, 64, r=r) | loras.factors(K, 32, 64, r=r) | loras.factors(UP, 160, 64, r=r)
+    tensors |= loras.factors(down, 64, 160, r=r)
+    tensors = {name: loras.turned(tensor) if alone in name else tensor for name, tensor in tensors.items()}
+    found = resolved(loras.write(tmp_path, tensors, loras.PEFT | {"r": r}), llama)
+    assert not found.problems
+    turned = [[isinstance(factor, Transpose) for factor in (module.a, module.b)] for module in found.modules]
+    assert turned == [[alone == "lora_A", alone == "lora_B"]] * 4
+
+
+@pytest.mark.parametrize("others", [(), (UP,)])
+def test_stacked_experts_tell_nothing_of_other_modules(tmp_path: Path, others: tuple[str, ...]) -> None:
+    """mlx-lm stores them straight, and all others turned."""
+    base = tiny.lfm2moe(tmp_path / "base")
+    experts, q = "model.layers.1.feed_forward.switch_mlp.up_proj", "model.layers.1.self_attn.q_proj"
+    tensors = {f"{q}.lora_a": loras.noise("a", (64, 64)), f"{q}.lora_b": loras.noise("b", (64, 64))}
+    tensors |= {
+        f"{experts}.lora_a": loras.noise("ea", (6, 64, 64)),
+        f"{experts}.lora_b": loras.noise("eb", (6, 160, 64)),
+    }
+    if others:
+        dense = "model.layers.0.feed_forward.w1"
+        tensors |= {f"{dense}.lora_a": loras.noise("c", (64, 64)), f"{dense}.lora_b": loras.noise("d", (64, 96))}
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0, "rank": 64}}
+    found = resolved(loras.write(tmp_path / "adapter", tensors, settings), base)
+    if others:
+        assert not found.problems
+        assert [isinstance(module.a, Transpose) for module in found.modules] == [True, True, False]
+    else:
+        assert [(problem.code, problem.modules) for problem in found.problems] == [("ambiguous", (q,))]
 
 
 # ---------------------------------------------------------------- what is resolved
@@ -194,7 +241,7 @@ def test_refusals(tmp_path: Path, llama: Path, tensors: Any, settings: Any, code
     assert code in found
     with pytest.raises(SourceError, match=words):
         with LoraFile.open(tmp_path, LIMIT) as file:
-            refuse([found[code]], file)
+            refuse([found[code]], file, open_base(llama, LIMIT))
 
 
 @pytest.mark.parametrize(
@@ -250,9 +297,8 @@ def test_all_problems_are_told_at_once_alike_ones_together(tmp_path: Path, llama
     tensors |= loras.factors("model.layers.9.mlp.up_proj", 160, 64)
     tensors["base_model.model.lm_head.weight"] = loras.noise("h", (4, 64))
     adapter = loras.write(tmp_path / "adapter", tensors, loras.PEFT | {"kasa_config": {}, "r": 8})
-    with pytest.raises(SourceError) as caught, LoraFile.open(adapter, LIMIT) as file:
-        refuse(resolved(adapter, llama).problems, file)
-    message = str(caught.value)
+    error = refused(adapter, llama)
+    message = str(error)
     assert "model.layers.0.mlp.down_proj and 13 more: DoRA" in message
     for words in (
         "KaSA",
@@ -261,19 +307,47 @@ def test_all_problems_are_told_at_once_alike_ones_together(tmp_path: Path, llama
     ):
         assert words in message
     assert "--adapter" not in message  # a merge cannot carry all of it either
+    modules = {problem["code"]: problem["modules"] for problem in error.problems}
+    assert len(modules["dora"]) == 14
+    assert modules["no-module"] == ["model.layers.9.mlp.up_proj"]
+    assert modules["kasa"] == []
 
 
 @pytest.mark.parametrize(("dora", "merges"), [(True, True), (False, False)])
 def test_what_a_merge_can_carry_says_so(tmp_path: Path, llama: Path, dora: bool, merges: bool) -> None:
     adapter = tiny.peft_adapter(tmp_path, llama, dora=dora, config={"kasa_config": None if dora else {}})
-    with pytest.raises(SourceError) as caught, LoraFile.open(adapter, LIMIT) as file:
-        refuse(resolved(adapter, llama).problems, file)
-    assert (f"--adapter {adapter}" in str(caught.value)) is merges
+    assert (f"--adapter {adapter}" in str(refused(adapter, llama))) is merges
+
+
+@pytest.mark.parametrize(
+    ("extra", "settings", "merges"),
+    [
+        ({"base_model.model.lm_head.weight": loras.noise("h", (96, 64))}, {}, True),  # of a tied base, too
+        ({"layers.1.mlp.up_proj.weight": loras.noise("h", (160, 64))}, {}, True),
+        ({"base_model.model.model.norm.weight": loras.noise("n", (64,))}, {}, True),
+        ({"base_model.model.score.weight": loras.noise("h", (2, 64))}, {}, False),
+        ({f"base_model.model.{Q}.bias": loras.noise("h", (64,))}, {}, False),
+        ({}, {"use_dora": True}, False),  # its magnitudes are missing
+    ],
+)
+def test_a_merge_is_offered_for_what_the_base_has(
+    tmp_path: Path, llama: Path, extra: Any, settings: Any, merges: bool
+) -> None:
+    adapter = loras.write(tmp_path, PAIR | extra, loras.PEFT | settings)
+    assert ("--adapter" in str(refused(adapter, llama))) is merges
+
+
+def test_nonsense_in_the_configuration_does_not_hide_the_rest(tmp_path: Path, llama: Path) -> None:
+    tensors = without(PAIR, B) | {f"{K}.lora_magnitude_vector": loras.noise("m", (32,))}
+    tensors |= loras.factors(UP, 160, 64, r=5)  # no rank to hold it against
+    adapter = loras.write(tmp_path, tensors, loras.PEFT | {"r": "8", "lora_alpha": "12", "peft_type": 3})
+    found = [(problem["code"], problem["modules"]) for problem in refused(adapter, llama).problems]
+    assert found == [("dora", [K]), ("config", []), ("config", []), ("config", []), ("partner", [Q])]
 
 
 def test_twelve_of_many_problems_are_shown(tmp_path: Path, llama: Path) -> None:
     with LoraFile.open(loras.write(tmp_path, PAIR), LIMIT) as file, pytest.raises(SourceError, match=r"; and 3 more$"):
-        refuse([Problem(str(i), f"problem {i}") for i in range(15)], file)
+        refuse([Problem(str(i), f"problem {i}") for i in range(15)], file, open_base(llama, LIMIT))
 
 
 def test_experts_of_one_target_clash_with_the_whole(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from streamconv.errors import SourceError
+from streamconv.lora_config import MAX_CHOICES, n_choices
 from tests import loras
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
@@ -111,7 +111,14 @@ def test_a_given_scale_is_every_modules(raw: dict[str, Any]) -> None:
         ({"invocation_string": "<|go|>"}, ["invocation"]),
         ({"alpha_pattern": {"(": 1}}, ["pattern"]),
         ({"rank_pattern": {"(.*a)*b": 1}}, ["pattern"]),
-        ({"rank_pattern": {"a*b*c*d*": 1}}, ["pattern"]),
+        ({"rank_pattern": {".*b.*d.*f.*h": 1}}, ["pattern"]),
+        ({"alpha_pattern": {".?" * 30 + "!": 3}}, ["pattern"]),
+        ({"alpha_pattern": {"(.|.)" * 24: 3}}, ["pattern"]),
+        ({"alpha_pattern": {r"(?:.\)|[)]*)+": 3}}, ["pattern"]),
+        ({"alpha_pattern": {"(?>a)": 3}}, ["pattern"]),
+        ({"alpha_pattern": {"a{99999999999999}": 3}}, ["pattern"]),
+        ({"alpha_pattern": {"(" * 240 + ")" * 240: 3, "x" * 501: 3}}, ["pattern"]),
+        ({f"{kind}_pattern": {f"{x}.*.*.*": 1 for x in "abc"} for kind in ("rank", "alpha")}, ["pattern"] * 5),
         ({"peft_type": "VERA", "init_lora_weights": "olora", "kasa_config": {}}, ["peft-type", "init", "kasa"]),
     ],
 )
@@ -122,7 +129,9 @@ def test_what_is_no_plain_lora(settings: dict[str, Any], expected: list[str]) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"init_lora_weights": init} for init in (True, False, "gaussian", "eva", "orthogonal", "mica", None)),
+        *({"init_lora_weights": init} for init in (True, False, "gaussian", "Gaussian", "eva", "mica", None)),
+        {"init_lora_weights": "orthogonal"},
+        {"num_key_value_heads": 2},  # which Ollama reads
         {"fan_in_fan_out": True},
         {"bias": "all"},
         {"bias": "lora_only"},
@@ -229,5 +238,60 @@ def test_dora(raw: dict[str, Any], is_dora: bool) -> None:
     ],
 )
 def test_nonsense_is_named(settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(SourceError, match=named):
-        loras.config(loras.PEFT | settings).replicated_layers(4)
+    config = loras.config(loras.PEFT | settings)
+    assert not config.replicated_layers(4)
+    (problem,) = config.problems
+    assert problem.code == "config"
+    assert named in problem.message
+
+
+@pytest.mark.parametrize("parameters", [{"rank": "8"}, {"scale": "1.5"}, {"alpha": [16]}])
+def test_nonsense_of_mlx_is_named(parameters: dict[str, Any]) -> None:
+    (problem,) = loras.config({"lora_parameters": {"rank": 8, "scale": 2.0} | parameters}).problems
+    assert next(iter(parameters)) in problem.message
+
+
+def test_all_nonsense_is_named() -> None:
+    settings = {"r": "8", "lora_alpha": "12", "rank_pattern": {"q_proj": "4"}, "use_dora": 1, "kasa_config": {}}
+    config = loras.config(loras.PEFT | settings)
+    assert [problem.code for problem in config.problems] == ["config"] * 4 + ["kasa"]
+    assert config.rank(Q) is None  # it says none that anything could be held against
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("q_proj", 1),
+        (Q, 1),
+        (r"model\.layers\.\d+\.mlp", 8),
+        (r".*\.[0-9]+\.x", 64 * 8),
+        (r"\\\\d+", 8),  # an escaped backslash, and a letter
+        (r"[|(*?]", 1),
+        (r"[]*]+", 64),
+        ("(a|b)(?:c|d|e)", 6),
+        ("(a|(b|c))?", 8),
+        ("a|b", 2),
+        ("a)|(b", 2),
+        ("x{3}y??z*?", 8 * 2 * 8),
+        (rf"layers\.(?:{'|'.join(map(str, range(32)))})\.self_attn\.(?:q|k|v|o)_proj", 128),
+        (r".*\.layers\.\d+\.(self_attn|mlp)\..*_proj", 64 * 8 * 2 * 64),
+        ("(?!lm_head).*", 64),
+        ("(a)*", math.inf),
+        ("(a){2}", math.inf),
+        ("(?P=x)", math.inf),
+    ],
+)
+def test_what_a_pattern_may_cost(pattern: str, expected: float) -> None:
+    assert n_choices(pattern) == expected
+
+
+def test_patterns_that_people_write_are_taken() -> None:
+    patterns = [
+        *(f"model.layers.{i}.self_attn.{x}_proj" for i in range(80) for x in "qkvo"),
+        rf"model\.layers\.(?:{'|'.join(map(str, range(80)))})\.self_attn\.(?:q|k|v|o)_proj",
+        r".*\.layers\.\d+\.(self_attn|mlp)\..*_proj",
+        r"model\.layers\.[0-3]\..*",
+        r"^model\.layers\.(?!0\.)\d+\.mlp\.(gate|up)_proj$",
+    ]
+    assert sum(map(n_choices, patterns)) < MAX_CHOICES / 2
+    assert not loras.config(loras.PEFT | {"rank_pattern": dict.fromkeys(patterns, 8)}).problems

@@ -131,9 +131,20 @@ def test_what_float32_cannot_hold_is_a_problem() -> None:
     assert [(problem.code, problem.modules) for problem in folded.problems] == [("overflow", ("blk.2.x.weight",))]
 
 
-@pytest.mark.parametrize("scale", [1e-33, 1e35])
+@pytest.mark.parametrize("scale", [1e-33, 1e35, -1e-33])
 def test_a_scale_beyond_float32_is_a_problem(scale: float) -> None:
     assert [problem.code for problem in fold([module(scale)]).problems] == ["alpha"]
+
+
+@pytest.mark.parametrize(("most", "odd"), [(1e25, 1e-25), (1e20, 1e-21), (1e-20, 1e21), (1e29, 1e-300), (1e29, -1e-9)])
+def test_scales_too_far_apart_are_a_problem(most: float, odd: float) -> None:
+    plain = [module(most, target=f"blk.{i}.x.weight") for i in range(2)]
+    folded = fold([*plain, module(odd, target="blk.2.x.weight")])
+    assert [(problem.code, problem.modules) for problem in folded.problems] == [("alpha", ("blk.2.x.weight",))]
+
+
+def test_no_modules_have_no_problem() -> None:
+    assert fold([]).problems == ()
 
 
 def test_a_module_that_is_off_has_zeros() -> None:
