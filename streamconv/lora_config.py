@@ -135,6 +135,7 @@ class PeftConfig(LoraConfig):
     _alphas: list[_Pattern] = field(default_factory=list)
     _n_choices: float = 0
     _block_diagonal: tuple[str, ...] = ()
+    _layer_ranges: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -149,6 +150,7 @@ class PeftConfig(LoraConfig):
             self.cautions.append(Caution("alpha-default", f"no lora_alpha: PEFT's default {DEFAULT_ALPHA:g} was used"))
         self._alphas = list(self._patterns("alpha_pattern"))
         self._block_diagonal = tuple(self._bd_lora())
+        self._layer_ranges = self._read(self._pairs, "layer_replication") or []
         self.invocation_tokens = tuple(self._invocation_tokens())
         self.problems += self._variants()
         unknown = sorted(key for key, value in config.raw.items() if key not in KNOWN_KEYS and value)
@@ -169,19 +171,18 @@ class PeftConfig(LoraConfig):
             yield Problem("bd-lora", "BD-LoRA: a factor is stored as the blocks of a diagonal", (module,))
 
     def replicated_layers(self, n_layers: int) -> bool:
-        ranges = self._read(self._layer_ranges, "layer_replication") or []
         layers: list[int] = []
-        for first, last in ranges:
+        for first, last in self._layer_ranges:
             if not 0 <= first <= last <= n_layers or len(layers) > n_layers:
                 return True
             layers += range(first, last)
-        return bool(ranges) and layers != list(range(n_layers))
+        return bool(self._layer_ranges) and layers != list(range(n_layers))
 
-    def _layer_ranges(self, key: str) -> list[list[int]] | None:
-        ranges = self.config.list_of(key, list)
-        if not all(len(pair) == 2 and all(type(bound) is int for bound in pair) for pair in ranges or ()):
+    def _pairs(self, key: str) -> list[list[int]] | None:
+        pairs = self.config.list_of(key, list)
+        if not all(len(pair) == 2 and all(type(bound) is int for bound in pair) for pair in pairs or ()):
             raise self.config.wrong(key, "a list of pairs of layers")
-        return ranges
+        return pairs
 
     def _patterns(self, key: str) -> Iterator[_Pattern]:
         """The patterns under `key` in file order, each with what PEFT puts around it."""
@@ -197,9 +198,10 @@ class PeftConfig(LoraConfig):
             value = self._read(number, pattern)
             try:
                 regex = _compiled(pattern)
-                self._n_choices += n_choices(pattern)
-                if self._n_choices > MAX_CHOICES:
+                cost = n_choices(pattern)
+                if self._n_choices + cost > MAX_CHOICES:
                     raise ValueError("is too intricate a pattern for a module's name")
+                self._n_choices += cost
             except ValueError as error:
                 self.problems.append(Problem("pattern", f"{key}: {pattern[:60]!r} {error}"))
             else:
