@@ -307,7 +307,7 @@ def test_memory_does_not_grow_with_the_adapter(tmp_path: Path, llama: Path) -> N
         streamconv.convert_adapter(
             tiny.mlx_adapter(tmp_path / f"{r}", wide, r=r), wide, tmp_path / "x.gguf", dry_run=True
         )
-        for r in (8, 512)
+        for r in (128, 512)  # the smaller one fills a piece of the encoder, too
     )
     assert small.memory is not None
     assert large.memory is not None
