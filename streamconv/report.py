@@ -108,15 +108,14 @@ def _planned(row: PlannedTensor) -> dict[str, Any]:
 
 def error_to_json(error: StreamconvError) -> dict[str, Any]:
     """The object that `--json` prints for a failure."""
-    return {
-        "schema": SCHEMA,
-        "error": {
-            "kind": error.kind,
-            "exit_code": error.exit_code,
-            "message": error.message,
-            "file": error.file,
-            "tensor": error.tensor,
-            "hint": error.hint,
-            "problems": [dict(problem) for problem in error.problems],
-        },
+    said: dict[str, Any] = {
+        "kind": error.kind,
+        "exit_code": error.exit_code,
+        "message": error.message,
+        "file": error.file,
+        "tensor": error.tensor,
+        "hint": error.hint,
     }
+    if error.problems:
+        said["problems"] = [dict(problem) for problem in error.problems]
+    return {"schema": SCHEMA, "error": said}

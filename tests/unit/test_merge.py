@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import streamconv
 from streamconv.cli import main
-from streamconv.errors import SourceError, UsageError, VerifyError
+from streamconv.errors import SourceError, StreamconvError, UsageError, VerifyError
 from streamconv.merge import parse_adapter
 from tests import tiny
 from tests.oracles import ggufs
@@ -243,11 +243,15 @@ def test_half_a_grown_vocabulary_is_refused(
 # ---------------------------------------------------------------- what cannot be merged
 
 
-def refusal(base: Path, tmp_path: Path, *adapters: Path | tuple[Path, float]) -> str:
+def failure(base: Path, tmp_path: Path, *adapters: Path | tuple[Path, float]) -> StreamconvError:
     with pytest.raises((SourceError, UsageError)) as caught:
         streamconv.convert(base, tmp_path / "merged.gguf", adapters=adapters)
     assert not (tmp_path / "merged.gguf").exists()
-    return str(caught.value)
+    return caught.value
+
+
+def refusal(base: Path, tmp_path: Path, *adapters: Path | tuple[Path, float]) -> str:
+    return str(failure(base, tmp_path, *adapters))
 
 
 def test_all_that_matches_nothing_is_told_at_once(llama: Path, tmp_path: Path) -> None:
@@ -256,7 +260,12 @@ def test_all_that_matches_nothing_is_told_at_once(llama: Path, tmp_path: Path) -
     for layer in (7, 8):
         with_tensors(adapter, {f"model.layers.{layer}.self_attn.q_proj.{n}": v for n, v in factors.items()})
     with_tensors(adapter, {"model.vision.weight": np.ones((3, 4), np.float32)})
-    message = refusal(llama, tmp_path, adapter)
+    error = failure(llama, tmp_path, adapter)
+    message = str(error)
+    assert [problem["modules"] for problem in error.problems] == [
+        ["model.vision"],
+        ["model.layers.7.self_attn.q_proj", "model.layers.8.self_attn.q_proj"],
+    ]
     assert str(adapter) in message
     assert "model.layers.7.self_attn.q_proj and 1 more: the base (llama) has no such module" in message
     assert "model.vision: the base (llama) has no such weight" in message
