@@ -1,7 +1,8 @@
 """A GGUF file beside what its source says: every tensor is made again and compared, row by row, in bounded memory.
 
-Owns: the comparison. Does not own: what the tensors should be (a Job says that, as for writing), how a stranger's file
-is read (gguf_reader.py). Any tool's file is taken: tensors are matched by name, in any order, each in the type it has.
+Owns: the comparison. Does not own: what the tensors should be (a Job says that, as for writing), which keys matter
+(compare_keys.py), how a stranger's file is read (gguf_reader.py). Any tool's file is taken: tensors are matched by
+name, in any order, each in the type it has.
 Invariant: the reference is the general path: numpy's kernels even where a compiled one was built, whole slabs of rows
 instead of chunks, and none of the writer's code.
 """
@@ -9,7 +10,6 @@ instead of chunks, and none of the writer's code.
 from __future__ import annotations
 
 import queue
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv import codecs
+from streamconv.compare_keys import compare_keys
 from streamconv.dialects import RENAMES
-from streamconv.errors import VerifyError
-from streamconv.gguf_format import KeyValue, PackedArray, Scalar
-from streamconv.gguf_reader import GGUFFile, Span, StoredTensor, refuse
+from streamconv.errors import Caution, VerifyError
+from streamconv.gguf_reader import GGUFFile, StoredTensor, refuse
 from streamconv.graph import Encode, Workspace, peak_nbytes, read
 from streamconv.job import Job
 from streamconv.memory import resident_nbytes
@@ -32,9 +32,7 @@ from streamconv.plan import RUN_OVERHEAD_NBYTES, SLAB_NBYTES, WORKER_OVERHEAD_NB
 from streamconv.scratch import Scratch
 
 VERIFIABLE = frozenset({"F32", "F16", "BF16", "Q8_0"})
-RELATIVE_TOLERANCE = 1e-6  # of a float key: others round a double once more than we do
 _VALUE_ARRAYS = 6  # of float32: two rows, what gguf makes on the way to either, and their comparison
-COMPARED_ARRAYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +52,8 @@ def compare(
     limit: int,
     threads: int = 1,
     cancelled: Callable[[], Exception | None] = lambda: None,
-) -> None:
-    """Nothing, if the files `paths` together are what `job` would write, but for order and types.
+) -> list[Caution]:
+    """What is only another look of the files, if together they are what `job` would write, but for order and types.
 
     limit: of the process's resident set, in bytes; fewer than `threads` threads are used where it asks for that.
     VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
@@ -66,12 +64,13 @@ def compare(
         files = [stack.enter_context(GGUFFile.open(path)) for path in paths]
         for file in files:
             refuse(file.problems)
-        _compare_keys(job, files[0])
+        cautions = compare_keys(job, files[0])
         pairs = list(_match(job, files))
         workers = prove_memory([pair.expected for pair in pairs], limit=limit, threads=threads)
         _compare_tensors(pairs, workers, cancelled)
         for shard in job.shards:
             shard.check_unchanged()
+    return cautions
 
 
 def prove_memory(tensors: Sequence[Encode], *, limit: int, threads: int) -> int:
@@ -88,61 +87,6 @@ def _worker_nbytes(tensor: Encode) -> int:
     n_rows = _slab_rows(tensor)
     values = _VALUE_ARRAYS * 4 * tensor.spec.n_columns
     return 3 * n_rows * tensor.spec.row_nbytes + peak_nbytes(tensor, n_rows) + values
-
-
-# ---------------------------------------------------------------- keys
-
-
-def _compare_keys(job: Job, file: GGUFFile) -> None:
-    """The architecture's keys, and the vocabulary, equal in value where both have them."""
-    prefixes = (f"{job.architecture}.", "adapter.", "general.architecture")
-    for expected in job.keys:
-        found = file.keys.get(expected.key)
-        if found is None or not (expected.key.startswith(prefixes) or expected.key in COMPARED_ARRAYS):
-            continue
-        for index, (ours, theirs) in enumerate(_paired(expected, found.value)):
-            if not _equal(ours, theirs):
-                place = f"[{index}]" if isinstance(expected.value, PackedArray) else ""
-                raise VerifyError(
-                    f"key {expected.key}{place} is {_shown(theirs)}, by its source it is {_shown(ours)}", file=file.path
-                )
-
-
-def _paired(expected: KeyValue, found: Scalar | Span) -> Iterator[tuple[Scalar | None, Scalar | None]]:
-    from itertools import zip_longest
-
-    ours = unpack(expected.value) if isinstance(expected.value, PackedArray) else iter([expected.value])
-    theirs = found.values() if isinstance(found, Span) else iter([found])
-    return zip_longest(ours, theirs)
-
-
-def unpack(array: PackedArray) -> Iterator[Scalar]:
-    """The values of a packed array, one by one."""
-    view = memoryview(array.payload)
-    if array.element != GGUFValueType.STRING:
-        yield from np.frombuffer(view, dtype=_dtype(array.element)).tolist()
-        return
-    at = 0
-    for _ in range(array.length):
-        (nbytes,) = struct.unpack_from("<Q", view, at)
-        yield bytes(view[at + 8 : at + 8 + nbytes]).decode("utf-8", "backslashreplace")
-        at += 8 + nbytes
-
-
-def _dtype(element: GGUFValueType) -> np.dtype[np.generic]:
-    from streamconv.gguf_format import SCALAR_FORMATS
-
-    return np.dtype(SCALAR_FORMATS[element])
-
-
-def _equal(ours: Scalar | None, theirs: Scalar | None) -> bool:
-    if isinstance(ours, float) and isinstance(theirs, int | float):
-        return abs(ours - theirs) <= RELATIVE_TOLERANCE * abs(ours)
-    return ours == theirs
-
-
-def _shown(value: Scalar | None) -> str:
-    return "missing" if value is None else repr(value)[:80]
 
 
 # ---------------------------------------------------------------- tensors
@@ -195,32 +139,47 @@ def _slab_rows(tensor: Encode) -> int:
     return max(1, min(SLAB_NBYTES // widest, tensor.spec.n_rows))
 
 
-def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[], Exception | None]) -> None:
-    """Slabs in file order on `threads` threads; the first difference in that order is the one raised."""
-    todo = iter(
-        (pair, range(start, min(start + pair.slab_rows, pair.expected.spec.n_rows)))
-        for pair in sorted(pairs, key=lambda pair: pair.stored.offset)
-        for start in range(0, pair.expected.spec.n_rows, pair.slab_rows)
-    )
-    lock, failures = threading.Lock(), queue.SimpleQueue[tuple[int, int, BaseException]]()
-    stop = threading.Event()
-    slab = max((peak_nbytes(pair.expected, pair.slab_rows) for pair in pairs), default=0)
+class _Comparison:
+    """Slabs in file order, for any number of threads; what each finds, by where it is in the files."""
 
-    def work() -> None:
-        workspace = Workspace(Scratch(slab))
-        while not stop.is_set():
-            with lock:
-                item = next(todo, None)
+    def __init__(self, pairs: Sequence[_Pair]) -> None:
+        self._todo = iter(
+            (pair, range(start, min(start + pair.slab_rows, pair.expected.spec.n_rows)))
+            for pair in sorted(pairs, key=lambda pair: pair.stored.offset)
+            for start in range(0, pair.expected.spec.n_rows, pair.slab_rows)
+        )
+        self._scratch_nbytes = max((peak_nbytes(pair.expected, pair.slab_rows) for pair in pairs), default=0)
+        self._lock, self.stop = threading.Lock(), threading.Event()
+        self._failures = queue.SimpleQueue[tuple[int, int, BaseException]]()
+
+    def work(self) -> None:
+        """One thread's share."""
+        workspace = Workspace(Scratch(self._scratch_nbytes))
+        while not self.stop.is_set():
+            with self._lock:
+                item = next(self._todo, None)
             if item is None:
                 return
             pair, rows = item
             try:
                 _compare_rows(pair, rows, workspace)
             except BaseException as error:  # carried to the calling thread
-                failures.put((pair.stored.offset, rows.start, error))
-                stop.set()
+                self._failures.put((pair.stored.offset, rows.start, error))
+                self.stop.set()
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, threads))]
+    def settle(self) -> None:
+        """Raises the first failure in file order, once no thread works."""
+        found = []
+        while not self._failures.empty():
+            found.append(self._failures.get())
+        if found:
+            raise min(found, key=lambda failure: failure[:2])[2]
+
+
+def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[], Exception | None]) -> None:
+    """Slabs in file order on `threads` threads; the first difference in that order is the one raised."""
+    comparison = _Comparison(pairs)
+    workers = [threading.Thread(target=comparison.work, daemon=True) for _ in range(max(1, threads))]
     try:
         for worker in workers:
             worker.start()
@@ -230,15 +189,11 @@ def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[
                 if (reason := cancelled()) is not None:
                     raise reason
     finally:
-        stop.set()
+        comparison.stop.set()
         for worker in workers:
             if worker.ident is not None:
                 worker.join()
-    found = []
-    while not failures.empty():
-        found.append(failures.get())
-    if found:
-        raise min(found, key=lambda failure: failure[:2])[2]
+    comparison.settle()
 
 
 def _compare_rows(pair: _Pair, rows: range, work: Workspace) -> None:

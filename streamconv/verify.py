@@ -36,16 +36,17 @@ def verify(
     base: str | Path | None = None,
     dialect: str = LLAMA_CPP,
     scale: float | None = None,
+    pre: str | None = None,
     **keywords: Unpack[RunKeywords],
 ) -> Report:
     """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
 
     out: a GGUF file of any tool, or the first of a split, its tensors in any order and in F32, F16, BF16 or Q8_0.
-    source: the checkpoint, with the `adapters` that were merged into it; or the folder of an adapter that was written
-    as one, with `base`, `dialect` and `scale` as `convert_adapter` was given them.
+    source: the checkpoint, with the `adapters` that were merged into it and the `pre` that it was converted with; or
+    the folder of an adapter that was written as one, with `base`, `dialect` and `scale` as `convert_adapter` had them.
     """
     options = RunOptions(**keywords)
-    wanted = OutputOptions(dialect=dialect)
+    wanted = OutputOptions(dialect=dialect, pre=pre)
     started = time.monotonic()
     with GGUFSet.open(out) as found:
         refuse(found.problems)
@@ -53,14 +54,25 @@ def verify(
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"
     if is_adapter and base is None:
         raise UsageError("is an adapter, whose tensors follow from its base", file=out, hint="give --base")
-    if is_adapter and base is not None:
+    for option, is_given, is_for_adapters in (
+        ("--base", base is not None, True),
+        ("--scale", scale is not None, True),
+        ("--adapter", bool(adapters), False),
+        ("--pre", pre is not None, False),
+    ):
+        if is_given and is_for_adapters != is_adapter:
+            raise UsageError(f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one", file=out)
+    if base is not None:
         planned = _adapter_job(source, base, out, wanted, scale, options)
     else:
         planned = _model_job(source, adapters, out, wanted, options)
     with planned as job:
         paths = [output.path for output in outputs]
-        compare(job, paths, limit=options.limit_nbytes, threads=options.n_threads, cancelled=options.cancelled)
+        cautions = compare(
+            job, paths, limit=options.limit_nbytes, threads=options.n_threads, cancelled=options.cancelled
+        )
         report = job.report()
+    report.warnings += cautions
     report.command, report.verified = "verify", True
     report.output, report.outputs = Path(out), outputs
     report.seconds = time.monotonic() - started

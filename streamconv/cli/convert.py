@@ -103,6 +103,7 @@ def add_verify(commands: Any) -> None:
     parser.add_argument("--base", metavar="BASE", type=Path, help="of an adapter: the base it was made for")
     parser.add_argument("--scale", metavar="S", type=float, help="of an adapter: the scale it was made with")
     parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="the dialect it was made with")
+    parser.add_argument("--pre", metavar="NAME", help="the tokenizer.ggml.pre that it was made with")
     group = parser.add_argument_group("run")
     add_resource_options(group)
     add_report_options(group)
@@ -168,6 +169,7 @@ def _verify(options: argparse.Namespace) -> int:
         base=options.base,
         dialect=options.dialect,
         scale=options.scale,
+        pre=options.pre,
         max_memory=None if options.max_memory is None else parse_size(options.max_memory),
         threads=options.threads,
     )

@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "split",
         "journal destination",
         "stream sink manifest job",
+        "compare_keys",
         "compare",
         "run",
         "merge",

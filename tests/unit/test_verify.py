@@ -29,7 +29,7 @@ from streamconv.plan import RUN_TO_RUN_NBYTES
 from streamconv.scratch import Scratch
 from streamconv.split import SplitOptions
 from streamconv.verify import verify
-from tests import tiny
+from tests import cases, tiny
 from tests.oracles import ggufs
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -55,8 +55,12 @@ def rewritten(
     *,
     keys: Callable[[dict[str, Any]], None] = lambda _: None,
     tensors: Callable[[dict[str, tuple[Any, Any]]], dict[str, tuple[Any, Any]] | None] = lambda _: None,
+    types: dict[str, list[str]] | None = None,
 ) -> Path:
-    """The file as gguf-py writes it, after its keys ({name: value}) and tensors ({name: (raw, type)}) were changed."""
+    """The file as gguf-py writes it, after its keys ({name: value}) and tensors ({name: (raw, type)}) were changed.
+
+    types: of the keys that are new, or that shall have another, as ["ARRAY", "INT32"].
+    """
     reader = gguf.GGUFReader(path)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     values = {name: field.contents() for name, field in fields.items()}
@@ -65,9 +69,10 @@ def rewritten(
     data = tensors(data) or data
     writer = gguf.GGUFWriter(out, values.pop("general.architecture"))
     for name, value in values.items():
-        types = fields[name].types
-        sub_type = types[-1] if types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, value, types[0], sub_type)
+        given = (types or {}).get(name)
+        kinds = [gguf.GGUFValueType[kind] for kind in given] if given else fields[name].types
+        sub_type = kinds[-1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, kinds[0], sub_type)
     for name, (raw, type_) in data.items():
         writer.add_tensor(name, raw, raw_dtype=type_)
     writer.write_header_to_file()
@@ -75,6 +80,18 @@ def rewritten(
     writer.write_tensors_to_file()
     writer.close()
     return out
+
+
+def with_keys_of(path: Path, out: Path, kv: dict[str, Any]) -> Path:
+    """The file with the keys of another tool's, of which there is a golden; hashed ones are the same in both."""
+
+    def change(keys: dict[str, Any]) -> None:
+        for name in set(keys) - set(kv):
+            del keys[name]
+        keys.update({name: kv[name]["value"] for name in kv if not isinstance(kv[name]["value"], dict)})
+        keys.update({name: [0.0] * kv[name]["value"]["n"] for name in set(kv) - set(keys)})  # scores, which are zeros
+
+    return rewritten(path, out, keys=change, types={name: entry["type"] for name, entry in kv.items()})
 
 
 def flip(path: Path, tensor: str, byte: int, bit: int) -> None:
@@ -158,6 +175,77 @@ def test_adapters(tmp_path: Path) -> None:
         verify(out, adapter, base=base)
 
 
+@pytest.mark.parametrize(
+    ("name", "maker", "told"),
+    [
+        ("lfm2-given", "llamacpp:f32", 0),
+        ("llama-given", "llamacpp:q8_0", 0),
+        ("llama-given", "ollama_seed", 3),  # no rope.freq_base, whose default is meant; three keys of its own
+    ],
+)
+def test_other_tools_keys(name: str, maker: str, told: int, tmp_path: Path) -> None:
+    source, golden = cases.GIVEN / name, cases.given_golden(name)[maker]
+    other = with_keys_of(made(source, tmp_path), tmp_path / "other.gguf", golden["kv"])
+    assert set(ggufs.read(other).keys) == set(golden["kv"])
+    assert len(verify(other, source).warnings) == told
+
+
+@pytest.mark.parametrize("name", ["lfm2-untied", "lfm2moe", "llama", "llama-linear", "llama-yarn", "llama-spm"])
+def test_llama_cpps_keys(name: str, tmp_path: Path) -> None:
+    source = cases.build(name, tmp_path)
+    other = with_keys_of(made(source, tmp_path), tmp_path / "other.gguf", cases.golden(name, "auto")["kv"])
+    assert verify(other, source).warnings == []
+
+
+def test_llama_cpps_adapter_keys(tmp_path: Path) -> None:
+    adapter, base = (cases.GIVEN / name for name in ("lora-given", "llama-given"))
+    convert_adapter(adapter, base, tmp_path / "ours.gguf")
+    kv = dict(cases.given_golden("lora-given")["llamacpp:f32"]["kv"])
+    other = with_keys_of(tmp_path / "ours.gguf", tmp_path / "other.gguf", kv)
+    assert verify(other, adapter, base=base).warnings == []
+    del kv["adapter.lora.alpha"]
+    other = with_keys_of(tmp_path / "ours.gguf", tmp_path / "other.gguf", kv)
+    with pytest.raises(VerifyError, match=r"adapter\.lora\.alpha is missing, by its source it is 12\.0"):
+        verify(other, adapter, base=base)
+
+
+def test_what_is_only_another_look(source: Path, tmp_path: Path) -> None:
+    changes = {"lfm2.more": "x", "tokenizer.chat_template": "{{ other }}", "general.name": "Other"}
+    types = {name: ["STRING"] for name in changes}
+    out = made(source, tmp_path)
+    other = rewritten(out, tmp_path / "other.gguf", keys=lambda keys: keys.update(changes), types=types)
+    told = [caution.message for caution in verify(other, source).warnings]
+    assert [message.split()[1] for message in told] == ["tokenizer.chat_template", "lfm2.more"]
+    assert told[1] == "key lfm2.more is 'x', its source says nothing of it"
+
+
+def test_a_pre_tokenizer_that_was_named(source: Path, tmp_path: Path) -> None:
+    out = made(source, tmp_path, pre="qwen2")
+    assert verify(out, source, pre="qwen2").verified
+    assert main(["verify", str(out), "--source", str(source), "--pre", "qwen2", "--quiet"]) == 0
+    with pytest.raises(VerifyError, match=r"key tokenizer\.ggml\.pre is 'qwen2', by its source it is 'lfm2'"):
+        verify(out, source)
+
+
+def test_a_number_stands_for_every_layer(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "source")
+    out = made(source, tmp_path)
+    key, n_layers = "llama.attention.head_count_kv", ggufs.read(out)["llama.block_count"]
+    n_heads = ggufs.read(out)[key]
+    for values, is_same in (([n_heads] * n_layers, True), ([n_heads] * (n_layers - 1), False)):
+        other = rewritten(
+            out,
+            tmp_path / "other.gguf",
+            keys=lambda keys, values=values: keys.update({key: values}),
+            types={key: ["ARRAY", "INT32"]},
+        )
+        if is_same:
+            assert verify(other, source).verified
+        else:
+            with pytest.raises(VerifyError, match=rf"head_count_kv\[{n_layers - 1}\] is missing"):
+                verify(other, source)
+
+
 # ---------------------------------------------------------------- what is wrong
 
 
@@ -224,6 +312,77 @@ def test_a_wrong_key(source: Path, key: str, value: Any, words: str, tmp_path: P
     other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", keys=lambda keys: keys.update({key: value}))
     with pytest.raises(VerifyError, match=words):
         verify(other, source)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("lfm2.block_count", "block_count is missing, by its source it is 4"),
+        ("lfm2.attention.head_count_kv", "head_count_kv is missing, by its source it is an array of 4"),
+        ("lfm2.rope.freq_base", r"freq_base is missing, by its source it is 1000000\.0"),  # and 10000 without it
+        ("tokenizer.ggml.model", "model is missing, by its source it is 'gpt2'"),
+        ("tokenizer.ggml.pre", "pre is missing, by its source it is 'lfm2'"),
+        ("tokenizer.ggml.tokens", "tokens is missing, by its source it is an array of 416"),
+        ("tokenizer.ggml.merges", "merges is missing, by its source it is an array of"),
+        ("tokenizer.ggml.token_type", "token_type is missing, by its source it is an array of 416"),
+        ("tokenizer.ggml.eos_token_id", "eos_token_id is missing, by its source it is"),
+    ],
+)
+def test_a_missing_key(source: Path, key: str, words: str, tmp_path: Path) -> None:
+    other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", keys=lambda keys: keys.pop(key))
+    with pytest.raises(VerifyError, match=rf"{key.rpartition('.')[0]}\.{words}"):
+        verify(other, source)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "type_", "words"),
+    [
+        ("tokenizer.ggml.eos_token_id", 9, "UINT32", "is 9, by its source it is"),
+        ("tokenizer.ggml.model", "llama", "STRING", "is 'llama', by its source it is 'gpt2'"),
+        ("tokenizer.ggml.pre", "qwen2", "STRING", "is 'qwen2', by its source it is 'lfm2'"),
+        ("tokenizer.ggml.add_bos_token", False, "BOOL", "is False, by its source it is True"),
+        ("tokenizer.ggml.add_eos_token", True, "BOOL", "is True, "),
+        ("lfm2.block_count", 4, "INT32", "is of type int32, by its source it is of type uint32"),
+        (
+            "lfm2.rope.scaling.factor",
+            4.0,
+            "FLOAT32",
+            r"is 4\.0, its source says nothing of it, without it 1\.0 is taken",
+        ),
+    ],
+)
+def test_another_key(source: Path, key: str, value: Any, type_: str, words: str, tmp_path: Path) -> None:
+    out = made(source, tmp_path)
+    other = rewritten(out, tmp_path / "other.gguf", keys=lambda keys: keys.update({key: value}), types={key: [type_]})
+    with pytest.raises(VerifyError, match=f"key {key} {words}"):
+        verify(other, source)
+
+
+def test_another_kind_or_score_of_a_token(source: Path, tmp_path: Path) -> None:
+    spm = tiny.llama(tmp_path / "spm", tokenizer="spm")
+    for model, key, value in ((source, "token_type", 4), (spm, "scores", -0.5)):
+
+        def change(keys: dict[str, Any], key: str = key, value: float = value) -> None:
+            keys[f"tokenizer.ggml.{key}"][7] = value
+
+        other = rewritten(made(model, tmp_path, force=True), tmp_path / "other.gguf", keys=change)
+        with pytest.raises(VerifyError, match=rf"{key}\[7\] is {value}, by its source it is"):
+            verify(other, model)
+
+
+def test_options_that_are_not_for_this_kind_of_file(source: Path, tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base)
+    convert_adapter(adapter, base, tmp_path / "adapter.gguf")
+    model = made(source, tmp_path)
+    for out, src, keywords, words in (
+        (model, source, {"base": base}, "is a model, and --base"),
+        (model, source, {"scale": 2.0}, "is a model, and --scale"),
+        (tmp_path / "adapter.gguf", adapter, {"base": base, "adapters": [(adapter, 1.0)]}, "an adapter, and --adapter"),
+        (tmp_path / "adapter.gguf", adapter, {"base": base, "pre": "x"}, "an adapter, and --pre"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            verify(out, src, **keywords)
 
 
 def test_a_wrong_token(source: Path, tmp_path: Path) -> None:
