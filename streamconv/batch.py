@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from streamconv.batch_job import (
@@ -23,6 +24,7 @@ from streamconv.batch_job import (
     Leftover,
     Order,
     allow_jobs,
+    in_words,
     journals,
     perform,
     run_job,
@@ -36,12 +38,12 @@ from streamconv.jobs_file import JobSpec
 EXIT_SOME_FAILED, EXIT_NONE_SUCCEEDED = 7, 8
 
 
-def exit_code(results: Sequence[JobResult]) -> int:
-    """0: all done or up to date; 7: some failed; 8: none succeeded; 130 or 143: cancelled."""
-    cancelled = [result.exit_code for result in results if result.status == "cancelled"]
-    if cancelled:
-        return cancelled[0]
-    failed = sum(result.status == "failed" for result in results)
+def exit_code(results: Sequence[JobResult | Forecast]) -> int:
+    """0: all done or up to date; 7: some failed, or would; 8: none succeeded; 130 or 143: cancelled."""
+    for result in results:
+        if isinstance(result, JobResult) and result.status == "cancelled":
+            return result.exit_code
+    failed = sum(result.is_failed for result in results)
     if not failed:
         return 0
     return EXIT_NONE_SUCCEEDED if failed == len(results) else EXIT_SOME_FAILED
@@ -74,38 +76,42 @@ def run_batch(
     left, too; what a try of this batch left is always taken up. KeyboardInterrupt and SIGTERM stop the processes; what
     was not done is then cancelled, and can be resumed.
     """
+    allow_jobs()
+    pool = executor or ThreadPoolExecutor(n_parallel)
+    run = _Run(pool, {job: frozenset() if resume else frozenset(journals(job)) for job in jobs}, stop)
     results: dict[JobSpec, JobResult] = {}
 
     def settle(result: JobResult) -> None:
         results[result.job] = result
+        finished(result)
         if result.status == "done" and result.report is not None:
             state.record(result.job, result.report)
-        finished(result)
 
-    allow_jobs()
-    pool = executor or ThreadPoolExecutor(n_parallel)
-    run = _Run(pool, {job: frozenset() if resume else frozenset(journals(job)) for job in jobs}, stop)
     try:
-        for job in jobs:
-            if state.is_up_to_date(job):
-                settle(JobResult(job, "skipped", 0, 0))
-            else:
-                run.submit(job)
-        for result in run.results():
+        for result in chain(run.begin(jobs, state), run.results()):
             settle(result)
     except (KeyboardInterrupt, Interrupted) as order:
-        code = order.exit_code if isinstance(order, Interrupted) else 128 + signal.SIGINT
-        run.stop()
-        for result in run.stopped(own=executor is None):
-            settle(replace(result, exit_code=code) if result.status == "cancelled" else result)
-        for job in jobs:
-            if job not in results:
-                settle(JobResult.cancelled(job, code))
+        for result in run.cancelled(order, jobs, results, own=executor is None):
+            settle(result)
     finally:
         run.stop()
         if executor is None:
             pool.shutdown(wait=True, cancel_futures=True)
     return [results[job] for job in jobs]
+
+
+def verification(job: JobSpec) -> JobSpec:
+    """What compares the output of `job`, which is there, with its source."""
+    return replace(job, command="verify")
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A job, what is run in order that it is done, and how often that was begun."""
+
+    job: JobSpec
+    work: JobSpec
+    attempts: int
 
 
 class _Run:
@@ -118,26 +124,36 @@ class _Run:
         self._stale = stale
         self._stop = stop
         self._is_stopped = False
-        self._waiting: dict[Future[JobResult], tuple[JobSpec, int]] = {}
+        self._waiting: dict[Future[JobResult], _Task] = {}
 
-    def submit(self, job: JobSpec, n_before: int = 0) -> None:
-        self._waiting[self._executor.submit(run_job, job, self._stale[job], n_before)] = (job, n_before + 1)
+    def begin(self, jobs: Sequence[JobSpec], state: State) -> Iterator[JobResult]:
+        """Each job that is done already; the others are given to the executor."""
+        for job in jobs:
+            if (standing := state.standing(job)) == "done":
+                yield JobResult(job, "skipped", 0, 0)
+            else:
+                state.begin(job)
+                self.submit(job, verification(job) if standing == "unverified" else job)
+
+    def submit(self, job: JobSpec, work: JobSpec, n_before: int = 0) -> None:
+        future = self._executor.submit(run_job, work, self._stale[job], n_before)
+        self._waiting[future] = _Task(job, work, n_before + 1)
 
     def results(self) -> Iterator[JobResult]:
         """Each as it comes."""
         while self._waiting:
             for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
-                job, attempts = self._waiting.pop(future)
+                task = self._waiting.pop(future)
                 try:
-                    yield future.result()
+                    yield replace(future.result(), job=task.job)
                 except (Exception, CancelledError) as error:  # whatever an executor raises for a worker that is gone
                     if isinstance(error, StreamconvError):
                         raise
-                    if attempts < MAX_ATTEMPTS:
-                        self.submit(job, attempts)
+                    if task.attempts < MAX_ATTEMPTS:
+                        self.submit(task.job, task.work, task.attempts)
                     else:
-                        lost = StreamconvError(f"its worker was lost {attempts} times: {type(error).__name__}: {error}")
-                        yield JobResult.failed(job, lost, attempts)
+                        what = f"its worker was lost {task.attempts} times: {type(error).__name__}: {error}"
+                        yield JobResult.failed(task.job, StreamconvError(what), task.attempts)
 
     def stop(self) -> None:
         """No job begins any more, and those that run are told to end."""
@@ -147,10 +163,24 @@ class _Run:
             self._is_stopped = True
             self._stop()
 
-    def stopped(self, *, own: bool) -> Iterator[JobResult]:
-        """What became of the jobs that had begun here, after `stop`; of those elsewhere nobody waits."""
-        begun = [future for future in self._waiting if own and not future.cancelled()]
-        yield from (future.result() for future in begun)
+    def cancelled(
+        self,
+        order: KeyboardInterrupt | Interrupted,
+        jobs: Sequence[JobSpec],
+        ended: Mapping[JobSpec, JobResult],
+        *,
+        own: bool,
+    ) -> Iterator[JobResult]:
+        """What becomes of the jobs that have not ended, after `stop`. Of those begun elsewhere (`own`) nobody waits."""
+        code = order.exit_code if isinstance(order, Interrupted) else 128 + signal.SIGINT
+        self.stop()
+        begun = [(future, task) for future, task in self._waiting.items() if own and not future.cancelled()]
+        for future, task in begun:
+            result = replace(future.result(), job=task.job)
+            yield replace(result, exit_code=code) if result.status == "cancelled" else result
+        for job in jobs:
+            if job not in ended:
+                yield JobResult.cancelled(job, code)
 
 
 # ---------------------------------------------------------------- before anything runs
@@ -164,6 +194,10 @@ class Forecast:
     action: Literal["run", "skip", "fail"]
     nbytes: int
     error: str | None = None
+
+    @property
+    def is_failed(self) -> bool:
+        return self.action == "fail"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -180,14 +214,20 @@ def forecast(jobs: Sequence[JobSpec], state: State, *, n_parallel: int = 1) -> I
     allow_jobs()
 
     def plan(job: JobSpec) -> Forecast:
-        if state.is_up_to_date(job):
+        standing = state.standing(job)
+        if standing == "done":
             return Forecast(job, "skip", 0)
-        if job.command == "verify":
+        if job.command == "verify" or standing == "unverified":
             return Forecast(job, "run", 0)
         code, answer = run_process(Order(job, dry_run=True))
-        if code == 0 and "outputs" in answer:
-            return Forecast(job, "run", sum(output["nbytes"] for output in answer["outputs"]))
-        return Forecast(job, "fail", 0, answer.get("error", {}).get("message", f"exit code {code}"))
+        if "error" in answer:
+            return Forecast(job, "fail", 0, in_words(answer["error"]))
+        if code != 0 or "outputs" not in answer:
+            return Forecast(job, "fail", 0, f"exit code {code}")
+        in_the_way = [caution["message"] for caution in answer["warnings"] if caution["code"] == "exists"]
+        if in_the_way:
+            return Forecast(job, "fail", 0, in_the_way[0])
+        return Forecast(job, "run", sum(output["nbytes"] for output in answer["outputs"]))
 
     with ThreadPoolExecutor(n_parallel) as pool:
         try:
@@ -203,7 +243,7 @@ def expand_splits(jobs: Iterable[JobSpec]) -> Iterator[JobSpec]:
     for job in jobs:
         n_parts = 1
         if job.command == "convert" and job.split_max_size is not None:
-            with suppress(StreamconvError):  # its own run will say what is wrong
+            with suppress(Exception):  # its own run will say what is wrong
                 # The job's bound is not this process's: only the number of parts is asked for.
                 n_parts = len(perform(job, dry_run=True, max_memory=sys.maxsize).outputs)
         if n_parts == 1:

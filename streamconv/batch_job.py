@@ -9,6 +9,7 @@ part file and a journal, and no writer; a try begins once no earlier try of the 
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from streamconv.destination import Output, failures
 from streamconv.errors import InterruptedByTerm, StreamconvError
 from streamconv.jobs_file import JobSpec
 
@@ -49,6 +51,10 @@ class JobResult:
     report: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
 
+    @property
+    def is_failed(self) -> bool:
+        return self.status == "failed"
+
     def to_json(self) -> dict[str, Any]:
         """The line that is printed for it."""
         line: dict[str, Any] = {
@@ -75,6 +81,11 @@ class JobResult:
     def cancelled(cls, job: JobSpec, exit_code: int = 128 + signal.SIGINT) -> JobResult:
         """Of a job that never began."""
         return cls(job, "cancelled", exit_code, 0)
+
+
+def in_words(error: Mapping[str, Any]) -> str:
+    """The line that people read of an error's JSON."""
+    return str(StreamconvError(error["message"], **{key: error.get(key) for key in ("file", "tensor", "hint")}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +185,10 @@ def allow_jobs() -> None:
 
 def journals(job: JobSpec) -> Iterator[Leftover]:
     """The journals of the job's unfinished outputs."""
-    for path in _unfinished(job, ".part.journal"):
-        with suppress(FileNotFoundError):
-            status = path.stat()
-            yield str(path), status.st_ino, status.st_mtime_ns
+    for output in _unfinished(job):
+        with suppress(OSError):
+            status = output.journal.stat()
+            yield str(output.journal), status.st_ino, status.st_mtime_ns
 
 
 def _has_journal(job: JobSpec, stale: frozenset[Leftover]) -> bool:
@@ -190,8 +201,8 @@ def _await_earlier_try(job: JobSpec) -> None:
     Whoever still has one after PATIENCE_SECONDS is no try of ours; this one will say so.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for path in _unfinished(job, ".part"):
-        while _is_locked(path) and time.monotonic() < deadline and not _is_stopping.wait(0.02):
+    for output in _unfinished(job):
+        while _is_locked(output.part) and time.monotonic() < deadline and not _is_stopping.wait(0.02):
             pass
 
 
@@ -206,14 +217,17 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _unfinished(job: JobSpec, ending: str) -> list[Path]:
+def _unfinished(job: JobSpec) -> list[Output]:
+    """The outputs of the job that something was left of, or may be: those that have a part file or a journal."""
     output = Path(job.output)
-    number = f"{job.only_part:05d}" if job.only_part else "?????"
-    if job.split_max_size is None:
-        return [path for path in (output.with_name(output.name + ending),) if path.exists()]
-    stem = output.name.removesuffix(".gguf").replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
-    parts = output.parent.glob(f"{stem}-{number}-of-?????.gguf{ending}")
-    return [*parts, *(path for path in (output.with_name(output.name + ending),) if path.exists())]
+    outputs = [Output(output)]
+    if job.split_max_size is not None:
+        name = glob.escape(output.name.removesuffix(".gguf"))
+        number = f"{job.only_part:05d}" if job.only_part else "?????"
+        with suppress(OSError):
+            found = output.parent.glob(f"{name}-{number}-of-?????.gguf.part*")
+            outputs += [Output(path.with_name(path.name.partition(".gguf.part")[0] + ".gguf")) for path in found]
+    return list(dict.fromkeys(outputs))
 
 
 def _death(code: int) -> str:
@@ -280,7 +294,5 @@ def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_me
 
 
 def _make_folder(folder: Path) -> None:
-    from streamconv.destination import failures
-
     with failures(folder):
         folder.mkdir(parents=True, exist_ok=True)

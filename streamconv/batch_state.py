@@ -1,8 +1,8 @@
-"""JOBS.state.jsonl: of each finished job, what it was made of and what came out.
+"""JOBS.state.jsonl: of each job that began, what it is made of; of each that finished, what came out.
 
-Owns: whether a job is up to date. Does not own: running it (batch.py).
-Invariant: a line is appended whole, after the job's files are sealed; the last line of a job counts; a line that a
-crash tore costs that one job alone.
+Owns: what of a job is done already. Does not own: running it (batch.py).
+Invariant: a line is appended whole, one before a job begins and one after its files are sealed; the last line of a job
+counts; a line that a crash tore costs that one job alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from streamconv.errors import DestinationError, SourceError
 from streamconv.job import FORMAT_VERSION
@@ -22,8 +22,12 @@ from streamconv.jobs_file import JobSpec
 from streamconv.merge import parse_adapter
 from streamconv.sources import find_source
 
+MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
 _WITHOUT_EFFECT = frozenset(("name", "max_memory", "force", "verify"))  # on the bytes of an output
 _SUBFOLDER = "additional_chat_templates"
+
+# A job whose output is there and nobody has compared: it was not asked for then, or the batch was killed too early.
+Standing = Literal["due", "done", "unverified"]
 
 
 class State:
@@ -32,35 +36,52 @@ class State:
     def __init__(self, path: Path) -> None:
         """DestinationError where there is a file that cannot be read."""
         self.path = path
-        self._finished: dict[str, dict[str, Any]] = {}
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            text = ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise DestinationError(f"the state file cannot be read: {error}", file=path) from None
-        for line in text.split("\n"):
-            with suppress(ValueError, KeyError, TypeError):
+        self._entries: dict[str, dict[str, Any]] = {}
+        for line in _read(path).split(b"\n"):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 entry = json.loads(line)
-                self._finished[entry["key"]] = entry
+                self._entries[entry["key"]] = entry
 
-    def is_up_to_date(self, job: JobSpec) -> bool:
-        """Whether the job is recorded as done, its inputs are what they were, and its output is what came out."""
-        entry = self._finished.get(_key(job))
-        if entry is None:
-            return False
+    def standing(self, job: JobSpec) -> Standing:
+        """Whether the job is to be run, or its inputs are what they were and its output is what came of them."""
+        entry = self._entries.get(_key(job), {})
         try:
-            return bool([entry["digest"], entry["outputs"]] == [_digest(job), _stamps(o[0] for o in entry["outputs"])])
-        except (OSError, SourceError, KeyError, TypeError, LookupError):
-            return False
+            if entry.get("digest") != _digest(job):
+                return "due"
+            if "outputs" in entry:
+                if entry["outputs"] != _stamps(output[0] for output in entry["outputs"]):
+                    return "due"
+                if not job.verify or entry.get("verified"):
+                    return "done"
+            elif _stamps([job.output]) == entry["before"]:
+                return "due"
+            # Parts cannot be compared alone, and who may replace a file need not look at it.
+            return "due" if job.force or job.split_max_size is not None else "unverified"
+        except (OSError, SourceError, LookupError, TypeError):
+            return "due"
+
+    def begin(self, job: JobSpec) -> None:
+        """Remember what the job is made of, as it is before the job reads it. DestinationError."""
+        entry: dict[str, Any] = {"key": _key(job), "digest": None, "before": None}
+        with suppress(OSError, SourceError):  # the job will say so
+            entry["digest"] = _digest(job)
+        with suppress(OSError):
+            entry["before"] = _stamps([job.output])
+        self._append(entry)
 
     def record(self, job: JobSpec, report: Mapping[str, Any]) -> None:
-        """Remember a job that is done, and the files that its report names. DestinationError."""
-        try:
+        """Remember a job that has begun and is done, and the files that its report names. DestinationError."""
+        digest = self._entries[_key(job)]["digest"]
+        with suppress(OSError):  # an output that is gone already is not done
             outputs = _stamps(output["path"] for output in report["outputs"])
-            key = _key(job)
-            entry = {"key": key, "digest": _digest(job), "outputs": outputs, "finished": int(time.time())}
-            self._finished[key] = entry
+            verified, finished = report["verified"] is True, int(time.time())
+            self._append(
+                {"key": _key(job), "digest": digest, "outputs": outputs, "verified": verified, "finished": finished}
+            )
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self._entries[entry["key"]] = entry
+        try:
             with self.path.open("a+b") as file:
                 # A line of its own even behind one that a crash tore.
                 is_torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
@@ -68,7 +89,24 @@ class State:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise DestinationError(f"the state file cannot be written: {error.strerror}", file=self.path) from None
+            hint = "--state FILE puts it elsewhere"
+            what = f"the state file cannot be written: {error.strerror}"
+            raise DestinationError(what, file=self.path, hint=hint) from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_NBYTES + 1)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise DestinationError(f"the state file cannot be read: {error.strerror}", file=path) from None
+    if len(raw) > MAX_FILE_NBYTES:
+        raise DestinationError(f"the state file is larger than {MAX_FILE_NBYTES >> 20} MiB", file=path)
+    if raw and not raw.startswith(b"{"):
+        raise DestinationError("is no state file", file=path, hint="it would be appended to")
+    return raw
 
 
 def _key(job: JobSpec) -> str:
@@ -87,6 +125,8 @@ def _digest(job: JobSpec) -> str:
 
 def _files(source: Path) -> list[Path]:
     """What a job may read of `source`; outputs that were put beside it are none of it."""
+    if source.suffix == ".safetensors" and not source.is_dir():
+        source = source.parent  # its config and tokenizer lie beside it
     if not source.is_dir():
         return [source]
     found = [*source.iterdir(), *(source / _SUBFOLDER).glob("*")]

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from streamconv.dialects import RENAMES
@@ -33,6 +34,7 @@ Command = Literal["convert", "lora", "verify"]
 DEFAULT_OUTPUT = "{name}-{outtype}.gguf"
 MAX_FILE_NBYTES = 16 << 20
 _GLOB = frozenset("*?[")
+_FIELD = re.compile(r"\{(\w+)\}")  # of an output template
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,11 @@ _ONLY_FOR = {"split_max_size": ("convert",), "adapter": ("convert", "verify"), "
 def read_jobs(path: Path) -> list[JobSpec]:
     """The jobs of a file, sorted by output; UsageError on whatever is wrong with it, before anything runs."""
     try:
-        if path.stat().st_size > MAX_FILE_NBYTES:
+        with path.open("rb") as file:  # a pipe, or a device, has no size
+            raw = file.read(MAX_FILE_NBYTES + 1)
+        if len(raw) > MAX_FILE_NBYTES:
             raise UsageError(f"larger than {MAX_FILE_NBYTES >> 20} MiB", file=path)
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read: {getattr(error, 'strerror', error)}", file=path) from None
     entries = list(_toml_entries(text, path) if path.suffix == ".toml" else _json_entries(text, path))
@@ -95,10 +99,12 @@ def _toml_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"not TOML: {error}", file=path) from None
     defaults, entries = document.get("defaults", {}), document.get("job", [])
-    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
-    if set(document) - {"defaults", "job"} or not isinstance(defaults, dict) or not is_list:
-        unknown = ", ".join(sorted(set(document) - {"defaults", "job"})) or "what is in it"
-        raise UsageError(f"{unknown}: not known", file=path, hint="a file has [defaults] and [[job]]")
+    if unknown := sorted(set(document) - {"defaults", "job"}):
+        raise UsageError(f"{', '.join(unknown)}: not known", file=path, hint="a file has [defaults] and [[job]]")
+    if not isinstance(defaults, dict):
+        raise UsageError("defaults is no table", file=path, hint="write [defaults]")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UsageError("job is no list of tables", file=path, hint="write [[job]], in double brackets")
     _check(defaults, "defaults", path)
     for number, entry in enumerate(entries, start=1):
         command = entry.get("command", defaults.get("command", "convert"))
@@ -143,12 +149,18 @@ def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:
         return [_absolute(source, folder)]
     root, pattern = (Path("/"), source.lstrip("/")) if source.startswith("/") else (folder, source)
     try:
-        matches = sorted(root.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
+        matches = sorted(match for match in root.glob(pattern) if _is_model(match, pattern))
+    except (ValueError, NotImplementedError, OSError) as error:
         raise UsageError(f"{where}: {source!r} is no glob: {error}", file=path) from None
     if not matches:
-        raise UsageError(f"{where}: nothing matches {source}", file=path)
+        raise UsageError(f"{where}: nothing matches {source}", file=path, hint="a glob takes folders and .safetensors")
     return [str(match) for match in matches]
+
+
+def _is_model(match: Path, pattern: str) -> bool:
+    """Whether a match may be a source: what lies beside models, outputs among it, is none."""
+    is_hidden = match.name.startswith(".") and not PurePath(pattern).name.startswith(".")
+    return not is_hidden and (match.is_dir() or match.suffix == ".safetensors")
 
 
 def _absolute(source: str, folder: Path) -> str:
@@ -161,13 +173,15 @@ def _absolute(source: str, folder: Path) -> str:
 
 
 def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
+    """The template with its fields filled in; a field is a name in braces and nothing more."""
+    names = _FIELD.findall(template)
+    if set(names) - {"name", "outtype"} or set("{}") & set(_FIELD.sub("", template)):
+        raise UsageError(f"{where}: output {template!r} may hold {{name}} and {{outtype}}", file=path)
     outtype = job.outtype
-    if outtype == "auto" and "{outtype}" in template and job.command == "convert":
+    if outtype == "auto" and "outtype" in names and job.command != "lora":
         outtype = _resolved(Path(job.source))
-    try:
-        return template.format(name=job.name, outtype=outtype)
-    except (LookupError, ValueError, AttributeError, TypeError):
-        raise UsageError(f"{where}: output {template!r} may hold {{name}} and {{outtype}}", file=path) from None
+    values = {"name": job.name, "outtype": outtype}
+    return _FIELD.sub(lambda match: values[match[1]], template)
 
 
 def _resolved(source: Path) -> str:
@@ -180,7 +194,7 @@ def _resolved(source: Path) -> str:
     try:
         with Checkpoint.open(find_source(source)) as checkpoint:
             return resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
-    except StreamconvError:
+    except (StreamconvError, OSError):
         return "auto"
 
 
@@ -195,8 +209,15 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UsageError(f"{where}: {key} {value!r} is none of {', '.join(_CHOICES[key])}", file=path)
     for key in ("max_memory", "split_max_size"):
-        if key in entry and not parse_size(entry[key]):
-            raise UsageError(f"{where}: {key} is {entry[key]!r}", file=path)
+        if key in entry and not _size(entry[key]):
+            raise UsageError(f"{where}: {key} is {entry[key]!r}", file=path, hint="a size is as 4G or 96MiB")
+
+
+def _size(text: str) -> int:
+    """In bytes; 0 where it is none."""
+    with suppress(UsageError):
+        return parse_size(text)
+    return 0
 
 
 def _check_whole(entry: Mapping[str, Any], where: str, path: Path) -> None:

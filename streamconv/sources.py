@@ -76,4 +76,6 @@ def model_name(path: Path) -> str:
     for folder in (path, *path.parents[:2]):
         if match := _CACHE_ENTRY.fullmatch(folder.name):
             return match["name"]
-    return path.stem if path.is_file() else path.name
+    with suppress(OSError):  # whoever reads it will say what is wrong
+        return path.stem if path.is_file() else path.name
+    return path.name

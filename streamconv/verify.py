@@ -6,7 +6,7 @@ Owns: finding out what a file claims to be, and planning what it should hold. Do
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
@@ -45,28 +45,19 @@ def verify(
     source: the checkpoint, with the `adapters` that were merged into it and the `pre` that it was converted with; or
     the folder of an adapter that was written as one, with `base`, `dialect` and `scale` as `convert_adapter` had them.
     """
-    options = RunOptions(**keywords)
-    wanted = OutputOptions(dialect=dialect, pre=pre)
-    started = time.monotonic()
+    options, wanted, started = RunOptions(**keywords), OutputOptions(dialect=dialect, pre=pre), time.monotonic()
     with GGUFSet.open(out) as found:
         refuse(found.problems)
         outputs = [Output(file.path, file.file.nbytes) for file in found.files]
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"
-    if is_adapter and base is None:
-        raise UsageError("is an adapter, whose tensors follow from its base", file=out, hint="give --base")
-    for option, is_given, is_for_adapters in (
-        ("--base", base is not None, True),
-        ("--scale", scale is not None, True),
-        ("--adapter", bool(adapters), False),
-        ("--pre", pre is not None, False),
-    ):
-        if is_given and is_for_adapters != is_adapter:
-            raise UsageError(f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one", file=out)
-    if base is not None:
-        planned = _adapter_job(source, base, out, wanted, scale, options)
-    else:
-        planned = _model_job(source, adapters, out, wanted, options)
-    with planned as job:
+    _refuse_misplaced(
+        out, is_adapter, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre}
+    )
+    with (
+        _model_job(source, adapters, out, wanted, options)
+        if base is None
+        else _adapter_job(source, base, out, wanted, scale, options)
+    ) as job:
         paths = [output.path for output in outputs]
         cautions = compare(
             job, paths, limit=options.limit_nbytes, threads=options.n_threads, cancelled=options.cancelled
@@ -78,6 +69,17 @@ def verify(
     report.seconds = time.monotonic() - started
     report.peak_rss_nbytes = resident_nbytes()[1]
     return report
+
+
+def _refuse_misplaced(
+    out: str | Path, is_adapter: bool, of_adapters: Mapping[str, object], of_models: Mapping[str, object]
+) -> None:
+    """UsageError where an option is missing, or given and not for this kind of file."""
+    if is_adapter and of_adapters["--base"] is None:
+        raise UsageError("is an adapter, whose tensors follow from its base", file=out, hint="give --base")
+    for option, value in (of_models if is_adapter else of_adapters).items():
+        if value is not None:
+            raise UsageError(f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one", file=out)
 
 
 @contextmanager

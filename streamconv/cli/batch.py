@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -46,6 +46,9 @@ def add_batch(commands: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier batch left unfinished")
     parser.add_argument("--dry-run", action="store_true", help="what would run, its size, and the space needed in all")
+    parser.add_argument(
+        "--state", metavar="FILE", type=Path, help="where what is done is remembered; default: JOBS.state.jsonl"
+    )
     parser.add_argument("--array", metavar="I/N", help="every N-th job from the I-th on (from 1), for job arrays")
     parser.add_argument("--dask", metavar="ADDRESS", help="run on the Dask cluster of this scheduler (the dask extra)")
     parser.add_argument("--json", action="store_true", help="errors of the batch itself as JSON, too")
@@ -67,10 +70,11 @@ def _batch(options: argparse.Namespace) -> int:
     jobs = list(expand_splits(read_jobs(options.jobs)))
     if options.array:
         jobs = select_array(jobs, options.array)
-    state = State(options.jobs.with_name(f"{options.jobs.name}.state.jsonl"))
+    state = State(options.state or options.jobs.with_name(f"{options.jobs.name}.state.jsonl"))
     if options.dry_run:
-        _say_forecast(list(forecast(jobs, state, n_parallel=options.n_parallel)), options.json)
-        return 0
+        rows = list(forecast(jobs, state, n_parallel=options.n_parallel))
+        _say_forecast(rows, options.json)
+        return exit_code(rows)
     place: AbstractContextManager[_Where] = _dask(options.dask) if options.dask else nullcontext(_Where())
     with place as where:
         results = run_batch(
@@ -140,14 +144,23 @@ def _print_table(results: Sequence[JobResult]) -> None:
     for result in results:
         what = _outcome(result)
         line = f"{result.status:<9}  {result.exit_code:>3}  {result.job.name:<{width}}  {what}"
-        print(line.rstrip(), file=sys.stderr)
+        _tell(line.rstrip())
     counts = Counter(result.status for result in results)
-    print(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs", file=sys.stderr)
+    _tell(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs")
+
+
+def _tell(line: str) -> None:
+    """A line on stderr; the results are on stdout, whether or not this one can be written."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _outcome(result: JobResult) -> str:
+    from streamconv.batch_job import in_words
+
     if result.error is not None:
-        return str(result.error.get("message", ""))
+        return in_words(result.error)
     if result.report is None:
         return ""
     nbytes = sum(output["nbytes"] for output in result.report["outputs"])

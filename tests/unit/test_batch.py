@@ -102,6 +102,86 @@ def test_an_output_beside_its_source_is_no_new_source(folder: Path) -> None:
     assert outcome(batch(folder)[1]) == {"one": ("skipped", 0, 0)}
 
 
+def test_a_file_beside_a_single_source_counts(folder: Path) -> None:
+    (folder / "jobs.toml").write_text('[[job]]\nsource = "models/one/model.safetensors"\noutput = "x.gguf"\n')
+    assert [line["status"] for line in batch(folder)[1]] == ["done"]
+    assert [line["status"] for line in batch(folder)[1]] == ["skipped"]
+    config = folder / "models" / "one" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert [line["error"]["exit_code"] for line in batch(folder)[1]] == [5]
+
+
+def test_what_changes_while_a_job_runs_is_not_what_it_read(folder: Path) -> None:
+    config = folder / "models" / "one" / "config.json"
+
+    class Editing(Losing):
+        def submit(self, *arguments: Any, **keywords: Any) -> Future[Any]:
+            future = super().submit(*arguments, **keywords)
+            config.write_text(config.read_text() + " ")
+            return future
+
+    assert [result.status for result in run_with(folder, Editing(0))] == ["done"]
+    assert [result.exit_code for result in run_with(folder, Losing(0))] == [5]
+
+
+def test_a_comparison_that_is_asked_for_later_is_made(folder: Path) -> None:
+    batch(folder)
+    (folder / "jobs.toml").write_text(JOBS + "verify = true\n")
+    assert [job["action"] for job in batch(folder, "--dry-run", "--json")[1][0]["jobs"]] == ["run", "run"]
+    _, lines, _ = batch(folder)
+    assert outcome(lines) == {"one": ("done", 0, 1), "two": ("done", 0, 1)}
+    assert {(line["job"]["command"], line["report"]["command"]) for line in lines} == {("convert", "verify")}
+    assert {status for status, *_ in outcome(batch(folder)[1]).values()} == {"skipped"}
+    assert_whole(folder, "one", "two")
+
+
+class Killed(BaseException):
+    """The batch's end at a moment when nothing can be told any more."""
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_batch_that_ends_before_it_could_remember_a_job(folder: Path, is_right: bool) -> None:
+    def listener(result: JobResult) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_batch(read_jobs(folder / "jobs.toml")[:1], State(folder / "state"), finished=listener)
+    output = folder / "out" / "one-q8_0.gguf"
+    if not is_right:
+        output.unlink()
+        streamconv.convert(folder / "models" / "two", output, outtype="q8_0")
+    (result,) = run_with(folder, Losing(0))
+    assert (result.job.command, result.status, result.exit_code) == (
+        ("convert", "done", 0) if is_right else ("convert", "failed", 6)
+    )
+    assert [result.status for result in run_with(folder, Losing(0))] == (["skipped"] if is_right else ["failed"])
+
+
+def test_an_output_that_was_there_before_is_none_of_the_batch(folder: Path) -> None:
+    (folder / "out").mkdir()
+    streamconv.convert(folder / "models" / "one", folder / "out" / "one-q8_0.gguf", outtype="f16")
+    for _ in range(2):
+        assert outcome(batch(folder)[1])["one"] == ("failed", 5, 1)
+
+
+def test_a_state_that_cannot_be_written_ends_a_batch_before_it_begins(folder: Path) -> None:
+    (folder / "jobs.toml.state.jsonl").symlink_to(folder / "nowhere" / "state")
+    code, lines, error = batch(folder)
+    assert (code, lines) == (5, [])
+    assert error.startswith(f"streamconv: {folder}/jobs.toml.state.jsonl: the state file cannot be written: No such")
+    assert not (folder / "out").exists()
+    assert batch(folder, "--state", str(folder / "elsewhere"))[0] == 0
+    assert {line["status"] for line in batch(folder, "--state", str(folder / "elsewhere"))[1]} == {"skipped"}
+
+
+def test_what_is_no_state_is_refused(folder: Path) -> None:
+    for other, words in (("/dev/zero", "the state file is larger than 256 MiB"), ("jobs.toml", "is no state file")):
+        code, lines, error = batch(folder, "--state", str(folder / other))
+        assert (code, lines) == (5, [])
+        assert words in error
+    assert (folder / "jobs.toml").read_text() == JOBS
+
+
 def test_a_torn_line_of_the_state_costs_one_job(folder: Path) -> None:
     batch(folder)
     state = folder / "jobs.toml.state.jsonl"
@@ -121,8 +201,34 @@ def test_a_failed_job_stops_no_other(folder: Path) -> None:
     assert line["error"]["kind"] == "source"
     assert line["error"]["file"] == str(folder / "models" / "bad")
     assert table.splitlines()[-1] == "1 failed, 2 done"
+    assert f"bad  {folder}/models/bad: the directory is empty" in table
     (folder / "jobs.toml").write_text('[[job]]\nsource = "models/bad"\n')
     assert batch(folder)[0] == EXIT_NONE_SUCCEEDED
+
+
+def test_a_name_that_no_filesystem_takes_stops_no_other_job(folder: Path) -> None:
+    long = "x" * 300
+    (folder / "jobs.toml").write_text(
+        JOBS
+        + f'[[job]]\nname = "source"\nsource = "{long}"\n'
+        + f'[[job]]\nname = "output"\nsource = "models/one"\noutput = "{long}.gguf"\n'
+        + f'[[job]]\nname = "split"\nsource = "{long}"\nsplit_max_size = "60K"\n'
+    )
+    code, lines, _ = batch(folder)
+    assert code == EXIT_SOME_FAILED
+    assert {name: status for name, (status, *_) in outcome(lines).items()} == {
+        "one": "done", "two": "done", "source": "failed", "output": "failed", "split": "failed",
+    }  # fmt: skip
+    assert {job["action"] for job in batch(folder, "--dry-run", "--json")[1][0]["jobs"]} == {"skip", "fail"}
+
+
+def test_without_stderr_the_lines_on_stdout_are_json_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(["batch", str(folder / "jobs.toml"), "--dry-run"]) == 0
+        out.truncate(0)
+        assert main(["batch", str(folder / "jobs.toml")]) == 0
+    assert [json.loads(line.strip("\0"))["status"] for line in out.getvalue().splitlines()] == ["done", "done"]
 
 
 def test_each_job_has_a_bound_of_its_own(folder: Path) -> None:
@@ -138,7 +244,10 @@ def test_a_wrong_file_runs_nothing(folder: Path) -> None:
     (folder / "jobs.toml").write_text(JOBS + '[[job]]\nsource = "nowhere*"\n')
     code, lines, error = batch(folder)
     assert (code, lines) == (2, [])
-    assert error == f"streamconv: {folder}/jobs.toml: job 2: nothing matches nowhere*\n"
+    assert (
+        error
+        == f"streamconv: {folder}/jobs.toml: job 2: nothing matches nowhere* (a glob takes folders and .safetensors)\n"
+    )
     assert not (folder / "out").exists()
 
 
@@ -146,15 +255,21 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(folder: Path) -> None:
     (folder / "models" / "bad").mkdir()
     before = sorted(folder.rglob("*"))
     code, (told,), _ = batch(folder, "--dry-run", "--json")
-    assert code == 0
+    assert code == EXIT_SOME_FAILED
     assert sorted(folder.rglob("*")) == before
     assert [(job["name"], job["action"]) for job in told["jobs"]] == [("bad", "fail"), ("one", "run"), ("two", "run")]
-    assert told["jobs"][0]["error"] == "the directory is empty"
+    assert told["jobs"][0]["error"].startswith(f"{folder}/models/bad: the directory is empty (")
     batch(folder)
     sizes = {path.name: path.stat().st_size for path in (folder / "out").iterdir()}
     assert [job["nbytes"] for job in told["jobs"]] == [0, sizes["one-q8_0.gguf"], sizes["two-q8_0.gguf"]]
     assert told["nbytes"] == sum(sizes.values())
     assert [job["action"] for job in batch(folder, "--dry-run", "--json")[1][0]["jobs"]] == ["fail", "skip", "skip"]
+    (folder / "models" / "one" / "README.md").write_text("---\nlicense: mit\n---\n")
+    told = batch(folder, "--dry-run", "--json")[1][0]["jobs"][1]
+    assert (told["action"], told["nbytes"]) == ("fail", 0)
+    assert told["error"].startswith(f"{folder}/out/one-q8_0.gguf exists already")
+    (folder / "jobs.toml").write_text(JOBS + "force = true\n")
+    assert [job["action"] for job in batch(folder, "--dry-run", "--json")[1][0]["jobs"]] == ["fail", "run", "skip"]
 
 
 def test_lora_and_verify_jobs(folder: Path) -> None:
