@@ -131,9 +131,11 @@ class _Run:
         for job in jobs:
             if (standing := state.standing(job)) == "done":
                 yield JobResult(job, "skipped", 0, 0)
+            elif standing == "unverified":  # what is remembered of it stays true
+                self.submit(job, verification(job))
             else:
                 state.begin(job)
-                self.submit(job, verification(job) if standing == "unverified" else job)
+                self.submit(job, job)
 
     def submit(self, job: JobSpec, work: JobSpec, n_before: int = 0) -> None:
         future = self._executor.submit(run_job, work, self._stale[job], n_before)

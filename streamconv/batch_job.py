@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from streamconv.destination import Output, failures
-from streamconv.errors import InterruptedByTerm, StreamconvError
+from streamconv.errors import InterruptedByTerm, SourceError, StreamconvError
 from streamconv.jobs_file import JobSpec
+from streamconv.sources import is_repo_id
 
 if TYPE_CHECKING:
     from streamconv.job import RunKeywords
@@ -253,6 +254,18 @@ def read_order(stdin: IO[str]) -> Order:
 
     threading.Thread(target=watch, daemon=True).start()
     return Order(JobSpec(**order["job"]), order["resume"], order["dry_run"])
+
+
+def obey(order: Order) -> Report:
+    """The report of the order's job. StreamconvError where it fails, with a hint where its source may be a repo."""
+    try:
+        return perform(order.job, resume=order.resume, dry_run=order.dry_run)
+    except SourceError as error:
+        name = "/".join(Path(error.file or "").parts[-2:])  # an absolute path keeps the name of a repo as its end
+        is_missing = error.file in (order.job.source, order.job.base) and not os.path.lexists(error.file or "")
+        if is_missing and is_repo_id(name):
+            error.hint = f"if the repo {name} is meant: hf download {name}; nothing is downloaded here"
+        raise
 
 
 def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_memory: int | None = None) -> Report:

@@ -228,8 +228,9 @@ def _checkpoint(path: Path) -> Inspection:
     except SourceError as error:
         found.problems.append(_problem(error, path))
         config = _read_apart(found, "config.json")
-        with _listing(found):
-            found.architecture = find_recipe(config).arch
+        if config.raw:  # else that is the problem, and it is listed
+            with _listing(found):
+                found.architecture = find_recipe(config).arch
         return found
     with checkpoint:
         found.form = f"safetensors, {len(checkpoint.shards)} file{'s' if len(checkpoint.shards) > 1 else ''}"
@@ -291,8 +292,9 @@ def _read_apart(found: Inspection, config_name: str) -> Config:
     """The config, and the tensors of each file by itself: whatever can be read is shown, the rest is a problem."""
     folder = found.path if found.path.is_dir() else found.path.parent
     config: dict[str, Any] = {}
-    with _listing(found):
-        config = load_object(folder / config_name)
+    if (folder / config_name).is_file():  # else that is a problem already
+        with _listing(found):
+            config = load_object(folder / config_name)
     _add_config(found, config)
     for file in sorted(folder.glob("*.safetensors")) if found.path.is_dir() else [found.path]:
         with _listing(found):

@@ -7,6 +7,7 @@ Invariant: no line is wider than asked for, and of a stranger's file only visibl
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,11 @@ def _lines(found: Inspection, width: int | None, tensors: bool, head: int | None
     if found.conversion is not None:
         made = found.conversion
         yield from _section(f"converts to {made.architecture}, outtype {made.outtype}", list(_totals(made.totals)))
+    elif found.kind == "adapter" and not found.problems:
+        base = found.metadata.get("base_model_name_or_path") or found.metadata.get("model")  # PEFT's key, MLX's
+        words = ("lora", str(found.path), "--base", base if isinstance(base, str) else "BASE", "--dry-run")
+        yield from ("", "what it converts to follows from its base:")
+        yield from _wrapped(f"streamconv {shlex.join(words)}", width)
     if found.cautions:
         yield from ("", f"warnings ({len(found.cautions)})")
     for caution in found.cautions:

@@ -91,12 +91,11 @@ def _batch(options: argparse.Namespace) -> int:
 
 
 def _batch_job(options: argparse.Namespace) -> int:
-    from streamconv.batch_job import perform, read_order
+    from streamconv.batch_job import obey, read_order
     from streamconv.report import error_to_json
 
     try:
-        order = read_order(sys.stdin)
-        report = perform(order.job, resume=order.resume, dry_run=order.dry_run)
+        report = obey(read_order(sys.stdin))
     except StreamconvError as error:
         say(json.dumps(error_to_json(error)), flush=True)
         return error.exit_code

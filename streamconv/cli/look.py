@@ -17,7 +17,7 @@ def add_inspect(commands: Any) -> None:
         commands,
         "inspect",
         help="what is in a GGUF file, a checkpoint or an adapter",
-        description="Show keys, types, tensors and problems; of a checkpoint or adapter, what it converts to.",
+        description="Show keys, types, tensors and problems; of a checkpoint, what it converts to.",
         epilog="example:\n  streamconv inspect LFM2-1.2B-Q8_0.gguf --tensors --head 20\n\n" + EXIT_CODES,
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a .gguf or .safetensors file, a folder, a repo id")

@@ -222,6 +222,28 @@ def test_a_name_that_no_filesystem_takes_stops_no_other_job(folder: Path) -> Non
     assert {job["action"] for job in batch(folder, "--dry-run", "--json")[1][0]["jobs"]} == {"skip", "fail"}
 
 
+def test_a_repo_that_is_not_in_the_cache_is_named(folder: Path) -> None:
+    (folder / "jobs.toml").write_text('[[job]]\nsource = "Owner/Nope"\n')
+    (line,) = batch(folder)[1]
+    assert line["error"]["file"] == f"{folder}/Owner/Nope"
+    assert (
+        line["error"]["hint"] == "if the repo Owner/Nope is meant: hf download Owner/Nope; nothing is downloaded here"
+    )
+
+
+def test_a_comparison_that_was_stopped_is_made_later(folder: Path) -> None:
+    batch(folder)
+    (folder / "jobs.toml").write_text(JOBS + "verify = true\n")
+    jobs, state = read_jobs(folder / "jobs.toml"), folder / "jobs.toml.state.jsonl"
+
+    class Stopping(Executor):
+        def submit(self, *arguments: Any, **keywords: Any) -> Future[Any]:
+            raise KeyboardInterrupt
+
+    assert {result.status for result in run_batch(jobs, State(state), executor=Stopping())} == {"cancelled"}
+    assert {status for status, *_ in outcome(batch(folder)[1]).values()} == {"done"}
+
+
 def test_without_stderr_the_lines_on_stdout_are_json_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     with redirect_stdout(io.StringIO()) as out:

@@ -253,6 +253,15 @@ class TestCheckpoint:
             "no .safetensors file (download the weights as well)"
         ]
 
+    @pytest.mark.parametrize("text", [None, "{", "[]"])
+    def test_a_config_that_is_none_is_one_problem(self, tmp_path: Path, text: str | None) -> None:
+        path = copy("llama-given", tmp_path)
+        (path / "config.json").unlink()
+        if text is not None:
+            (path / "config.json").write_text(text)
+        (problem,) = inspect(path).problems
+        assert "config.json" in f"{problem.file} {problem.message}"
+
     def test_nothing_to_see(self, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "none", tmp_path / "none.safetensors"):
             with pytest.raises(SourceError):
@@ -275,6 +284,19 @@ class TestAdapter:
         assert (result["kind"], found.form, result["problems"]) == ("adapter", form, [])
         assert result["metadata"] == json.loads((CASES / name / "adapter_config.json").read_text())
         assert all(tensor["file"].startswith("adapter") for tensor in result["tensors"])
+
+    def test_what_it_converts_to_follows_from_its_base(self, tmp_path: Path) -> None:
+        path = copy("lora-given", tmp_path)
+        config = json.loads((path / "adapter_config.json").read_text())
+        for name, base in (("owner/a base", "'owner/a base'"), (None, "BASE")):
+            (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+            lines = list(render(inspect(path), width=None))
+            assert lines[-2:] == [
+                "what it converts to follows from its base:",
+                f"  streamconv lora {path} --base {base} --dry-run",
+            ]
+        (path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+        assert not any("--dry-run" in line for line in render(inspect(path), width=None))
 
     def test_the_weights_by_name(self) -> None:
         assert inspect(CASES / "mlx-given" / "adapters.safetensors").kind == "adapter"
