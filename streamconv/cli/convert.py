@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from streamconv.cli.options import (
     add_split_options,
 )
 from streamconv.cli.output import progress_bar, say, show_report
-from streamconv.errors import DestinationError, UsageError
+from streamconv.errors import DestinationError, UsageError, printable
 
 if TYPE_CHECKING:
     from streamconv.job import RunKeywords
@@ -173,6 +174,8 @@ def _verify(options: argparse.Namespace) -> int:
         max_memory=None if options.max_memory is None else parse_size(options.max_memory),
         threads=options.threads,
     )
+    for caution in report.warnings:
+        print(printable(f"streamconv: warning: {caution.message}"), file=sys.stderr)
     if options.json:
         say(json.dumps(report.to_json()))
     elif not options.quiet:

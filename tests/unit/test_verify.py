@@ -209,11 +209,13 @@ def test_llama_cpps_adapter_keys(tmp_path: Path) -> None:
         verify(other, adapter, base=base)
 
 
-def test_what_is_only_another_look(source: Path, tmp_path: Path) -> None:
+def test_what_is_only_another_look(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"lfm2.more": "x", "tokenizer.chat_template": "{{ other }}", "general.name": "Other"}
     types = {name: ["STRING"] for name in changes}
     out = made(source, tmp_path)
     other = rewritten(out, tmp_path / "other.gguf", keys=lambda keys: keys.update(changes), types=types)
+    assert main(["verify", str(other), "--source", str(source), "--quiet"]) == 0
+    assert "streamconv: warning: key lfm2.more is 'x'" in capsys.readouterr().err
     told = [caution.message for caution in verify(other, source).warnings]
     assert [message.split()[1] for message in told] == ["tokenizer.chat_template", "lfm2.more"]
     assert told[1] == "key lfm2.more is 'x', its source says nothing of it"
