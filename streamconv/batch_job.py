@@ -86,7 +86,8 @@ class JobResult:
 
 def in_words(error: Mapping[str, Any]) -> str:
     """The line that people read of an error's JSON."""
-    return str(StreamconvError(error["message"], **{key: error.get(key) for key in ("file", "tensor", "hint")}))
+    file, tensor, hint = (error.get(key) for key in ("file", "tensor", "hint"))
+    return str(StreamconvError(error["message"], file=file, tensor=tensor, hint=hint))
 
 
 @dataclass(frozen=True, slots=True)
