@@ -294,11 +294,13 @@ def _from_config(path: Path, recipe: Recipe, config: Config) -> BaseModel:
     if not 1 <= model.dims.get(N_LAYERS, 0) <= MAX_LAYERS:
         name = recipe.dims[N_LAYERS].label
         raise SourceError(f"{name} is {model.dims.get(N_LAYERS)}, no number of layers", file=config.file)
-    for axis, claimed in recipe.claims(config, model.n_layers).items():
-        if claimed is not None and len(claimed) != model.n_layers:
-            raise SourceError(f"lists the {axis} of {len(claimed)} of {model.n_layers} layers", file=config.file)
-        if claimed is not None:
-            model.kinds[axis] = list(claimed)
+    for claim in recipe.claims:
+        kinds = claim.kinds(config, model.n_layers)
+        if kinds is not None and len(kinds) != model.n_layers:
+            what = f"{claim.key} is of {len(kinds)} layers, and there are {model.n_layers}"
+            raise SourceError(what, file=config.file)
+        if kinds is not None and model.kinds.setdefault(claim.axis, list(kinds)) != list(kinds):
+            raise SourceError(f"{claim.key} contradicts the config's other word on the layers", file=config.file)
     stated = next((flag for key in recipe.tie_keys if (flag := config.flag(key)) is not None), None)
     return _of_model(path, model, recipe.tied_by_default if stated is None else stated, None)
 

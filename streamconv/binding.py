@@ -143,6 +143,7 @@ class _Binding:
         self.problems: list[str] = []
         self.missing: list[str] = []
         self.forbidden: dict[str, list[str]] = {}  # flag of the config -> tensors that it denies
+        self.unsaid: dict[str, list[str]] = {}  # flag that the config lacks -> tensors that it would ask for
         self.dims: dict[str, int] = {}
         # template -> layer -> expert -> source name; what a name has no number for is NONE
         self.found: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
@@ -158,9 +159,12 @@ class _Binding:
         choices = list(self._choices(model))
         self._check_accounts(choices)
         self._check_head(model)
+        for flag, names in self.unsaid.items():
+            what = f"no {flag} in config.json, and there are {_listed(names)}: written, where transformers ignores them"
+            model.cautions.append(Caution("flag-missing", what))
         refusals = []
         if model.dims.keys() >= self.recipe.dims.keys():
-            refusals = [f"config.json: {refusal}" for refusal in self.recipe.refuse(model)]
+            refusals = [told for refusal in self.recipe.refusals if (told := refusal.of(model))]
         if self.problems or refusals:
             raise self._error(refusals)
         model.targets += [Target(c.name, tensor, c.row) for c in choices if (tensor := self._make(model, c))]
@@ -232,7 +236,6 @@ class _Binding:
 
     def _settle_kinds(self, model: Model) -> None:
         """Each layer's kind on each axis, by the tensors it has; checked against what the config claims."""
-        claims = self.recipe.claims(self.config, model.n_layers)
         for axis, kinds in self.recipe.axes.items():
             evidence: dict[str, set[int]] = {kind: set() for kind in kinds}
             for row in self.recipe.tensors:
@@ -242,23 +245,23 @@ class _Binding:
             self._report_layers([i for i, p in enumerate(present) if not p], f"no tensors of {' or '.join(kinds)}")
             self._report_layers([i for i, p in enumerate(present) if len(p) > 1], f"tensors of {' and '.join(kinds)}")
             settled = [p[0] if p else "" for p in present]
-            claimed = claims.get(axis)
-            if claimed is not None:
-                self._check_claim(axis, list(claimed), settled)
             model.kinds[axis] = settled
+        for claim in self.recipe.claims:
+            if (claimed := claim.kinds(self.config, model.n_layers)) is not None:
+                self._check_claim(claim.key, claimed, model.kinds[claim.axis])
 
     def _report_layers(self, layers: Sequence[int], what: str) -> None:
         if layers:
             self.problems.append(f"layer{'s' if len(layers) > 1 else ''} {_listed(layers)} with {what}")
 
-    def _check_claim(self, axis: str, claimed: Sequence[str], settled: Sequence[str]) -> None:
+    def _check_claim(self, key: str, claimed: Sequence[str], settled: Sequence[str]) -> None:
         if len(claimed) != len(settled):
-            self.problems.append(f"config.json gives the {axis} of {len(claimed)} layers, of {len(settled)}")
+            self.problems.append(f"{key} in config.json is of {len(claimed)} layers, and there are {len(settled)}")
         wrong = [i for i, (theirs, ours) in enumerate(zip(claimed, settled, strict=False)) if ours and theirs != ours]
         if wrong:
             i = wrong[0]
             self.problems.append(
-                f"config.json says that the {axis} of layer {i} is {claimed[i]!r}, the tensors say {settled[i]!r}"
+                f"{key} in config.json makes layer {i} {claimed[i]!r}, its tensors are those of {settled[i]!r}"
                 + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
             )
 
@@ -312,14 +315,22 @@ class _Binding:
 
     def _in_order(self, row: Tensor, i: int | None, by_expert: Mapping[int, str]) -> tuple[str, ...]:
         """The sources of one target, experts by number; a gap between them is noted."""
-        if isinstance(row.required, str) and self.config.flag(row.required) is False:
-            self.forbidden.setdefault(row.required, []).extend(by_expert.values())
+        if isinstance(row.required, str):
+            self._check_flag(row.required, list(by_expert.values()))
         n_experts = self.dims.get("E", 0) if "{e}" in row.source else 0
         present = {e: name for e, name in sorted(by_expert.items()) if e < n_experts or not n_experts}
         if len(present) < n_experts:
             gap = next((e for e, found in enumerate(present) if e != found), len(present))
             self.missing.append(row.source.format(i=i, e=gap))
         return tuple(present.values())
+
+    def _check_flag(self, flag: str, names: Sequence[str]) -> None:
+        """Note tensors that a flag of the config denies, and those that transformers would leave out for want of it."""
+        stated = self.config.flag(flag)
+        if stated is False:
+            self.forbidden.setdefault(flag, []).extend(names)
+        elif stated is None and self.recipe.flags.get(flag) is False:
+            self.unsaid.setdefault(flag, []).extend(names)
 
     def _check_accounts(self, choices: Sequence[_Choice]) -> None:
         """Every tensor found is taken by a target, and every tensor that must be there was found."""
@@ -373,7 +384,7 @@ class _Binding:
             file=self.config.file.parent,
             hint="checkpoint and config.json must belong together"
             if self.problems
-            else "the GGUF architecture cannot express this model",
+            else "no GGUF file can make llama.cpp run this model: run it with transformers",
         )
 
 

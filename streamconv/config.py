@@ -76,9 +76,16 @@ class Config:
 
     @property
     def rope(self) -> Config:
-        """What is said of RoPE: as in transformers, `rope_scaling`, where there is one, replaces `rope_parameters`."""
-        section = self.section("rope_scaling") or self.section("rope_parameters") or Config({}, self.file)
-        return section.section("full_attention") or section
+        """What is said of RoPE: as in transformers, `rope_scaling`, where there is one, replaces `rope_parameters`.
+
+        SourceError where it is said for each kind of layer, and not the same of all.
+        """
+        key = "rope_scaling" if self.section("rope_scaling") else "rope_parameters"
+        section = self.section(key) or Config({}, self.file)
+        full = section.section("full_attention")
+        if full and any(isinstance(other, dict) and other != full.raw for other in section.raw.values()):
+            raise self.wrong(key, "the same RoPE for all kinds of layers")
+        return full or section
 
     @property
     def rope_type(self) -> str:

@@ -4,15 +4,16 @@ Owns: the vocabulary that recipes are written in, and finding the recipe of a co
 architecture (recipes/), holding a recipe against a checkpoint (binding.py), output types, dialects.
 Invariant: a recipe is data; what it says of a tensor (source, target, shape, row operation) is said in one row.
 
-Shapes are written in dims, row-major: "A*D H" is [heads * head size, hidden]. Two dims have a meaning here: L counts
-the layers ({i} in a name), E the experts ({e}).
+Shapes are written in dims, row-major: "A*D H" is [heads * head size, hidden]. Three dims have a meaning here: L counts
+the layers ({i} in a name), E the experts ({e}), V the tokens; every recipe has L and V.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -32,6 +33,7 @@ __all__ = [
     "I32",
     "STRING",
     "U32",
+    "Claim",
     "Computed",
     "Config",
     "Dim",
@@ -42,6 +44,7 @@ __all__ = [
     "Part",
     "PerLayer",
     "Recipe",
+    "Refusal",
     "Scalar",
     "Target",
     "Tensor",
@@ -101,8 +104,8 @@ class Tensor:
 
     `rows` and `part` change rows; ones in a shape are squeezed out; `scale` multiplies every element by a factor of the
     model's. `only` ("axis=kind") limits the row to the layers of that kind. `required` may name a flag of the config:
-    the tensor is then stored just where the flag is true, and either way where the config does not say. Rows with the
-    same target are alternatives.
+    the tensor is then stored just where the flag is true, and either way where the config does not say (Recipe.flags).
+    Rows with the same target are alternatives.
     """
 
     source: str
@@ -154,13 +157,40 @@ class PerLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """What the config's `key` says of the layers: the kind of each on `axis`, None where it says nothing."""
+
+    key: str
+    axis: str
+    kinds: Callable[[Config, int], Sequence[str] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What the GGUF architecture or its run time cannot do: `what`, told of every model for which `applies`.
+
+    `what` may have dims, keys of the config and `rope_type` in braces.
+    """
+
+    what: str
+    applies: Callable[[Model], bool]
+
+    def of(self, model: Model) -> str | None:
+        """The sentence for `model`; None where the model is fine."""
+        if not self.applies(model):
+            return None
+        return self.what.format_map(ChainMap({"rope_type": model.config.rope_type}, model.dims, dict(model.config.raw)))
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """An architecture: its names, dims, tensors and keys.
 
-    `axes` are the ways in which layers differ, each with its kinds; `claims` reads what the config says of them, None
-    where it says nothing. `refuse` names what the GGUF architecture cannot express. `tie_keys` are the config's flags
-    for a head that is the embedding, the first that is stated wins. `default_pre` is the pre-tokenizer of a model whose
-    tokenizer has an unknown structure; None: there is no such guess.
+    `axes` are the ways in which layers differ, each with its kinds; `claims` are what the config says of them, all of
+    which the tensors must bear out. `flags` are those that rows name in `required`, with the value that transformers
+    gives them where the config does not say. `tie_keys` are the config's flags for a head that is the embedding, the
+    first that is stated wins. `default_pre` is the pre-tokenizer of a model whose byte-level tokenizer has an unknown
+    structure; None: there is no such guess.
     """
 
     arch: str
@@ -172,13 +202,18 @@ class Recipe:
     computed: tuple[Computed, ...] = ()
     drops: tuple[Drop, ...] = ()
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    claims: Callable[[Config, int], Mapping[str, Sequence[str] | None]] = lambda config, n_layers: {}
-    refuse: Callable[[Model], Iterable[str]] = lambda model: ()
+    claims: tuple[Claim, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    flags: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     tie_keys: tuple[str, ...] = ("tie_word_embeddings",)
     tied_by_default: bool = False
     head: str = "lm_head.weight"
     default_pre: str | None = None
     description: str = ""
+
+    def __post_init__(self) -> None:
+        if missing := {"L", "V"} - self.dims.keys():
+            raise ValueError(f"the recipe of {self.arch} has no dim {' and '.join(sorted(missing))}")
 
 
 # ---------------------------------------------------------------- a recipe that has met its checkpoint

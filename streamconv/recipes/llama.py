@@ -7,12 +7,26 @@ convert_hf_to_gguf.py; llama-model.cpp and llama-context.cpp for what the run ti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.recipe import F32, STRING, Computed, Config, Dim, Drop, Key, Model, PairHalves, Recipe, Scalar, Tensor
+from streamconv.recipe import (
+    F32,
+    STRING,
+    Computed,
+    Config,
+    Dim,
+    Drop,
+    Key,
+    Model,
+    PairHalves,
+    Recipe,
+    Refusal,
+    Scalar,
+    Tensor,
+)
 
 # transformers' defaults; 10000 is also what llama.cpp takes where the key is missing.
 ROPE_THETA, CONTEXT_LENGTH, RMS_EPSILON = 10_000.0, 2048, 1e-6
@@ -56,6 +70,16 @@ def for_scaling(*types: str, value: Callable[[Config], float | int | str | None]
     return lambda model: value(model.config) if model.config.rope_type in types else None
 
 
+def llama3_range(config: Config) -> tuple[float, float]:
+    """low_freq_factor and high_freq_factor; llama.cpp's converter has these defaults, transformers has none."""
+    return config.rope.positive("low_freq_factor") or 1.0, config.rope.positive("high_freq_factor") or 4.0
+
+
+def not_yarns(key: str, fixed: float) -> Callable[[Model], bool]:
+    """Whether a model's YaRN has another `key` than the run time."""
+    return lambda model: model.config.rope_type == "yarn" and model.config.rope.positive(key) not in (None, fixed)
+
+
 def llama3_factors(model: Model) -> NDArray[np.float32] | None:
     """[head size / 2]: by how much each frequency of RoPE is slowed down.
 
@@ -67,7 +91,7 @@ def llama3_factors(model: Model) -> NDArray[np.float32] | None:
         return None
     f32 = np.float32
     factor = config.rope.positive("factor") or 8.0
-    low, high = config.rope.positive("low_freq_factor") or 1.0, config.rope.positive("high_freq_factor") or 4.0
+    low, high = llama3_range(config)
     context = trained_context(config)
     exponents = np.arange(0, model.dims["D"], 2, dtype=f32) / f32(model.dims["D"])
     with np.errstate(all="ignore"):  # of a hostile config; the factors that models have are far from any limit
@@ -79,29 +103,34 @@ def llama3_factors(model: Model) -> NDArray[np.float32] | None:
     return np.where(wavelengths < f32(context / high), f32(1), slow)
 
 
-def refuse_yarn(rope: Config) -> Iterator[str]:
-    """What llama.cpp has keys for, and does not read in a Llama model."""
-    for key, fixed in YARN_BETAS.items():
-        if rope.positive(key) not in (None, fixed):
-            yield f"{key} of YaRN is {rope.positive(key)}, and the run time takes {fixed}"
-    if rope.flag("truncate") is False:
-        yield "truncate is false, and the run time rounds the range of YaRN"
-
-
-def refuse(model: Model) -> Iterator[str]:
-    config, dims = model.config, model.dims
-    if config.rope_type not in ("default", "linear", "yarn", "llama3"):
-        yield f"RoPE scaling {config.rope_type!r} has no place in the GGUF architecture"
-    if config.rope_type == "llama3" and config.rope.number("low_freq_factor") == config.rope.number("high_freq_factor"):
-        yield "low_freq_factor and high_freq_factor of RoPE are the same"
-    if config.rope_type == "yarn":
-        yield from refuse_yarn(config.rope)
-    if {config.number("partial_rotary_factor"), config.rope.number("partial_rotary_factor")} - {None, 1.0}:
-        yield "partial_rotary_factor is not 1, and the run time rotates whole heads"
-    if (config.text("hidden_act") or "silu") not in ("silu", "swish"):
-        yield f"hidden_act is {config.text('hidden_act')!r}, and the run time computes silu"
-    if dims["A"] % dims["K"]:
-        yield f"{dims['A']} heads do not share {dims['K']} key-value heads evenly"
+REFUSALS = (
+    Refusal(
+        "RoPE scaling {rope_type!r} has no place in the GGUF architecture",
+        lambda m: m.config.rope_type not in ("default", "linear", "yarn", "llama3"),
+    ),
+    Refusal(
+        "low_freq_factor of RoPE must be below high_freq_factor",
+        lambda m: m.config.rope_type == "llama3" and llama3_range(m.config)[0] >= llama3_range(m.config)[1],
+    ),
+    # What llama.cpp has keys for, and does not read in a Llama model.
+    *(
+        Refusal(f"{key} of YaRN is not {fixed:g}, which the run time takes", not_yarns(key, fixed))
+        for key, fixed in YARN_BETAS.items()
+    ),
+    Refusal(
+        "truncate of YaRN is false, and the run time rounds its range",
+        lambda m: m.config.rope_type == "yarn" and m.config.rope.flag("truncate") is False,
+    ),
+    Refusal(
+        "partial_rotary_factor is not 1, and the run time rotates whole heads",
+        lambda m: bool({c.number("partial_rotary_factor") for c in (m.config, m.config.rope)} - {None, 1.0}),
+    ),
+    Refusal(
+        "hidden_act is {hidden_act!r}, and the run time computes silu",
+        lambda m: (m.config.text("hidden_act") or "silu") not in ("silu", "swish"),
+    ),
+    Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0),
+)
 
 
 def linear(source: str, target: str, shape: str, *, bias: str, rows: PairHalves | None = None) -> tuple[Tensor, Tensor]:
@@ -170,5 +199,6 @@ RECIPE = Recipe(
             "{arch}.rope.scaling.yarn_beta_slow", for_scaling("yarn", value=lambda c: c.rope.positive("beta_slow")), F32
         ),
     ),
-    refuse=refuse,
+    refusals=REFUSALS,
+    flags={"attention_bias": False, "mlp_bias": False},
 )

@@ -269,7 +269,7 @@ def test_layers_whose_kind_no_one_tells_may_have_either(tmp_path: Path) -> None:
     [
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, no number of layers"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None, no number of layers"),
-        ({"layer_types": ["conv"]}, "lists the mixer of 1 of 4 layers"),
+        ({"layer_types": ["conv"]}, "layer_types is of 1 layers, and there are 4"),
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
     ],
 )

@@ -12,7 +12,21 @@ from streamconv.binding import match_name
 from streamconv.errors import SourceError
 from streamconv.graph import Resident, TensorSpec, Widen
 from streamconv.outtypes import BF16
-from streamconv.recipe import Computed, Config, Dim, Drop, Key, Model, PairHalves, Part, PerLayer, Recipe, Tensor
+from streamconv.recipe import (
+    Claim,
+    Computed,
+    Config,
+    Dim,
+    Drop,
+    Key,
+    Model,
+    PairHalves,
+    Part,
+    PerLayer,
+    Recipe,
+    Refusal,
+    Tensor,
+)
 from tests import inmemory
 from tests.inmemory import ABSENT, bound, made, target
 
@@ -30,6 +44,7 @@ TOY = Recipe(
         "E": Dim("experts"),
         "M": Dim("width"),
         "W": Dim("window", 7),
+        "V": Dim("vocabulary", 11),
     },
     tensors=(
         Tensor("embed.weight", "token_embd.weight", "11 H"),
@@ -48,8 +63,8 @@ TOY = Recipe(
     ),
     drops=(Drop(LAYER + "cache", "is not needed"),),
     axes={"mixer": ("attention", "conv")},
-    claims=lambda config, n_layers: {"mixer": config.list_of("kinds", str)},
-    refuse=lambda model: ["twisted is true"] if model.config.flag("twisted") else [],
+    claims=(Claim("kinds", "mixer", lambda config, n_layers: config.list_of("kinds", str)),),
+    refusals=(Refusal("twisted is true", lambda model: bool(model.config.flag("twisted"))),),
     keys=(
         Key("{arch}.block_count", "L"),
         Key("{arch}.heads", PerLayer("mixer", {"attention": "A", "conv": 0})),
@@ -158,7 +173,7 @@ def test_keys_follow_the_kinds() -> None:
 @pytest.mark.parametrize("value", [ABSENT, None])
 def test_what_the_config_does_not_say_follows_from_the_tensors(key: str, value: object) -> None:
     model = toy(**{key: value})
-    assert model.dims == {"L": 2, "H": 6, "A": 2, "D": 4, "E": 3, "M": 5, "W": 7}
+    assert model.dims == {"L": 2, "H": 6, "A": 2, "D": 4, "E": 3, "M": 5, "W": 7, "V": 11}
     assert model.kinds == {"mixer": ["conv", "attention"]}
 
 
@@ -176,11 +191,11 @@ def test_what_the_config_does_not_say_follows_from_the_tensors(key: str, value: 
         ("experts", 4, "missing tensors: layers.0.experts.3.up.weight, layers.1.experts.3.up.weight"),
         ("experts", 1 << 30, "missing tensors: layers.0.experts.3.up.weight, layers.1.experts.3.up.weight"),
         ("width", 6, "expected [6, 6] from width=6, hidden=6 (and 5 more like it)"),
-        ("kinds", ["conv", "conv"], "says that the mixer of layer 1 is 'conv', the tensors say 'attention'"),
-        ("kinds", ["conv"], "gives the mixer of 1 layers, of 2"),
-        ("kinds", ["conv", "mamba"], "the mixer of layer 1 is 'mamba'"),
+        ("kinds", ["conv", "conv"], "kinds in config.json makes layer 1 'conv', its tensors are those of 'attention'"),
+        ("kinds", ["conv"], "kinds in config.json is of 1 layers, and there are 2"),
+        ("kinds", ["conv", "mamba"], "makes layer 1 'mamba'"),
         ("bias", True, "missing tensors: layers.1.q.bias"),
-        ("twisted", True, "config.json: twisted is true"),
+        ("twisted", True, "twisted is true"),
     ],
 )
 def test_an_explicit_value_that_disagrees_is_named(key: str, value: object, message: str) -> None:
@@ -215,7 +230,7 @@ def test_all_disagreements_are_listed_at_once() -> None:
         "twisted is true",
         "unknown tensors: stray",
         "layers.1.norm.weight has shape [5]",
-        "the mixer of layer 0",
+        "makes layer 0",
         "missing tensors: embed.weight, layers.1.experts.2.up.weight",
         "there is no lm_head.weight",
     ):
@@ -291,7 +306,7 @@ def test_a_recipe_that_is_untied_by_default_cautions_where_the_head_is_missing()
 def test_refusals_alone_do_not_blame_the_files() -> None:
     with pytest.raises(SourceError) as caught:
         toy(twisted=True)
-    assert caught.value.hint == "the GGUF architecture cannot express this model"
+    assert caught.value.hint == "no GGUF file can make llama.cpp run this model: run it with transformers"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_its_error_is_what_a_wrong_shape_gives(reader: Reader) -> None:
 )
 def test_its_proof_finds_what_shapes_cannot(reader: Reader, right: str, wrong: str) -> None:
     qwen3.build(Path("Qwen3-tiny"))
-    text = recipe_text().replace(right, wrong).replace("Model, Recipe", "Model, PairHalves, Recipe")
+    text = recipe_text().replace(right, wrong).replace("Key, Recipe", "Key, PairHalves, Recipe")
     text = text.replace("ffn_up", "ffn_gate").replace("ffn_exchange", "ffn_up") if "exchange" in wrong else text
     assert distance(reader, text) > 1e-2
 

@@ -40,7 +40,7 @@ def keys(checkpoint: Checkpoint, **overrides: Any) -> dict[str, Any]:
         {"layer_types": ABSENT, "full_attn_idxs": ATTENDING},  # LFM2-350M and 1.2B
         {"layer_types": None, "full_attn_idxs": ATTENDING},
         {"layer_types": TYPES, "full_attn_idxs": None},
-        {"layer_types": TYPES, "full_attn_idxs": [0]},  # layer_types comes first
+        {"layer_types": TYPES, "full_attn_idxs": ATTENDING},
         {"layer_types": ABSENT, "full_attn_idxs": ABSENT},  # the tensors tell
     ],
 )
@@ -51,10 +51,19 @@ def test_layers_that_attend_have_heads(lfm2: Checkpoint, said: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"layer_types": ["full_attention"] * 4}, "layer 0 is 'attention', the tensors say 'conv' (and 2 more"),
-        ({"layer_types": ABSENT, "full_attn_idxs": [1]}, "layer 1 is 'attention', the tensors say 'conv' (and 1 more"),
-        ({"layer_types": TYPES[:3]}, "gives the mixer of 3 layers, of 4"),
-        ({"layer_types": [*TYPES[:3], "mamba"]}, "layer 3 is 'mamba', the tensors say 'conv'"),
+        (
+            {"layer_types": ["full_attention"] * 4},
+            "layer_types in config.json makes layer 0 'attention', its tensors are those of 'conv' (and 2 more",
+        ),
+        (
+            {"layer_types": ABSENT, "full_attn_idxs": [1]},
+            "full_attn_idxs in config.json makes layer 1 'attention', its tensors are those of 'conv' (and 1 more",
+        ),
+        ({"layer_types": TYPES, "full_attn_idxs": [0]}, "full_attn_idxs in config.json makes layer 0 'attention'"),
+        ({"layer_types": TYPES, "full_attn_idxs": [2, 4]}, "full_attn_idxs is [2, 4], expected layers from 0 to 3"),
+        ({"layer_types": ABSENT, "full_attn_idxs": [2, -1]}, "full_attn_idxs is [2, -1], expected layers from 0 to 3"),
+        ({"layer_types": TYPES[:3]}, "layer_types in config.json is of 3 layers, and there are 4"),
+        ({"layer_types": [*TYPES[:3], "mamba"]}, "makes layer 3 'mamba', its tensors are those of 'conv'"),
     ],
 )
 def test_a_claim_against_the_tensors_is_an_error(lfm2: Checkpoint, said: dict[str, Any], message: str) -> None:

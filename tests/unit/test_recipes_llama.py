@@ -24,6 +24,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+LOW_AND_HIGH = "low_freq_factor of RoPE must be below high_freq_factor"
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
@@ -226,10 +228,13 @@ def test_only_llama3_has_factors(llama: Checkpoint) -> None:
     [
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic' has no place"),
         ({"rope_scaling": {"type": "longrope"}}, "RoPE scaling 'longrope' has no place"),
-        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor and high_freq_factor"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "beta_fast of YaRN is 16.0"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2}}, "beta_slow of YaRN is 2.0"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate is false"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, LOW_AND_HIGH),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 5.0}}, LOW_AND_HIGH),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": None}}, LOW_AND_HIGH),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": None, "high_freq_factor": 1.0}}, LOW_AND_HIGH),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "beta_fast of YaRN is not 32"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 2}}, "beta_slow of YaRN is not 1,"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate of YaRN is false"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is not 1"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and the run time computes silu"),
@@ -239,10 +244,29 @@ def test_what_the_run_time_cannot_express_is_named(llama: Checkpoint, said: dict
     with pytest.raises(SourceError) as caught:
         bound(*llama, **said)
     assert message in caught.value.message
-    assert caught.value.hint == "the GGUF architecture cannot express this model"
+    assert caught.value.hint == "no GGUF file can make llama.cpp run this model: run it with transformers"
 
 
 def test_heads_must_share_key_value_heads_evenly(tmp_path: Path) -> None:
     raw, stored = inmemory.loaded(tiny.llama(tmp_path, n_heads=4, n_kv_heads=3))
     with pytest.raises(SourceError, match="4 heads do not share 3 key-value heads evenly"):
         bound(raw, stored)
+
+
+def test_every_kind_of_layer_has_the_same_rope(llama: Checkpoint) -> None:
+    full, sliding = {"rope_theta": 5000.0, "rope_type": "default"}, {"rope_theta": 10.0, "rope_type": "default"}
+    assert keys(llama, rope_parameters={"full_attention": full, "other": full})["rope.freq_base"] == 5000
+    with pytest.raises(SourceError, match=r"rope_parameters is .*, expected the same RoPE for all kinds of layers"):
+        bound(*llama, rope_parameters={"sliding_attention": sliding, "full_attention": full})
+
+
+# ---------------------------------------------------------------- biases that the config does not mention
+
+
+def test_biases_that_transformers_would_leave_out_are_a_caution(biased: Checkpoint) -> None:
+    assert bound(*biased).cautions == []
+    model = bound(*biased, attention_bias=ABSENT)
+    (caution,) = model.cautions
+    assert caution.code == "flag-missing"
+    assert "no attention_bias in config.json, and there are model.layers.0.self_attn.q_proj.bias, " in caution.message
+    assert "blk.1.attn_q.bias" in [one.name for one in model.targets]
