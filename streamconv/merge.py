@@ -11,28 +11,34 @@ changed head the embedding, so the model gets an `output.weight` of its own.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
-import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from streamconv.adapter_specs import Adapter, AdapterSpec, open_adapters, parse_adapter
 from streamconv.base_model import N_EXPERTS, N_VOCAB, BaseModel
 from streamconv.binding import Stored, bind
 from streamconv.checkpoint import Checkpoint, Shard, SourceTensor
-from streamconv.errors import Caution, SourceError, UsageError
+from streamconv.config import MAX_NUMBER
+from streamconv.errors import Caution, SourceError
 from streamconv.graph import LazyTensor, Source, Transpose, sources
 from streamconv.lora import LoraModule, refuse_all, resolve
 from streamconv.lora_config import LoraConfig, MlxConfig, Problem, read_lora_config
-from streamconv.lora_file import LoraFile, parse_name
+from streamconv.lora_file import parse_name
 from streamconv.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
 from streamconv.recipe import Config, Model, Tensor
 
-AdapterSpec = str | Path | tuple[str | Path, float]  # a path, or a path and its weight
+__all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_adapter"]
 
 EMBEDDING = "token_embd.weight"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+CHAT_TEMPLATE = "chat_template.jinja"
+COMPARED_NBYTES = 1 << 20  # at a time
 
 # Kinds of tensors (lora_file.py) that replace one of the base's, by the end of its name there.
 _REPLACING: Mapping[str, str] = {"weight": "weight", "norm": "weight", "bias": "bias"}
@@ -41,19 +47,6 @@ _MERGEABLE = frozenset(("dora", *_REPLACING))
 _FROZEN = (".base_layer.weight", ".original_module.weight")
 
 _Weights = dict[str, tuple[str, SourceTensor]]  # by stored name: the adapter's module, and its tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter, open, and the weight that its scale is multiplied by."""
-
-    file: LoraFile
-    weight: float = 1.0
-
-    @property
-    def label(self) -> str:
-        weight = "" if self.weight == 1 else f"={self.weight:g}"
-        return f"{self.file.directory}{weight}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,32 +73,11 @@ class Merged:
         return tuple(adapter.label for adapter in self.adapters if id(adapter.file.shard) in files)
 
 
-def parse_adapter(text: str) -> tuple[str, float]:
-    """Path and weight of "PATH=0.5", split at the last "=" if a number follows; else all of it is a path."""
-    path, _, weight = text.rpartition("=")
-    try:
-        return (path, float(weight)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-@contextmanager
-def open_adapters(specs: Sequence[AdapterSpec], max_header_nbytes: int) -> Iterator[tuple[Adapter, ...]]:
-    """The adapters, headers read and nothing else. SourceError on what is missing or malformed."""
-    with ExitStack() as stack:
-        opened = []
-        for spec in specs:
-            path, weight = spec if isinstance(spec, tuple) else (spec, 1.0)
-            if not math.isfinite(weight):
-                raise UsageError(f"{weight} is no weight of an adapter")
-            opened.append(Adapter(stack.enter_context(LoraFile.open(Path(path), max_header_nbytes)), weight))
-        yield tuple(opened)
-
-
 def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> Merged:
     """`model`, bound to `checkpoint`, with the adapters merged into it; no weight is read.
 
-    SourceError with all that cannot be merged of the first adapter that has such.
+    (But of two adapters that both bring a grown frozen embedding, to see that it is the same one.) SourceError with all
+    that cannot be merged.
     """
     if not adapters:
         return Merged(model, checkpoint.directory)
@@ -126,6 +98,19 @@ class _Made:
         return self.tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A whole weight that stands in place of the base's: who brought it, and whether it was trained."""
+
+    adapter: Adapter
+    tensor: SourceTensor
+    is_trained: bool
+
+    def excludes(self, other: _Whole) -> bool:
+        """Whether the two cannot stand in one place: they can where both are the same frozen numbers."""
+        return self.is_trained or other.is_trained or not _are_equal(self.tensor, other.tensor)
+
+
 class _Merge:
     """One run of `merge`; exists to collect what was made of each stored tensor, by whom, and problems."""
 
@@ -135,11 +120,11 @@ class _Merge:
         self.stored: dict[str, Stored] = dict(checkpoint.tensors)
         self.embedding = next(row.source for row in self.recipe.tensors if row.target == EMBEDDING)
         self.made: dict[str, LazyTensor] = {}
-        self.replaced_by: dict[str, Adapter] = {}
+        self.wholes: dict[str, _Whole] = {}  # by stored name
+        self.changed_by: dict[str, list[Adapter]] = defaultdict(list)  # by stored name
         self.problems: list[tuple[Adapter, Problem]] = []
         self.cautions: list[Caution] = []
         self.n_vocab = model.dims[N_VOCAB]
-        self.ends_from: Adapter | None = None  # who brought an embedding or a head
 
     def run(self) -> Merged:
         options = {}
@@ -149,19 +134,26 @@ class _Merge:
             origins = self._add(adapter)
             digest = hashlib.sha256("\n".join(origins).encode()).hexdigest()
             options[f"adapter {number}"] = f"{adapter.weight!r} {adapter.file.shard.fingerprint} {digest}"
-        self._refuse()
         self._settle_ends()
+        vocabulary = self._tokenizer()
+        self._refuse()
         overlay = self.stored | {name: _Made(tensor) for name, tensor in self.made.items()}
         model = bind(self.recipe, self._config(), overlay)
-        return Merged(model, self._tokenizer(), self.adapters, options, tuple(self.cautions))
+        return Merged(model, vocabulary, self.adapters, options, tuple(self.cautions))
 
     def _refuse(self) -> None:
-        """SourceError with all problems of the first adapter that has some."""
-        if not self.problems:
-            return
-        file = self.problems[0][0].file
-        problems = [problem for adapter, problem in self.problems if adapter.file is file]
-        refuse_all("cannot be merged", problems, file.directory)
+        """SourceError with all problems, those of one adapter together."""
+        errors = []
+        for adapter in self.adapters:
+            problems = [problem for other, problem in self.problems if other is adapter]
+            try:
+                refuse_all("cannot be merged", problems, adapter.file.directory)
+            except SourceError as error:
+                errors.append(error)
+        if errors:
+            first, *others = errors
+            what = first.message + "".join(f"; and {error.file}: {error.message}" for error in others)
+            raise SourceError(what, file=first.file, problems=[one for error in errors for one in error.problems])
 
     def _problem(self, adapter: Adapter, code: str, message: str, *modules: str) -> None:
         self.problems.append((adapter, Problem(code, message, modules)))
@@ -175,19 +167,22 @@ class _Merge:
             what = "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone"
             self._problem(adapter, "weight", what)
         ends = [tensor for name, (_, tensor) in (*frozen.items(), *trained.items()) if self._is_end(name)]
-        if n_vocab := {tensor.shape[0] for tensor in ends if len(tensor.shape) == 2}:
-            self.ends_from = self.ends_from or adapter
-            self.n_vocab = max(n_vocab)
+        n_vocab = max((tensor.shape[0] for tensor in ends if len(tensor.shape) == 2), default=self.n_vocab)
+        if n_vocab != self.model.dims[N_VOCAB]:
+            self.n_vocab = n_vocab
         for name, (module, tensor) in (*frozen.items(), *trained.items()):
-            shape = self._base_of(name).shape
+            shape = self._original(name).shape
             expected = (self.n_vocab, *shape[1:]) if self._is_end(name) else shape
+            whole = _Whole(adapter, tensor, name in trained)
+            other = self.wholes.setdefault(name, whole)
             if tensor.shape != expected:
                 shapes = f"has shape {list(tensor.shape)}, the base's is {list(expected)}"
                 self._problem(adapter, "shape", shapes, module)
-            elif (other := self.replaced_by.get(name)) is not None:
-                self._problem(adapter, "twice", f"{name} is replaced by {other.label} as well", module)
-            elif name in trained:
-                self.made[name], self.replaced_by[name] = tensor.lazy(), adapter
+            elif other is not whole and other.excludes(whole):
+                self._problem(adapter, "twice", f"{name} is replaced by {other.adapter.label} as well", module)
+            elif whole.is_trained:
+                self.made[name] = tensor.lazy()
+                self.changed_by[name].append(adapter)
             else:
                 self.stored[name] = tensor
 
@@ -205,7 +200,7 @@ class _Merge:
             name = self._stored_name(f"{module}.{_REPLACING.get(role, 'weight')}")
             if name is None:
                 self._problem(adapter, "no-module", f"the base ({self.recipe.arch}) has no such {role}", module)
-            elif is_frozen and self._is_end(name) and tensor.shape != self._base_of(name).shape:
+            elif is_frozen and self._is_end(name) and tensor.shape != self._original(name).shape:
                 frozen[name] = module, tensor
             elif not is_frozen and (name not in trained or ".modules_to_save." in full_name):
                 trained[name] = module, tensor  # with a grown vocabulary PEFT saves trained ends under two names
@@ -219,8 +214,12 @@ class _Merge:
     def _is_end(self, name: str) -> bool:
         return name in (self.embedding, self.recipe.head)
 
+    def _original(self, name: str) -> Stored:
+        """The checkpoint's tensor `name`; of a tied head the embedding."""
+        return self.checkpoint.tensors.get(name) or self.checkpoint.tensors[self.embedding]
+
     def _base_of(self, name: str) -> Stored:
-        """The stored tensor that `name` begins as; a tied head begins as the embedding."""
+        """The tensor that `name` begins as, which an adapter may have brought; a tied head begins as the embedding."""
         return self.stored.get(name) or self.stored[self.embedding]
 
     # -- factors
@@ -271,6 +270,8 @@ class _Merge:
             for role, module in [parse_name(name)]
             if role == "dora"
         }
+        if tensors and not config.is_dora:
+            self._problem(adapter, "dora", "has DoRA's magnitudes, and its configuration says that it is plain LoRA")
         if tensors and (adapter.weight != 1 or len(self.adapters) > 1):
             self._problem(adapter, "dora", "DoRA merges alone and at weight 1: its norms are of the whole sum")
         found: dict[str, tuple[LazyTensor, bool]] = {}
@@ -329,34 +330,53 @@ class _Merge:
         right: LazyTensor,
         magnitudes: tuple[LazyTensor, bool] | None,
     ) -> None:
-        owner = self.replaced_by.get(name, adapter)
-        if owner is not adapter:
-            self._problem(adapter, "twice", f"{owner.label} replaces {name}", module.name)
+        whole, scale = self.wholes.get(name), module.scale * adapter.weight
+        if whole is not None and whole.is_trained and whole.adapter is not adapter:
+            self._problem(adapter, "twice", f"{whole.adapter.label} replaces {name}", module.name)
+            return
+        if not abs(scale) <= MAX_NUMBER:
+            self._problem(adapter, "scale", f"its scale comes to {scale:g}, beyond float32", module.name)
             return
         before = self.made.get(name) or self._base_of(name).lazy()
-        merged: LazyTensor = AddProduct(before, left, right, module.scale * adapter.weight)
+        merged: LazyTensor = AddProduct(before, left, right, scale)
         if magnitudes is not None:
             vector, by_column = magnitudes
             merged = ColumnMagnitudes(merged, vector) if by_column else RowMagnitudes(merged, vector)
         self.made[name] = merged
+        self.changed_by[name].append(adapter)
 
     # -- embedding, head and tokenizer
 
     def _settle_ends(self) -> None:
         """Untie a head whose embedding changed, unless PEFT tied them; refuse one that the vocabulary outgrew."""
         head, embedding = self.recipe.head, self.embedding
-        ties = any(adapter.file.config.flag("ensure_weight_tying") for adapter in self.adapters)
-        if embedding in self.made and head not in self.made and head not in self.stored and not ties:
+        is_tied = head not in self.made and head not in self.stored
+        if not self._tie() and embedding in self.made and is_tied:
             self.made[head] = self.stored[embedding].lazy()
         for name in (embedding, head):
             tensor = self.made.get(name) or (self.stored[name].lazy() if name in self.stored else None)
-            if self.ends_from is not None and tensor is not None and tensor.spec.shape[0] != self.n_vocab:
-                raise SourceError(
-                    f"the vocabulary grew from {tensor.spec.shape[0]} to {self.n_vocab} tokens, "
-                    f"and the adapter has no {name} of that size",
-                    file=self.ends_from.file.directory,
-                    hint="save both with it, as modules_to_save",
+            if tensor is not None and tensor.spec.shape[0] != self.n_vocab:
+                what = (
+                    f"the vocabulary grew from {tensor.spec.shape[0]} to {self.n_vocab} tokens, and the adapter has no "
+                    f"{name} of that size: save both with it, as modules_to_save"
                 )
+                self._problem(next(self._ends_from()), "vocabulary", what)
+
+    def _tie(self) -> bool:
+        """Whether those who changed the embedding of a tied base changed the head with it (ensure_weight_tying)."""
+        of_embedding, of_head = self.changed_by[self.embedding], self.changed_by[self.recipe.head]
+        tying = [adapter for adapter in of_embedding if adapter.file.config.flag("ensure_weight_tying")]
+        alone = [adapter for adapter in (*of_embedding, *of_head) if adapter not in tying]
+        if tying and alone and self.recipe.head not in self.checkpoint.tensors:
+            what = f"{tying[0].label} ties embedding and head (ensure_weight_tying), and this one changes one of them"
+            self._problem(alone[0], "tying", what)
+        return bool(tying)
+
+    def _ends_from(self) -> Iterator[Adapter]:
+        """Who brought or changed an embedding or a head: whole ones first."""
+        ends = (self.embedding, self.recipe.head)
+        yield from (self.wholes[name].adapter for name in ends if name in self.wholes)
+        yield from (adapter for name in ends for adapter in self.changed_by[name])
 
     def _config(self) -> Config:
         """The base's configuration, as it would be of the merged model."""
@@ -368,19 +388,44 @@ class _Merge:
         return Config(raw, self.model.config.file)
 
     def _tokenizer(self) -> Path:
-        """The folder of the tokenizer: beside the adapter that brought an embedding or a head, where there is one."""
-        base = self.checkpoint.directory
-        directory = self.ends_from.file.directory if self.ends_from else base
-        if any((directory / name).is_file() for name in TOKENIZERS):
-            return directory
-        if self.n_vocab != self.model.dims[N_VOCAB]:
-            raise SourceError(
+        """The folder of the tokenizer: beside the adapter that brought or changed embedding or head, where it is."""
+        taken = self.checkpoint.directory
+        beside = [adapter.file.directory for adapter in self._ends_from()]
+        found = next((folder for folder in beside if any((folder / name).is_file() for name in TOKENIZERS)), None)
+        if found is not None:
+            taken = found
+        elif self.n_vocab != self.model.dims[N_VOCAB]:
+            what = (
                 f"the vocabulary has {self.n_vocab} tokens, the base's {self.model.dims[N_VOCAB]}, and there is no "
-                "tokenizer beside the adapter",
-                file=directory,
-                hint="put the fine-tune's tokenizer files there: tokenizer.save_pretrained(folder)",
+                "tokenizer beside the adapter: tokenizer.save_pretrained(folder) puts it there"
             )
-        return base
+            self._problem(next(self._ends_from()), "tokenizer", what)
+        for adapter in self.adapters:
+            left = [name for name in (*TOKENIZERS, CHAT_TEMPLATE) if _differs(adapter.file.directory, taken, name)]
+            if left:
+                what = f"{adapter.file.directory / left[0]} was left out: {taken} has the tokenizer that is written"
+                self.cautions.append(Caution("tokenizer-left-out", what))
+        return taken
+
+
+def _differs(folder: Path, taken: Path, name: str) -> bool:
+    """Whether `folder` has a file `name` that is another one than in `taken`, or that is not there."""
+    ours, theirs = folder / name, taken / name
+    return ours.is_file() and not (theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False))
+
+
+def _are_equal(one: SourceTensor, other: SourceTensor) -> bool:
+    """Whether two stored tensors are the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    ours, theirs = np.empty((2, min(one.nbytes, COMPARED_NBYTES)), np.uint8)
+    for start in range(0, one.nbytes, COMPARED_NBYTES):
+        n = min(COMPARED_NBYTES, one.nbytes - start)
+        one.shard.read_into(one.offset + start, ours[:n])
+        other.shard.read_into(other.offset + start, theirs[:n])
+        if not np.array_equal(ours[:n], theirs[:n]):
+            return False
+    return True
 
 
 def _rows(factor: LazyTensor) -> LazyTensor:

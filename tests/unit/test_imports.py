@@ -37,6 +37,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "compare_keys",
         "compare",
         "run",
+        "adapter_specs",
         "merge",
         "convert adapter inspect",
         "verify inspect_text modelfile",

@@ -66,6 +66,13 @@ def with_tensors(adapter: Path, tensors: dict[str, NDArray[np.float32]]) -> Path
         ("a=-1", "a", -1.0),
         ("=2", "=2", 1.0),
         ("a=", "a=", 1.0),
+        ("a=.5", "a", 0.5),
+        ("a=2.e-1", "a", 0.2),
+        ("a=1_0", "a=1_0", 1.0),
+        ("a= 2", "a= 2", 1.0),
+        ("a=٢", "a=٢", 1.0),
+        ("a=nan", "a=nan", 1.0),
+        ("a=inf", "a=inf", 1.0),
     ],
 )
 def test_a_weight_is_a_number_after_the_last_sign(text: str, path: str, weight: float) -> None:
@@ -151,6 +158,25 @@ def test_an_adapter_that_ties_what_it_trains_leaves_the_model_tied(tied: Path, t
     assert np.array_equal(after.float64("token_embd.weight"), saved)
 
 
+def test_only_an_adapter_that_changes_the_embedding_ties_it(tied: Path, tmp_path: Path) -> None:
+    embedding = tiny.peft_adapter(tmp_path / "embedding", tied, targets=("embed_tokens",))
+    other = tiny.peft_adapter(tmp_path / "q", tied, targets=("q_proj",), config={"ensure_weight_tying": True})
+    after = merged(tied, tmp_path / "merged.gguf", embedding, other)
+    assert np.array_equal(after.float64("output.weight"), weight(tied, "model.embed_tokens.weight"))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_must_agree_on_what_is_tied(tied: Path, tmp_path: Path, target: str) -> None:
+    ties = {"ensure_weight_tying": True}
+    tying = tiny.peft_adapter(tmp_path / "tying", tied, targets=("embed_tokens",), config=ties)
+    other = tiny.peft_adapter(tmp_path / "other", tied, targets=(target,))
+    for adapters in ((tying, other), (other, tying)):
+        message = refusal(tied, tmp_path, *adapters)
+        assert f"{tying} ties embedding and head (ensure_weight_tying), and this one changes one of them" in message
+    again = tiny.peft_adapter(tmp_path / "again", tied, targets=("embed_tokens",), config=ties, seed=9)
+    assert "output.weight" not in merged(tied, tmp_path / "merged.gguf", tying, again).tensors
+
+
 def grown(base: Path, adapter: Path, *modules: str) -> Path:
     """An adapter on q_proj, saved with `modules` of GREW_TO rows."""
     tiny.peft_adapter(adapter, base, targets=("q_proj",))
@@ -219,6 +245,51 @@ def test_a_grown_embedding_of_a_tied_base_is_its_head(tmp_path: Path) -> None:
     after = merged(base, tmp_path / "merged.gguf", adapter)
     assert np.array_equal(after.float64("output.weight"), frozen)
     assert not np.array_equal(after.float64("token_embd.weight"), frozen)
+
+
+def with_frozen(base: Path, adapter: Path, frozen: NDArray[np.float32], seed: int) -> Path:
+    """An adapter on q_proj and on an embedding that has grown, saved with the frozen one that its factors lie on."""
+    tiny.peft_adapter(adapter, base, targets=("q_proj",), seed=seed, config={"ensure_weight_tying": True})
+    factors = {"A": tiny.noise("a", (8, GREW_TO), 0.3, seed), "B": tiny.noise("b", (64, 8), 0.3, seed)}
+    with_tensors(adapter, {f"model.embed_tokens.lora_embedding_{x}": values for x, values in factors.items()})
+    tiny.write_bpe(adapter, pre="llama-bpe")
+    return with_tensors(adapter, {"model.embed_tokens.base_layer.weight": frozen})
+
+
+def test_adapters_with_the_same_grown_embedding_add_up(tmp_path: Path) -> None:
+    base, frozen = smaller(tmp_path / "base"), tiny.noise("frozen", (GREW_TO, 64), 1.0)
+    first, second = (with_frozen(base, tmp_path / f"adapter-{seed}", frozen, seed) for seed in (1, 2))
+    after = merged(base, tmp_path / "merged.gguf", first, second)
+    expected = frozen.astype(np.float64)
+    for adapter in (first, second):
+        a, b = (weight(adapter, f"base_model.model.model.embed_tokens.lora_embedding_{x}") for x in "AB")
+        expected += 1.5 * (b.astype(np.float64) @ a).T
+    np.testing.assert_allclose(after.float64("token_embd.weight"), expected, atol=1e-5)
+
+
+def test_adapters_with_different_grown_embeddings_are_refused(tmp_path: Path) -> None:
+    base, frozen = smaller(tmp_path / "base"), tiny.noise("frozen", (GREW_TO, 64), 1.0)
+    other = frozen.copy()
+    other[-1, -1] += 1
+    first = with_frozen(base, tmp_path / "first", frozen, 1)
+    second = with_frozen(base, tmp_path / "second", other, 2)
+    trained = grown(base, tmp_path / "trained", "model.embed_tokens", "lm_head")
+    for one, two in ((first, second), (second, first), (first, trained), (trained, first)):
+        assert f"model.embed_tokens.weight is replaced by {one} as well" in refusal(base, tmp_path, one, two)
+
+
+@pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("q_proj",)])
+def test_the_tokenizer_is_that_of_who_changed_the_ends(llama: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=targets)
+    tiny.write_bpe(adapter, pre="llama-bpe")
+    (adapter / "tokenizer_config.json").unlink()
+    (adapter / "chat_template.jinja").write_text("{{ messages }} of the fine-tune")
+    report = streamconv.convert(llama, tmp_path / "merged.gguf", adapters=[adapter])
+    template = ggufs.read(tmp_path / "merged.gguf")["tokenizer.chat_template"]
+    assert (template == "{{ messages }} of the fine-tune") == (targets != ("q_proj",))
+    cautions = [caution.message for caution in report.warnings if caution.code == "tokenizer-left-out"]
+    left_out = f"{adapter / 'chat_template.jinja'} was left out: {llama} has the tokenizer that is written"
+    assert cautions == ([left_out] if targets == ("q_proj",) else [])
 
 
 @pytest.mark.parametrize(
@@ -328,6 +399,37 @@ def test_whole_weights_merge_once_and_whole(llama: Path, tmp_path: Path) -> None
     assert f"lm_head.weight is replaced by {saved} as well" in refusal(llama, tmp_path, saved, again)
     assert f"{saved} replaces lm_head.weight" in refusal(llama, tmp_path, saved, plain)
     assert f"{saved} replaces lm_head.weight" in refusal(llama, tmp_path, plain, saved)
+
+
+def test_every_adapter_and_a_half_grown_vocabulary_are_told_at_once(tmp_path: Path) -> None:
+    base = smaller(tmp_path / "base")
+    first = edited(tiny.peft_adapter(tmp_path / "first", base, targets=("q_proj",)), r=7)
+    second = edited(grown(base, tmp_path / "second", "lm_head"), r=6)
+    message = refusal(base, tmp_path, first, second)
+    assert message.startswith(f"{first}: cannot be merged: ")
+    assert "adapter_config.json gives it 7; and of " in message
+    later = message.partition(f"; and of {second}: ")[2]
+    assert "adapter_config.json gives it 6" in later
+    assert "has no model.embed_tokens.weight of that size: save both" in later
+    assert "no tokenizer beside the adapter" in later
+
+
+def test_magnitudes_without_dora_are_a_contradiction(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, dora=True, config={"use_dora": False})
+    assert "has DoRA's magnitudes, and its configuration says that it is plain LoRA" in refusal(
+        llama, tmp_path, adapter
+    )
+
+
+@pytest.mark.parametrize(("alpha", "factor"), [(12, 1e39), (1e20, -1e20), (12, 1e308)])
+def test_a_scale_beyond_float32_is_refused(llama: Path, tmp_path: Path, alpha: float, factor: float) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",), alpha=alpha)
+    assert "beyond float32" in refusal(llama, tmp_path, (adapter, factor))
+
+
+def test_an_adapter_has_a_name(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="an adapter without a name"):
+        streamconv.convert(llama, tmp_path / "merged.gguf", adapters=[""])
 
 
 def test_a_weight_is_finite_and_an_adapter_exists(llama: Path, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Which adapters a run merges, and how strongly: from what users name to files that are open.
+
+Owns: the spelling PATH=WEIGHT, and holding the files open. Does not own: an adapter's files (lora_file.py), merging.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.errors import UsageError
+from streamconv.lora_file import LoraFile
+
+AdapterSpec = str | Path | tuple[str | Path, float]  # a path, or a path and its weight
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter, open, and the weight that its scale is multiplied by."""
+
+    file: LoraFile
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        weight = "" if self.weight == 1 else f"={self.weight:g}"
+        return f"{self.file.directory}{weight}"
+
+
+def parse_adapter(text: str) -> tuple[str, float]:
+    """Path and weight of "PATH=0.5", split at the last "=" if a decimal number follows; else all of it is a path."""
+    path, _, weight = text.rpartition("=")
+    return (path, float(weight)) if path and _NUMBER.fullmatch(weight) else (text, 1.0)
+
+
+@contextmanager
+def open_adapters(specs: Sequence[AdapterSpec], max_header_nbytes: int) -> Iterator[tuple[Adapter, ...]]:
+    """The adapters, headers read and nothing else.
+
+    SourceError on what is missing or malformed, UsageError on a weight that is no number.
+    """
+    with ExitStack() as stack:
+        opened = []
+        for spec in specs:
+            path, weight = spec if isinstance(spec, tuple) else (spec, 1.0)
+            if not str(path):
+                raise UsageError("an adapter without a name", hint="name its folder")
+            if not math.isfinite(weight):
+                raise UsageError(f"{weight} is no weight of an adapter")
+            opened.append(Adapter(stack.enter_context(LoraFile.open(Path(path), max_header_nbytes)), weight))
+        yield tuple(opened)
