@@ -22,7 +22,7 @@ from streamconv.vocab.bpe_tokens import byte_fallback_tokens, byte_level_tokens
 from streamconv.vocab.chat_templates import chat_template_keys
 from streamconv.vocab.companions import Companions
 from streamconv.vocab.footprint import vocabulary_nbytes
-from streamconv.vocab.pretokenizers import identify, is_byte_level, space_prefix
+from streamconv.vocab.pretokenizers import check_name, identify, is_byte_level, space_fault, space_prefix
 from streamconv.vocab.sentencepiece_model import FILE_NAME as SENTENCEPIECE_MODEL
 from streamconv.vocab.sentencepiece_model import read_sentencepiece_model
 from streamconv.vocab.special_tokens import ADD_KEYS, ID_KEYS, find_ids, find_roles
@@ -48,8 +48,11 @@ def read_vocabulary(
     """The tokenizer in `directory` as keys, with `n_vocab` tokens, the embedding's rows.
 
     `default_pre` names the pre-tokenizer of an unknown structure (a caution), None makes that an error; `pre` is the
-    user's own name for it. SourceError on anything missing, malformed or unsupported.
+    user's own name for it. SourceError on anything missing, malformed or unsupported, UsageError on a `pre` that
+    llama.cpp does not know.
     """
+    if pre is not None:
+        check_name(pre)
     companions = Companions.load(directory, config)
     source = _read_source(directory, companions, n_vocab)
     tokens = source.tokens
@@ -98,13 +101,20 @@ def _read_source(directory: Path, companions: Companions, n_vocab: int) -> _Sour
         raise SourceError(problem, file=directory, hint=hint)
     tokenizer = read_tokenizer_json(path, n_vocab)
     merges = _check_supported(tokenizer)
-    if _is_byte_level(tokenizer) or not tokenizer.model.get("byte_fallback"):
+    if _is_byte_level(tokenizer):
         return _Source("gpt2", byte_level_tokens(tokenizer, companions, n_vocab), tokenizer)
+    if not tokenizer.model.get("byte_fallback"):
+        problem = "a BPE of characters, and llama.cpp has it of bytes alone: no ByteLevel step, and no byte_fallback"
+        raise SourceError(problem, file=path, hint=f"where there is a {SENTENCEPIECE_MODEL}, put it beside")
     prefix = space_prefix(tokenizer.parts["normalizer"], tokenizer.parts["pre_tokenizer"])
     if prefix is None:
         hint = f"put the model's {SENTENCEPIECE_MODEL} beside it"
         raise SourceError("normalizer and pre-tokenizer are not those of Llama's tokenizers", file=path, hint=hint)
-    return _Source("llama", byte_fallback_tokens(tokenizer, merges, companions, n_vocab), tokenizer, prefix)
+    tokens = byte_fallback_tokens(tokenizer, merges, companions, n_vocab)
+    if fault := space_fault(tokenizer.parts["pre_tokenizer"]):
+        message = f"llama.cpp puts a space {fault}, where the tokenizer (Metaspace) puts none"
+        tokens.cautions.append(Caution("space-prefix", message))
+    return _Source("llama", tokens, tokenizer, prefix)
 
 
 def _is_byte_level(tokenizer: TokenizerJson) -> bool:
@@ -181,6 +191,9 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int) -> list
     keys = [KeyValue.u32(ID_KEYS[role], id_) for role, id_ in ids.items()]
     keys += [KeyValue.boolean(key, adds[role]) for role, key in ADD_KEYS.items() if role in adds]
     prefix = companions.tokenizer_config.get("add_prefix_space")
+    if source.model == "llama" and isinstance(prefix, bool) and prefix != source.add_space_prefix:
+        message = f"add_prefix_space in tokenizer_config.json is {prefix}, unlike the tokenizer itself: it is written"
+        tokens.cautions.append(Caution("space-prefix", message))
     if isinstance(prefix, bool):
         keys.append(KeyValue.boolean(Keys.Tokenizer.ADD_PREFIX, prefix))
     elif not source.add_space_prefix:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import Caution, SourceError, UsageError
 
 # A canonical structure: what is split at, step by step, before the bytes are spelled as letters.
 Steps = tuple[str, ...]
@@ -84,6 +85,21 @@ PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
 }
 
 
+# Every name that the run time knows; a file with another one is refused by it ("unknown pre-tokenizer type").
+NAMES = frozenset(
+    """
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx
+    deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon
+    falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m
+    granite-embed-multi-97m grok-2 hunyuan hunyuan-dense jais jais-2 jina-de jina-es jina-v1-en jina-v2-code
+    jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo lfm2 llada-moe llama-bpe llama-v3 llama3
+    llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 mmbert modern-bert mpt olmo phi-2 pixtral
+    poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open stablelm2 starcoder
+    superbpe talkie tekken tiny_aya trillion ufakzeka viking youtu
+    """.split()  # noqa: SIM905
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """The name for `tokenizer.ggml.pre`. `ignore_merges` is the run time's, None where the table has no such name."""
@@ -96,14 +112,17 @@ class Match:
 def identify(
     pre_tokenizer: Any, normalizer: Any, ignore_merges: bool, *, file: Path, default: str | None, override: str | None
 ) -> Match:
-    """The pre-tokenizer of a byte-level BPE. SourceError for an unknown structure without `default` or `override`."""
+    """The pre-tokenizer of a byte-level BPE.
+
+    SourceError for an unknown structure without `default` or `override`, and for one without bytes as letters.
+    """
     steps = canonical_steps(pre_tokenizer)
     known = PRE_TOKENIZERS.get(steps or (), ()) if _is_kept(normalizer) else ()
     if override is not None:
         return _overridden(override, known)
     if not known:
         what = "the pre-tokenizer" if _is_kept(normalizer) else "the normalizer"
-        if default is None:
+        if default is None or not is_byte_level(pre_tokenizer):
             problem = f"{what} is none that is known to be one of llama.cpp's"
             raise SourceError(problem, file=file, hint="name one of llama.cpp's with --pre NAME")
         message = f"{what} is none that is known; {default!r} is written, as this architecture's models have it"
@@ -149,6 +168,25 @@ def space_prefix(normalizer: Any, pre_tokenizer: Any) -> bool | None:
             return {"first": True, "always": True, "never": False}.get(scheme) if isinstance(scheme, str) else None
         case _:
             return None
+
+
+def space_fault(pre_tokenizer: Any) -> str | None:
+    """Where llama.cpp's space before a text is another than a Metaspace pre-tokenizer's; None where it is not."""
+    match _flattened(pre_tokenizer, "pretokenizers"):
+        case [{"prepend_scheme": "first"}]:
+            return "behind special tokens and before texts that begin with a space"
+        case [{"prepend_scheme": "always"}]:
+            return "before texts that begin with a space"
+        case _:
+            return None
+
+
+def check_name(name: str) -> None:
+    """UsageError where `name`, the user's for the pre-tokenizer, is none that llama.cpp knows."""
+    if name not in NAMES:
+        alike = get_close_matches(name, sorted(NAMES), n=3) or ["llama-bpe", "gpt-2", "qwen2"]
+        hint = f"as llama.cpp has them: {', '.join(alike)}, {len(NAMES) - len(alike)} more"
+        raise UsageError(f"--pre {name!r} is no pre-tokenizer of llama.cpp's, which would not load the file", hint=hint)
 
 
 def _step(part: Mapping[str, Any]) -> Sequence[str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from streamconv.errors import SourceError
+from streamconv.errors import SourceError, UsageError
 from streamconv.vocab.pretokenizers import CL100K, GPT2, QWEN2, canonical_steps, identify, space_prefix
 from tests import vocab_cases, vocab_keys
 from tests.tiny import tokenizer as tiny
@@ -295,8 +295,32 @@ def test_a_known_structure_wins_over_the_recipe_s_name(bpe: Path) -> None:
 
 
 def test_an_unknown_structure_has_the_recipe_s_name_and_a_caution(bpe: Path) -> None:
-    change(bpe, lambda value: value.update(pre_tokenizer={"type": "Whitespace"}))
+    change(bpe, lambda value: value.update(pre_tokenizer=structure((CL100K + " ",))))
     assert name_of(bpe, default_pre="lfm2") == ("lfm2", ["pre-tokenizer-unknown"])
+
+
+def test_the_recipe_s_name_is_for_bytes_alone(bpe: Path) -> None:
+    change(bpe, lambda value: value.update(pre_tokenizer={"type": "Whitespace"}))
+    refused(bpe, "the pre-tokenizer is none that is known", default_pre="lfm2")
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    change(bpe, lambda value: value.update(pre_tokenizer=metaspace, decoder=metaspace))
+    error = refused(bpe, "a BPE of characters, and llama.cpp has it of bytes alone", default_pre="lfm2", pre="lfm2")
+    assert "tokenizer.model" in (error.hint or "")
+
+
+@pytest.mark.parametrize("name", ["", "nonsense", "Llama-bpe", "qwen2 "])
+def test_a_name_that_llama_cpp_does_not_know_is_refused(bpe: Path, tmp_path: Path, name: str) -> None:
+    for kind in ("known", "unknown"):
+        with pytest.raises(UsageError) as caught:
+            vocab_keys.read(bpe, pre=name, default_pre="lfm2")
+        assert str(caught.value).startswith(f"--pre {name!r} is no pre-tokenizer of llama.cpp's"), kind
+        assert "as llama.cpp has them: " in str(caught.value)
+        change(bpe, lambda value: value.update(pre_tokenizer={"type": "Whitespace"}))
+
+
+def test_a_misspelt_name_is_corrected(bpe: Path) -> None:
+    with pytest.raises(UsageError, match=r"as llama\.cpp has them: llama-bpe, "):
+        vocab_keys.read(bpe, pre="lama-bpe")
 
 
 def test_the_user_s_name_wins(bpe: Path) -> None:
@@ -367,6 +391,19 @@ def test_no_space_prefix_is_written(tmp_path: Path) -> None:
     change(tmp_path, lambda value: value.update(normalizer=REPLACE))
     values = vocab_keys.values(vocab_keys.read(tmp_path, tiny.N_SPM_TOKENS))
     assert values["tokenizer.ggml.add_space_prefix"] is False
+
+
+@pytest.mark.parametrize(("scheme", "n"), [("first", 1), ("always", 1), ("never", 0)])
+def test_a_space_that_llama_cpp_puts_elsewhere_is_a_caution(tmp_path: Path, scheme: str, n: int) -> None:
+    tiny.write_spm(tmp_path, model=False)
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    change(tmp_path, lambda value: value.update(normalizer=None, pre_tokenizer=metaspace))
+    assert vocab_keys.codes(vocab_keys.read(tmp_path, tiny.N_SPM_TOKENS)) == ["space-prefix"] * n
+    # In tokenizer_config.json it may be said otherwise.
+    change(tmp_path, lambda value: value.update(add_prefix_space=scheme == "never"), "tokenizer_config.json")
+    vocabulary = vocab_keys.read(tmp_path, tiny.N_SPM_TOKENS)
+    assert vocab_keys.codes(vocabulary) == ["space-prefix"] * (n + 1)
+    assert vocab_keys.values(vocabulary)["tokenizer.ggml.add_space_prefix"] is (scheme == "never")
 
 
 # Scores that stand for merges

@@ -14,7 +14,7 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from streamconv.gguf_format import KeyValue
-from streamconv.vocab.pretokenizers import DIGITS, GPT2, PRE_TOKENIZERS, Runtime, Steps
+from streamconv.vocab.pretokenizers import DIGITS, GPT2, NAMES, PRE_TOKENIZERS, Runtime, Steps
 from tests import cases, vocab_cases, vocab_keys
 from tests.oracles import runtime
 from tests.tiny import tokenizer as tiny
@@ -126,6 +126,39 @@ def test_sentencepiece(fast: bool, tmp_path: Path) -> None:
         model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
         ids = differing(tmp_path, vocabulary.keys, tiny.N_SPM_TOKENS, model.encode)
     assert ids((*PLAIN, *MARKS, *SPACES, *cases.SPM_TEXTS)) == []
+
+
+@pytest.mark.parametrize(
+    ("scheme", "others"), [("first", [" the", "</s>the cat</s>the"]), ("always", [" the"]), ("never", [])]
+)
+def test_metaspace_differs_where_its_caution_says(scheme: str, others: list[str], tmp_path: Path) -> None:
+    tiny.write_spm(tmp_path, model=False)
+    path = tmp_path / "tokenizer.json"
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    value = json.loads(path.read_text(encoding="utf-8")) | {"normalizer": None, "pre_tokenizer": metaspace}
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    reference = Tokenizer.from_file(str(path))
+    keys = vocab_keys.read(tmp_path, tiny.N_SPM_TOKENS).keys
+    ids = differing(
+        tmp_path, keys, tiny.N_SPM_TOKENS, lambda text: reference.encode(text, add_special_tokens=False).ids
+    )
+    assert ids(("the cat", "the  cat", " the", "</s>the cat</s>the")) == others
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_llama_cpp_knows_every_name(name: str, tmp_path: Path) -> None:
+    tiny.write_bpe(tmp_path)
+    vocabulary = vocab_keys.read(tmp_path, tiny.N_BPE_TOKENS, pre=name)
+    with runtime.Runtime(vocab_keys.write_model(tmp_path / "model.gguf", vocabulary.keys, tiny.N_BPE_TOKENS)):
+        pass
+
+
+def test_llama_cpp_refuses_other_names(tmp_path: Path) -> None:
+    tiny.write_bpe(tmp_path)
+    keys = vocab_keys.read(tmp_path, tiny.N_BPE_TOKENS).keys
+    other = [KeyValue.string(key.key, "nonsense") if key.key == "tokenizer.ggml.pre" else key for key in keys]
+    assert "nonsense" not in NAMES
+    assert runtime.load(vocab_keys.write_model(tmp_path / "model.gguf", other, tiny.N_BPE_TOKENS)).status == "refused"
 
 
 def test_lfm2_given(tmp_path: Path) -> None:
