@@ -32,6 +32,10 @@ FILE_TYPES: Final[Mapping[GGMLQuantizationType, LlamaFileType]] = {
     Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 
+# Below it a Q8_0 block whose largest weight is 0.03 has a scale of less than 8 bits, and errs by that more than by its
+# quants (F16's subnormals are multiples of 2**-24).
+LEAST_F16_FACTOR: Final = 2.0**-4
+
 # Small and sensitive: norms, routers, convolution kernels, and whatever is no weight matrix (biases, tables).
 _ALWAYS_F32 = re.compile(r".*(_norm|ffn_gate_inp|shortconv\.conv)\.weight|.*(?<!\.weight)(?<!\.lora_a)(?<!\.lora_b)")
 
@@ -55,17 +59,28 @@ def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuanti
 
 
 def type_of(target: str, tensor: LazyTensor, outtype: str) -> GGMLQuantizationType:
-    """`choose_type` for `tensor`; SourceError where a factor folded into it would be rounded by that type alone.
-
-    A power of two moves exponents, which changes nothing (but how many weights are subnormal in F16). Another factor
-    costs F32 one rounding, as it does the run time that multiplies by it, and Q8_0 nothing, whose scales are free; but
-    16-bit weights that were stored exactly would all be rounded.
-    """
-    type_ = choose_type(target, tensor.spec.shape, outtype)
-    if isinstance(tensor, Scale) and type_ in (F16, BF16) and math.frexp(tensor.factor)[0] not in (0.5, -0.5, 0.0):
+    """`choose_type` for `tensor`; SourceError where a factor folded into it would be rounded by that type alone."""
+    shape = tensor.spec.shape
+    type_ = choose_type(target, shape, outtype)
+    factor = float(tensor.factor) if isinstance(tensor, Scale) else 1.0
+    if not _holds(type_, factor):
+        able = [name for name in OUTTYPES if _holds(choose_type(target, shape, name), factor)]
         raise SourceError(
-            f"the model scales these weights by {tensor.factor:g}, which {type_.name} cannot hold exactly",
+            f"the model scales these weights by {factor:g}, which {type_.name} cannot hold exactly",
             tensor=target,
-            hint="--outtype f32, or q8_0",
+            hint=f"--outtype {' or '.join(able)}",
         )
     return type_
+
+
+def _holds(type_: GGMLQuantizationType, factor: float) -> bool:
+    """Whether weights times `factor` lose no more in this type than the weights themselves.
+
+    A power of two moves exponents alone; another factor costs F32 one rounding, as it does the run time that multiplies
+    by it, and Q8_0 nothing, whose scales are free; but 16-bit weights that were stored exactly would all be rounded.
+    F16, and Q8_0 whose scales are F16, have few exponents: a small factor leaves their numbers subnormal.
+    """
+    is_power = math.frexp(factor)[0] in (0.5, -0.5, 0.0)
+    if type_ in (F16, Q8_0) and 0 < abs(factor) < LEAST_F16_FACTOR:
+        return False
+    return is_power or type_ not in (F16, BF16)

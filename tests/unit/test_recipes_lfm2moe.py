@@ -214,7 +214,38 @@ def test_16_bits_would_round_every_weight_by_another_factor(moe: Checkpoint, out
     with pytest.raises(SourceError) as caught:
         encoded(model, "blk.1.ffn_down_exps.weight", outtype)
     assert caught.value.tensor == "blk.1.ffn_down_exps.weight"
-    assert caught.value.hint == "--outtype f32, or q8_0"
+    assert caught.value.hint == "--outtype f32 or q8_0"
     encoded(model, "blk.1.ffn_up_exps.weight", outtype)
     for exact in ("f32", "q8_0"):
         encoded(model, "blk.1.ffn_down_exps.weight", exact)
+
+
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+@pytest.mark.parametrize("scale", [2.0**-5, -(2.0**-12), 0.05])
+def test_a_small_factor_is_beyond_f16s_exponents(moe: Checkpoint, outtype: str, scale: float) -> None:
+    """2**-12 in Q8_0 errs by a tenth of the largest weight, whose scales are F16."""
+    model = bound(*moe, routed_scaling_factor=scale)
+    with pytest.raises(SourceError, match="the model scales these weights by") as caught:
+        encoded(model, "blk.1.ffn_down_exps.weight", outtype)
+    assert caught.value.hint == ("--outtype f32" if scale == 0.05 else "--outtype f32 or bf16")
+    plain = encoded(bound(*moe), "blk.1.ffn_down_exps.weight", "f32")
+    np.testing.assert_array_equal(encoded(model, "blk.1.ffn_down_exps.weight", "f32"), plain * np.float32(scale))
+
+
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+def test_the_least_factor_of_f16_errs_no_more_than_none(moe: Checkpoint, outtype: str) -> None:
+    exact = target(bound(*moe), "blk.1.ffn_down_exps.weight")
+    plain, scaled = (
+        encoded(bound(*moe, routed_scaling_factor=s), "blk.1.ffn_down_exps.weight", outtype) / np.float32(s)
+        for s in (1.0, 2.0**-4)
+    )
+    largest = np.abs(exact).max()
+    assert np.abs(scaled - exact).max() <= 1.1 * np.abs(plain - exact).max() + 1e-5 * largest
+
+
+def test_a_row_that_q8_0_cannot_cut_has_no_such_hint(tmp_path: Path) -> None:
+    """It becomes F16, which the other types' hint must not name."""
+    narrow = inmemory.loaded(tiny.lfm2moe(tmp_path, moe_ff=100, config={"routed_scaling_factor": 2.5}))
+    with pytest.raises(SourceError) as caught:
+        encoded(bound(*narrow), "blk.1.ffn_down_exps.weight", "q8_0")
+    assert caught.value.hint == "--outtype f32"
