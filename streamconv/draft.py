@@ -3,7 +3,8 @@
 Owns: guessing dims, kinds of layers and targets, and marking what a person must settle. Does not own: being right: no
 file tells how rows are permuted, what the run time computes, or what a config's flags mean.
 Invariant: the text is a Python module whose RECIPE binds to the checkpoint that it was drafted from, where all tensors
-of one name have one shape. Whatever could not be told is marked TODO.
+of one name have one shape and no name has braces or a third number, which recipes cannot say. Whatever could not be
+told is marked TODO.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from streamconv.checkpoint import Checkpoint
 from streamconv.recipe import all_recipes
 
 FUSED = (2, 3, 4)  # parts that one tensor holds: gate and up, the three of a short convolution, and the like
-SPARE_LETTERS = "FBCGIJNOPQRSTWXYZ"
+SPARE_LETTERS = "BCGIJNOPQRSTWXYZ"  # none that DIM_KEYS gives a meaning
+
+# Where a dim is seen in a shape, if the config has no key of the usual name for it.
+LOCATED = {"V": (MODEL_TENSOR.TOKEN_EMBD, 0), "H": (MODEL_TENSOR.TOKEN_EMBD, 1), "F": (MODEL_TENSOR.FFN_UP, 0)}
 
 # Where a product of dims is meant although a single dim has the same value: the position in the shape, and the product.
 PRODUCTS = {
@@ -96,6 +100,7 @@ class _Draft:
         self.hf_name = next((n for n in names if isinstance(n, str)), "TODO") if isinstance(names, list) else "TODO"
         self.model_type = str(config.get("model_type") or "TODO")
         self.arch = _gguf_arch(self.model_type)
+        self.unsayable: list[str] = []  # templates that no recipe can have
         self.sources = self._collect(shapes)
         self.n_layers = 1 + max((i for source in self.sources for i in source.layers), default=-1)
         self.values: dict[str, int] = {}
@@ -108,6 +113,9 @@ class _Draft:
         tables = _name_tables(self.arch)
         for name, shape in shapes.items():
             template, numbers = match_name(name)
+            if len(numbers) > 2 or set("{}") & set(name):
+                self.unsayable.append(template)
+                continue
             source = by_template.setdefault(template, _Source(template, _meaning(template, tables)))
             if shape not in source.shapes:
                 source.shapes.append(shape)
@@ -122,6 +130,11 @@ class _Draft:
         keys = [(letter, dim.config) for recipe in all_recipes() for letter, dim in recipe.dims.items()]
         dims = {letter: key for letter, key in keys if isinstance(key, str) and self._number(key)}
         dims.setdefault("L", self._key_of(self.n_layers, "layer"))
+        for letter, (tensor, axis) in LOCATED.items():
+            shape = next((s.shapes[0] for s in self.sources if s.tensor == tensor and len(s.shapes[0]) == 2), None)
+            if letter not in dims and shape is not None:
+                dims[letter], self.values[letter] = self._key_of(shape[axis], ""), shape[axis]
+        dims.setdefault("V", "TODO")
         if n_experts := max((source.n_experts for source in self.sources), default=0):
             dims.setdefault("E", self._key_of(n_experts, "expert"))
             self.values["E"] = n_experts
@@ -207,14 +220,24 @@ class _Draft:
         for letter, key in self.dims.items():
             default = f", {_quoted(DEFAULTS[letter])}" if letter in DEFAULTS else ""
             note = f"  # TODO what config.json calls {self.values.get(letter, self.n_layers)}" if key == "TODO" else ""
+            if letter == "V" and letter not in self.values:
+                default, note = ", 1", "  # TODO the number of tokens: none of the names is an embedding's"
             yield f"        {_quoted(letter)}: Dim({_quoted(key)}{default}),{note}"
         yield "    },"
 
     def _tensor_lines(self) -> Iterator[str]:
         yield "    tensors=("
+        for template in dict.fromkeys(self.unsayable):
+            yield f"        # TODO recipes have no words for a name like {_plain(template)}"
+        taken: dict[str, list[_Source]] = defaultdict(list)
         for source in self.sources:
             shape, notes = self._shape(source)
             target, note = self._target(source)
+            rivals = [other for other in taken[target] if other.layers & source.layers or not source.layers]
+            taken[target].append(source)
+            if rivals:
+                notes.append(f"looks like {target} as well: of {_plain(rivals[0].template)} or of this?")
+                target = _unknown_target(source)
             limit = f", only={_quoted(self.only[source.template])}" if source.template in self.only else ""
             if source.layers and not limit and len(source.layers) < self.n_layers:
                 note = f"in layers {_ranges(source.layers)} alone"
@@ -242,8 +265,7 @@ class _Draft:
         """A target's name, and what is to be checked about it."""
         ending = next((end for end in (".weight", ".bias") if source.template.endswith(end)), "")
         if source.tensor is None:
-            place = "blk.{i}." if "{i}" in source.template else ""
-            return f"{place}TODO.{source.template.replace('{i}.', '').replace('{e}.', '')}", "the target's name"
+            return _unknown_target(source), "the target's name"
         target = TENSOR_NAMES[source.tensor].replace("{bid}", "{i}")
         if not ending:
             return target + (".bias" if len(source.shapes[0]) == 1 else ".weight"), "is it .weight or .bias?"
@@ -271,6 +293,11 @@ class _Draft:
             for axis, (one, other) in self.axes.items():
                 yield f"        {_quoted(axis)}: ({_quoted(one)}, {_quoted(other)}),"
             yield "    },"
+
+
+def _unknown_target(source: _Source) -> str:
+    place = "blk.{i}." if "{i}" in source.template else ""
+    return f"{place}TODO.{source.template.replace('{i}.', '').replace('{e}.', '')}"
 
 
 def _quoted(text: str) -> str:

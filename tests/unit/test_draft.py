@@ -10,6 +10,7 @@ import pytest
 
 from streamconv import cli
 from streamconv.draft import draft
+from streamconv.errors import SourceError
 from streamconv.recipe import Model, Recipe, all_recipes, find_recipe
 from tests import cases, inmemory, tiny
 from tests.inmemory import bound
@@ -100,7 +101,47 @@ def test_names_that_gguf_does_not_know_get_a_place_and_a_mark(tmp_path: Path) ->
     }
     assert 'Dim("ranks")' in text and 'Dim("d_model")' in text
     assert text.count('Dim("TODO"),  # TODO what config.json calls ') == 3  # 3 layers, 11 tokens, 13 rows
+    assert 'Dim("TODO", 1),  # TODO the number of tokens' in text
     assert "# TODO in layers 2 alone" in text
+
+
+def test_the_embedding_tells_what_the_config_calls_otherwise(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (11, 6), "model.layers.0.mlp.up_proj.weight": (13, 6)}
+    text, model = drafted(checkpoint(tmp_path, shapes, {"n_words": 11, "d_model": 6, "n_layers": 1}))
+    assert '"V": Dim("n_words")' in text and '"H": Dim("d_model")' in text
+    assert '"F": Dim("TODO"),  # TODO what config.json calls 13' in text
+    written = model.keys()
+    assert {key.key: key.value for key in written} == {
+        "TODO.vocab_size": 11,
+        "TODO.block_count": 1,
+        "TODO.embedding_length": 6,
+        "TODO.feed_forward_length": 13,
+    }
+
+
+def test_two_names_of_one_meaning_are_marked(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (11, 6), "wte.weight": (11, 6)}
+    names = ("model.layers.{}.mlp.up_proj.weight", "h.{}.mlp.c_fc.weight")
+    shapes |= {name.format(i): (13, 6) for i in range(2) for name in names}
+    text, model = drafted(checkpoint(tmp_path, shapes, {"vocab_size": 11, "hidden_size": 6, "num_hidden_layers": 2}))
+    targets = [one.name for one in model.targets]
+    assert len(targets) == len(set(targets)) == 6
+    assert {"token_embd.weight", "TODO.wte.weight", "blk.0.ffn_up.weight", "blk.1.ffn_up.weight"} <= set(targets)
+    assert "# TODO looks like token_embd.weight as well: of model.embed_tokens.weight or of this?" in text
+    assert "# TODO looks like blk.{i}.ffn_up.weight as well: of h.{i}.mlp.c_fc.weight or of this?" in text
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.blocks.1.sub.2.weight", "x{i}.weight", "model.layers.0.a{b}.weight"])
+def test_a_name_that_no_recipe_can_say_is_marked(tmp_path: Path, name: str) -> None:
+    src = checkpoint(tmp_path, {"model.embed_tokens.weight": (11, 6), "model.layers.0.mlp.up_proj.weight": (13, 6)}, {})
+    raw, stored = inmemory.loaded(src)
+    recipe = executed(draft(src))
+    odd = checkpoint(tmp_path / "odd", {key: one.shape for key, one in stored.items()} | {name: (5, 3)}, {})
+    text = draft(odd)
+    assert "# TODO recipes have no words for a name like " in text
+    with pytest.raises(SourceError, match="unknown tensors: "):
+        bound(*inmemory.loaded(odd), executed(text))
+    assert bound(raw, stored, executed(text)).dims == bound(raw, stored, recipe).dims
 
 
 def test_shapes_that_differ_are_shown(tmp_path: Path) -> None:
