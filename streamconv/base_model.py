@@ -30,7 +30,10 @@ N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in ev
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, of mlx-lm
 
 # Tensors that llama.cpp's run time uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
-_IGNORED_TARGETS = {"_norm.weight": "a norm", "shortconv.conv.weight": "the convolution's kernel"}
+_IGNORED_TARGETS = {
+    "_norm.weight": "a norm, for which llama.cpp asks no adapter",
+    "shortconv.conv.weight": "a convolution, and LoRA of convolutions is not known here",
+}
 
 # MLX stacks the experts of a layer in one module (mlx-lm, models/switch_layers.py).
 _SWITCH = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\..+\.switch_mlp\.(gate_proj|up_proj|down_proj)")
@@ -139,7 +142,7 @@ def _no_matrix(row: Tensor) -> str:
     """Why a row of the recipe is nothing that a pair of factors could change; empty where it is."""
     for ending, what in _IGNORED_TARGETS.items():
         if row.target.endswith(ending):
-            return f"it is {what}, for which llama.cpp asks no adapter"
+            return f"it is {what}"
     return "" if len(parse_shape(row.shape)) == 2 and row.part is None else "it is no matrix"
 
 

@@ -43,6 +43,7 @@ KNOWN_KEYS = frozenset(
     )
 )
 
+MAX_KINDS_SHOWN = 12  # of modules, in one problem: more than a layer has
 MAX_PATTERN_LENGTH = 500
 MAX_CHOICES = 1 << 18  # of all patterns of a configuration, for one module: tens of milliseconds
 LONGEST_NAME, LONGEST_RUN = 64, 8  # of modules; of the same letter in one, or of digits
@@ -61,8 +62,13 @@ class Problem:
     def __str__(self) -> str:
         if not self.modules:
             return self.message
-        more = f" and {len(self.modules) - 1} more" if len(self.modules) > 1 else ""
-        return f"{self.modules[0]}{more}: {self.message}"
+        kinds: dict[str, list[str]] = {}  # each is named where the base lacks them
+        for module in self.modules:
+            kind = re.sub(r"\.\d+(?=\.)", ".*", module) if self.code == "no-module" else ""
+            kinds.setdefault(kind, []).append(module)
+        firsts = [f"{of[0]} and {len(of) - 1} more" if len(of) > 1 else of[0] for of in kinds.values()]
+        more = f" and {len(firsts) - MAX_KINDS_SHOWN} other kinds" if len(firsts) > MAX_KINDS_SHOWN else ""
+        return f"{', '.join(firsts[:MAX_KINDS_SHOWN])}{more}: {self.message}"
 
 
 @dataclass(slots=True)

@@ -71,13 +71,10 @@ def read_general(
     fallback = name or model_name(directory)
     with _quiet("metadata"):
         try:
-            for folder in (directory, *merged):
-                _check_size(folder / "README.md")
             # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
-            metadata = _load(directory, total if kind == "model" else -total)
-            if merged:
-                _make_fine_tune(metadata, [_load(folder, -1) for folder in merged])
-            metadata.name = name or metadata.name
+            metadata = _read_cards(directory, merged, total if kind == "model" else -total)
+            if name:
+                metadata.name, metadata.basename = name, None if merged else metadata.basename
             metadata.name = metadata.name or fallback
             metadata.size_label = metadata.size_label or label
             keys = tuple(_keys(metadata, arch))
@@ -89,6 +86,16 @@ def read_general(
     head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
     tail = (KeyValue.u32("general.quantization_version", GGML_QUANT_VERSION),)
     return General((*head, *keys, *tail), tuple(cautions), metadata)
+
+
+def _read_cards(directory: Path, merged: Sequence[Path], n_parameters: int) -> Any:
+    """gguf's metadata of what is in `directory`, with adapters merged into it. ValueError where a card is too large."""
+    for folder in (directory, *merged):
+        _check_size(folder / "README.md")
+    metadata = _load(directory, n_parameters)
+    if merged:
+        _make_fine_tune(metadata, [_load(folder, -1) for folder in merged])
+    return metadata
 
 
 def _check_size(card: Path) -> None:
@@ -127,7 +134,9 @@ def _make_fine_tune(metadata: Any, adapters: Sequence[Any]) -> None:
     for field in _OWN_FIELDS:
         setattr(metadata, field, None)
     metadata.base_models = [(cards[0] if cards else {}) | own]
-    metadata.name = " + ".join([str(own.get("name", "model")), *names])
+    base = str(own.get("name", "model"))
+    metadata.basename = metadata.basename or base
+    metadata.name = " + ".join([base, *names])
     metadata.finetune = " ".join(names)
 
 

@@ -137,5 +137,6 @@ def _non_finite(job: Job, tally: Mapping[str, codecs.Stats]) -> Iterator[Caution
     for step in job.steps:
         stats = tally.get(step.target)
         if stats is not None:
-            message = f"{stats.n_nan} NaN and {stats.n_inf} infinite values in the source"
+            where = "once the adapters are merged" if job.changed_by.get(step.target) else "in the source"
+            message = f"{stats.n_nan} NaN and {stats.n_inf} infinite values {where}"
             yield Caution("non-finite", message, step.target)

@@ -421,6 +421,24 @@ def test_magnitudes_without_dora_are_a_contradiction(llama: Path, tmp_path: Path
     )
 
 
+def test_infinities_of_a_merge_are_not_the_sources(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",), layers=(0,))
+    huge = weight(adapter, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight") * np.float32(1e30)
+    with_tensors(adapter, {"model.layers.0.self_attn.q_proj.lora_A.weight": huge})
+    report = streamconv.convert(llama, tmp_path / "merged.gguf", outtype="f32", adapters=[(adapter, 1e20)])
+    (caution,) = report.warnings
+    assert caution.tensor == "blk.0.attn_q.weight"
+    assert caution.message.endswith(" infinite values once the adapters are merged")
+
+
+def test_every_kind_of_module_that_the_base_lacks_is_named(llama: Path, tmp_path: Path) -> None:
+    base = tiny.lfm2(tmp_path / "base")
+    message = refusal(base, tmp_path, tiny.peft_adapter(tmp_path / "adapter", llama))
+    for name in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj"):
+        assert f"model.layers.0.{name} and 1 more" in message
+    assert "model.layers.0.self_attn.q_proj" in message  # in layers without attention
+
+
 @pytest.mark.parametrize(("alpha", "factor"), [(12, 1e39), (1e20, -1e20), (12, 1e308)])
 def test_a_scale_beyond_float32_is_refused(llama: Path, tmp_path: Path, alpha: float, factor: float) -> None:
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",), alpha=alpha)

@@ -10,7 +10,9 @@ import pytest
 
 import streamconv
 from streamconv.errors import UsageError
+from streamconv.graph import TensorSpec
 from streamconv.modelcard import MAX_CARD_NBYTES, MAX_FRONT_MATTER_NBYTES, General, read_general
+from streamconv.outtypes import BF16
 from tests import tiny
 
 
@@ -45,6 +47,26 @@ def test_a_card_that_cannot_be_read_is_a_warning_of_one_line(tmp_path: Path, car
     (caution,) = found.cautions
     assert caution.code == "model-card" and caution.message.isprintable()
     assert values(found)["general.name"] == tmp_path.name
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "stem"),
+    [
+        ("tiny-llama", None, "Tiny-Llama-0.01K-Sea-Shanties"),
+        ("LFM2-1.2B", None, "LFM2-0.01K-Sea-Shanties"),
+        ("tiny-llama", "Mine", "Mine-0.01K-Sea-Shanties"),
+    ],
+)
+def test_a_merged_model_is_named_by_its_base_and_adapter(
+    tmp_path: Path, base: str, name: str | None, stem: str
+) -> None:
+    folders = [tmp_path / base, tmp_path / "sea-shanties"]
+    for folder in folders:
+        folder.mkdir()
+    specs = [("token_embd.weight", TensorSpec((3, 2), BF16))]
+    found = read_general(folders[0], arch="lfm2", name=name, specs=specs, merged=folders[1:])
+    assert found.file_name("bf16") == f"{stem}-BF16.gguf"
+    assert values(found)["general.name"] == name or str(values(found)["general.name"]).endswith(" + Sea Shanties")
 
 
 def test_the_largest_front_matter_takes_little_memory(tmp_path: Path) -> None:
