@@ -40,8 +40,9 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 CHAT_TEMPLATE = "chat_template.jinja"
 COMPARED_NBYTES = 1 << 20  # at a time
 
-# Kinds of tensors (lora_file.py) that replace one of the base's, by the end of its name there.
-_REPLACING: Mapping[str, str] = {"weight": "weight", "norm": "weight", "bias": "bias"}
+# Kinds of tensors (lora_file.py) that replace one of the base's, with the end of its name there. What has no such end,
+# as stacked experts, is of an unknown kind until the base knows it.
+_REPLACING: Mapping[str, str] = {"weight": ".weight", "norm": ".weight", "bias": ".bias", "unknown": ""}
 # What rules out a GGUF adapter and not a merge; whether they can be merged is found here.
 _MERGEABLE = frozenset(("dora", *_REPLACING))
 _FROZEN = (".base_layer.weight", ".original_module.weight")
@@ -192,18 +193,21 @@ class _Merge:
         Of the former only an embedding or head matters whose vocabulary has grown: it is what factors are added to.
         """
         frozen, trained = _Weights(), _Weights()
+        strange: dict[str, list[str]] = defaultdict(list)
         for full_name, tensor in adapter.file.shard.tensors.items():
             role, module = parse_name(full_name)
             is_frozen = full_name.endswith(_FROZEN)
             if role not in _REPLACING and not is_frozen:
                 continue
-            name = self._stored_name(f"{module}.{_REPLACING.get(role, 'weight')}")
+            name = self._stored_name(module + _REPLACING.get(role, ".weight"))
             if name is None:
-                self._problem(adapter, "no-module", f"the base ({self.recipe.arch}) has no such {role}", module)
+                strange["tensor" if role == "unknown" else role].append(module)
             elif is_frozen and self._is_end(name) and tensor.shape != self._original(name).shape:
                 frozen[name] = module, tensor
             elif not is_frozen and (name not in trained or ".modules_to_save." in full_name):
                 trained[name] = module, tensor  # with a grown vocabulary PEFT saves trained ends under two names
+        for what, modules in strange.items():
+            self._problem(adapter, "no-module", f"the base ({self.recipe.arch}) has no such {what}", *modules)
         return {name: frozen[name] for name in frozen if name not in trained}, trained
 
     def _stored_name(self, name: str) -> str | None:

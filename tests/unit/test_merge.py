@@ -130,6 +130,23 @@ def test_whole_weights_and_biases_replace_the_bases(tmp_path: Path) -> None:
     assert np.array_equal(after.float64("output_norm.weight"), norm)
 
 
+def test_a_block_of_experts_that_was_trained_whole_replaces_the_bases(tmp_path: Path) -> None:
+    """As PEFT saves modules_to_save=["feed_forward"] of stacked experts: names without an end of their own."""
+    base = tiny.lfm2moe(tmp_path / "base", stacked=True, dtype="F32")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=("q_proj",))
+    block = "model.layers.1.feed_forward."
+    shapes = {"expert_bias": (6,), "experts.gate_up_proj": (6, 320, 64), "experts.down_proj": (6, 64, 160)}
+    trained = {name: tiny.noise(f"{name} trained", shape, 1.0) for name, shape in shapes.items()}
+    with_tensors(adapter, {block + name: values for name, values in trained.items()})
+    after = merged(base, tmp_path / "merged.gguf", adapter)
+    assert np.array_equal(after.float64("blk.1.exp_probs_b.bias"), trained["expert_bias"])
+    assert np.array_equal(after.float64("blk.1.ffn_down_exps.weight"), trained["experts.down_proj"])
+    assert np.array_equal(after.float64("blk.1.ffn_up_exps.weight"), trained["experts.gate_up_proj"][:, 160:])
+    assert np.array_equal(
+        after.float64("blk.2.ffn_down_exps.weight"), weight(base, "model.layers.2.feed_forward.experts.down_proj")
+    )
+
+
 def test_a_changed_head_of_a_tied_base_is_written_beside_the_embedding(tied: Path, tmp_path: Path) -> None:
     adapter = tiny.peft_adapter(tmp_path / "adapter", tied, targets=("lm_head",))
     after = merged(tied, tmp_path / "merged.gguf", adapter)
@@ -363,7 +380,7 @@ def test_dora_merges_alone(llama: Path, tmp_path: Path) -> None:
         ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 64)}, "trainable_token_indices"),
         ({"model.layers.0.mlp.up_proj.lora_diag": (8,)}, "KaSA"),
         ({"model.layers.0.mlp.up_proj.weight": (3, 64)}, "has shape [3, 64], the base's is [160, 64]"),
-        ({"something": (3, 64)}, "a tensor of no known kind"),
+        ({"something": (3, 64)}, "something: the base (llama) has no such tensor"),
     ],
 )
 def test_what_cannot_be_added_is_named(
