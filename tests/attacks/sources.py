@@ -244,13 +244,17 @@ CONFIGS: dict[str, Attack] = {
     "neither architectures nor model_type": lfm2(
         config(architectures=ABSENT, model_type=ABSENT), "a model without a name"
     ),
-    "layer_types of unknown words": _key("layer_types", ["convolution"] * 4, "the mixer of layer 0 is 'convolution'"),
-    "layer_types too short": _key("layer_types", ["conv"], "the mixer of 1 layers, of 4"),
+    "layer_types of unknown words": _key(
+        "layer_types", ["convolution"] * 4, "layer_types in config.json makes layer 0 'convolution'"
+    ),
+    "layer_types too short": _key("layer_types", ["conv"], "layer_types in config.json is of 1 layers"),
     "layer_types against the tensors": _key("layer_types", ["conv"] * 4, "layer"),
     "layer_types of numbers": _key("layer_types", [1, 2, 3, 4], "layer_types"),
-    "layer_types of 100,000 entries": _key("layer_types", ["conv"] * 100_000, "the mixer of 100000 layers, of 4"),
-    "full_attn_idxs out of range": lfm2(config(layer_types=None, full_attn_idxs=[2, 99]), ""),
-    "full_attn_idxs negative": lfm2(config(layer_types=None, full_attn_idxs=[-2]), "the mixer of layer 2"),
+    "layer_types of 100,000 entries": _key(
+        "layer_types", ["conv"] * 100_000, "layer_types in config.json is of 100000"
+    ),
+    "full_attn_idxs out of range": lfm2(config(layer_types=None, full_attn_idxs=[2, 99]), "layers from 0 to 3"),
+    "full_attn_idxs negative": lfm2(config(layer_types=None, full_attn_idxs=[-2]), "layers from 0 to 3"),
     "norm_eps 0": _key("norm_eps", 0, "norm_eps is 0"),
     "norm_eps negative": _key("norm_eps", -1e-5, "norm_eps is"),
     "norm_eps as a string": _key("norm_eps", "1e-5", "norm_eps is '1e-5'"),
@@ -353,8 +357,8 @@ TOKENIZERS: dict[str, Attack] = {
         "llama", e.tokenizer(lambda v: v["pre_tokenizer"].update(type="Whitespace")), "pre_tokenizer|pre-tokenizer|byte"
     ),
     "a pre-tokenizer that is a number": lfm2(
-        e.tokenizer(lambda v: v.update(pre_tokenizer=5)), ""
-    ),  # unknown, which the converter says
+        e.tokenizer(lambda v: v.update(pre_tokenizer=5)), "the pre-tokenizer is none that is known"
+    ),
     "an eos_token_id beyond the rows": lfm2(
         config("generation_config.json", eos_token_id=10**9), ""
     ),  # config.json's holds
