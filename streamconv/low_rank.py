@@ -26,6 +26,7 @@ from streamconv.graph import (
     RowBlocks,
     Source,
     TensorSpec,
+    Transpose,
     Widen,
     Workspace,
     peak_nbytes,
@@ -67,6 +68,20 @@ class Columns(Source):
                 first = number * self.spec.n_rows + rows.start
                 self.file.read_into(self.offset + first * kind.itemsize, run.view(np.uint8))
             out.view(kind).reshape(len(rows), -1)[:] = runs.T
+
+
+def by_rows(factor: LazyTensor) -> LazyTensor:
+    """A factor whose rows are read some at a time: of one that is stored transposed, without reading all of it."""
+    stored = factor.parents[0] if isinstance(factor, Transpose) else None
+    return Columns(stored) if isinstance(stored, Source) else factor
+
+
+def transposed(factor: LazyTensor) -> LazyTensor:
+    """The transpose of a factor, to be read some rows at a time."""
+    if isinstance(factor, Transpose):
+        return factor.parents[0]
+    assert isinstance(factor, Source)
+    return Columns(factor)
 
 
 class InPlace(LazyTensor):

@@ -11,14 +11,11 @@ changed head the embedding, so the model gets an `output.weight` of its own.
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from streamconv.adapter_specs import Adapter, AdapterSpec, open_adapters, parse_adapter
 from streamconv.base_model import N_EXPERTS, N_VOCAB, BaseModel
@@ -26,19 +23,17 @@ from streamconv.binding import Stored, bind
 from streamconv.checkpoint import Checkpoint, Shard, SourceTensor
 from streamconv.config import MAX_NUMBER
 from streamconv.errors import Caution, SourceError
-from streamconv.graph import LazyTensor, Source, Transpose, sources
+from streamconv.graph import LazyTensor, Transpose, sources
 from streamconv.lora import LoraModule, refuse_all, resolve
 from streamconv.lora_config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora_file import parse_name
-from streamconv.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
+from streamconv.low_rank import AddProduct, ColumnMagnitudes, RowMagnitudes, by_rows, matrix_of, transposed
 from streamconv.recipe import Config, Model, Tensor
+from streamconv.whole_weights import WholeWeight, has_tokenizer, left_out
 
 __all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_adapter"]
 
 EMBEDDING = "token_embd.weight"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-CHAT_TEMPLATE = "chat_template.jinja"
-COMPARED_NBYTES = 1 << 20  # at a time
 
 # Kinds of tensors (lora_file.py) that replace one of the base's, with the end of its name there. What has no such end,
 # as stacked experts, is of an unknown kind until the base knows it.
@@ -99,19 +94,6 @@ class _Made:
         return self.tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """A whole weight that stands in place of the base's: who brought it, and whether it was trained."""
-
-    adapter: Adapter
-    tensor: SourceTensor
-    is_trained: bool
-
-    def excludes(self, other: _Whole) -> bool:
-        """Whether the two cannot stand in one place: they can where both are the same frozen numbers."""
-        return self.is_trained or other.is_trained or not _are_equal(self.tensor, other.tensor)
-
-
 class _Merge:
     """One run of `merge`; exists to collect what was made of each stored tensor, by whom, and problems."""
 
@@ -121,7 +103,7 @@ class _Merge:
         self.stored: dict[str, Stored] = dict(checkpoint.tensors)
         self.embedding = next(row.source for row in self.recipe.tensors if row.target == EMBEDDING)
         self.made: dict[str, LazyTensor] = {}
-        self.wholes: dict[str, _Whole] = {}  # by stored name
+        self.wholes: dict[str, WholeWeight] = {}  # by stored name
         self.changed_by: dict[str, list[Adapter]] = defaultdict(list)  # by stored name
         self.problems: list[tuple[Adapter, Problem]] = []
         self.cautions: list[Caution] = []
@@ -174,7 +156,7 @@ class _Merge:
         for name, (module, tensor) in (*frozen.items(), *trained.items()):
             shape = self._original(name).shape
             expected = (self.n_vocab, *shape[1:]) if self._is_end(name) else shape
-            whole = _Whole(adapter, tensor, name in trained)
+            whole = WholeWeight(adapter, tensor, name in trained)
             other = self.wholes.setdefault(name, whole)
             if tensor.shape != expected:
                 shapes = f"has shape {list(tensor.shape)}, the base's is {list(expected)}"
@@ -305,9 +287,9 @@ class _Merge:
                 yield row.source.format(i=layer, e=e), matrix_of(module.b, e, n_out), matrix_of(module.a, e, rank)
         elif module.slot.is_embedding:
             right = module.b.parents[0] if isinstance(module.b, Transpose) else Transpose(module.b)
-            yield row.source, _columns(module.a), right
+            yield row.source, transposed(module.a), right
         else:
-            yield row.source.format(i=layer, e=expert), _rows(module.b), module.a
+            yield row.source.format(i=layer, e=expert), by_rows(module.b), module.a
 
     def _unstack(self, row: Tensor, layer: int) -> None:
         """See a layer's stacked experts one by one, as recipes know them as well."""
@@ -395,7 +377,7 @@ class _Merge:
         """The folder of the tokenizer: beside the adapter that brought or changed embedding or head, where it is."""
         taken = self.checkpoint.directory
         beside = [adapter.file.directory for adapter in self._ends_from()]
-        found = next((folder for folder in beside if any((folder / name).is_file() for name in TOKENIZERS)), None)
+        found = next(filter(has_tokenizer, beside), None)
         if found is not None:
             taken = found
         elif self.n_vocab != self.model.dims[N_VOCAB]:
@@ -405,42 +387,7 @@ class _Merge:
             )
             self._problem(next(self._ends_from()), "tokenizer", what)
         for adapter in self.adapters:
-            left = [name for name in (*TOKENIZERS, CHAT_TEMPLATE) if _differs(adapter.file.directory, taken, name)]
-            if left:
-                what = f"{adapter.file.directory / left[0]} was left out: {taken} has the tokenizer that is written"
+            if (file := left_out(adapter.file.directory, taken)) is not None:
+                what = f"{file} was left out: {taken} has the tokenizer that is written"
                 self.cautions.append(Caution("tokenizer-left-out", what))
         return taken
-
-
-def _differs(folder: Path, taken: Path, name: str) -> bool:
-    """Whether `folder` has a file `name` that is another one than in `taken`, or that is not there."""
-    ours, theirs = folder / name, taken / name
-    return ours.is_file() and not (theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False))
-
-
-def _are_equal(one: SourceTensor, other: SourceTensor) -> bool:
-    """Whether two stored tensors are the same bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    ours, theirs = np.empty((2, min(one.nbytes, COMPARED_NBYTES)), np.uint8)
-    for start in range(0, one.nbytes, COMPARED_NBYTES):
-        n = min(COMPARED_NBYTES, one.nbytes - start)
-        one.shard.read_into(one.offset + start, ours[:n])
-        other.shard.read_into(other.offset + start, theirs[:n])
-        if not np.array_equal(ours[:n], theirs[:n]):
-            return False
-    return True
-
-
-def _rows(factor: LazyTensor) -> LazyTensor:
-    """A factor whose rows are read some at a time: of one that is stored transposed, without reading all of it."""
-    stored = factor.parents[0] if isinstance(factor, Transpose) else None
-    return Columns(stored) if isinstance(stored, Source) else factor
-
-
-def _columns(factor: LazyTensor) -> LazyTensor:
-    """The transpose of a factor, to be read some rows at a time."""
-    if isinstance(factor, Transpose):
-        return factor.parents[0]
-    assert isinstance(factor, Source)
-    return Columns(factor)

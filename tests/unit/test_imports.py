@@ -38,6 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "compare",
         "run",
         "adapter_specs",
+        "whole_weights",
         "merge",
         "convert adapter inspect",
         "verify inspect_text modelfile",
