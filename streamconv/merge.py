@@ -29,7 +29,7 @@ from streamconv.lora_config import LoraConfig, MlxConfig, Problem, read_lora_con
 from streamconv.lora_file import parse_name
 from streamconv.low_rank import AddProduct, ColumnMagnitudes, RowMagnitudes, by_rows, matrix_of, transposed
 from streamconv.recipe import Config, Model, Tensor
-from streamconv.whole_weights import WholeWeight, has_tokenizer, left_out
+from streamconv.whole_weights import WholeWeight, has_tokenizer, left_out, one_by_one
 
 __all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_adapter"]
 
@@ -182,7 +182,9 @@ class _Merge:
             if role not in _REPLACING and not is_frozen:
                 continue
             name = self._stored_name(module + _REPLACING.get(role, ".weight"))
-            if name is None:
+            if name is None and (experts := dict(one_by_one(self.model, module, tensor))).keys() & self.stored.keys():
+                trained |= {one: (module, expert) for one, expert in experts.items()}
+            elif name is None:
                 strange["tensor" if role == "unknown" else role].append(module)
             elif is_frozen and self._is_end(name) and tensor.shape != self._original(name).shape:
                 frozen[name] = module, tensor

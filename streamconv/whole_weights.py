@@ -6,13 +6,16 @@ Owns: telling whether two of a kind are the same. Does not own: which of them a 
 from __future__ import annotations
 
 import filecmp
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from streamconv.adapter_specs import Adapter
+from streamconv.binding import extents, match_name
 from streamconv.checkpoint import SourceTensor
+from streamconv.recipe import Model
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -44,6 +47,25 @@ def _are_equal(one: SourceTensor, other: SourceTensor) -> bool:
         if not np.array_equal(ours[:n], theirs[:n]):
             return False
     return True
+
+
+def one_by_one(model: Model, name: str, stack: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
+    """Stacked experts as a checkpoint names and stores them that has them one by one; none of another tensor.
+
+    As transformers 5 holds experts, and PEFT saves those that were trained whole, whatever the checkpoint's way.
+    """
+    template, numbers = match_name(name)
+    alone = {row.target: row.source for row in model.recipe.tensors if "{e}" in row.source}
+    for row in model.recipe.tensors:
+        index, count = (row.part.index, row.part.count) if row.part else (0, 1)
+        if row.source != template or row.target not in alone or stack.shape != extents(row.shape, model.dims):
+            continue
+        n_experts, n_rows, n_columns = stack.shape
+        nbytes = stack.nbytes // (n_experts * count)
+        for e in range(n_experts):
+            offset = stack.offset + (e * count + index) * nbytes
+            expert = replace(stack, shape=(n_rows // count, n_columns), offset=offset, nbytes=nbytes)
+            yield alone[row.target].format(i=numbers[0], e=e), expert
 
 
 def has_tokenizer(folder: Path) -> bool:

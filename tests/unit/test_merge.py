@@ -130,10 +130,12 @@ def test_whole_weights_and_biases_replace_the_bases(tmp_path: Path) -> None:
     assert np.array_equal(after.float64("output_norm.weight"), norm)
 
 
-def test_a_block_of_experts_that_was_trained_whole_replaces_the_bases(tmp_path: Path) -> None:
-    """As PEFT saves modules_to_save=["feed_forward"] of stacked experts: names without an end of their own."""
-    base = tiny.lfm2moe(tmp_path / "base", stacked=True, dtype="F32")
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_block_of_experts_that_was_trained_whole_replaces_the_bases(tmp_path: Path, stacked: bool) -> None:
+    """As PEFT saves modules_to_save=["feed_forward"] with transformers 5: stacked, whatever the base's way."""
+    base = tiny.lfm2moe(tmp_path / "base", stacked=stacked, dtype="F32")
     adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=("q_proj",))
+    plain = merged(base, tmp_path / "plain.gguf")
     block = "model.layers.1.feed_forward."
     shapes = {"expert_bias": (6,), "experts.gate_up_proj": (6, 320, 64), "experts.down_proj": (6, 64, 160)}
     trained = {name: tiny.noise(f"{name} trained", shape, 1.0) for name, shape in shapes.items()}
@@ -141,10 +143,20 @@ def test_a_block_of_experts_that_was_trained_whole_replaces_the_bases(tmp_path: 
     after = merged(base, tmp_path / "merged.gguf", adapter)
     assert np.array_equal(after.float64("blk.1.exp_probs_b.bias"), trained["expert_bias"])
     assert np.array_equal(after.float64("blk.1.ffn_down_exps.weight"), trained["experts.down_proj"])
+    assert np.array_equal(after.float64("blk.1.ffn_gate_exps.weight"), trained["experts.gate_up_proj"][:, :160])
     assert np.array_equal(after.float64("blk.1.ffn_up_exps.weight"), trained["experts.gate_up_proj"][:, 160:])
-    assert np.array_equal(
-        after.float64("blk.2.ffn_down_exps.weight"), weight(base, "model.layers.2.feed_forward.experts.down_proj")
-    )
+    for name in ("blk.2.ffn_down_exps.weight", "blk.3.ffn_up_exps.weight"):
+        assert after.tensors[name].sha256 == plain.tensors[name].sha256
+
+
+@pytest.mark.parametrize("shape", [(5, 64, 160), (6, 64, 159), (64, 160)])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_block_of_other_experts_is_refused(tmp_path: Path, shape: tuple[int, ...], stacked: bool) -> None:
+    base = tiny.lfm2moe(tmp_path / "base", stacked=stacked)
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=("q_proj",))
+    with_tensors(adapter, {"model.layers.1.feed_forward.experts.down_proj": tiny.noise("down", shape, 1.0)})
+    message = refusal(base, tmp_path, adapter)
+    assert "model.layers.1.feed_forward.experts.down_proj: " in message
 
 
 def test_a_changed_head_of_a_tied_base_is_written_beside_the_embedding(tied: Path, tmp_path: Path) -> None:
