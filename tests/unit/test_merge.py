@@ -436,8 +436,8 @@ def test_every_adapter_and_a_half_grown_vocabulary_are_told_at_once(tmp_path: Pa
     second = edited(grown(base, tmp_path / "second", "lm_head"), r=6)
     message = refusal(base, tmp_path, first, second)
     assert message.startswith(f"{first}: cannot be merged: ")
-    assert "adapter_config.json gives it 7; and of " in message
-    later = message.partition(f"; and of {second}: ")[2]
+    assert "adapter_config.json gives it 7; and " in message
+    later = message.partition(f"; and {second}: cannot be merged: ")[2]
     assert "adapter_config.json gives it 6" in later
     assert "has no model.embed_tokens.weight of that size: save both" in later
     assert "no tokenizer beside the adapter" in later
