@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from streamconv.cli.output import say
+from streamconv.cli.output import say, tell
 from streamconv.cli.parser import build_parser
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError
 
@@ -30,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     hint = RESUME if RESUMED & set(arguments[:1]) else None
+    _keep_standard_streams()
     _print_any_character()
     try:
         with _signals(hint):
-            parser = build_parser()
+            parser = build_parser(arguments[:1])
             if "_ARGCOMPLETE" in os.environ:
                 from argcomplete import autocomplete
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:
-    print(f"streamconv: {error}", file=sys.stderr)
+    tell(f"streamconv: {error}")
     if as_json:
         from streamconv.report import error_to_json
 
@@ -73,6 +74,13 @@ def _leave_pipe() -> int:
     """Nobody reads on: what is still in the buffer goes nowhere, without a word."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
+
+
+def _keep_standard_streams() -> None:
+    """A closed stdin, stdout or stderr leads nowhere from now on: no file of ours may come to have its number."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 def _print_any_character() -> None:

@@ -7,12 +7,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from streamconv.cli.options import add_command, add_verbose, positive
-from streamconv.cli.output import say
+from streamconv.cli.output import say, tell
 from streamconv.errors import StreamconvError, UsageError
 
 if TYPE_CHECKING:
@@ -143,16 +143,9 @@ def _print_table(results: Sequence[JobResult]) -> None:
     for result in results:
         what = _outcome(result)
         line = f"{result.status:<9}  {result.exit_code:>3}  {result.job.name:<{width}}  {what}"
-        _tell(line.rstrip())
+        tell(line.rstrip())
     counts = Counter(result.status for result in results)
-    _tell(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs")
-
-
-def _tell(line: str) -> None:
-    """A line on stderr; the results are on stdout, whether or not this one can be written."""
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+    tell(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs")
 
 
 def _outcome(result: JobResult) -> str:

@@ -1,6 +1,7 @@
 """What people read of a run: the progress bar, the plan, the summary.
 
 Owns: lines for the terminal. Does not own: the facts (report.py), the JSON that scripts read (Report.to_json).
+Invariant: what stdout does not take is an error; what stderr does not take is lost, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final
 
 from streamconv.errors import DestinationError, printable
 
@@ -30,15 +31,47 @@ def say(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
         raise DestinationError(f"cannot be written: {error.strerror}", file="standard output") from None
 
 
+class _Stderr:
+    """Standard error as it is at the time: there or closed, on a disk with room or without."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            if sys.stderr is not None:
+                sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+        except (OSError, ValueError):
+            sys.stderr = None  # or else the interpreter tries again at its end, and exits with 120
+
+    def isatty(self) -> bool:
+        return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)  # tqdm asks for the terminal's width and encoding
+
+
+STDERR: Final = _Stderr()
+
+
+def tell(line: str) -> None:
+    """`line` on stderr, for people; nothing depends on whether it can be written."""
+    STDERR.write(line + "\n")
+    STDERR.flush()
+
+
 @contextmanager
 def progress_bar(options: argparse.Namespace) -> Iterator[Callable[[int, int], None] | None]:
     """A tqdm bar in bytes on stderr, where that is a terminal and nobody asked for quiet."""
-    if options.quiet or options.dry_run or not sys.stderr.isatty():
+    if options.quiet or options.dry_run or not STDERR.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=STDERR) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -51,7 +84,7 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
     """Warnings on stderr; then JSON, the plan of a dry run, or a summary."""
     for caution in report.warnings:
         where = f"{caution.tensor}: " if caution.tensor else ""
-        print(printable(f"streamconv: warning: {where}{caution.message}"), file=sys.stderr)
+        tell(printable(f"streamconv: warning: {where}{caution.message}"))
     if options.json:
         say(json.dumps(report.to_json()))
     elif report.plan is not None:

@@ -1,11 +1,13 @@
 """The whole command's parser, of which help, completion and docs/cli.md are made.
 
 Owns: the list of commands. Does not own: a command's options and run (the modules it comes from).
+Invariant: a command of our own is there only where it is the one that is called, so that no list of commands has it.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from streamconv import __version__
 from streamconv.cli import batch, convert, look
@@ -16,15 +18,18 @@ ADDED = (
     convert.add_lora,
     convert.add_verify,
     batch.add_batch,
-    batch.add_batch_job,
     look.add_inspect,
     look.add_architectures,
     look.add_draft,
 )
+OWN = {"batch-job": batch.add_batch_job}
 
 
-def build_parser() -> Parser:
-    """The parser; each command sets `run`, a function of the options that gives the exit code."""
+def build_parser(command: Sequence[str] = ()) -> Parser:
+    """The parser; each command sets `run`, a function of the options that gives the exit code.
+
+    command: the one that is called, where that is known.
+    """
     parser = Parser(
         prog="streamconv",
         description="Convert Hugging Face checkpoints and LoRA adapters to GGUF, streaming, in bounded memory.",
@@ -34,6 +39,6 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for add in ADDED:
+    for add in (*ADDED, *(OWN[name] for name in command if name in OWN)):
         add(commands)
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -50,9 +51,7 @@ def test_help_of_a_command_has_an_example(command: str) -> None:
 
 def test_every_option_is_explained_and_none_is_abbreviated() -> None:
     (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    for name, parser in commands.choices.items():
-        if name == "batch-job":
-            continue
+    for parser in commands.choices.values():
         assert not parser.allow_abbrev
         assert [action.dest for action in parser._actions if not action.help] == []
         assert {"-v", "--verbose"} <= set(parser._option_string_actions)
@@ -99,6 +98,62 @@ def test_a_full_disk_behind_stdout_is_an_error_of_ours(model: Path) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 5
     assert done.stderr == "streamconv: standard output: cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_stderr_that_takes_nothing_changes_nothing_else(tmp_path: Path, stderr: str) -> None:
+    source = tiny.lfm2(tmp_path / "src")
+    (tmp_path / "stale.gguf.part").touch()  # which there will be a warning of
+    (tmp_path / "j.toml").write_text('[[job]]\nsource = "src"\noutput = "b.gguf"\n')
+    for words, code, n_lines in (
+        (["convert", "nope"], 3, 0),
+        (["convert", "nope", "--json"], 3, 1),
+        (["convert", str(source), "-o", "stale.gguf"], 0, 2),
+        (["convert", str(source), "-o", "x.gguf", "--json"], 0, 1),
+        (["batch", "j.toml"], 0, 1),
+    ):
+        line = f"exec {sys.executable} -m streamconv {' '.join(words)} {stderr}"
+        env = os.environ | {"PYTHONPATH": str(Path(streamconv.__file__).parents[1])}
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True)
+        assert (done.returncode, done.stderr) == (code, b""), words
+        assert done.stdout.count(b"\n") == n_lines, done.stdout
+
+
+def test_a_terminal_that_goes_away_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Gone:
+        closed, encoding = False, "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            return 2
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def flush(self) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    (tmp_path / "m.gguf.part").touch()
+    assert cli.main(["convert", str(tiny.llama(tmp_path / "src")), "-o", str(tmp_path / "m.gguf")]) == 0
+    assert capsys.readouterr().out.startswith("wrote ")
+
+
+def test_no_file_gets_the_number_of_a_closed_standard_stream() -> None:
+    code = "import os; from streamconv.cli import main; main(['architectures']); print(os.open('/', os.O_RDONLY) > 2)"
+    line = f'exec {sys.executable} -c "{code}" <&- 2>&-'
+    done = subprocess.run(["bash", "-c", line], capture_output=True)
+    assert done.stdout.endswith(b"\nTrue\n")
+
+
+def test_an_unknown_command_is_told_of_those_that_people_use() -> None:
+    message = run("foo").stderr.decode()
+    assert "convert" in message
+    assert "batch-job" not in message
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
