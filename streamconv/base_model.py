@@ -21,7 +21,7 @@ from streamconv.gguf_reader import GGUFKey, Span, refuse
 from streamconv.gguf_set import GGUFSet
 from streamconv.lora_config import Problem
 from streamconv.recipe import Key, Model, PerLayer, Recipe, Tensor, all_recipes, find_recipe, recipe_of
-from streamconv.sources import find_source
+from streamconv.sources import find_source, source_failures
 from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
@@ -151,6 +151,7 @@ def _extent(factors: Sequence[str], dims: Mapping[str, int]) -> int | None:
     return None if found is None else found[0]
 
 
+@source_failures()
 def open_base(path: Path, max_header_nbytes: int) -> BaseModel:
     """The base at `path`: a GGUF file, or the first of a split, or a folder with a config.json.
 

@@ -28,6 +28,7 @@ from streamconv.cursor import PositionedFile
 from streamconv.errors import BudgetError, SourceError
 from streamconv.graph import Source, TensorSpec
 from streamconv.memory import MIB, resident_nbytes
+from streamconv.sources import source_failures
 from streamconv.strict_json import OBJECT_NBYTES_PER_BYTE, load_object, load_object_if_present, parse_object
 
 MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
@@ -185,6 +186,7 @@ class Checkpoint:
     tensors: Mapping[str, SourceTensor] = field(repr=False)
 
     @classmethod
+    @source_failures()
     def open(cls, src: Path, *, max_header_nbytes: int = MAX_HEADER_NBYTES * HEADER_OBJECT_NBYTES) -> Checkpoint:
         """The checkpoint in the directory `src`, or the single file `src` with its config.json beside it.
 

@@ -18,7 +18,7 @@ from streamconv.checkpoint import Shard, SourceTensor
 from streamconv.config import Config
 from streamconv.errors import SourceError
 from streamconv.lora_config import Problem
-from streamconv.sources import find_source
+from streamconv.sources import find_source, source_failures
 from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 
 CONFIG = "adapter_config.json"
@@ -82,6 +82,7 @@ class LoraFile:
     problems: list[Problem] = field(default_factory=list)
 
     @classmethod
+    @source_failures()
     def open(cls, path: Path, max_header_nbytes: int) -> Self:
         """The adapter in the folder `path`, or the one safetensors file `path` with its configuration beside it.
 

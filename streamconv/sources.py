@@ -6,23 +6,37 @@ Owns: finding the folder and the model's name. Does not own: reading it (checkpo
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamconv.errors import SourceError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _CONFIGS = ("config.json", "adapter_config.json")  # a checkpoint's, an adapter's
+_FILE_ENDINGS = frozenset({".gguf", ".safetensors"})  # of a mistyped file, and no repo
 _CACHE_ENTRY = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
+_REVISION = re.compile(rb"[\w-]{1,64}")
+_MAX_REF_NBYTES = 1024
 
 
+@contextmanager
+def source_failures() -> Iterator[None]:
+    """Every OSError inside, as of a folder that may not be searched, becomes a SourceError."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=error.filename) from None
+
+
+@source_failures()
 def find_source(source: str | Path) -> Path:
     """The path that `source` means: itself where it exists, or a repo id's snapshot in the local Hugging Face cache.
 
     SourceError where it could be a repo id and is not there; a repo id needs the `hub` extra.
     """
     path = Path(source)
-    if path.exists() or not is_repo_id(str(source)):
+    if path.exists() or not is_repo_id(str(source)) or path.suffix in _FILE_ENDINGS:
         return _snapshot(path)
     try:
         found = find_cached(str(source))
@@ -61,13 +75,22 @@ def is_repo_id(source: str) -> bool:
 def _snapshot(path: Path) -> Path:
     """The newest snapshot inside a cache entry (models--owner--name), any other path as it is."""
     if _CACHE_ENTRY.fullmatch(path.name) and (path / "snapshots").is_dir():
-        main = path / "refs" / "main"
-        if main.is_file() and (path / "snapshots" / main.read_text().strip()).is_dir():
-            return path / "snapshots" / main.read_text().strip()
+        if (main := _main_revision(path)) and (path / "snapshots" / main).is_dir():
+            return path / "snapshots" / main
         snapshots = sorted((path / "snapshots").iterdir(), key=lambda entry: entry.stat().st_mtime)
         if snapshots:
             return snapshots[-1]
     return path
+
+
+def _main_revision(entry: Path) -> str | None:
+    """The commit that refs/main names, None where it names none."""
+    main = entry / "refs" / "main"
+    if not main.is_file():
+        return None
+    with main.open("rb") as file:
+        text = file.read(_MAX_REF_NBYTES).strip()
+    return text.decode("ascii") if _REVISION.fullmatch(text) else None
 
 
 def model_name(path: Path) -> str:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import errno
+import os
+import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +119,74 @@ def test_without_the_extra_a_repo_id_says_what_it_needs(hub: Path, monkeypatch: 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SourceError, match=r'pip install "streamconv\[hub\]"'):
         streamconv.convert("owner/missing")
+
+
+@pytest.mark.parametrize("main", [b"\xff\xfe", b"../../../somewhere", b"a\0b", b"x" * 5000, b""])
+def test_a_cache_entry_whose_main_is_no_revision(snapshot: Path, main: bytes) -> None:
+    entry = snapshot.parents[1]
+    (entry / "refs" / "main").write_bytes(main)
+    assert find_source(entry) == snapshot
+
+
+@pytest.mark.parametrize("name", ["models/nope.gguf", "models/nope.safetensors"])
+def test_a_mistyped_file_is_no_repo_id(hub: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "models").mkdir()
+    assert find_source(name) == Path(name)
+    with pytest.raises(SourceError, match="no such") as caught:
+        streamconv.convert(name)
+    assert "Hugging Face" not in str(caught.value)
+
+
+WAYS: dict[str, Callable[[Path, Path, Path], object]] = {
+    "convert": lambda at, model, adapter: streamconv.convert(at),
+    "lora": lambda at, model, adapter: streamconv.convert_adapter(at, model),
+    "lora's base": lambda at, model, adapter: streamconv.convert_adapter(adapter, at),
+    "merge": lambda at, model, adapter: streamconv.convert(model, adapters=[str(at)]),
+    "inspect": lambda at, model, adapter: inspect(at),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_name_that_no_filesystem_takes(tmp_path: Path, way: str) -> None:
+    model = tiny.llama(tmp_path / "model")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", model)
+    with pytest.raises(SourceError, match="name too long"):
+        WAYS[way](tmp_path / ("n" * 300), model, adapter)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, is_closed: Callable[[Path], bool]) -> None:
+    """What a folder of somebody else is to all but root: nothing in it can be looked at."""
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any, **keywords: Any) -> Any:
+            if isinstance(path, str | Path) and is_closed(Path(path)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *rest, **keywords)
+
+        return call
+
+    monkeypatch.setattr(os, "stat", watched(os.stat))
+    monkeypatch.setattr(os, "open", watched(os.open))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_folder_that_may_not_be_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    model = tiny.llama(tmp_path / "model")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", model)
+    locked = shutil.copytree(adapter if way in ("lora", "merge") else model, tmp_path / "locked")
+    forbid(monkeypatch, lambda path: path.parent == locked)
+    with pytest.raises(SourceError, match="Permission denied"):
+        WAYS[way](locked, model, adapter)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "tokenizer.model"])
+def test_a_link_into_a_folder_that_may_not_be_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = tiny.llama(tmp_path / "model")
+    forbid(monkeypatch, lambda path: path == model / name)
+    with pytest.raises(SourceError, match=f"{name}: cannot be (read|opened): Permission denied"):
+        streamconv.convert(model, tmp_path / "x.gguf")
 
 
 def test_a_path_that_exists_is_no_repo_id(hub: Path, snapshot: Path, tmp_path: Path) -> None:
