@@ -16,6 +16,8 @@ from typing import Unpack
 from gguf.constants import GGUFValueType
 
 from streamconv.base_model import BaseModel, open_base
+from streamconv.cursor import noting_files
+from streamconv.destination import output_path
 from streamconv.dialects import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.errors import Caution, UsageError
 from streamconv.gguf_format import KeyValue, PackedArray
@@ -32,9 +34,11 @@ from streamconv.outtypes import choose_type
 from streamconv.plan import PlacedTensor
 from streamconv.report import Report
 from streamconv.run import run
+from streamconv.sources import source_failures
 from streamconv.split import make_parts
 
 
+@noting_files()
 def convert_adapter(
     adapter: str | Path,
     base: str | Path,
@@ -62,6 +66,7 @@ def convert_adapter(
         return run(plan_adapter(source, open_base(Path(base), room), dst, wanted, scale), options)
 
 
+@source_failures()
 def plan_adapter(
     source: LoraFile, base: BaseModel, dst: str | Path | None, wanted: OutputOptions, scale: float | None
 ) -> Job:
@@ -95,7 +100,7 @@ def _plan(
     tensors = [tensor for pair in folded.pairs for tensor in _tensors(pair, wanted.outtype)]
     types = sorted({tensor.type.name.lower() for tensor in tensors})
     outtype = wanted.outtype if wanted.outtype != "auto" else types[0] if len(types) == 1 else "mixed"
-    path = Path(dst) if dst is not None else Path(general.file_name(outtype, "LoRA"))
+    path = output_path(dst, general.file_name(outtype, "LoRA"))
     keys = [*general.keys, *_adapter_keys(folded.alpha, invocation_tokens), *base.keys]
     return Job(
         command="lora",
@@ -105,6 +110,7 @@ def _plan(
         dialect=LLAMA_CPP,
         outtype=outtype,
         shards=(source.shard,),
+        base=base.path,
         options={"outtype": wanted.outtype, "dialect": LLAMA_CPP, "base and scales": _digest(folded.pairs)},
         cautions=[*resolved.cautions, *general.cautions, *_switched_off(resolved.modules)],
     )
@@ -122,7 +128,7 @@ def _plan_legacy(
     legacy = legacy_adapter(base, resolved.modules, source.factors, source.config)
     general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
     tensors = [PlacedTensor(one.target, one.tensor, (one.source,), one.type) for one in legacy.tensors]
-    path = Path(dst) if dst is not None else Path(general.file_name("f16", "LoRA"))
+    path = output_path(dst, general.file_name("f16", "LoRA"))
     return Job(
         command="lora",
         keys=legacy.keys,
@@ -131,6 +137,7 @@ def _plan_legacy(
         dialect=OLLAMA_LEGACY,
         outtype="f16",
         shards=(source.shard,),
+        base=base.path,
         options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A"))},
         cautions=[*resolved.cautions, *legacy.cautions],
     )

@@ -12,6 +12,8 @@ from typing import Unpack
 
 from streamconv.binding import bind
 from streamconv.checkpoint import Checkpoint
+from streamconv.cursor import noting_files
+from streamconv.destination import output_path
 from streamconv.dialects import LLAMA_CPP, written_name
 from streamconv.gguf_format import KeyValue
 from streamconv.graph import sources
@@ -21,14 +23,15 @@ from streamconv.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.modelcard import read_general
 from streamconv.outtypes import FILE_TYPES, OUTTYPES, resolve_auto, type_of
 from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, too_small
-from streamconv.recipe import Config, find_recipe
+from streamconv.recipe import Config, Model, find_recipe
 from streamconv.report import Report
 from streamconv.run import run
-from streamconv.sources import find_source
+from streamconv.sources import find_source, source_failures
 from streamconv.split import SplitOptions, make_parts
 from streamconv.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 
 
+@noting_files()
 def convert(
     src: str | Path,
     dst: str | Path | None = None,
@@ -59,6 +62,7 @@ def convert(
         return run(plan_model(source, dst, wanted, limit, opened), options)
 
 
+@source_failures()
 def plan_model(
     checkpoint: Checkpoint,
     dst: str | Path | None,
@@ -73,15 +77,7 @@ def plan_model(
     outtype = wanted.outtype
     if outtype == "auto":
         outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
-    tensors = [
-        PlacedTensor(
-            written_name(target.name, wanted.dialect),
-            target.tensor,
-            tuple(source.name for source in sources(target.tensor)),
-            type_of(target.name, target.tensor, outtype),
-        )
-        for target in model.targets
-    ]
+    tensors = _place(model, wanted.dialect, outtype)
     general = read_general(
         checkpoint.directory,
         arch=model.recipe.arch,
@@ -92,11 +88,10 @@ def plan_model(
     vocabulary = _bounded_vocabulary(merged, wanted.pre, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", FILE_TYPES[OUTTYPES[outtype]])
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
-    path = Path(dst) if dst is not None else Path(general.file_name(outtype))
     return Job(
         command="convert",
         keys=keys,
-        parts=make_parts(path, keys, tensors, wanted.split),
+        parts=make_parts(output_path(dst, general.file_name(outtype)), keys, tensors, wanted.split),
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
         outtype=outtype,
@@ -105,6 +100,19 @@ def plan_model(
         cautions=[*model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
+
+
+def _place(model: Model, dialect: str, outtype: str) -> list[PlacedTensor]:
+    """The model's tensors under the names, and of the types, that the file will have."""
+    return [
+        PlacedTensor(
+            written_name(target.name, dialect),
+            target.tensor,
+            tuple(source.name for source in sources(target.tensor)),
+            type_of(target.name, target.tensor, outtype),
+        )
+        for target in model.targets
+    ]
 
 
 def _bounded_vocabulary(

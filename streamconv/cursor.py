@@ -1,8 +1,9 @@
 """A file of strangers read at positions, and forward through one small window.
 
-Owns: bounds of reads. Does not own: what the bytes mean (gguf_reader.py).
+Owns: bounds of reads, and which files were read, so that none of them is written over. Does not own: what the bytes
+mean (gguf_reader.py).
 Invariants: nothing is mapped, so a file that shrinks is an error of ours and never a SIGBUS; nothing is read or
-allocated for a length that the file does not have.
+allocated for a length that the file does not have; every file that a run reads is opened here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Self
@@ -22,6 +26,10 @@ from streamconv.errors import SourceError, SourceReadError
 WINDOW_NBYTES = 64 << 10
 
 Buffer = NDArray[np.uint8] | bytearray | memoryview  # one dimension of bytes
+
+FileId = tuple[int, int]  # device and inode: the same under every name
+
+_opened: ContextVar[dict[FileId, Path] | None] = ContextVar("opened", default=None)
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -41,6 +49,21 @@ class Identity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+@contextmanager
+def noting_files() -> Iterator[None]:
+    """Inside, `files_read` knows every file that was opened since the beginning, by whatever name."""
+    token = _opened.set({})
+    try:
+        yield
+    finally:
+        _opened.reset(token)
+
+
+def files_read() -> Mapping[FileId, Path]:
+    """The files that were opened so far inside `noting_files`; none outside of it."""
+    return dict(_opened.get() or {})
+
+
 class PositionedFile:
     """An open regular file, read at given positions, from any number of threads."""
 
@@ -57,6 +80,8 @@ class PositionedFile:
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise SourceError("is not a regular file", file=path)
+        if (opened := _opened.get()) is not None:
+            opened.setdefault((self.identity.device, self.identity.inode), path)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` from byte `offset` on. SourceError where the file ends first or the disk fails."""
@@ -94,6 +119,17 @@ class PositionedFile:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def read_start(path: Path, max_nbytes: int) -> bytearray:
+    """The file's bytes, as many of them as `max_nbytes`. SourceError where it cannot be read."""
+    file = PositionedFile(path)
+    try:
+        text = bytearray(min(file.nbytes, max_nbytes))
+        file.read_into(0, text)
+    finally:
+        file.close()
+    return text
 
 
 class Cursor:

@@ -1,8 +1,10 @@
 """Where an output will lie: what may be replaced, who is writing, whether there is room.
 
-Owns: the names of the output and its siblings, refusals before any work, the lock, the words for what the system says.
-Does not own: the content (sink.py), the journal's (journal.py).
-Invariant: nothing here changes an existing output, and a part file is touched only under its lock.
+Owns: the names of every file that a run writes and of their siblings, refusals before any work, the lock, the step to
+the final name, small files as a whole, the words for what the system says. Does not own: an output's content (sink.py),
+the journal's (journal.py).
+Invariant: no file that the run reads is ever written over; another existing file is replaced only where that is
+allowed, in one step, once the new one is complete; a part file is touched only under its lock.
 """
 
 from __future__ import annotations
@@ -11,19 +13,22 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from streamconv.directio import UNSUPPORTED, open_plain, reserve, unlink_own
+from streamconv.cursor import FileId
+from streamconv.directio import UNSUPPORTED, open_plain, rename_new, reserve, sync_directory, unlink_own, write_all
 from streamconv.errors import DestinationError
 
 _LOCK_ATTEMPTS = 100  # each lost to another run that finished or began at that very moment
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-_ELSEWHERE = "choose another place with -o"
+_ELSEWHERE = "choose another place"
 _WORDS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("no space left on its filesystem", "free some, then run it again with --resume"),
     errno.EDQUOT: ("the quota on its filesystem is used up", "free some, then run it again with --resume"),
@@ -36,7 +41,7 @@ _WORDS: dict[int, tuple[str, str]] = {
     errno.ENOTDIR: ("a part of its path is not a directory", _ELSEWHERE),
     errno.EISDIR: ("is a directory", "name a file in it"),
     errno.ELOOP: ("is a loop of symbolic links", _ELSEWHERE),
-    errno.ENAMETOOLONG: ("its name is too long to add .part.journal", "choose a shorter one with -o"),
+    errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
     errno.EMFILE: (
         "the limit on open files is too low for this many parts",
         "raise it with ulimit -n, or make larger parts",
@@ -47,7 +52,7 @@ _WORDS: dict[int, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The three names of one output: where it will be, and its siblings while it is made."""
+    """The three names of one file to write: where it will be, and its siblings while it is made."""
 
     path: Path
 
@@ -58,6 +63,10 @@ class Output:
     @property
     def journal(self) -> Path:
         return self.path.with_name(f"{self.path.name}.part.journal")
+
+    @property
+    def names(self) -> tuple[Path, Path, Path]:
+        return self.path, self.part, self.journal
 
     def refuse_existing(self) -> None:
         if os.path.lexists(self.path):
@@ -76,6 +85,24 @@ class Part:
     def status(self) -> os.stat_result:
         return os.fstat(self.fd)
 
+    def is_there(self) -> bool:
+        """Whether the name is still that of the open file."""
+        there = _status(self.path, follow_symlinks=False)
+        return there is not None and os.path.samestat(there, self.status())
+
+    def take_name(self, path: Path, *, replaces: bool) -> None:
+        """The part file becomes the file at `path`. OSError where there is one, unless `replaces`.
+
+        DestinationError where something else has the part file's name by now: that must not become it.
+        """
+        if not self.is_there():
+            raise DestinationError("was removed or replaced by something else while it was written", file=self.path)
+        if replaces:
+            self.path.replace(path)
+        else:
+            rename_new(self.path, path)
+        sync_directory(path.parent)
+
     def remove(self) -> None:
         """The name goes, if it is still ours; the lock stays until `close`."""
         unlink_own(self.path, self.fd)
@@ -89,7 +116,9 @@ class Part:
 def failure(exc: OSError, path: Path) -> DestinationError:
     """What the system said, in our words; `path` where it did not say of which file."""
     words, hint = _WORDS.get(exc.errno or 0, (exc.strerror or str(exc), None))
-    return DestinationError(words, file=exc.filename or path, hint=hint)
+    # The system names an open file by its number, and of a missing folder the first file that was to lie in it.
+    is_told = isinstance(exc.filename, str | Path) and exc.errno != errno.ENOENT
+    return DestinationError(words, file=exc.filename if is_told else path, hint=hint)
 
 
 @contextmanager
@@ -101,15 +130,33 @@ def failures(path: Path) -> Iterator[None]:
         raise failure(exc, path) from exc
 
 
-def resolve(dst: Path, sources: Iterable[Path]) -> Output:
+def output_path(dst: str | Path | None, default: str) -> Path:
+    """What a caller named as the output; `default`, in the current directory, where that is nothing."""
+    if isinstance(dst, str) and dst.endswith(os.sep):  # which Path would drop
+        raise failure(IsADirectoryError(errno.EISDIR, ""), Path(dst))
+    return Path(default if dst is None else dst)
+
+
+def claim(paths: Sequence[Path], sources: Mapping[FileId, Path]) -> list[Output]:
+    """The names for every file that one run writes. DestinationError where two of them are the same; as `resolve`."""
+    outputs = [resolve(path, sources) for path in paths]
+    for name, count in Counter(name for output in outputs for name in output.names).items():
+        if count > 1:
+            raise DestinationError("would be written twice", file=name, hint=_ELSEWHERE)
+    return outputs
+
+
+def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) -> Output:
     """The names for `dst`. A symbolic link is followed: what it points to is what will be replaced.
 
-    Raises DestinationError where `dst` could never be written: a directory, a pipe, a device, one of `sources`.
+    Raises DestinationError where `dst` could never be written: a directory, a pipe, a device, one of `sources`; or
+    where something else than an unfinished output has one of its names.
     """
     try:
         found = _status(dst)
         output = Output(Path(os.path.realpath(dst)))
-        taken = [status for path in (output.path, output.part, output.journal) if (status := _status(path))]
+        taken = [status for path in output.names if (status := _status(path))]
+        siblings = {path: status for path in output.names[1:] if (status := _status(path, follow_symlinks=False))}
     except OSError as exc:
         raise failure(exc, dst) from None
     except ValueError as exc:  # a NUL, or characters that the system's encoding lacks
@@ -120,10 +167,31 @@ def resolve(dst: Path, sources: Iterable[Path]) -> Output:
         raise DestinationError(
             "is a pipe or a device", file=dst, hint="the output is not written in order: name a file"
         )
-    for source in sources:
-        if (status := _status(source)) and any(os.path.samestat(status, other) for other in taken):
+    for status in taken:
+        if (source := sources.get((status.st_dev, status.st_ino))) is not None:
             raise DestinationError(f"is a file of the source, or would be written over one: {source}", file=dst)
+    for path, status in siblings.items():
+        _check_sibling(path, status)
     return output
+
+
+def write_text(output: Output, text: str, *, replaces: bool) -> None:
+    """`text` in a small file: all of it or, where this fails, what was there before.
+
+    Raises DestinationError; also where there is a file with other text, unless `replaces`.
+    """
+    data = text.encode()
+    with failures(output.path), suppress(FileNotFoundError):
+        if output.path.stat().st_size == len(data) and output.path.read_bytes() == data:
+            return  # written by the run that this one resumes
+    with failures(output.path), ExitStack() as stack:
+        part = lock_part(output.part)
+        stack.callback(part.close)
+        stack.callback(part.remove)  # where it still has that name
+        os.ftruncate(part.fd, 0)
+        write_all(part.fd, memoryview(data), 0)
+        os.fsync(part.fd)
+        part.take_name(output.path, replaces=replaces)
 
 
 def lock_part(path: Path) -> Part:
@@ -135,7 +203,7 @@ def lock_part(path: Path) -> Part:
         try:
             part.is_locked = _lock(part.fd)
             # Whoever held the lock before may have renamed or removed the file that we opened.
-            if (there := _status(path, follow_symlinks=False)) and os.path.samestat(there, os.fstat(part.fd)):
+            if part.is_there():
                 return part
         except BlockingIOError:
             part.close()
@@ -149,6 +217,19 @@ def lock_part(path: Path) -> Part:
     raise DestinationError("another run is writing it", file=path, hint="wait for that one, or stop it")
 
 
+def check_room(outputs: Sequence[Output], sizes: Sequence[int]) -> None:
+    """DestinationError, with the numbers, where all of them together need more than their filesystem has.
+
+    What unfinished outputs take already, or have as finished ones, is not needed again.
+    """
+    with failures(outputs[0].path):
+        needed = sum(max(0, size - _held_nbytes(one)) for one, size in zip(outputs, sizes, strict=True))
+        volume = os.statvfs(outputs[0].path.parent)
+    available = (volume.f_bfree if os.geteuid() == 0 else volume.f_bavail) * volume.f_frsize
+    if volume.f_blocks > 0 and needed > available:
+        raise _too_little(needed, available, outputs[0].path)
+
+
 def reserve_space(fd: int, nbytes: int, path: Path) -> None:
     """Gives the open file its full size and, where the filesystem can, the disk space for it.
 
@@ -159,24 +240,38 @@ def reserve_space(fd: int, nbytes: int, path: Path) -> None:
     available = volume.f_bavail * volume.f_frsize
     is_known = volume.f_blocks > 0  # some network filesystems say nothing
 
-    def too_little() -> DestinationError:
-        return DestinationError(
-            f"needs {needed:,} bytes, and its filesystem has {available:,} free",
-            file=path,
-            hint=f"free some, or {_ELSEWHERE}",
-        )
-
     # Asking for more than there is would take all of it from everybody else until the refusal.
     if is_known and needed > volume.f_bfree * volume.f_frsize:
-        raise too_little()
+        raise _too_little(needed, available, path)
     try:
         is_reserved = reserve(fd, nbytes)
     except OSError as exc:
         if exc.errno in _NO_ROOM:
-            raise too_little() from None
+            raise _too_little(needed, available, path) from None
         raise
     if not is_reserved and is_known and needed > available:
-        raise too_little()
+        raise _too_little(needed, available, path)
+
+
+def _too_little(needed: int, available: int, path: Path) -> DestinationError:
+    return DestinationError(
+        f"needs {needed:,} bytes, and its filesystem has {available:,} free",
+        file=path,
+        hint=f"free some, or {_ELSEWHERE}",
+    )
+
+
+def _held_nbytes(output: Output) -> int:
+    """Disk space that an earlier run has taken for this output."""
+    if (part := _status(output.part, follow_symlinks=False)) is not None:
+        return part.st_blocks * 512
+    published = _status(output.path) if os.path.lexists(output.journal) else None
+    return published.st_size if published is not None else 0
+
+
+def _check_sibling(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise DestinationError("stands where the unfinished output would be", file=path, hint="move it away")
 
 
 def _open_part(path: Path) -> Part | None:
@@ -185,8 +280,7 @@ def _open_part(path: Path) -> Part | None:
         return Part(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True, is_locked=False)
     if (there := _status(path, follow_symlinks=False)) is None:
         return None
-    if not stat.S_ISREG(there.st_mode):
-        raise DestinationError("stands where the unfinished output would be", file=path, hint="move it away")
+    _check_sibling(path, there)
     with suppress(FileNotFoundError):
         return Part(path, open_plain(path, os.O_RDWR), is_new=False, is_locked=False)
     return None

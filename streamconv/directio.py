@@ -62,7 +62,7 @@ class ChunkFile:
             done = self._write_direct(rest[: len(rest) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT], offset)
             rest, offset = rest[done:], offset + done
         if rest:
-            _write_all(self.fd, rest, offset)
+            write_all(self.fd, rest, offset)
             self._write_behind(offset, len(rest))
 
     def sync_data(self) -> None:
@@ -108,6 +108,13 @@ class ChunkFile:
 def open_plain(path: Path, flags: int) -> int:
     """A descriptor of `path` that no child inherits. Never follows a symbolic link or waits for a FIFO's other end."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    """Writes all of `view` at `offset`, in however many calls the system takes it."""
+    done = 0
+    while done < len(view):
+        done += _accepted(os.pwrite(fd, view[done:], offset + done))
 
 
 def reserve(fd: int, nbytes: int) -> bool:
@@ -182,12 +189,6 @@ def _open_second(fd: int, path: Path) -> tuple[int, bool]:
         os.close(second_fd)
         raise OSError(errno.ESTALE, "was replaced by something else", os.fspath(path))
     return second_fd, is_direct
-
-
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += _accepted(os.pwrite(fd, view[done:], offset + done))
 
 
 def _accepted(nbytes: int) -> int:

@@ -8,7 +8,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -152,13 +151,6 @@ class Header:
     def __init__(self, pieces: Iterable[Buffer]) -> None:
         self.pieces = tuple(pieces)
         self.nbytes = sum(map(len, self.pieces))
-
-    def sha256(self) -> str:
-        """In hexadecimal, of all bytes."""
-        digest = hashlib.sha256()
-        for piece in self.pieces:
-            digest.update(piece)
-        return digest.hexdigest()
 
     def fill(self, out: NDArray[np.uint8], start: int) -> int:
         """How many bytes, from byte `start` of the header on, were put at the beginning of `out`."""

@@ -5,17 +5,20 @@ Owns: what `convert` and `convert_adapter` hand to `run` and to `verify`. Does n
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypedDict
 
 from streamconv.checkpoint import Shard
+from streamconv.cursor import FileId, files_read
 from streamconv.dialects import LLAMA_CPP, RENAMES
 from streamconv.errors import Caution, Interrupted, UsageError
-from streamconv.gguf_format import KeyValue
+from streamconv.gguf_format import Buffer, KeyValue, PackedArray
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import OUTTYPES
 from streamconv.plan import MAX_DEFAULT_WORKERS, Step
@@ -23,6 +26,7 @@ from streamconv.profile import Profile
 from streamconv.report import Output, Report, TypeTotal
 from streamconv.split import Part, SplitOptions
 
+_MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer ones are told apart by their digests
 FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
 
 
@@ -39,6 +43,7 @@ class RunKeywords(TypedDict, total=False):
     resume: bool
     dry_run: bool
     sha256: bool
+    modelfile: bool
     verify: bool
     progress: Callable[[int, int], None] | None
     cancel: Callable[[], bool] | None
@@ -55,6 +60,7 @@ class RunOptions:
     resume: bool = False
     dry_run: bool = False
     sha256: bool = False
+    modelfile: bool = False
     verify: bool = False
     progress: Callable[[int, int], None] | None = None
     cancel: Callable[[], bool] | None = None
@@ -101,7 +107,7 @@ class OutputOptions:
 
 @dataclass(slots=True)
 class Job:
-    """Everything that decides the bytes of one output, and what its report says."""
+    """Everything that decides the bytes of one output, and what its report says. Made once all of it was read."""
 
     command: str
     keys: Sequence[KeyValue]
@@ -113,6 +119,8 @@ class Job:
     options: Mapping[str, str]
     cautions: list[Caution] = field(default_factory=list)
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    base: Path | None = None  # of an adapter: the model it is for
+    sources: Mapping[FileId, Path] = field(default_factory=files_read)  # every file that was read, none to write over
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -122,7 +130,8 @@ class Job:
 
     def identity(self, part: Part) -> dict[str, str]:
         """What changes a part's bytes, item by item: a run resumes another only where all of it is the same."""
-        items = {"format": FORMAT_VERSION, "header": part.layout.header.sha256()}
+        items = {"format": FORMAT_VERSION, "header": _digest(str(_infos(part)).encode())}
+        items |= {f"key {entry.key}": _shown(entry) for entry in part.keys}
         items |= {f"option {name}": value for name, value in self.options.items()}
         items |= {f"source {shard.path.name}": shard.fingerprint for shard in self.shards}
         return items
@@ -144,3 +153,22 @@ class Job:
             outputs=[Output(part.path, part.layout.nbytes) for part in self.parts],
             warnings=list(self.cautions),
         )
+
+
+def _infos(part: Part) -> tuple[object, ...]:
+    """All that a header is made of, but for the keys' values."""
+    order = [(entry.key, int(entry.type)) for entry in part.keys]
+    steps = part.layout.steps
+    return order, [(step.target, step.tensor.spec.shape, int(step.tensor.spec.type), step.offset) for step in steps]
+
+
+def _shown(entry: KeyValue) -> str:
+    """A key's value, short enough for a journal and a message."""
+    if isinstance(entry.value, PackedArray):
+        return f"{int(entry.value.element)} {entry.value.length} {_digest(entry.value.payload)}"
+    text = str(entry.value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else _digest(text.encode())
+
+
+def _digest(data: Buffer) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamconv.directio import open_plain, reserve_beyond_end, sync_data, unlink_own
+from streamconv.directio import open_plain, reserve_beyond_end, sync_data, unlink_own, write_all
 
 VERSION = 1
 MAX_LINE_NBYTES = 16 << 20  # far above a header that names every shard of a large model
@@ -151,9 +151,7 @@ class Journal:
         payload = json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
         digest = _digest(self._digest, payload)
         line = memoryview(digest.hex().encode() + b" " + payload + b"\n")
-        done = 0
-        while done < len(line):
-            done += os.pwrite(self._fd, line[done:], self._end + done)
+        write_all(self._fd, line, self._end)
         sync_data(self._fd)
         self._end += len(line)
         self._digest = digest

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from streamconv.cursor import PositionedFile
-from streamconv.errors import DestinationError
 from streamconv.plan import Layout
 
 BUFFER_NBYTES = 1 << 20
@@ -61,8 +60,13 @@ def _blocks(file: PositionedFile, start: int, end: int) -> Iterator[memoryview]:
         yield part.data
 
 
-def write_manifest(dst: Path, layout: Layout, digests: Digests) -> Path:
-    """The manifest of the file at `dst`, written beside it in one step; shapes row-major, offsets from its start."""
+def manifest_path(dst: Path) -> Path:
+    """Beside the file at `dst`."""
+    return dst.with_name(f"{dst.name}.manifest.json")
+
+
+def manifest_text(dst: Path, layout: Layout, digests: Digests) -> str:
+    """The manifest of the file at `dst`; shapes row-major, offsets from its start."""
     tensors: list[dict[str, Any]] = [
         {
             "name": step.target,
@@ -75,11 +79,4 @@ def write_manifest(dst: Path, layout: Layout, digests: Digests) -> Path:
         for step in layout.steps
     ]
     record = {"schema": 1, "file": dst.name, "nbytes": layout.nbytes, "sha256": digests.whole, "tensors": tensors}
-    path = dst.with_name(f"{dst.name}.manifest.json")
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise DestinationError(f"the manifest cannot be written: {error.strerror}", file=path) from None
-    return path
+    return json.dumps(record, indent=1) + "\n"

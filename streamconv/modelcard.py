@@ -15,6 +15,7 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 
+from streamconv.cursor import read_start
 from streamconv.errors import Caution
 from streamconv.gguf_format import KeyValue, PackedArray
 from streamconv.graph import TensorSpec
@@ -102,8 +103,7 @@ def _check_size(card: Path) -> None:
     """ValueError where reading `card` would take more memory than the bound leaves for what nobody counts."""
     if not card.is_file():
         return
-    with card.open("rb") as file:
-        text = file.read(MAX_CARD_NBYTES + 1)
+    text = read_start(card, MAX_CARD_NBYTES + 1)
     if len(text) > MAX_CARD_NBYTES:
         raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES:,} bytes")
     lines = text[:MAX_FRONT_MATTER_NBYTES].decode("utf-8", "replace").splitlines()

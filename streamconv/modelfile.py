@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.destination import failures
-from streamconv.directio import rename_new
 from streamconv.errors import UsageError
 from streamconv.gguf_reader import Span
 from streamconv.gguf_set import GGUFSet
-from streamconv.sources import find_source
+from streamconv.split import Part
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -65,54 +64,54 @@ def modelfile_path(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.gguf')}.Modelfile")
 
 
-def check_base(base: str | Path) -> None:
-    """UsageError where `base` is no GGUF file, the only base that a Modelfile can name for an adapter."""
-    if not find_source(base).is_file():
+@dataclass(frozen=True, slots=True)
+class Modelfile:
+    """All of it is known before the output is written."""
+
+    path: Path
+    text: str
+
+
+def plan_modelfile(output: Part, base: Path | None = None) -> Modelfile:
+    """The Modelfile beside `output`, for the model in it, or for the adapter in it on `base`.
+
+    UsageError where Ollama could not take it: a part of a split, an adapter whose base is no GGUF file.
+    """
+    if output.is_of_split:
+        raise UsageError("--modelfile is for one file: Ollama imports no split ones")
+    if base is not None and not base.is_file():
         raise UsageError(
             "--modelfile needs the base's GGUF, to which Ollama applies the adapter",
             file=base,
             hint="convert the base first and give its GGUF as --base",
         )
-
-
-def write_modelfile(output: Path, base: str | Path | None = None, *, force: bool = False) -> Path:
-    """The Modelfile that was written beside `output`, for the model in it, or for the adapter in it on `base`.
-
-    DestinationError where there is one already, unless `force`.
-    """
-    path = modelfile_path(output)
-    part = path.with_name(f"{path.name}.part")
-    model = output if base is None else find_source(base)
-    with failures(path):
-        part.write_text(_text(path, model, None if base is None else output), encoding="utf-8")
-        try:
-            part.replace(path) if force else rename_new(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    return path
-
-
-def _text(path: Path, model: Path, adapter: Path | None) -> str:
-    lines = [f"# ollama create NAME -f {path.name}", f"FROM {_beside(model, path)}"]
-    if adapter is not None:
-        lines.append(f"ADAPTER {_beside(adapter, path)}")
-    prompt = find_prompt(_chat_template(model))
+    path = modelfile_path(output.path)
+    model = output.path if base is None else base
+    lines = [f"# ollama create NAME -f {shlex.quote(path.name)}", f"FROM {_beside(model, path)}"]
+    if base is not None:
+        lines.append(f"ADAPTER {_beside(output.path, path)}")
+    prompt = find_prompt(_own_template(output) if base is None else _template_of(base))
     if prompt is not None:
         lines.append(f'TEMPLATE """{prompt.template}"""')
         lines += [f'PARAMETER stop "{stop}"' for stop in prompt.stops]
-    return "\n".join(lines) + "\n"
+    return Modelfile(path, "\n".join(lines) + "\n")
 
 
 def _beside(target: Path, path: Path) -> str:
     """`target` as seen from the Modelfile, with the ./ or ../ by which Ollama knows a path from a model's name."""
-    seen = os.path.relpath(target, path.parent)
+    # Only between real folders does ../ lead from one to the other.
+    seen = os.path.relpath(Path(os.path.realpath(target.parent), target.name), os.path.realpath(path.parent))
     if not seen.isprintable():
         raise UsageError("a Modelfile cannot name this path", file=target)
     return seen if seen.startswith("..") else f"./{seen}"
 
 
-def _chat_template(model: Path) -> str:
-    with GGUFSet.open(model) as files:
+def _own_template(output: Part) -> str:
+    return next((str(entry.value) for entry in output.keys if entry.key == TEMPLATE_KEY), "")
+
+
+def _template_of(base: Path) -> str:
+    with GGUFSet.open(base) as files:
         key = files.keys.get(TEMPLATE_KEY)
         value = next(iter(key.value.first(1)), "") if key and isinstance(key.value, Span) else key.value if key else ""
     return value if isinstance(value, str) else ""

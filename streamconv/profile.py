@@ -1,21 +1,19 @@
 """Where a conversion's seconds and memory went: what `--profile FILE.json` writes.
 
-Owns: the timeline of resident memory, the seconds of each phase, and their JSON. Does not own: which places are timed.
+Owns: the timeline of resident memory, the seconds of each phase, and their JSON. Does not own: which places are timed,
+writing the file (destination.py).
 Invariant: a profile of any length costs bounded memory (the timeline thins itself out and keeps each interval's highest
 sample), and with profiling off a timed phase costs one method call and reads no clock.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, get_args
-
-from streamconv.errors import DestinationError
 
 SCHEMA: Final = 1
 Phase = Literal["read", "merge", "encode", "write", "wait"]
@@ -64,10 +62,12 @@ class Timeline:
 class Profile(Stopwatch):
     """Memory over time while the `with` block runs, and seconds by phase from any thread.
 
-    Phases are summed over threads, so together they may exceed the wall time.
+    Phases are summed over threads, so together they may exceed the wall time. `path` is where the caller will write
+    it: a run refuses one that must not be written over.
     """
 
-    def __init__(self, interval_seconds: float = 0.02) -> None:
+    def __init__(self, path: Path | None = None, *, interval_seconds: float = 0.02) -> None:
+        self.path = path
         self.timeline = Timeline(interval_seconds)
         self.wall_seconds = 0.0
         self._seconds = dict.fromkeys(PHASES, 0.0)
@@ -114,15 +114,6 @@ class Profile(Stopwatch):
                 "samples": [[round(seconds, 4), *memory] for seconds, memory in samples],
             },
         }
-
-    def write(self, path: Path) -> None:
-        """Write `as_json` to `path`. Raises DestinationError where that cannot be written."""
-        try:
-            path.write_text(json.dumps(self.as_json()) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise DestinationError(
-                f"the profile cannot be written: {error.strerror}", file=path, hint="give --profile another path"
-            ) from error
 
     def _add_sample(self) -> None:
         self.timeline.add(Sample(time.perf_counter() - self._started, read_memory()))

@@ -1,27 +1,68 @@
-"""A job becomes a sealed file: memory proof -> sink -> stream -> verify -> publish -> report.
+"""A job becomes a sealed file: memory proof -> places -> sinks -> stream -> verify -> publish -> report.
 
-Owns: the order of these. Does not own: what is written (job.py), how a file is made safe (sink.py).
+Owns: the order of these. Does not own: what is written (job.py), how a file is made safe (sink.py, destination.py).
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from streamconv import codecs
 from streamconv.compare import compare
 from streamconv.compare import prove_memory as prove_compare
+from streamconv.destination import Output as Place
+from streamconv.destination import check_room, claim, failures, write_text
 from streamconv.errors import Caution
 from streamconv.job import Job, RunOptions
-from streamconv.manifest import digest, write_manifest
+from streamconv.manifest import digest, manifest_path, manifest_text
 from streamconv.memory import resident_nbytes
+from streamconv.modelfile import Modelfile, plan_modelfile
 from streamconv.plan import MemoryProof, prove_memory
 from streamconv.profile import Stopwatch
 from streamconv.report import Output, PlannedTensor, Report
-from streamconv.sink import Sink
-from streamconv.split import Part
+from streamconv.sink import Sink, refuse_taken
 from streamconv.stream import state_of, stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Every file that a run writes, none of them a file that it reads. beside: the manifests, then the Modelfile."""
+
+    outputs: Sequence[Place]
+    beside: Sequence[Place]
+    modelfile: Modelfile | None
+
+    @classmethod
+    def claim(cls, job: Job, options: RunOptions) -> _Places:
+        modelfile = plan_modelfile(job.parts[0], job.base) if options.modelfile else None
+        outputs = [part.path for part in job.parts]
+        beside = [manifest_path(path) for path in outputs] if options.sha256 else []
+        beside += [modelfile.path] if modelfile else []
+        profile = [options.profile.path] if options.profile and options.profile.path else []
+        places = claim([*outputs, *beside, *profile], job.sources)
+        n, m = len(outputs), len(outputs) + len(beside)
+        for place in places[m:]:  # it is written by the caller, of a dry run, too
+            refuse_taken(place, force=options.force, resume=False)
+        return cls(places[:n], places[n:m], modelfile)
+
+    def refuse_taken(self, options: RunOptions) -> None:
+        """DestinationError where a file is there that must stay, before an unfinished one is touched."""
+        for place in self.outputs:
+            refuse_taken(place, force=options.force, resume=options.resume)
+        resumes = options.resume and any(os.path.lexists(place.journal) for place in self.outputs)
+        for place in () if resumes else self.beside:  # that run may have been stopped after it wrote them
+            refuse_taken(place, force=options.force, resume=False)
+
+    def in_the_way(self) -> Iterator[Caution]:
+        """What the run itself would refuse without --force."""
+        for place in (*self.outputs, *self.beside):
+            with failures(place.path):
+                if os.path.lexists(place.path):
+                    yield Caution("exists", f"{place.path} exists already: the run would refuse it without --force")
 
 
 def run(job: Job, options: RunOptions) -> Report:
@@ -35,64 +76,81 @@ def run(job: Job, options: RunOptions) -> Report:
     )
     if options.verify:
         prove_compare([step.tensor for step in job.steps], limit=options.limit_nbytes, threads=1)
+    places = _Places.claim(job, options)
     if options.dry_run:
         report.plan = list(_plan(job))
-        report.warnings += _in_the_way(job, options)
+        report.warnings += places.in_the_way() if not options.force else ()
         report.memory = _memory(proof)
     else:
-        _write(job, proof, options, report)
+        _write(job, places, proof, options, report)
     report.seconds = time.monotonic() - job.started
     report.peak_rss_nbytes = resident_nbytes()[1]
     return report
 
 
-def _write(job: Job, proof: MemoryProof, options: RunOptions, report: Report) -> None:
-    """Every part is complete, and verified, before the first gets its name; part 1 gets its name last."""
-    advance = _progress(job, options)
-    tally: dict[str, codecs.Stats] = {}
+def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, report: Report) -> None:
+    """Every part is complete, and verified, before the first gets its name; what lies beside them is written last.
+
+    The sinks are left after all of that: whenever the run is stopped, it can be resumed.
+    """
+    places.refuse_taken(options)
+    check_room(places.outputs, [part.layout.nbytes for part in job.parts])
     with ExitStack() as stack:
-        sinks = [stack.enter_context(_sink(job, part, options)) for part in job.parts]
-        for part, sink in zip(job.parts, sinks, strict=True):
-            report.resumed |= sink.resumed_nbytes > 0
-            report.warnings += sink.notes
-            counts = stream(
-                part.layout,
-                sink,
-                proof,
-                job.shards,
-                advance=advance,
-                cancelled=options.cancelled,
-                stopwatch=options.profile or Stopwatch(),
-            )
-            sink.complete(state_of(counts))
-            tally |= counts
+        sinks = [stack.enter_context(sink) for sink in _sinks(job, places, options)]
+        _stream(job, sinks, proof, options, report)
         if options.verify:
             paths = [sink.readable_path for sink in sinks]
             compare(job, paths, limit=proof.limit, threads=proof.workers, cancelled=options.cancelled)
             report.verified = True
-        digests = [digest(s.readable_path, p.layout) if options.sha256 else None
-                   for s, p in zip(sinks, job.parts, strict=True)]  # fmt: skip
-        for sink in (*sinks[1:], sinks[0]):
-            sink.publish()
-    for part, digests_of_part in zip(job.parts, digests, strict=True):
-        if digests_of_part is not None:
-            write_manifest(part.path, part.layout, digests_of_part)
+        digests = [digest(sink.readable_path, part.layout) if options.sha256 else None
+                   for sink, part in zip(sinks, job.parts, strict=True)]  # fmt: skip
+        _publish(sinks)
+        texts = [manifest_text(part.path, part.layout, found)
+                 for part, found in zip(job.parts, digests, strict=True) if found]  # fmt: skip
+        texts += [places.modelfile.text] if places.modelfile else []
+        for place, text in zip(places.beside, texts, strict=True):
+            write_text(place, text, replaces=options.force)
     report.outputs = [
         Output(part.path, part.layout.nbytes, found.whole if found else None)
         for part, found in zip(job.parts, digests, strict=True)
     ]
+
+
+def _sinks(job: Job, places: _Places, options: RunOptions) -> Iterator[Sink]:
+    for part, place in zip(job.parts, places.outputs, strict=True):
+        yield Sink.create(
+            place, part.layout.nbytes, identity=job.identity(part), force=options.force, resume=options.resume
+        )
+
+
+def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOptions, report: Report) -> None:
+    """Every part's bytes, complete under its other name; what was found in them, in the report."""
+    advance = _progress(job, options)
+    tally: dict[str, codecs.Stats] = {}
+    for part, sink in zip(job.parts, sinks, strict=True):
+        report.resumed |= sink.resumed_nbytes > 0
+        report.warnings += sink.notes
+        counts = stream(
+            part.layout,
+            sink,
+            proof,
+            job.shards,
+            advance=advance,
+            cancelled=options.cancelled,
+            stopwatch=options.profile or Stopwatch(),
+        )
+        sink.complete(state_of(counts))
+        tally |= counts
     report.warnings += _non_finite(job, tally)
 
 
-def _sink(job: Job, part: Part, options: RunOptions) -> Sink:
-    return Sink.create(
-        part.path,
-        part.layout.nbytes,
-        identity=job.identity(part),
-        sources=[shard.path for shard in job.shards],
-        force=options.force,
-        resume=options.resume,
-    )
+def _publish(sinks: Sequence[Sink]) -> None:
+    """Part 1 gets its name last, and an old one goes first: loaders take a set from there, so none takes a mixture."""
+    first, *others = sinks
+    if others:
+        first.withdraw_old()
+    for sink in (*others, first):
+        sink.publish()
 
 
 def _progress(job: Job, options: RunOptions) -> Callable[[int], None]:
@@ -107,13 +165,6 @@ def _progress(job: Job, options: RunOptions) -> Callable[[int], None]:
             options.progress(done, total)
 
     return advance
-
-
-def _in_the_way(job: Job, options: RunOptions) -> Iterator[Caution]:
-    """What the run itself would refuse: outputs that exist."""
-    for part in job.parts:
-        if part.path.exists() and not options.force:
-            yield Caution("exists", f"{part.path} exists already: the run would refuse it without --force")
 
 
 def _plan(job: Job) -> Iterator[PlannedTensor]:

@@ -3,8 +3,9 @@
 Owns: the order of steps that makes this hold at any moment, resuming, what stays behind after a failure. Does not own:
 the bytes (stream.py), system calls (directio.py), names and locks (destination.py), the journal's lines (journal.py).
 
-Invariant: whatever stops a run, the destination is the old file or the complete new one, and a journal never claims
-more than the disk holds. The order is all there is to it:
+Invariant: whatever stops a run, the destination is the old file or the complete new one (of a set: the old one, the
+complete new one, or one without its first part, which nothing loads), and a journal never claims more than the disk
+holds. The order is all there is to it:
 
     lock the part file > reserve its space > journal header          a power cut here: nothing to resume
     > chunks > sync them > journal record > ...                      a record follows the bytes that it speaks of
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Condition
@@ -29,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamconv import journal as journals
-from streamconv.destination import Output, Part, failures, lock_part, reserve_space, resolve
-from streamconv.directio import ChunkFile, rename_new, sync_directory
+from streamconv.destination import Output, Part, failures, lock_part, reserve_space
+from streamconv.directio import ChunkFile, sync_directory
 from streamconv.errors import Caution, DestinationError, Interrupted, SourceError, SourceReadError, StreamconvError
 from streamconv.journal import Contents, Header, Journal, Record, Stamp
 
@@ -74,30 +75,21 @@ class Sink:
 
     @classmethod
     def create(
-        cls,
-        dst: Path,
-        nbytes: int,
-        *,
-        identity: Mapping[str, str],
-        sources: Iterable[Path] = (),
-        force: bool = False,
-        resume: bool = False,
+        cls, output: Output, nbytes: int, *, identity: Mapping[str, str], force: bool = False, resume: bool = False
     ) -> Self:
-        """A sink for the `nbytes` of `dst`: its space is reserved, its journal begun or taken up.
+        """A sink for the `nbytes` of `output`: its space is reserved, its journal begun or taken up.
 
-        identity: every input and option that changes bytes, by name; a resumed run must have the same. sources: files
-        that must not be written over. force: an existing `dst` may be replaced. resume: go on with what an earlier run
-        left; without it, that is discarded with a note.
-        Raises DestinationError where `dst` cannot or must not be written, SourceError where `identity` is not that of
-        the run to resume; then all is as it was before.
+        identity: every input and option that changes bytes, by name; a resumed run must have the same. force: an
+        existing file may be replaced. resume: go on with what an earlier run left; without it, that is discarded with
+        a note.
+        Raises DestinationError where `output` cannot or must not be written, SourceError where `identity` is not that
+        of the run to resume; then all is as it was before.
         """
         if nbytes <= 0:
             raise ValueError("an output has at least one byte")
-        output = resolve(dst, sources)
         header = Header(nbytes, dict(identity))
         with failures(output.path), ExitStack() as undo:
-            if not force and not (resume and output.journal.exists()):
-                output.refuse_existing()
+            refuse_taken(output, force=force, resume=resume)
             part = _lock(output, undo)
             past = _find_past(output, header, part) if resume else None
             is_published = past is not None and _is_published(past, output)
@@ -106,10 +98,9 @@ class Sink:
             notes: tuple[Caution, ...] = ()
             if past is None:
                 part, notes = _start_anew(output, part, undo)
-            if not is_published:
+            if past is None or past.record.finished is None:  # a finished file has its space, and its stamp to keep
                 reserve_space(part.fd, nbytes, output.path)
-            if not part.is_locked:
-                notes += (Caution("no-lock", f"{output.path.parent} has no file locks: run one conversion at a time"),)
+            notes += _without_locks(part)
             journal = _open_journal(output, header, past, undo)
             record = Record() if past is None else past.record
             sink = cls(output, nbytes, part, journal, record, replaces=force, is_published=is_published, notes=notes)
@@ -194,12 +185,19 @@ class Sink:
         if self._is_published:
             return
         with failures(self._output.path):
-            if self._replaces:
-                self._output.part.replace(self._output.path)
-            else:
-                rename_new(self._output.part, self._output.path)
-            sync_directory(self._output.path.parent)
+            self._part.take_name(self._output.path, replaces=self._replaces)
         self._is_published = True
+
+    def withdraw_old(self) -> None:
+        """An old file that this one replaces goes first: of a set, no part of either may pass for the other's.
+
+        Raises DestinationError.
+        """
+        if self._is_published or not self._replaces:
+            return
+        with failures(self._output.path), suppress(FileNotFoundError):
+            self._output.path.unlink()
+            sync_directory(self._output.path.parent)
 
     def seal(self, state: Mapping[str, Any] | None = None) -> Path:
         """The destination, complete: `complete` and `publish`."""
@@ -261,6 +259,18 @@ class Coverage:
                 self._starts.pop(left + 1)
 
 
+def refuse_taken(output: Output, *, force: bool, resume: bool) -> None:
+    """DestinationError where there is a file that must stay; with a journal, `resume` may find that it is its own."""
+    if not force and not (resume and os.path.lexists(output.journal)):
+        output.refuse_existing()
+
+
+def _without_locks(part: Part) -> tuple[Caution, ...]:
+    if part.is_locked:
+        return ()
+    return (Caution("no-lock", f"{part.path.parent} has no file locks: run one conversion at a time"),)
+
+
 def _lock(output: Output, undo: ExitStack) -> Part:
     part = lock_part(output.part)
     undo.callback(part.close)
@@ -285,7 +295,9 @@ def _find_past(output: Output, header: Header, part: Part) -> Contents | None:
             file=part.path,
             hint="use what that one used, or leave out --resume to start anew",
         )
-    return past if part.status().st_size == header.nbytes else None
+    status, finished = part.status(), past.record.finished
+    is_its_own = status.st_size == header.nbytes and finished in (None, Stamp.of(status))
+    return past if is_its_own else None
 
 
 def _is_published(past: Contents, output: Output) -> bool:

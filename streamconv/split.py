@@ -18,7 +18,8 @@ from streamconv.gguf_format import KeyValue, tensor_nbytes
 from streamconv.gguf_set import part_name
 from streamconv.plan import Layout, PlacedTensor, make_layout
 
-MAX_COUNT = 65_535  # split.count is a uint16
+SPLIT_COUNT = "split.count"
+MAX_COUNT = 65_535  # it is a uint16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,12 @@ class Part:
 
     number: int
     path: Path
+    keys: Sequence[KeyValue]
     layout: Layout
+
+    @property
+    def is_of_split(self) -> bool:
+        return any(entry.key == SPLIT_COUNT for entry in self.keys)
 
 
 def make_parts(
@@ -64,19 +70,22 @@ def make_parts(
     if options.only_part is not None and options.only_part > count:
         raise UsageError(f"there is no part {options.only_part}: the output has {count}")
     if count == 1:
-        return (Part(1, dst, make_layout(keys, groups[0])),)
+        return (_part(1, dst, keys, groups[0]),)
     numbers = range(1, count + 1) if options.only_part is None else [options.only_part]
     stem = dst.name.removesuffix(".gguf")
     return tuple(
-        Part(
+        _part(
             number,
             dst.with_name(part_name(stem, number, count)),
-            make_layout(
-                [*(keys if number == 1 else ()), *_split_keys(number, count, len(tensors))], groups[number - 1]
-            ),
+            [*(keys if number == 1 else ()), *_split_keys(number, count, len(tensors))],
+            groups[number - 1],
         )
         for number in numbers
     )
+
+
+def _part(number: int, path: Path, keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> Part:
+    return Part(number, path, keys, make_layout(keys, tensors))
 
 
 def _groups(tensors: Sequence[PlacedTensor], options: SplitOptions) -> Iterator[list[PlacedTensor]]:
@@ -97,6 +106,6 @@ def _groups(tensors: Sequence[PlacedTensor], options: SplitOptions) -> Iterator[
 def _split_keys(number: int, count: int, n_tensors: int) -> tuple[KeyValue, ...]:
     return (
         KeyValue("split.no", GGUFValueType.UINT16, number - 1),
-        KeyValue("split.count", GGUFValueType.UINT16, count),
+        KeyValue(SPLIT_COUNT, GGUFValueType.UINT16, count),
         KeyValue.i32("split.tensors.count", n_tensors),
     )

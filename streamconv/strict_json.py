@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from streamconv.cursor import PositionedFile
+from streamconv.cursor import read_start
 from streamconv.errors import SourceError
 
 MAX_NBYTES = 64 << 20
@@ -40,13 +40,7 @@ def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MA
 
 def load_object(path: Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
     """The JSON object in the file at `path`; SourceError where that has more than `max_nbytes`."""
-    file = PositionedFile(path)
-    try:
-        text = bytearray(min(file.nbytes, max_nbytes + 1))
-        file.read_into(0, text)
-    finally:
-        file.close()
-    return parse_object(text, path, max_nbytes)
+    return parse_object(read_start(path, max_nbytes + 1), path, max_nbytes)
 
 
 def load_object_if_present(path: Path) -> dict[str, Any]:

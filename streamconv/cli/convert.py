@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +19,7 @@ from streamconv.cli.options import (
     add_run_options,
     add_split_options,
 )
-from streamconv.cli.output import progress_bar, say, show_report
-from streamconv.errors import DestinationError, UsageError, printable
+from streamconv.cli.output import progress_bar, say, show_report, tell_warnings
 
 if TYPE_CHECKING:
     from streamconv.job import RunKeywords
@@ -154,7 +151,6 @@ def _lora(options: argparse.Namespace) -> int:
             name=options.name,
             **keywords,
         ),
-        base=options.base,
     )
 
 
@@ -174,8 +170,7 @@ def _verify(options: argparse.Namespace) -> int:
         max_memory=None if options.max_memory is None else parse_size(options.max_memory),
         threads=options.threads,
     )
-    for caution in report.warnings:
-        print(printable(f"streamconv: warning: {caution.message}"), file=sys.stderr)
+    tell_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
     elif not options.quiet:
@@ -183,28 +178,15 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_modelfile(options: argparse.Namespace, base: Path | None) -> None:
-    """Whether there can be a Modelfile is known before anything is written."""
-    from streamconv.modelfile import check_base, modelfile_path
-
-    if base is not None:
-        check_base(base)
-    elif options.split_max_size or options.split_max_tensors:
-        raise UsageError("--modelfile is for one file: Ollama imports no split ones")
-    if options.output is not None and not options.force and os.path.lexists(modelfile_path(options.output)):
-        raise DestinationError("exists already", file=modelfile_path(options.output), hint="--force replaces it")
-
-
-def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report], base: Path | None = None) -> int:
-    """Do one conversion with the options that all of them share, and say what was done. base: an adapter's."""
+def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> int:
+    """Do one conversion with the options that all of them share, and say what was done."""
     from contextlib import nullcontext
 
+    from streamconv.destination import resolve, write_text
     from streamconv.memory import parse_size
     from streamconv.profile import Profile
 
-    if options.modelfile:
-        _check_modelfile(options, base)
-    profile = Profile() if options.profile else None
+    profile = Profile(options.profile) if options.profile else None
     with progress_bar(options) as progress, profile or nullcontext():
         report = work(
             {
@@ -214,16 +196,13 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report], bas
                 "resume": options.resume,
                 "dry_run": options.dry_run,
                 "sha256": options.sha256,
+                "modelfile": options.modelfile,
                 "verify": options.verify,
                 "progress": progress,
                 "profile": profile,
             }
         )
     if profile is not None:
-        profile.write(options.profile)
-    if options.modelfile and not options.dry_run:
-        from streamconv.modelfile import write_modelfile
-
-        write_modelfile(report.output, base, force=options.force)
+        write_text(resolve(options.profile), json.dumps(profile.as_json()) + "\n", replaces=options.force)
     show_report(report, options)
     return 0

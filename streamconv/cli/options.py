@@ -44,7 +44,7 @@ def add_output_options(
 ) -> None:
     """example: a default name of OUT; auto, dialect: what these options mean here; outtype: its default."""
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", metavar="OUT", type=Path, help=f"default: {example}, in this folder")
+    group.add_argument("-o", "--output", metavar="OUT", help=f"default: {example}, in this folder")
     group.add_argument("--outtype", choices=OUTTYPES, default=outtype, help=f"default: auto, {auto}")
     group.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help=dialect)
     group.add_argument("--name", metavar="NAME", help="the name in the file, general.name")

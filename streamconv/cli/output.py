@@ -82,15 +82,20 @@ def progress_bar(options: argparse.Namespace) -> Iterator[Callable[[int, int], N
 
 def show_report(report: Report, options: argparse.Namespace) -> None:
     """Warnings on stderr; then JSON, the plan of a dry run, or a summary."""
-    for caution in report.warnings:
-        where = f"{caution.tensor}: " if caution.tensor else ""
-        tell(printable(f"streamconv: warning: {where}{caution.message}"))
+    tell_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
     elif report.plan is not None:
         _say_plan(report)
     elif not options.quiet:
         _say_summary(report, options.verbose)
+
+
+def tell_warnings(report: Report) -> None:
+    """What to know of a result that is complete, a line each."""
+    for caution in report.warnings:
+        where = f"{caution.tensor}: " if caution.tensor else ""
+        tell(printable(f"streamconv: warning: {where}{caution.message}"))
 
 
 def _say_plan(report: Report) -> None:

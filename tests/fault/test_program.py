@@ -64,7 +64,8 @@ def test_killed_at_every_call(source: Path, tmp_path: Path, way: str) -> None:
     n_calls = count_calls(whole)
     assert n_calls > 40
     n_resumed = 0
-    numbers = range(1, n_calls + 1, 1 if way == "one file" else 3)
+    # Of the parts, every third call, and all of those that put them in each other's place.
+    numbers = [n for n in range(1, n_calls + 1) if way == "one file" or n % 3 == 0 or n > n_calls - 20]
     for number in numbers:
         program = Program(source, empty(tmp_path / str(number)) / "out.gguf", WAYS[way])
         program.put_old(set(expected.outputs))
@@ -206,6 +207,26 @@ def test_options_that_changed_before_resuming(source: Path, tmp_path: Path) -> N
     assert interrupted(program, 26, lambda: os.kill(os.getpid(), signal.SIGINT)) == 130
     assert interrupted(program, 10**6, kill_self, "--resume", "--outtype", "q8_0") == 3
     assert "outtype" in (tmp_path / "stderr").read_text()
+
+
+def test_what_changed_before_resuming_is_named(source: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(source, tmp_path / "copy")
+    program = Program(copy, empty(tmp_path / "out") / "out.gguf")
+    assert interrupted(program, 26, lambda: os.kill(os.getpid(), signal.SIGINT)) == 130
+    assert interrupted(program, 10**6, kill_self, "--resume", "--name", "Another") == 3
+    assert "general.name (was Copy, is Another)" in (tmp_path / "stderr").read_text()
+    for name, change, words in (
+        ("config.json", ("1000000.0", "500000.0"), "lfm2.rope.freq_base (was 1000000.0, is 500000.0)"),
+        ("tokenizer.json", ('"<|im_end|>"', '"<|im_enb|>"'), "tokenizer.ggml.tokens (changed)"),
+    ):
+        text = (copy / name).read_text()
+        assert change[0] in text
+        (copy / name).write_text(text.replace(*change))
+        assert interrupted(program, 10**6, kill_self, "--resume") == 3
+        assert words in (tmp_path / "stderr").read_text()
+        (copy / name).write_text(text)
+    program.run(resume=True)
+    assert not program.left_behind()
 
 
 def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamconv.destination import resolve
 from streamconv.errors import Caution
 from streamconv.scratch import aligned_buffer
 from streamconv.sink import Sink
@@ -54,7 +55,7 @@ class Trial:
         """Write the output, or what is missing of it."""
         data = self.expected
         identity = {"seed": str(self.seed)}
-        with Sink.create(self.dst, self.nbytes, identity=identity, force=self.force, resume=resume) as sink:
+        with Sink.create(resolve(self.dst), self.nbytes, identity=identity, force=self.force, resume=resume) as sink:
             self.notes, self.resumed_nbytes = sink.notes, sink.resumed_nbytes
             assert sink.resumed_state == (self.state(sink.resumed_nbytes) if sink.resumed_nbytes else {})
             step = self.chunks_per_record * CHUNK_NBYTES

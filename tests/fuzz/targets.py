@@ -16,6 +16,7 @@ from streamconv.batch import expand_splits
 from streamconv.binding import bind
 from streamconv.checkpoint import Checkpoint
 from streamconv.convert import convert
+from streamconv.destination import resolve
 from streamconv.draft import draft
 from streamconv.errors import SourceError, StreamconvError
 from streamconv.gguf_reader import Span
@@ -116,7 +117,7 @@ def check_journal(directory: Path) -> None:
     path.rename(part.with_name("out.gguf.part.journal"))
     with part.open("wb") as file:
         file.truncate(OUTPUT_NBYTES)
-    with Sink.create(dst, OUTPUT_NBYTES, identity={"seed": "7"}, resume=True) as sink:
+    with Sink.create(resolve(dst), OUTPUT_NBYTES, identity={"seed": "7"}, resume=True) as sink:
         assert 0 <= sink.resumed_nbytes <= OUTPUT_NBYTES
         raise SourceError("leave")
 

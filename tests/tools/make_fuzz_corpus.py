@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.convert import convert
+from streamconv.destination import resolve
 from streamconv.errors import DestinationError
 from streamconv.sink import Sink
 from tests import tiny
@@ -211,7 +212,7 @@ def _journal(scratch: Path) -> None:
 
     dst = scratch / "out.gguf"
     try:
-        with Sink.create(dst, OUTPUT_NBYTES, identity={"seed": "7"}) as sink:
+        with Sink.create(resolve(dst), OUTPUT_NBYTES, identity={"seed": "7"}) as sink:
             sink.write(0, np.zeros(4096, dtype=np.uint8))
             sink.record(4096, {"a": [1, 0]})
             raise DestinationError("leave it")

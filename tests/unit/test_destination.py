@@ -25,12 +25,12 @@ def test_a_link_leads_to_its_target(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(f"disk/{name}.gguf")
     (tmp_path / "disk" / "there.gguf").touch()
     for name in ("there", "dangling"):
-        assert resolve(tmp_path / name, []).path == tmp_path / "disk" / f"{name}.gguf"
+        assert resolve(tmp_path / name).path == tmp_path / "disk" / f"{name}.gguf"
 
 
 def test_a_relative_name_survives_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve(Path("out.gguf"), []).path == tmp_path / "out.gguf"
+    assert resolve(Path("out.gguf")).path == tmp_path / "out.gguf"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_can_never_be_written(tmp_path: Path, name: str, words: str) -> Non
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     with pytest.raises(DestinationError, match=words) as caught:
-        resolve(tmp_path / name, [])
+        resolve(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
 
@@ -59,11 +59,11 @@ def test_what_can_never_be_written(tmp_path: Path, name: str, words: str) -> Non
 def test_devices_and_standard_streams_are_refused() -> None:
     for path in ("/dev/null", "/dev/full"):
         with pytest.raises(DestinationError, match="is a pipe or a device"):
-            resolve(Path(path), [])
+            resolve(Path(path))
     reading, writing = os.pipe()
     try:
         with pytest.raises(DestinationError, match="is a pipe or a device"):
-            resolve(Path(f"/dev/fd/{writing}"), [])
+            resolve(Path(f"/dev/fd/{writing}"))
     finally:
         os.close(reading)
         os.close(writing)
@@ -79,7 +79,7 @@ def test_a_source_is_never_written_over(tmp_path: Path, name: str, way: str) -> 
     if way == "symbolic link":
         (tmp_path / name).symlink_to(source)
     with pytest.raises(DestinationError, match="file of the source"):
-        resolve(tmp_path / "out.gguf", [tmp_path / "missing", source])
+        resolve(tmp_path / "out.gguf", {(source.stat().st_dev, source.stat().st_ino): source})
 
 
 def test_another_run_has_the_lock(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_model_with_a_known_template(tmp_path: Path) -> None:
     out = tmp_path / "My Model.gguf"
     assert main(["convert", str(source), "-o", str(out), "--modelfile", "--quiet"]) == 0
     assert (tmp_path / "My Model.Modelfile").read_text() == (
-        "# ollama create NAME -f My Model.Modelfile\n"
+        "# ollama create NAME -f 'My Model.Modelfile'\n"
         "FROM ./My Model.gguf\n"
         f'TEMPLATE """{CHATML.template}"""\n'
         'PARAMETER stop "<|im_start|>"\n'

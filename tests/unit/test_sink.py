@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamconv.destination import resolve
 from streamconv.errors import DestinationError, Interrupted, InterruptedByTerm, SourceError, StreamconvError
 from streamconv.scratch import aligned_buffer
 from streamconv.sink import Coverage, Sink
@@ -37,7 +38,7 @@ def data() -> NDArray[np.uint8]:
 
 
 def create(dst: Path, *, force: bool = False, resume: bool = False, nbytes: int = NBYTES) -> Sink:
-    return Sink.create(dst, nbytes, identity=IDENTITY, force=force, resume=resume)
+    return Sink.create(resolve(dst), nbytes, identity=IDENTITY, force=force, resume=resume)
 
 
 def write(sink: Sink, data: NDArray[np.uint8], start: int, end: int) -> None:
@@ -187,13 +188,6 @@ def test_force_replaces_at_the_end(dst: Path, data: NDArray[np.uint8]) -> None:
         assert dst.read_bytes() == OLD
         sink.publish()
     assert dst.read_bytes() == data.tobytes()
-
-
-def test_force_does_not_replace_a_source(dst: Path) -> None:
-    dst.write_bytes(OLD)
-    with pytest.raises(DestinationError, match="file of the source"):
-        Sink.create(dst, NBYTES, identity=IDENTITY, sources=[dst], force=True)
-    assert (dst.read_bytes(), names(dst)) == (OLD, {"out.gguf"})
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path, dst: Path, data: NDArray[np.uint8]) -> None:
@@ -435,7 +429,7 @@ def test_another_conversion_is_not_resumed(dst: Path, data: NDArray[np.uint8]) -
     left = {name: (dst.parent / name).read_bytes() for name in names(dst)}
     other = {"option outtype": "q8_0", "source b.safetensors": "56 78 cd"}
     with pytest.raises(SourceError) as caught:
-        Sink.create(dst, NBYTES + 1, identity=other, resume=True)
+        Sink.create(resolve(dst), NBYTES + 1, identity=other, resume=True)
     for words in (
         "option outtype (was bf16, is q8_0)",
         "a.safetensors (removed)",
@@ -511,6 +505,81 @@ def test_a_run_killed_after_its_rename_is_done(dst: Path, data: NDArray[np.uint8
     assert names(dst) == {"out.gguf"}
 
 
+def test_a_finished_part_that_was_changed_is_begun_anew(dst: Path, data: NDArray[np.uint8]) -> None:
+    with pytest.raises(KeyboardInterrupt), create(dst) as sink:
+        write(sink, data, 0, NBYTES)
+        sink.complete()
+        raise KeyboardInterrupt
+    part = dst.with_name("out.gguf.part")
+    with part.open("r+b") as file:
+        file.seek(20000)
+        file.write(b"what")
+    with create(dst, resume=True) as sink:
+        assert (sink.resumed_nbytes, [note.code for note in sink.notes]) == (0, ["stale-part"])
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+
+
+def test_a_finished_part_is_published_as_often_as_it_takes(dst: Path, data: NDArray[np.uint8]) -> None:
+    """Taking it up changes nothing of it by which it is known."""
+    for attempt in range(3):
+        with pytest.raises(KeyboardInterrupt), create(dst, resume=attempt > 0) as sink:
+            assert sink.resumed_nbytes == (NBYTES if attempt else 0)
+            if not attempt:
+                write(sink, data, 0, NBYTES)
+                sink.complete()
+            raise KeyboardInterrupt
+    with create(dst, resume=True) as sink:
+        sink.seal()
+    assert dst.read_bytes() == data.tobytes()
+
+
+@pytest.mark.parametrize("way", ["removed", "replaced"])
+def test_only_the_file_that_was_written_becomes_the_destination(dst: Path, data: NDArray[np.uint8], way: str) -> None:
+    dst.write_bytes(OLD)
+    part = dst.with_name("out.gguf.part")
+    with (
+        pytest.raises(DestinationError, match="removed or replaced by something else"),
+        create(dst, force=True) as sink,
+    ):
+        write(sink, data, 0, NBYTES)
+        part.unlink()
+        if way == "replaced":
+            part.write_bytes(data[::-1].tobytes())
+        sink.seal()
+    assert dst.read_bytes() == OLD
+    assert part.exists() == (way == "replaced")
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("way", ["directory", "link"])
+def test_something_else_in_the_journal_s_place(tmp_path: Path, dst: Path, resume: bool, way: str) -> None:
+    journal = dst.with_name("out.gguf.part.journal")
+    if way == "directory":
+        journal.mkdir()
+    else:
+        journal.symlink_to("elsewhere")
+    with pytest.raises(DestinationError) as caught:
+        create(dst, resume=resume)
+    assert str(caught.value) == f"{journal}: stands where the unfinished output would be (move it away)"
+    assert names(dst) == {journal.name}
+
+
+def test_an_old_file_can_go_before_its_successor_comes(dst: Path, data: NDArray[np.uint8]) -> None:
+    dst.write_bytes(OLD)
+    with create(dst, force=True) as sink:
+        write(sink, data, 0, NBYTES)
+        sink.complete()
+        sink.withdraw_old()
+        assert not dst.exists()
+        sink.publish()
+        sink.withdraw_old()  # it is no old one now
+    assert dst.read_bytes() == data.tobytes()
+    with pytest.raises(DestinationError), create(dst) as sink:
+        raise AssertionError("without force there is nothing to withdraw")
+
+
 @pytest.mark.parametrize("change", ["content", "file", "identity"])
 def test_a_file_is_not_taken_for_the_one_that_was_renamed(dst: Path, data: NDArray[np.uint8], change: str) -> None:
     stop_after_rename(dst, data)
@@ -525,9 +594,9 @@ def test_a_file_is_not_taken_for_the_one_that_was_renamed(dst: Path, data: NDArr
             identity["option outtype"] = "f16"
     before = dst.read_bytes()
     with pytest.raises(DestinationError, match="exists already"):
-        Sink.create(dst, NBYTES, identity=identity, resume=True)
+        Sink.create(resolve(dst), NBYTES, identity=identity, resume=True)
     assert dst.read_bytes() == before
-    with Sink.create(dst, NBYTES, identity=identity, resume=True, force=True) as sink:
+    with Sink.create(resolve(dst), NBYTES, identity=identity, resume=True, force=True) as sink:
         assert sink.resumed_nbytes == 0
         write(sink, data, 0, NBYTES)
         sink.seal()
