@@ -19,6 +19,7 @@ import pytest
 
 import streamconv
 from streamconv import codecs, compare
+from streamconv import run as run_module
 from streamconv.adapter import convert_adapter
 from streamconv.cli import main
 from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
@@ -478,7 +479,7 @@ def test_compiled_kernels_have_no_part_in_it(source: Path, tmp_path: Path, monke
 
 def test_verify_before_the_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """convert --verify refuses a file that came out wrong, and leaves nothing of it."""
-    real = streamconv.convert.__globals__["run"].__globals__["stream"]
+    real = run_module.stream
 
     def spoiled(layout: Any, sink: Any, *arguments: Any, **keywords: Any) -> Any:
         tally = real(layout, sink, *arguments, **keywords)
@@ -488,7 +489,7 @@ def test_verify_before_the_name(source: Path, tmp_path: Path, monkeypatch: pytes
             file.write(b"\xaa")
         return tally
 
-    monkeypatch.setitem(streamconv.convert.__globals__["run"].__globals__, "stream", spoiled)
+    monkeypatch.setattr(run_module, "stream", spoiled)
     out = tmp_path / "out.gguf"
     assert main(["convert", str(source), "-o", str(out), "--verify", "--quiet"]) == 6
     assert list(tmp_path.iterdir()) == []
