@@ -1,7 +1,7 @@
 """A LoRA adapter becomes a GGUF adapter: open -> resolve on the base -> plan -> stream -> seal.
 
 Owns: which of an adapter's keys and tensors are written, and the one alpha that is right for all of them. Does not own:
-what the adapter is (lora.py), how Ollama once wrote it (ollama_lora.py), the run itself (job.py).
+what the adapter is (lora/resolve.py), how Ollama once wrote it (lora/ollama.py), the run itself (job.py).
 Invariant: with s = alpha / rank, as llama.cpp's run time computes it, s * lora_b @ lora_a is the trained change of the
 base's tensor, in that tensor's own order of rows.
 """
@@ -15,21 +15,21 @@ from typing import Unpack
 
 from gguf.constants import GGUFValueType
 
-from streamconv.base_model import BaseModel, open_base
 from streamconv.cursor import noting_files
-from streamconv.destination import output_path
 from streamconv.dialects import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.errors import Caution, UsageError
-from streamconv.gguf_format import KeyValue, PackedArray
+from streamconv.gguf_file.format import KeyValue, PackedArray
 from streamconv.graph import sources
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
-from streamconv.lora import LoraModule, Resolved, refuse, resolve
-from streamconv.lora_config import read_lora_config
-from streamconv.lora_file import LoraFile
-from streamconv.lora_fold import MAX_SCALE, Pair, fold
+from streamconv.lora.base_model import BaseModel, open_base
+from streamconv.lora.config import read_lora_config
+from streamconv.lora.file import LoraFile
+from streamconv.lora.fold import MAX_SCALE, Pair, fold
+from streamconv.lora.ollama import legacy_adapter, legacy_problems
+from streamconv.lora.resolve import LoraModule, Resolved, refuse, resolve
 from streamconv.memory import headroom_nbytes
 from streamconv.modelcard import read_general
-from streamconv.ollama_lora import legacy_adapter, legacy_problems
+from streamconv.output.destination import output_path
 from streamconv.outtypes import choose_type
 from streamconv.plan import PlacedTensor
 from streamconv.report import Report

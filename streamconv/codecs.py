@@ -24,7 +24,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv import kernels
-from streamconv.gguf_format import row_nbytes
+from streamconv.gguf_file.format import row_nbytes
 from streamconv.kernels import F16, FLOATS
 from streamconv.scratch import Scratch, padded_nbytes
 

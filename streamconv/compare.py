@@ -1,7 +1,7 @@
 """A GGUF file beside what its source says: every tensor is made again and compared, row by row, in bounded memory.
 
 Owns: the comparison. Does not own: what the tensors should be (a Job says that, as for writing), which keys matter
-(compare_keys.py), how a stranger's file is read (gguf_reader.py). Any tool's file is taken: tensors are matched by
+(compare_keys.py), how a stranger's file is read (gguf_file/reader.py). Any tool's file is taken: tensors are matched by
 name, in any order, each in the type it has.
 Invariant: the reference is the general path: numpy's kernels even where a compiled one was built, whole slabs of rows
 instead of chunks, and none of the writer's code.
@@ -24,7 +24,7 @@ from streamconv import codecs
 from streamconv.compare_keys import compare_keys
 from streamconv.dialects import RENAMES
 from streamconv.errors import Caution, VerifyError
-from streamconv.gguf_reader import GGUFFile, StoredTensor, refuse
+from streamconv.gguf_file.reader import GGUFFile, StoredTensor, refuse
 from streamconv.graph import Encode, Workspace, peak_nbytes, read
 from streamconv.job import Job
 from streamconv.memory import resident_nbytes

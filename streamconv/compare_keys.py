@@ -19,8 +19,8 @@ import numpy as np
 from gguf.constants import GGUFValueType, Keys, TokenType
 
 from streamconv.errors import Caution, VerifyError
-from streamconv.gguf_format import SCALAR_FORMATS, KeyValue, PackedArray, Scalar
-from streamconv.gguf_reader import GGUFFile, GGUFKey, Span
+from streamconv.gguf_file.format import SCALAR_FORMATS, KeyValue, PackedArray, Scalar
+from streamconv.gguf_file.reader import GGUFFile, GGUFKey, Span
 from streamconv.job import Job
 
 RELATIVE_TOLERANCE: Final = 1e-6  # of a float key: others round a double once more than we do

@@ -13,14 +13,14 @@ from typing import Unpack
 from streamconv.binding import bind
 from streamconv.checkpoint import Checkpoint
 from streamconv.cursor import noting_files
-from streamconv.destination import output_path
 from streamconv.dialects import LLAMA_CPP, written_name
-from streamconv.gguf_format import KeyValue
+from streamconv.gguf_file.format import KeyValue
 from streamconv.graph import sources
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.lora.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.memory import headroom_nbytes, resident_nbytes
-from streamconv.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.modelcard import read_general
+from streamconv.output.destination import output_path
 from streamconv.outtypes import FILE_TYPES, OUTTYPES, resolve_auto, type_of
 from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, too_small
 from streamconv.recipe import Config, Model, find_recipe

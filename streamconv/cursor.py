@@ -1,7 +1,7 @@
 """A file of strangers read at positions, and forward through one small window.
 
 Owns: bounds of reads, and which files were read, so that none of them is written over. Does not own: what the bytes
-mean (gguf_reader.py).
+mean (gguf_file/reader.py).
 Invariants: nothing is mapped, so a file that shrinks is an error of ours and never a SIGBUS; nothing is read or
 allocated for a length that the file does not have; every file that a run reads is opened here.
 """

@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv import codecs
-from streamconv.gguf_format import row_nbytes
+from streamconv.gguf_file.format import row_nbytes
 from streamconv.profile import Stopwatch
 from streamconv.scratch import Scratch, padded_nbytes
 

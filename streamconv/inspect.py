@@ -1,7 +1,7 @@
 """What a model's files hold: keys, tensors, problems, and what a conversion would make of them.
 
 Owns: telling the kinds apart, gathering the facts, and their JSON form, which scripts rely on (schema 1). Does not own:
-parsing (gguf_set.py, checkpoint.py), the lines people read (inspect_text.py).
+parsing (gguf_file/set.py, checkpoint.py), the lines people read (inspect_text.py).
 Invariants: no weight is read; what is gathered from a stranger's file is bounded, whatever the file says. A file that
 cannot be parsed is a SourceError; one that can be, and is not as it should be, is shown with its problems.
 """
@@ -22,14 +22,14 @@ from streamconv.binding import bind
 from streamconv.checkpoint import Checkpoint, Shard, SourceTensor
 from streamconv.config import Config
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf_format import Scalar, tensor_nbytes
-from streamconv.gguf_reader import GGUFKey, Problem, Span
-from streamconv.gguf_set import GGUFSet
-from streamconv.lora_config import PeftConfig, read_lora_config
-from streamconv.lora_config import Problem as LoraProblem
-from streamconv.lora_file import CONFIG as ADAPTER_CONFIG
-from streamconv.lora_file import WEIGHTS as ADAPTER_WEIGHTS
-from streamconv.lora_file import LoraFile
+from streamconv.gguf_file.format import Scalar, tensor_nbytes
+from streamconv.gguf_file.reader import GGUFKey, Problem, Span
+from streamconv.gguf_file.set import GGUFSet
+from streamconv.lora.config import PeftConfig, read_lora_config
+from streamconv.lora.config import Problem as LoraProblem
+from streamconv.lora.file import CONFIG as ADAPTER_CONFIG
+from streamconv.lora.file import WEIGHTS as ADAPTER_WEIGHTS
+from streamconv.lora.file import LoraFile
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import choose_type, resolve_auto
 from streamconv.recipe import find_recipe

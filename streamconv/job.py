@@ -18,7 +18,7 @@ from streamconv.checkpoint import Shard
 from streamconv.cursor import FileId, files_read
 from streamconv.dialects import LLAMA_CPP, RENAMES
 from streamconv.errors import Caution, Interrupted, UsageError
-from streamconv.gguf_format import Buffer, KeyValue, PackedArray
+from streamconv.gguf_file.format import Buffer, KeyValue, PackedArray
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import OUTTYPES
 from streamconv.plan import MAX_DEFAULT_WORKERS, Step

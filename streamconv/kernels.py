@@ -17,7 +17,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.gguf_format import block_size
+from streamconv.gguf_file.format import block_size
 from streamconv.scratch import Scratch
 
 F32: Final = GGMLQuantizationType.F32

@@ -17,7 +17,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 
 from streamconv.cursor import read_start
 from streamconv.errors import Caution
-from streamconv.gguf_format import KeyValue, PackedArray
+from streamconv.gguf_file.format import KeyValue, PackedArray
 from streamconv.graph import TensorSpec
 from streamconv.sources import model_name
 

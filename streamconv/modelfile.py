@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import UsageError
-from streamconv.gguf_reader import Span
-from streamconv.gguf_set import GGUFSet
+from streamconv.gguf_file.reader import Span
+from streamconv.gguf_file.set import GGUFSet
 from streamconv.split import Part
 
 TEMPLATE_KEY = "tokenizer.chat_template"

@@ -13,7 +13,7 @@ from typing import Final
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from streamconv.errors import SourceError
-from streamconv.gguf_format import block_size
+from streamconv.gguf_file.format import block_size
 from streamconv.graph import LazyTensor, Scale, TensorSpec
 
 F32, F16, BF16, Q8_0 = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from gguf.constants import GGMLQuantizationType
 
 from streamconv.errors import BudgetError
-from streamconv.gguf_format import Header, KeyValue, TensorInfo, align, encode_header
+from streamconv.gguf_file.format import Header, KeyValue, TensorInfo, align, encode_header
 from streamconv.graph import Encode, LazyTensor, peak_nbytes
 from streamconv.memory import MIB
 from streamconv.scratch import padded_nbytes

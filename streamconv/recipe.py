@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from streamconv import graph
 from streamconv.config import Config
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf_format import KeyValue, PackedArray, Scalar
+from streamconv.gguf_file.format import KeyValue, PackedArray, Scalar
 
 __all__ = [
     "BOOL",

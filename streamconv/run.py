@@ -1,6 +1,6 @@
 """A job becomes a sealed file: memory proof -> places -> sinks -> stream -> verify -> publish -> report.
 
-Owns: the order of these. Does not own: what is written (job.py), how a file is made safe (sink.py, destination.py).
+Owns: the order of these. Does not own: what is written (job.py), how a file is made safe (output/).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from streamconv import codecs
 from streamconv.compare import compare
 from streamconv.compare import prove_memory as prove_compare
-from streamconv.destination import Output as Place
-from streamconv.destination import check_room, claim, failures, write_text
 from streamconv.errors import Caution
 from streamconv.job import Job, RunOptions
-from streamconv.manifest import digest, manifest_path, manifest_text
 from streamconv.memory import resident_nbytes
 from streamconv.modelfile import Modelfile, plan_modelfile
+from streamconv.output.destination import Output as Place
+from streamconv.output.destination import check_room, claim, failures, write_text
+from streamconv.output.manifest import digest, manifest_path, manifest_text
+from streamconv.output.sink import Sink, refuse_taken
 from streamconv.plan import MemoryProof, prove_memory
 from streamconv.profile import Stopwatch
 from streamconv.report import Output, PlannedTensor, Report
-from streamconv.sink import Sink, refuse_taken
 from streamconv.stream import state_of, stream
 
 

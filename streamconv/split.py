@@ -1,6 +1,6 @@
 """One model as several files: where the cuts are, and what each part is called and says of itself.
 
-Owns: the parts of an output. Does not own: their layout (plan.py), reading such a set back (gguf_set.py).
+Owns: the parts of an output. Does not own: their layout (plan.py), reading such a set back (gguf_file/set.py).
 llama.cpp's rules, from GGUFWriter in gguf-py: a part is full when the next tensor would exceed either limit; part 1 has
 all keys, the others `split.*` alone; the tensor counts of all parts are summed in each.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from gguf.constants import GGUFValueType
 
 from streamconv.errors import UsageError
-from streamconv.gguf_format import KeyValue, tensor_nbytes
-from streamconv.gguf_set import part_name
+from streamconv.gguf_file.format import KeyValue, tensor_nbytes
+from streamconv.gguf_file.set import part_name
 from streamconv.plan import Layout, PlacedTensor, make_layout
 
 SPLIT_COUNT = "split.count"

@@ -1,6 +1,6 @@
 """Making an output file, chunk by chunk: any chunk is a function of the layout, so workers need no order among them.
 
-Owns: `fill_chunk` and the pool of workers. Does not own: the file (sink.py), the layout (plan.py).
+Owns: `fill_chunk` and the pool of workers. Does not own: the file (output/sink.py), the layout (plan.py).
 Invariants: a thread holds one chunk, and scratch while it makes it, nothing else; the first failure in file order is
 the one reported; nothing is told to be done before its sources were checked to be what they were.
 """

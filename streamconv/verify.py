@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Unpack
 
 from streamconv.adapter import plan_adapter
-from streamconv.base_model import open_base
 from streamconv.checkpoint import Checkpoint
 from streamconv.compare import compare
 from streamconv.convert import plan_model
 from streamconv.dialects import LLAMA_CPP
 from streamconv.errors import UsageError
-from streamconv.gguf_reader import refuse
-from streamconv.gguf_set import GGUFSet
+from streamconv.gguf_file.reader import refuse
+from streamconv.gguf_file.set import GGUFSet
 from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
-from streamconv.lora_file import LoraFile
+from streamconv.lora.base_model import open_base
+from streamconv.lora.file import LoraFile
+from streamconv.lora.merge import AdapterSpec, open_adapters
 from streamconv.memory import headroom_nbytes, resident_nbytes
-from streamconv.merge import AdapterSpec, open_adapters
 from streamconv.report import Output, Report
 from streamconv.sources import find_source
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from streamconv import graph
 from streamconv.binding import bind
 from streamconv.config import Config
-from streamconv.gguf_format import PackedArray, Scalar
+from streamconv.gguf_file.format import PackedArray, Scalar
 from streamconv.recipe import Model, Recipe, find_recipe
 from streamconv.scratch import Scratch
 from tests import tiny

@@ -26,7 +26,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv import codecs
-from streamconv.gguf_format import row_nbytes
+from streamconv.gguf_file.format import row_nbytes
 from streamconv.kernels import BF16, F16, F32, FLOATS
 from streamconv.scratch import Scratch
 

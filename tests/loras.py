@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import streamconv
 from streamconv.config import Config
-from streamconv.lora_config import LoraConfig, read_lora_config
+from streamconv.lora.config import LoraConfig, read_lora_config
 from tests import tiny
 from tests.oracles import ggufs
 

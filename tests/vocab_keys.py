@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from streamconv.gguf_format import KeyValue, PackedArray, TensorInfo, align, encode_header
+from streamconv.gguf_file.format import KeyValue, PackedArray, TensorInfo, align, encode_header
 from streamconv.vocab import Vocabulary, read_vocabulary
 from tests.oracles.ggufs import MAX_LISTED
 

@@ -110,7 +110,7 @@ def add_verify(commands: Any) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from streamconv.convert import convert
-    from streamconv.merge import parse_adapter
+    from streamconv.lora.merge import parse_adapter
 
     return _run(
         options,
@@ -155,8 +155,8 @@ def _lora(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from streamconv.lora.merge import parse_adapter
     from streamconv.memory import parse_size
-    from streamconv.merge import parse_adapter
     from streamconv.verify import verify
 
     report = verify(
@@ -182,8 +182,8 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
     """Do one conversion with the options that all of them share, and say what was done."""
     from contextlib import nullcontext
 
-    from streamconv.destination import resolve, write_text
     from streamconv.memory import parse_size
+    from streamconv.output.destination import resolve, write_text
     from streamconv.profile import Profile
 
     profile = Profile(options.profile) if options.profile else None

@@ -1,7 +1,7 @@
 """Tokenizer files of a checkpoint become the `tokenizer.*` keys of a GGUF file.
 
 Owns: which kind of tokenizer a directory has, and the list of its keys. Does not own: a kind's details (the modules of
-this package), how keys are encoded (gguf_format.py).
+this package), how keys are encoded (gguf_file/format.py).
 Invariant: what is in the keys follows from the files and the number of the embedding's rows alone; a tokenizer that
 llama.cpp cannot run as it is gives a SourceError, one that it runs a little otherwise a caution.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from gguf.constants import Keys, TokenType
 
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf_format import KeyValue
+from streamconv.gguf_file.format import KeyValue
 from streamconv.vocab.bpe_tokens import byte_fallback_tokens, byte_level_tokens
 from streamconv.vocab.chat_templates import chat_template_keys
 from streamconv.vocab.companions import Companions

@@ -14,7 +14,7 @@ from gguf.constants import Keys
 
 from streamconv.cursor import PositionedFile
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf_format import KeyValue, PackedArray
+from streamconv.gguf_file.format import KeyValue, PackedArray
 from streamconv.strict_json import load_object_if_present
 from streamconv.vocab.companions import TOKENIZER_CONFIG, Companions
 from streamconv.vocab.tokenizer_json import shown

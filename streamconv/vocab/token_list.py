@@ -15,7 +15,7 @@ from gguf.constants import GGUFValueType, TokenType
 from numpy.typing import NDArray
 
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf_format import PackedArray
+from streamconv.gguf_file.format import PackedArray
 from streamconv.vocab.packing import encode_joined, joined
 from streamconv.vocab.tokenizer_json import shown
 

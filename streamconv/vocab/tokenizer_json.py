@@ -21,7 +21,7 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from streamconv.errors import SourceError
-from streamconv.gguf_format import PackedArray
+from streamconv.gguf_file.format import PackedArray
 from streamconv.vocab.json_stream import FLAT, SPACE, STRING, Batch, EntryKind, JsonStream
 from streamconv.vocab.packing import BETWEEN, encode_joined, joined, split
 

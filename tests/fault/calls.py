@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from streamconv import directio
+from streamconv.output import directio
 
 OS_CALLS = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "unlink", "rename", "replace")
 LIBC_CALLS = ("fallocate", "sync_file_range", "renameat2")

@@ -27,7 +27,8 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.S
 _CHILD = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-from streamconv import plan, run, sink, stream
+from streamconv import plan, run, stream
+from streamconv.output import sink
 from streamconv.cli import main
 reports = int(sys.argv[1])
 plan.CHUNK_NBYTES = stream.CHUNK_NBYTES = (1 << 16,)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.destination import resolve
 from streamconv.errors import Caution
+from streamconv.output.destination import resolve
+from streamconv.output.sink import Sink
 from streamconv.scratch import aligned_buffer
-from streamconv.sink import Sink
 
 CHUNK_NBYTES = 8192
 OLD = b"what was there before"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.journal import _digest
+from streamconv.output.journal import _digest
 
 MAX_NBYTES = 1 << 36  # of a sparse file
 

@@ -9,27 +9,27 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv import journal
 from streamconv.adapter import plan_adapter
-from streamconv.base_model import open_base
-from streamconv.batch import expand_splits
+from streamconv.batch.jobs_file import read_jobs
+from streamconv.batch.run import expand_splits
 from streamconv.binding import bind
 from streamconv.checkpoint import Checkpoint
 from streamconv.convert import convert
-from streamconv.destination import resolve
 from streamconv.draft import draft
 from streamconv.errors import SourceError, StreamconvError
-from streamconv.gguf_reader import Span
-from streamconv.gguf_set import GGUFSet
+from streamconv.gguf_file.reader import Span
+from streamconv.gguf_file.set import GGUFSet
 from streamconv.inspect import inspect
 from streamconv.inspect_text import render
 from streamconv.job import OutputOptions
-from streamconv.jobs_file import read_jobs
-from streamconv.lora_file import LoraFile
+from streamconv.lora.base_model import open_base
+from streamconv.lora.file import LoraFile
 from streamconv.memory import MIB
 from streamconv.modelcard import read_general
+from streamconv.output import journal
+from streamconv.output.destination import resolve
+from streamconv.output.sink import Sink
 from streamconv.recipe import Config, find_recipe
-from streamconv.sink import Sink
 from streamconv.vocab import read_vocabulary, vocabulary_nbytes
 
 LIMIT_NBYTES = 64 * MIB

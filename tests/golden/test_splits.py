@@ -10,7 +10,7 @@ from gguf import GGUFReader, GGUFWriter
 import streamconv
 from streamconv import run as running
 from streamconv.errors import DestinationError, Interrupted, SourceError, UsageError, VerifyError
-from streamconv.gguf_format import tensor_nbytes
+from streamconv.gguf_file.format import tensor_nbytes
 from streamconv.split import SplitOptions
 from tests import cases, tiny
 from tests.oracles import runtime

@@ -15,7 +15,7 @@ from peft.tuners.lora.config import VeloraConfig
 import streamconv
 from streamconv.config import Config
 from streamconv.errors import SourceError
-from streamconv.lora_config import read_lora_config
+from streamconv.lora.config import read_lora_config
 from streamconv.strict_json import load_object
 from tests import tiny
 from tests.oracles import reference, runtime

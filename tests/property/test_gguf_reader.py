@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from streamconv import cursor
 from streamconv.errors import SourceError
-from streamconv.gguf_format import KeyValue, PackedArray, TensorInfo, align, encode_header
-from streamconv.gguf_reader import GGUFFile, Span
+from streamconv.gguf_file.format import KeyValue, PackedArray, TensorInfo, align, encode_header
+from streamconv.gguf_file.reader import GGUFFile, Span
 from streamconv.inspect import inspect
 from streamconv.inspect_text import render
 from tests.attacks.gguf_files import FATAL, LISTED

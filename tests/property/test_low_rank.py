@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streamconv import codecs, graph
 from streamconv.graph import LazyTensor, PairHalves, Reshape, Source, Stack, TensorSpec, Transpose, Workspace
-from streamconv.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
+from streamconv.lora.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
 from streamconv.scratch import Scratch
 from tests.property.test_graph import OVERHEAD_NBYTES, stored, widened
 

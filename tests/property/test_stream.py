@@ -10,7 +10,7 @@ from gguf.constants import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv.gguf_format import KeyValue, PackedArray
+from streamconv.gguf_file.format import KeyValue, PackedArray
 from streamconv.graph import PairHalves, Source, TensorSpec, Workspace
 from streamconv.plan import Layout, PlacedTensor, make_layout
 from streamconv.scratch import Scratch, aligned_buffer

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.convert import convert
-from streamconv.destination import resolve
 from streamconv.errors import DestinationError
-from streamconv.sink import Sink
+from streamconv.output.destination import resolve
+from streamconv.output.sink import Sink
 from tests import tiny
 from tests.fuzz.loop import CORPUS
 from tests.fuzz.targets import N_VOCAB, OUTPUT_NBYTES

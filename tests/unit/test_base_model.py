@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import streamconv
-from streamconv.base_model import BaseModel, Slot, open_base
 from streamconv.errors import SourceError
-from streamconv.gguf_format import PackedArray
-from streamconv.lora_config import Problem
+from streamconv.gguf_file.format import PackedArray
+from streamconv.lora.base_model import BaseModel, Slot, open_base
+from streamconv.lora.config import Problem
 from tests import tiny
 from tests.tools import gguf_bytes as raw
 

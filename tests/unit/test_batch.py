@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 import streamconv
-from streamconv.batch import EXIT_NONE_SUCCEEDED, EXIT_SOME_FAILED, run_batch, select_array
-from streamconv.batch_job import JobResult, run_job
-from streamconv.batch_state import State
+from streamconv.batch.job import JobResult, run_job
+from streamconv.batch.jobs_file import JobSpec, read_jobs
+from streamconv.batch.run import EXIT_NONE_SUCCEEDED, EXIT_SOME_FAILED, run_batch, select_array
+from streamconv.batch.state import State
 from streamconv.cli import main
 from streamconv.errors import UsageError
-from streamconv.jobs_file import JobSpec, read_jobs
 from streamconv.split import SplitOptions
 from tests import tiny
 from tests.holding import held_processes, hold

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streamconv import codecs
 from streamconv import kernels as reference
-from streamconv.gguf_format import row_nbytes
+from streamconv.gguf_file.format import row_nbytes
 from streamconv.kernels import BF16, F16, F32, FLOATS, Q8_0
 from streamconv.scratch import Scratch
 from tests import kernels

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.destination import Output, lock_part, reserve_space, resolve
 from streamconv.errors import DestinationError
+from streamconv.output.destination import Output, lock_part, reserve_space, resolve
 from tests.fault.calls import Call, watched
 
 

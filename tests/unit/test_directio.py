@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import directio
-from streamconv.directio import ChunkFile, rename_new, reserve, sync_directory
+from streamconv.output import directio
+from streamconv.output.directio import ChunkFile, rename_new, reserve, sync_directory
 from streamconv.scratch import aligned_buffer
 from tests.fault.calls import Call, Handler, watched
 from tests.fault.trial import content

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import gguf_set
 from streamconv.errors import SourceError
-from streamconv.gguf_set import GGUFSet, part_name
+from streamconv.gguf_file import set as gguf_set
+from streamconv.gguf_file.set import GGUFSet, part_name
 from tests.tools import gguf_bytes as raw
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import jobs_file
+from streamconv.batch.jobs_file import JobSpec, read_jobs
+from streamconv.batch import jobs_file
 from streamconv.errors import UsageError
-from streamconv.jobs_file import JobSpec, read_jobs
 from tests import tiny
 
 

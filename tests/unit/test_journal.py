@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv import journal as journals
-from streamconv.journal import Header, Journal, Record, Stamp
+from streamconv.output import journal as journals
+from streamconv.output.journal import Header, Journal, Record, Stamp
 
 HEADER = Header(9_000, {"option outtype": "bf16", "source a.safetensors": "123 456 abc"})
 RECORDS = (

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from streamconv.base_model import Slot, open_base
 from streamconv.errors import SourceError
 from streamconv.graph import Transpose
-from streamconv.lora import Resolved, grouped, orientations, refuse, resolve
-from streamconv.lora_config import Problem, read_lora_config
-from streamconv.lora_file import LoraFile
+from streamconv.lora.base_model import Slot, open_base
+from streamconv.lora.config import Problem, read_lora_config
+from streamconv.lora.file import LoraFile
+from streamconv.lora.resolve import Resolved, grouped, orientations, refuse, resolve
 from tests import loras, tiny
 from tests.unit.test_base_model import LLAMA, gguf
 

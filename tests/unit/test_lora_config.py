@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from streamconv.lora_config import MAX_CHOICES, n_choices
+from streamconv.lora.config import MAX_CHOICES, n_choices
 from tests import loras
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from streamconv.base_model import Slot
 from streamconv.graph import Encode, LazyTensor, Resident, TensorSpec, Transpose
-from streamconv.lora import LoraModule
-from streamconv.lora_fold import choose_alpha, fold, is_power_of_two, slabs
+from streamconv.lora.base_model import Slot
+from streamconv.lora.fold import choose_alpha, fold, is_power_of_two, slabs
+from streamconv.lora.resolve import LoraModule
 from tests import inmemory, tiny
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16

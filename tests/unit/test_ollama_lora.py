@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import streamconv
 from streamconv.errors import SourceError, UsageError
 from streamconv.graph import Resident, Workspace, peak_nbytes, read
-from streamconv.ollama_lora import Reflow
+from streamconv.lora.ollama import Reflow
 from streamconv.report import Report
 from streamconv.scratch import Scratch
 from tests import loras, tiny

@@ -14,8 +14,8 @@ import pytest
 import streamconv
 from streamconv import run as run_module
 from streamconv.cli import main
-from streamconv.destination import Output, check_room, claim, write_text
 from streamconv.errors import DestinationError
+from streamconv.output.destination import Output, check_room, claim, write_text
 from streamconv.split import SplitOptions
 from tests import tiny
 

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamconv.destination import resolve
 from streamconv.errors import DestinationError, Interrupted, InterruptedByTerm, SourceError, StreamconvError
+from streamconv.output.destination import resolve
+from streamconv.output.sink import Coverage, Sink
 from streamconv.scratch import aligned_buffer
-from streamconv.sink import Coverage, Sink
 from tests.fault.calls import Call, syncs_skipped, watched
 from tests.fault.trial import OLD, content
 

@@ -23,7 +23,7 @@ from streamconv import run as run_module
 from streamconv.adapter import convert_adapter
 from streamconv.cli import main
 from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
-from streamconv.gguf_reader import GGUFFile
+from streamconv.gguf_file.reader import GGUFFile
 from streamconv.graph import Encode, Resident, Workspace, peak_nbytes
 from streamconv.memory import MIB
 from streamconv.plan import RUN_TO_RUN_NBYTES

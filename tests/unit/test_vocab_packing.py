@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.gguf_format import PackedArray
+from streamconv.gguf_file.format import PackedArray
 from streamconv.vocab import packing
 from streamconv.vocab.packing import encode_joined, joined, split
 

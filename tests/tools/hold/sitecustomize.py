@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-from streamconv.sink import Sink
+from streamconv.output.sink import Sink
 
 _publish = Sink.publish
 

@@ -1,7 +1,7 @@
 """JOBS files: many conversions described in TOML or JSON lines.
 
 Owns: keys, defaults, globs, output templates, and refusing a file as a whole before anything runs. Does not own:
-running (batch.py). Paths are relative to the file. A glob as source makes one job of each match, in the order of their
+running (run.py). Paths are relative to the file. A glob as source makes one job of each match, in the order of their
 names; a path that exists under the very name is no glob.
 
     [defaults]

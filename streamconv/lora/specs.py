@@ -1,6 +1,6 @@
 """Which adapters a run merges, and how strongly: from what users name to files that are open.
 
-Owns: the spelling PATH=WEIGHT, and holding the files open. Does not own: an adapter's files (lora_file.py), merging.
+Owns: the spelling PATH=WEIGHT, and holding the files open. Does not own: an adapter's files (file.py), merging.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import UsageError
-from streamconv.lora_file import LoraFile
+from streamconv.lora.file import LoraFile
 
 AdapterSpec = str | Path | tuple[str | Path, float]  # a path, or a path and its weight
 

@@ -1,7 +1,7 @@
 """Strangers' GGUF files: typed keys and the tensor list, read in bounded time and memory.
 
-Owns: parsing a header, and reads of what it describes. Does not own: writing (gguf_format.py), sets of split files
-(gguf_set.py), what keys and tensors mean.
+Owns: parsing a header, and reads of what it describes. Does not own: writing (format.py), sets of split files
+(set.py), what keys and tensors mean.
 Invariant: no count, length or offset of the file is believed: each is held against the bytes that are there before
 anything is allocated or repeated, the header's size and what is kept of it have fixed limits, and no weight is read
 before it is asked for.
@@ -28,7 +28,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from streamconv import magic
 from streamconv.cursor import Buffer, Cursor, PositionedFile
 from streamconv.errors import SourceError
-from streamconv.gguf_format import (
+from streamconv.gguf_file.format import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_DIMS,

@@ -1,7 +1,7 @@
 """One job of a batch, in a process of its own, on whatever machine this is.
 
 Owns: starting, watching, retrying and stopping that process, and what it does there. Does not own: which jobs run, and
-where (batch.py).
+where (run.py).
 Invariants: the process ends when the one that started it does, or closes its stdin, so that a lost machine leaves a
 part file and a journal, and no writer; a try begins once no earlier try of the same job is alive.
 """
@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from streamconv.destination import Output, failures
+from streamconv.batch.jobs_file import JobSpec
 from streamconv.errors import InterruptedByTerm, SourceError, StreamconvError
-from streamconv.jobs_file import JobSpec
+from streamconv.output.destination import Output, failures
 from streamconv.sources import is_repo_id
 
 if TYPE_CHECKING:
@@ -273,8 +273,8 @@ def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_me
     """The report of the job, done in this process. StreamconvError where it fails. max_memory: instead of the job's."""
     from streamconv.adapter import convert_adapter
     from streamconv.convert import convert
+    from streamconv.lora.merge import parse_adapter
     from streamconv.memory import parse_size
-    from streamconv.merge import parse_adapter
     from streamconv.split import SplitOptions
     from streamconv.verify import verify
 

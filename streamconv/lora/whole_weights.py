@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from streamconv.adapter_specs import Adapter
 from streamconv.binding import extents, match_name
 from streamconv.checkpoint import SourceTensor
+from streamconv.lora.specs import Adapter
 from streamconv.recipe import Model
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")

@@ -1,6 +1,6 @@
 """adapter_config.json, of PEFT and of MLX: the one exact scale of every module, and what no GGUF adapter can carry.
 
-Owns: what the configuration says. Does not own: the tensors beside it (lora_file.py), what the base has (lora.py).
+Owns: what the configuration says. Does not own: the tensors beside it (file.py), what the base has (resolve.py).
 Invariant: W' = W + s * B @ A with the s that training used, or a problem: a default that would make another s is never
 taken in silence.
 
@@ -27,7 +27,7 @@ DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0
 # the adapter is loaded. An adapter that was saved as a conversion to plain LoRA says true.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# What PEFT 0.21.2 writes, and what Ollama reads beside it (ollama_lora.py), which training does not. Another key is one
+# What PEFT 0.21.2 writes, and what Ollama reads beside it (ollama.py), which training does not. Another key is one
 # of a version that may compute something else.
 KNOWN_KEYS = frozenset(
     (

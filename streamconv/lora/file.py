@@ -1,7 +1,7 @@
 """An adapter on disk: its configuration, its one safetensors file, and which tensor is which factor of which module.
 
 Owns: finding the two files, and the spellings of tensor names. Does not own: what a base has (base_model.py), what the
-configuration means (lora_config.py).
+configuration means (config.py).
 Invariant: every tensor of the file is accounted for: a factor, something without effect, or a named problem.
 """
 
@@ -17,7 +17,7 @@ from typing import Self
 from streamconv.checkpoint import Shard, SourceTensor
 from streamconv.config import Config
 from streamconv.errors import SourceError
-from streamconv.lora_config import Problem
+from streamconv.lora.config import Problem
 from streamconv.sources import find_source, source_failures
 from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 

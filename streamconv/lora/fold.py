@@ -1,7 +1,7 @@
 """One alpha for a whole adapter: what modules need beyond it is folded into their lora_b.
 
 Owns: the alpha, the pairs of lazy tensors that are written, and whether a folded scale is exact in a factor's own type.
-Does not own: what the adapter is (lora.py), types that the user asked for (adapter.py).
+Does not own: what the adapter is (resolve.py), types that the user asked for (adapter.py).
 Invariant: alpha / rank * b @ a of every pair is the trained change, in the rows of the base's GGUF tensor.
 """
 
@@ -31,8 +31,8 @@ from streamconv.graph import (
     peak_nbytes,
     read,
 )
-from streamconv.lora import LoraModule
-from streamconv.lora_config import Problem
+from streamconv.lora.config import Problem
+from streamconv.lora.resolve import LoraModule
 from streamconv.scratch import Scratch
 
 # Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a ratio folded into B.

@@ -1,7 +1,7 @@
 """Many conversions, unattended: each in its own process with its own memory bound, on any Executor.
 
 Owns: order, what is retried on another worker, what a batch would do. Does not own: describing jobs (jobs_file.py), one
-job (batch_job.py), what is up to date (batch_state.py), scheduling across machines: that is an Executor's, threads
+job (job.py), what is up to date (state.py), scheduling across machines: that is an Executor's, threads
 here, or a Dask cluster's through `Client.get_executor()`.
 Invariants: whatever ends a batch, no job of it runs on; every job may take up what an earlier try of this batch left;
 a job is recorded as done only after its file is sealed.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
-from streamconv.batch_job import (
+from streamconv.batch.job import (
     MAX_ATTEMPTS,
     JobResult,
     Leftover,
@@ -31,9 +31,9 @@ from streamconv.batch_job import (
     run_process,
     stop_jobs,
 )
-from streamconv.batch_state import State
+from streamconv.batch.jobs_file import JobSpec
+from streamconv.batch.state import State
 from streamconv.errors import Interrupted, StreamconvError, UsageError
-from streamconv.jobs_file import JobSpec
 
 EXIT_SOME_FAILED, EXIT_NONE_SUCCEEDED = 7, 8
 

@@ -1,7 +1,7 @@
 """What an adapter needs to know of its base: which tensors there are, their shapes and heads. No weight is read.
 
 Owns: the facts of a base, from its GGUF (keys and tensor list) or its Hugging Face folder (config.json, and the headers
-of its weights where they are there). Does not own: adapters (lora.py), parsing GGUF (gguf_reader.py).
+of its weights where they are there). Does not own: adapters (resolve.py), parsing GGUF (gguf_file/reader.py).
 Invariant: both kinds of base are seen through the architecture's recipe, so an architecture that has one has adapters.
 """
 
@@ -16,10 +16,10 @@ from streamconv.binding import MAX_LAYERS, bind, extents, match_name, parse_shap
 from streamconv.checkpoint import Checkpoint
 from streamconv.config import Config
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf_format import KeyValue, PackedArray
-from streamconv.gguf_reader import GGUFKey, Span, refuse
-from streamconv.gguf_set import GGUFSet
-from streamconv.lora_config import Problem
+from streamconv.gguf_file.format import KeyValue, PackedArray
+from streamconv.gguf_file.reader import GGUFKey, Span, refuse
+from streamconv.gguf_file.set import GGUFSet
+from streamconv.lora.config import Problem
 from streamconv.recipe import Key, Model, PerLayer, Recipe, Tensor, all_recipes, find_recipe, recipe_of
 from streamconv.sources import find_source, source_failures
 from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object

@@ -1,6 +1,6 @@
 """A model's GGUF files taken together: one file, or the parts of a split in order.
 
-Owns: finding the parts of a split. Does not own: parsing one file (gguf_reader.py).
+Owns: finding the parts of a split. Does not own: parsing one file (reader.py).
 Invariant: what the parts claim of each other is held against what they are, as llama.cpp's loader does: the first part
 says how many there are and how many tensors they hold, each says which one it is, no tensor is in two of them.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from streamconv.errors import SourceError
-from streamconv.gguf_reader import MAX_KEPT_NBYTES, GGUFFile, GGUFKey, Problem, StoredTensor
+from streamconv.gguf_file.reader import MAX_KEPT_NBYTES, GGUFFile, GGUFKey, Problem, StoredTensor
 
 _PART_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 

@@ -29,11 +29,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv import journal as journals
-from streamconv.destination import Output, Part, failures, lock_part, reserve_space
-from streamconv.directio import ChunkFile, sync_directory
 from streamconv.errors import Caution, DestinationError, Interrupted, SourceError, SourceReadError, StreamconvError
-from streamconv.journal import Contents, Header, Journal, Record, Stamp
+from streamconv.output import journal as journals
+from streamconv.output.destination import Output, Part, failures, lock_part, reserve_space
+from streamconv.output.directio import ChunkFile, sync_directory
+from streamconv.output.journal import Contents, Header, Journal, Record, Stamp
 
 MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for records no closer than this
 

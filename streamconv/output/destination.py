@@ -21,8 +21,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.cursor import FileId
-from streamconv.directio import UNSUPPORTED, open_plain, rename_new, reserve, sync_directory, unlink_own, write_all
 from streamconv.errors import DestinationError
+from streamconv.output.directio import (
+    UNSUPPORTED,
+    open_plain,
+    rename_new,
+    reserve,
+    sync_directory,
+    unlink_own,
+    write_all,
+)
 
 _LOCK_ATTEMPTS = 100  # each lost to another run that finished or began at that very moment
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}

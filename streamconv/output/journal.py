@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamconv.directio import open_plain, reserve_beyond_end, sync_data, unlink_own, write_all
+from streamconv.output.directio import open_plain, reserve_beyond_end, sync_data, unlink_own, write_all
 
 VERSION = 1
 MAX_LINE_NBYTES = 16 << 20  # far above a header that names every shard of a large model

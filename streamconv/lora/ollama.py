@@ -2,7 +2,7 @@
 
 Owns: that converter's choices, which differ from what was trained: the heads' permutation goes to lora_a (of a PEFT
 file to a reinterpreted buffer), with head_count for K too, and of the configuration's scale it takes alpha alone.
-Does not own: what is right (lora_fold.py).
+Does not own: what is right (fold.py).
 Invariant: bytes, order, types and keys are Ollama's, and the run says how far the file is from the trained adapter.
 
 Source: convert/convert_llama_adapter.go and convert.go in ollama@01cf7445, and measured on what it wrote.
@@ -19,16 +19,16 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
-from streamconv.base_model import BaseModel
 from streamconv.checkpoint import SourceTensor
 from streamconv.config import Config
 from streamconv.errors import Caution
-from streamconv.gguf_format import KeyValue
+from streamconv.gguf_file.format import KeyValue
 from streamconv.graph import Bytes, LazyTensor, PairHalves, Piece, Scale, TensorSpec, Transpose, Workspace
-from streamconv.lora import LoraModule
-from streamconv.lora_config import Problem
-from streamconv.lora_file import Factors
-from streamconv.lora_fold import slabs
+from streamconv.lora.base_model import BaseModel
+from streamconv.lora.config import Problem
+from streamconv.lora.file import Factors
+from streamconv.lora.fold import slabs
+from streamconv.lora.resolve import LoraModule
 
 ARCH = "llama"
 HEAD_COUNT = "llama.attention.head_count"

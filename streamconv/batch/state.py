@@ -1,6 +1,6 @@
 """JOBS.state.jsonl: of each job that began, what it is made of; of each that finished, what came out.
 
-Owns: what of a job is done already. Does not own: running it (batch.py).
+Owns: what of a job is done already. Does not own: running it (run.py).
 Invariant: a line is appended whole, one before a job begins and one after its files are sealed; the last line of a job
 counts; a line that a crash tore costs that one job alone.
 """
@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from streamconv.batch.jobs_file import JobSpec
 from streamconv.errors import DestinationError, SourceError
 from streamconv.job import FORMAT_VERSION
-from streamconv.jobs_file import JobSpec
-from streamconv.merge import parse_adapter
+from streamconv.lora.merge import parse_adapter
 from streamconv.sources import find_source
 
 MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
