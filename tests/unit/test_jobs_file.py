@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.batch.jobs_file import JobSpec, read_jobs
 from streamconv.batch import jobs_file
+from streamconv.batch.jobs_file import JobSpec, read_jobs
 from streamconv.errors import UsageError
 from tests import tiny
 
