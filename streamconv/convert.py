@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint becomes a GGUF file: open -> plan -> stream -> seal. A reader starts here.
 
 The checkpoint's headers say what there is, the architecture's recipe what it becomes, the layout where each byte of the
-output lies; `job.run` then makes those bytes, a chunk at a time.
+output lies; `run` then makes those bytes, a chunk at a time.
 """
 
 from __future__ import annotations

@@ -48,7 +48,11 @@ def add_output_options(
     group.add_argument("--outtype", choices=OUTTYPES, default=outtype, help=f"default: auto, {auto}")
     group.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help=dialect)
     group.add_argument("--name", metavar="NAME", help="the name in the file, general.name")
-    group.add_argument("--force", action="store_true", help="replace an existing OUT, once the new file is complete")
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an existing OUT, once the new file is complete; what lies beside it too",
+    )
     group.add_argument("--modelfile", action="store_true", help="write Ollama's Modelfile beside OUT, too")
 
 
