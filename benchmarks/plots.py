@@ -34,16 +34,16 @@ def draw(samples: Sequence[Sample], folder: Path, host: str) -> list[Path]:
     from matplotlib import pyplot
 
     made = []
-    for name, paint, legend in (
-        ("memory-over-time", _memory_over_time, "lower right"),
-        ("peak-against-size", _peak_against_size, "center right"),
-        ("wall-against-cp", _wall_against_cp, "upper left"),
+    for name, paint, place, n_columns in (
+        ("memory-over-time", _memory_over_time, "lower right", 1),
+        ("peak-against-size", _peak_against_size, "center right", 2),
+        ("wall-against-cp", _wall_against_cp, "upper left", 1),
     ):
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         if paint(axes, samples):
             axes.annotate(host, (1, 1.01), xycoords="axes fraction", ha="right", fontsize=8, color="#777777")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(loc=legend, frameon=False, fontsize=8)
+            axes.legend(loc=place, ncols=n_columns, frameon=False, fontsize=8)
             figure.savefig(folder / f"{name}.png", dpi=120)
             made.append(folder / f"{name}.png")
         pyplot.close(figure)
