@@ -101,8 +101,7 @@ class ChunkFile:
                 self._waiting_nbytes -= leaving[-1][1]
         for start, length in leaving:
             _sync_range(self._second_fd, start, length, _SYNC_FILE_RANGE_WRITE_AND_WAIT)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.fd, start, length, os.POSIX_FADV_DONTNEED)
+            _forget(self.fd, start, length)
 
 
 def open_plain(path: Path, flags: int) -> int:
@@ -208,6 +207,13 @@ def _sync(fd: int, sync: Callable[[int], None]) -> None:
 
 def _sync_range(fd: int, offset: int, nbytes: int, flags: int) -> None:
     _call("sync_file_range", (fd, _OFF(offset), _OFF(nbytes), flags))
+
+
+def _forget(fd: int, offset: int, nbytes: int) -> None:
+    """Lets the page cache drop a range that is on the disk: advice, which systems may lack or refuse."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _reserve(fd: int, mode: int, nbytes: int) -> bool:

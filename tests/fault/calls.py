@@ -19,7 +19,7 @@ import pytest
 
 from streamconv.output import directio
 
-OS_CALLS = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "unlink", "rename", "replace")
+OS_CALLS = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "posix_fadvise", "unlink", "rename", "replace")
 LIBC_CALLS = ("fallocate", "sync_file_range", "renameat2")
 
 
@@ -41,7 +41,9 @@ class Call:
 
     @property
     def changes_something(self) -> bool:
-        return self.name != "open" or bool(self.arguments[1] & os.O_CREAT)
+        if self.name == "open":
+            return bool(self.arguments[1] & os.O_CREAT)
+        return self.name != "posix_fadvise"
 
     def __str__(self) -> str:
         return f"{self.name} {self.path}"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import DestinationError
+from streamconv.output import directio
 from tests.fault.calls import Call, syncs_skipped, watched
 from tests.fault.trial import CHUNK_NBYTES, OLD, Trial, in_child
 
@@ -143,15 +144,15 @@ def test_short_writes(tmp_path: Path, seed: int) -> None:
     trial.assert_done()
 
 
-def refusing(*names: str) -> Callable[[Call], object]:
+def refusing(*names: str, code: int = errno.EINVAL) -> Callable[[Call], object]:
     """A filesystem that lacks these calls; "direct" stands for O_DIRECT."""
 
     def handle(call: Call) -> object:
         is_direct = call.name == "open" and call.arguments[1] & os.O_DIRECT
         if call.name in names or (is_direct and "direct" in names):
-            raise OSError(errno.EINVAL, "")
+            raise OSError(code, "")
         if call.name == "fsync" and "directories" in names and Path(call.path).is_dir():
-            raise OSError(errno.EINVAL, "")
+            raise OSError(code, "")
         return call.do()
 
     return handle
@@ -166,14 +167,19 @@ def refusing(*names: str) -> Callable[[Call], object]:
         ("flock",),
         ("directories",),
         ("direct", "sync_file_range"),
-        ("direct", "fallocate", "renameat2", "flock", "directories", "sync_file_range"),
+        ("direct", "posix_fadvise"),
+        ("direct", "fallocate", "renameat2", "flock", "directories", "sync_file_range", "posix_fadvise"),
     ],
     ids=" ".join,
 )
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV], ids=errno.errorcode.get)
 @pytest.mark.parametrize("force", [False, True])
-def test_filesystems_that_can_less(tmp_path: Path, names: tuple[str, ...], force: bool) -> None:
+def test_filesystems_that_can_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], force: bool, code: int
+) -> None:
+    monkeypatch.setattr(directio, "WRITE_BEHIND_NBYTES", 1)
     trial = Trial(tmp_path / "out.gguf", force=force, n_threads=2)
-    with watched(refusing(*names)):
+    with watched(refusing(*names, code=code)):
         trial.run()
     trial.assert_done()
 
