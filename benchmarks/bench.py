@@ -2,8 +2,8 @@
 
 Owns: checkpoints at hand, order, page-cache state, removal of what a sample made. Does not own: which samples a case
 takes (cases/) or what they mean (summary.py).
-Invariant: before every sample all earlier writes are on the disk and the source is warm or cold as named; after it
-nothing of it is left.
+Invariant: before every conversion all earlier writes are on the disk and the source is warm or cold as named; after
+it nothing of it is left. A failure of ours or of cp ends its case, the peer's leaves out the peer alone.
 """
 
 from __future__ import annotations
@@ -71,14 +71,16 @@ class BenchError(Exception):
 
 
 class Bench:
-    def __init__(self, settings: Settings) -> None:
+    """`folder` is this run's alone: what a sample makes, and what it says, go there."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings = settings
         self.samples: list[Sample] = []
         self.notes: list[str] = []  # rows that this machine cannot give, and why
         self._rng = random.Random(0)
-        self._out = settings.cache / "out"
-        shutil.rmtree(self._out, ignore_errors=True)
-        self._out.mkdir(parents=True)
+        self._log = folder / "last.log"
+        self._out = folder / "out"
+        self._out.mkdir()
 
     def source(self, model: str, sparse: bool = False) -> Path:
         return checkpoint(SHAPES[model], self.settings.cache, sparse)
@@ -109,7 +111,11 @@ class Bench:
         may_fail: bool = False,
         timeout_seconds: float = 1800,
     ) -> Sample:
-        """Convert `src` once. Raises BenchError where that fails and may not, Unavailable where cold cannot be had."""
+        """Convert `src` once.
+
+        Raises BenchError where that fails and may not (the peer always may, but is said to be left out), Unavailable
+        where cold cannot be had.
+        """
         dst = self._out / f"{converter.name}-{model}-{outtype}.gguf"
         command = [*prefix, *converter.command(src, dst, outtype)]
         machine.settle()
@@ -134,7 +140,7 @@ class Bench:
         return sample
 
     def _measure(self, command: Sequence[str], converter: Converter, timeout_seconds: float) -> Sample:
-        got = measure(command, self._out.parent / "last.log", converter.env, timeout_seconds)
+        got = measure(command, self._log, converter.env, timeout_seconds)
         return Sample(
             *("", "", "", "", converter.name, 0),
             *(got.wall_seconds, got.user_seconds, got.system_seconds, got.peak_rss_nbytes),
@@ -153,8 +159,17 @@ class Bench:
             flush=True,
         )
         if sample.exit_code and not may_fail:
-            log = (self._out.parent / "last.log").read_text(errors="replace")
-            raise BenchError(f"{sample.converter} ended with {sample.exit_code}:\n{log[-2000:]}")
+            self._refuse(sample)
+
+    def _refuse(self, failed: Sample) -> None:
+        """Show the end of the log; its last line goes into the note."""
+        log = self._log.read_text(errors="replace").rstrip()
+        print(log[-2000:], file=sys.stderr, flush=True)
+        last_line = log.rpartition("\n")[2].strip()
+        error = BenchError(f"{failed.converter} ended with {failed.exit_code}: {last_line}")
+        if self.settings.peer is None or failed.converter != self.settings.peer.name:
+            raise error
+        self.skip(f"{failed.case} {failed.model} {failed.outtype}", error)
 
 
 def _size_nbytes(path: Path) -> int:

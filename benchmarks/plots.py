@@ -27,7 +27,10 @@ MARKERS: Final = {"bf16": "o", "f16": "s", "q8_0": "^", "f32": "D"}
 
 
 def draw(samples: Sequence[Sample], folder: Path, host: str) -> list[Path]:
-    """Write the pictures that `samples` allow into `folder`. Raises ImportError without the `bench` extra."""
+    """Write the pictures that `samples` (none that failed) allow into `folder`.
+
+    Raises ImportError without the `bench` extra.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,13 +44,17 @@ def draw(samples: Sequence[Sample], folder: Path, host: str) -> list[Path]:
     ):
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         if paint(axes, samples):
-            axes.annotate(host, (1, 1.01), xycoords="axes fraction", ha="right", fontsize=8, color="#777777")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(loc=place, ncols=n_columns, frameon=False, fontsize=8)
+            _finish(axes, host, place, n_columns)
             figure.savefig(folder / f"{name}.png", dpi=120)
             made.append(folder / f"{name}.png")
         pyplot.close(figure)
     return made
+
+
+def _finish(axes: Any, host: str, place: str, n_columns: int) -> None:
+    axes.annotate(host, (1, 1.01), xycoords="axes fraction", ha="right", fontsize=8, color="#777777")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc=place, ncols=n_columns, frameon=False, fontsize=8)
 
 
 def _mib_axis(axes: Any) -> None:
@@ -65,13 +72,13 @@ def _largest(samples: Sequence[Sample]) -> str:
 
 def _memory_over_time(axes: Any, samples: Sequence[Sample]) -> bool:
     """Of each converter the first warm sample on the largest model: all that is resident, and mapped files of it."""
-    warm = [s for s in samples if (s.case, s.cache, s.pair) == (convert.NAME, "warm", 0)]
+    warm = [s for s in samples if (s.case, s.cache, s.pair) == (convert.NAME, "warm", 0) and s.timeline]
     if not warm:
         return False
     model = _largest(warm)
     outtype = next(s.outtype for s in reversed(warm) if s.model == model)
     for sample in sorted(warm, key=lambda sample: [*COLOURS].index(sample.converter)):
-        if (sample.model, sample.outtype) != (model, outtype) or not sample.timeline:
+        if (sample.model, sample.outtype) != (model, outtype):
             continue
         seconds = [point.seconds for point in sample.timeline]
         colour = COLOURS[sample.converter]
@@ -117,16 +124,16 @@ def _wall_against_cp(axes: Any, samples: Sequence[Sample]) -> bool:
     if not warm:
         return False
     model = _largest(warm)
-    warm = [sample for sample in warm if sample.model == model]
-    outtypes = list(dict.fromkeys(sample.outtype for sample in warm))
-    converters = [name for name in COLOURS if name != CP.name and any(s.converter == name for s in warm)]
-    width = 0.8 / len(converters)
-    for index, name in enumerate(converters):
-        each = [ratios([s for s in warm if s.outtype == outtype], name, CP.name) for outtype in outtypes]
-        medians = [statistics.median(values) for values in each]
-        below = [median - min(values) for median, values in zip(medians, each, strict=True)]
-        above = [max(values) - median for median, values in zip(medians, each, strict=True)]
-        places = [place + (index - (len(converters) - 1) / 2) * width for place in range(len(outtypes))]
+    outtypes = list(dict.fromkeys(sample.outtype for sample in warm if sample.model == model))
+    against_cp = _ratios_of([sample for sample in warm if sample.model == model], outtypes)
+    if not against_cp:
+        return False
+    width = 0.8 / len(against_cp)
+    for index, (name, each) in enumerate(against_cp.items()):
+        medians = [statistics.median(values) for values in each.values()]
+        below = [median - min(values) for median, values in zip(medians, each.values(), strict=True)]
+        above = [max(values) - median for median, values in zip(medians, each.values(), strict=True)]
+        places = [outtypes.index(outtype) + (index - (len(against_cp) - 1) / 2) * width for outtype in each]
         bars = axes.bar(places, medians, width * 0.9, yerr=(below, above), color=COLOURS[name], label=name, capsize=3)
         axes.bar_label(bars, [f"{median:.2f}" for median in medians], fontsize=8, padding=3)
     axes.axhline(1, color=COLOURS[CP.name], linewidth=1, linestyle="--", label="cp + sync")
@@ -135,3 +142,14 @@ def _wall_against_cp(axes: Any, samples: Sequence[Sample]) -> bool:
     axes.set_xticks(range(len(outtypes)), outtypes)
     axes.set(title=f"Wall time against cp + sync, {model}, warm source", ylabel="times cp")
     return True
+
+
+def _ratios_of(samples: Sequence[Sample], outtypes: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Converter -> outtype -> its ratios to cp, where it has any."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in COLOURS:
+        for outtype in outtypes:
+            values = ratios([sample for sample in samples if sample.outtype == outtype], name, CP.name)
+            if values and name != CP.name:
+                found.setdefault(name, {})[outtype] = values
+    return found

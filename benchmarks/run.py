@@ -1,6 +1,7 @@
 """`make bench`: measure, print a table, keep the run. `python -m benchmarks.run --help`.
 
-Owns: options and files of a run. Does not own: what is measured (cases/). Options have their defaults from the
+Owns: options and files of a run. Does not own: what is measured (cases/). Invariant: what was measured is kept, however
+the run ends. Options have their defaults from the
 environment, which is where `make bench MODELS="350m 1.2b"` puts them: MODELS, OUTTYPES, PAIRS, SPARSE, CASES,
 BENCH_HOST, BENCH_CACHE, LLAMA_CPP, LLAMA_CPP_PYTHON.
 """
@@ -14,11 +15,13 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks import machine, plots, summary
 from benchmarks.baselines import llama_cpp
 from benchmarks.bench import Bench, BenchError, Settings
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, rows
 from benchmarks.shapes import SHAPES, cache_folder
 from benchmarks.summary import Table
 
@@ -28,45 +31,65 @@ ALL_OUTTYPES = ("f32", "bf16", "f16", "q8_0")
 
 def main() -> int:
     options = _options()
-    names = options.cases or [case.NAME for case in CASES]
-    bench = Bench(_settings(options))
-    peer_python = llama_cpp.python() if bench.settings.peer else None
-    environment = {"host": options.host, **machine.environment(bench.settings.cache, peer_python)}
-    failed = False
+    settings = _settings(options)
+    settings.cache.mkdir(parents=True, exist_ok=True)
+    environment = _environment(options, settings)
+    folder = options.out or RUNS / f"{time.strftime('%Y-%m-%d')}-{options.host}"
+    with TemporaryDirectory(prefix="streamconv-bench-", dir=settings.cache) as made:
+        bench = Bench(settings, Path(made))
+        try:
+            completed = _measure(bench, options.cases)
+        finally:
+            _keep_samples(folder, bench, environment)
+    tables = [summary.figures(rows(bench.samples)), summary.conversions(bench.samples)]
+    _keep_summary(folder, bench, tables, environment)
+    print(*map(summary.as_text, tables), *bench.notes, f"kept in {folder}", sep="\n\n")
+    return int(not completed)
+
+
+def _measure(bench: Bench, names: Collection[str]) -> bool:
+    """Whether all cases ran to their end."""
+    completed = True
     for case in CASES:
         try:
             if case.NAME in names:
                 case.measure(bench)
         except (BenchError, OSError) as error:
-            failed = True
+            completed = False
             bench.skip(case.NAME, f"it failed: {error}")
         except KeyboardInterrupt:
-            failed = True
             bench.skip(case.NAME, "interrupted; what was measured until then is kept")
-            break
-    rows = [
-        row
-        for case in CASES
-        for row in case.rows([sample for sample in bench.samples if sample.case.startswith(case.NAME)])
-    ]
-    folder = options.out or RUNS / f"{time.strftime('%Y-%m-%d')}-{options.host}"
-    tables = [summary.figures(rows), summary.conversions(bench.samples)]
-    _keep(folder, bench, tables, environment)
-    print(*map(summary.as_text, tables), *bench.notes, f"kept in {folder}", sep="\n\n")
-    return int(failed)
+            return False
+    return completed
 
 
-def _keep(folder: Path, bench: Bench, tables: list[Table], environment: dict[str, object]) -> None:
+def _keep_samples(folder: Path, bench: Bench, environment: dict[str, Any]) -> None:
+    """What all else follows from, before anything else can fail."""
     folder.mkdir(parents=True, exist_ok=True)
     summary.write_raw(folder / "raw.csv", bench.samples)
     summary.write_timelines(folder / "timeline.csv", bench.samples)
     summary.write_json(folder / "env.json", environment)
+
+
+def _keep_summary(folder: Path, bench: Bench, tables: list[Table], environment: dict[str, Any]) -> None:
     try:
-        pictures = plots.draw(bench.samples, folder, str(environment["host"]))
+        pictures = plots.draw(summary.succeeded(bench.samples), folder, environment["host"])
     except ImportError:
         bench.skip("plots", 'matplotlib is missing: pip install -e ".[bench]"')
         pictures = []
     (folder / "summary.md").write_text(summary.markdown(tables, environment, bench.notes, pictures), encoding="utf-8")
+
+
+def _environment(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    asked = {
+        "models": settings.models,
+        "outtypes": settings.outtypes,
+        "pairs": settings.n_pairs,
+        "sparse": sorted(settings.sparse.intersection(settings.models)),
+        "cases": options.cases,
+    }
+    peer_python = llama_cpp.python() if settings.peer else None
+    return {"host": options.host, "settings": asked, **machine.environment(settings.cache, peer_python)}
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -76,7 +99,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         n_pairs=options.pairs,
         sparse=frozenset(options.sparse),
         cache=options.cache,
-        peer=llama_cpp.converter(),
+        peer=options.peer,
     )
     if options.smoke:
         return replace(settings, models=("tiny",), n_pairs=1, vocabulary_model="tiny-128k")
@@ -93,7 +116,7 @@ def _options() -> argparse.Namespace:
     add("--outtypes", type=_names(ALL_OUTTYPES), default=os.environ.get("OUTTYPES", "bf16 f16 q8_0"))
     add(
         "--pairs",
-        type=int,
+        type=_at_least_one,
         default=os.environ.get("PAIRS", "9"),
         help="samples of each kind (3 at most of the slow ones)",
     )
@@ -106,9 +129,20 @@ def _options() -> argparse.Namespace:
     add("--out", type=Path, help="the run's folder in place of benchmarks/runs/DATE-HOST")
     add("--smoke", action="store_true", help="every case once, on a tiny model: does it all still run?")
     options = parser.parse_args()
+    try:
+        options.peer = llama_cpp.converter()
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    options.cases = options.cases or tuple(case.NAME for case in CASES)
     if options.smoke and options.out is None:
         options.out = options.cache / "smoke"
     return options
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a count of one or more")
+    return int(text)
 
 
 def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:

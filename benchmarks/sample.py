@@ -60,12 +60,18 @@ def measure(
     if not first:
         raise FileNotFoundError(f"cannot start {command[0]}")
     tree = _Tree(int(first))
-    while launcher.poll() is None:
-        tree.sample()
-        if tree.seconds > timeout_seconds:
-            os.kill(tree.pid, signal.SIGKILL)
-        time.sleep(INTERVAL_SECONDS)
-    tree.close()
+    try:
+        while launcher.poll() is None:
+            tree.sample()
+            if tree.seconds > timeout_seconds:
+                tree.kill()
+            time.sleep(INTERVAL_SECONDS)
+    except BaseException:  # an interrupt too: nothing may write on when its folder is removed
+        tree.kill()
+        launcher.wait()
+        raise
+    finally:
+        tree.close()
     wall, user, system, child_kib, own_kib, exit_code = map(float, launcher.stdout.read().split())
     exact_nbytes = int(child_kib) * 1024 if child_kib > own_kib else 0
     return Measured(wall, user, system, max(tree.peak_rss_nbytes, exact_nbytes), int(exit_code), tree.timeline)
@@ -97,6 +103,10 @@ class _Tree:
         anon_nbytes = sum(state[b"RssAnon"] + state[b"RssShmem"] for state in states)
         self.timeline.append(Point(seconds, anon_nbytes, sum(state[b"RssFile"] for state in states)))
         self.peak_rss_nbytes = max(self.peak_rss_nbytes, sum(state[b"VmHWM"] for state in states))
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

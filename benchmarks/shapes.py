@@ -103,7 +103,7 @@ SHAPES: Final = {
 
 def config_of(shape: Shape) -> dict[str, Any]:
     """config.json: as published, 16-layer models name the attending layers, others give every layer's type."""
-    auto_adjust = shape.n_layers == 16
+    types = ["full_attention" if layer in shape.attention_layers else "conv" for layer in range(shape.n_layers)]
     common: dict[str, Any] = {
         "bos_token_id": 1,
         "conv_L_cache": CONV_KERNEL,
@@ -123,22 +123,28 @@ def config_of(shape: Shape) -> dict[str, Any]:
         "use_pos_enc": True,
         "vocab_size": shape.vocabulary.n_rows,
     }
-    types = ["full_attention" if layer in shape.attention_layers else "conv" for layer in range(shape.n_layers)]
-    if shape.experts is not None:
-        return common | {
-            "architectures": ["Lfm2MoeForCausalLM"],
-            "model_type": "lfm2_moe",
-            "intermediate_size": shape.feed_forward,
-            "layer_types": types,
-            "moe_intermediate_size": shape.experts.feed_forward,
-            "norm_topk_prob": True,
-            "num_dense_layers": shape.experts.n_dense_layers,
-            "num_experts": shape.experts.n_experts,
-            "num_experts_per_tok": shape.experts.n_used,
-            "routed_scaling_factor": 1.0,
-            "use_expert_bias": True,
-        }
-    return common | {
+    return common | (_dense_config(shape, types) if shape.experts is None else _moe_config(shape, shape.experts, types))
+
+
+def _moe_config(shape: Shape, experts: Experts, types: list[str]) -> dict[str, Any]:
+    return {
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "model_type": "lfm2_moe",
+        "intermediate_size": shape.feed_forward,
+        "layer_types": types,
+        "moe_intermediate_size": experts.feed_forward,
+        "norm_topk_prob": True,
+        "num_dense_layers": experts.n_dense_layers,
+        "num_experts": experts.n_experts,
+        "num_experts_per_tok": experts.n_used,
+        "routed_scaling_factor": 1.0,
+        "use_expert_bias": True,
+    }
+
+
+def _dense_config(shape: Shape, types: list[str]) -> dict[str, Any]:
+    auto_adjust = shape.n_layers == 16
+    return {
         "architectures": ["Lfm2ForCausalLM"],
         "model_type": "lfm2",
         "block_auto_adjust_ff_dim": auto_adjust,

@@ -53,6 +53,11 @@ class Row:
         return (*name, _digits(self.value), spread, str(self.n), verdict)
 
 
+def succeeded(samples: Iterable[Sample]) -> list[Sample]:
+    """Without those that failed: their times and peaks mean nothing."""
+    return [sample for sample in samples if not sample.exit_code]
+
+
 def middle(values: Sequence[float]) -> tuple[float, float, float, int]:
     """(median, lowest, highest, count): the last fields of a Row."""
     return statistics.median(values), min(values), max(values), len(values)
@@ -84,8 +89,8 @@ def conversions(samples: Iterable[Sample]) -> Table:
     """What every converter cost, by model, type and state of the cache."""
     made: Table = [_CONVERSIONS_HEAD]
     groups: dict[tuple[str, str, str, str], list[Sample]] = {}
-    for sample in samples:
-        if sample.model and not sample.exit_code:
+    for sample in succeeded(samples):
+        if sample.model:
             groups.setdefault((sample.case, sample.model, sample.outtype, sample.cache), []).append(sample)
     for key, same in groups.items():
         for name in sorted({sample.converter for sample in same}):
@@ -123,12 +128,23 @@ def markdown(tables: Iterable[Table], environment: dict[str, Any], notes: Sequen
         f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_nbytes'] / 2**30:.0f} GiB,"
         f" {environment['kernel']}, {environment['filesystem']['type']}; Python {environment['python']}, {versions};"
         f" streamconv {environment['streamconv']['commit']} ({environment['streamconv']['kernels']} kernels).",
+        _settings(environment["settings"]),
         *(f"**{note}**" for note in notes),
         *map(as_markdown, tables),
         _READING,
         *(f"![{path.stem}]({path.name})" for path in plots),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    models = [
+        f"{name} (holes in place of weights)" if name in settings["sparse"] else name for name in settings["models"]
+    ]
+    return (
+        f"Models: {', '.join(models)}; those of startup and vocabulary have holes too. Output types:"
+        f" {', '.join(settings['outtypes'])}. Pairs: {settings['pairs']}. Cases: {', '.join(settings['cases'])}."
+    )
 
 
 def write_raw(path: Path, samples: Iterable[Sample]) -> None:

@@ -8,6 +8,7 @@ synthetic vocabulary has no known hash; the text is still tokenised, only the an
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,17 +19,22 @@ SCRIPT = "convert_hf_to_gguf.py"
 
 
 def python() -> Path:
-    return Path(os.environ.get("LLAMA_CPP_PYTHON", sys.executable))
+    return Path(os.environ.get("LLAMA_CPP_PYTHON") or sys.executable).expanduser()
 
 
 def converter() -> Converter | None:
-    """The peer, or None where LLAMA_CPP is not set. Raises FileNotFoundError where it holds no script."""
+    """The peer, or None where LLAMA_CPP is not set.
+
+    Raises FileNotFoundError, with a line for the user, where that holds no script or there is no such Python.
+    """
     folder = os.environ.get("LLAMA_CPP")
     if not folder:
         return None
-    script = Path(folder) / SCRIPT
+    script = Path(folder).expanduser() / SCRIPT
     if not script.is_file():
         raise FileNotFoundError(f"LLAMA_CPP={folder} holds no {SCRIPT}")
+    if shutil.which(python()) is None:
+        raise FileNotFoundError(f"LLAMA_CPP_PYTHON={python()} is no program")
 
     def command(src: Path, dst: Path, outtype: str) -> list[str]:
         return [str(python()), str(_SHIM), str(script), str(src), "--outfile", str(dst), "--outtype", outtype]

@@ -8,7 +8,12 @@ from pathlib import Path
 def main() -> None:
     script = Path(sys.argv[1]).resolve()
     sys.path[:0] = [str(script.parent), str(script.parent / "gguf-py")]
-    from conversion.base import TextModel  # type: ignore[import-not-found]
+    try:
+        from conversion.base import TextModel  # type: ignore[import-not-found]
+    except ImportError as error:
+        if error.name not in {"conversion", "conversion.base"}:
+            raise
+        sys.exit(f"{script}: needs a llama.cpp that has its converters in conversion/, TextModel in conversion/base.py")
 
     find = TextModel.get_vocab_base_pre
 

@@ -2,6 +2,7 @@
 them.
 
 A case's docstring says what it claims and why the comparison is fair.
+Invariant: `rows` gets only samples that succeeded, and makes what rows it can of a run that was cut short.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from benchmarks.bench import Bench, Sample
 from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, startup, vocabulary
-from benchmarks.summary import Row
+from benchmarks.summary import Row, succeeded
 
 
 class Case(Protocol):
@@ -23,3 +24,10 @@ class Case(Protocol):
 
 
 CASES: tuple[Case, ...] = (startup, convert, merge, memory, vocabulary, per_tensor, cgroup)
+
+
+def rows(samples: Sequence[Sample]) -> list[Row]:
+    """All figures. What failed is counted, and stands in no other figure."""
+    good = succeeded(samples)
+    made = [row for case in CASES for row in case.rows([s for s in good if s.case.startswith(case.NAME)])]
+    return made + cgroup.failures(samples)

@@ -37,6 +37,8 @@ PEAK_BAR_MIB: Final = 96
 def measure(bench: Bench) -> None:
     settings = bench.settings
     plans: tuple[tuple[Cache, int], ...] = (("warm", settings.n_pairs), ("cold", settings.n_few_pairs))
+    if not settings.dense:
+        bench.skip(NAME, "no model without holes")
     compiled = kernel_name() != "numpy"
     if not compiled:
         bench.skip(f"{NAME} {STREAMCONV.name}", "no compiled kernels here, so it is streamconv-numpy")
@@ -76,13 +78,14 @@ def _steps(samples: Sequence[Sample]) -> list[Row]:
     """Seconds for each GB that a model has more than the next smaller one: about the same from step to step."""
     made = []
     warm = [sample for sample in samples if (sample.converter, sample.cache) == (STREAMCONV.name, "warm")]
-    models = sorted({sample.model for sample in warm}, key=lambda model: SHAPES[model].nbytes)
     for outtype in dict.fromkeys(sample.outtype for sample in warm):
         wall = {(sample.model, sample.pair): sample.wall_seconds for sample in warm if sample.outtype == outtype}
+        models = sorted({model for model, _ in wall}, key=lambda model: SHAPES[model].nbytes)
         for less, more in pairwise(models):
             step = (SHAPES[more].nbytes - SHAPES[less].nbytes) / 1e9
-            costs = [(wall[more, pair] - wall[less, pair]) / step for model, pair in wall if model == more]
-            made.append(
-                Row(NAME, f"{less} to {more}", outtype, "warm", STREAMCONV.name, "seconds a GB", *middle(costs))
-            )
+            pairs = [pair for model, pair in wall if model == more and (less, pair) in wall]
+            costs = [(wall[more, pair] - wall[less, pair]) / step for pair in pairs]
+            name = (NAME, f"{less} to {more}", outtype, "warm", STREAMCONV.name)
+            if costs:
+                made.append(Row(*name, "seconds a GB", *middle(costs)))
     return made

@@ -26,6 +26,8 @@ PEAK_BAR_MIB: Final = 16
 
 def measure(bench: Bench) -> None:
     settings = bench.settings
+    if not settings.dense:
+        bench.skip(NAME, "no model without holes")
     for model in settings.dense:
         src = bench.source(model)
         merging = _merging(adapter(SHAPES[model], settings.cache))

@@ -34,5 +34,6 @@ def rows(samples: Sequence[Sample]) -> list[Row]:
         wall = {(s.model, s.pair): s.wall_seconds for s in samples if s.outtype == outtype}
         pairs = sorted(pair for model, pair in wall if model == MANY and (FEW, pair) in wall)
         costs = [(wall[MANY, pair] - wall[FEW, pair]) * 1000 / n_more for pair in pairs]
-        made.append(Row(NAME, "", outtype, "warm", STREAMCONV.name, "ms a tensor", *middle(costs), BAR_MS))
+        if costs:
+            made.append(Row(NAME, "", outtype, "warm", STREAMCONV.name, "ms a tensor", *middle(costs), BAR_MS))
     return made
