@@ -1,6 +1,6 @@
 """The errors that users see, each with its exit code, and the cautions that do not stop a run.
 
-Owns: the kinds of failure. Does not own: printing (cli.py) or the report's layout (report.py).
+Owns: the kinds of failure. Does not own: printing (cli/) or the report's layout (report.py).
 Invariant: one line of message, naming file and tensor where there is one, and a hint that says the way out.
 """
 

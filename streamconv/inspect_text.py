@@ -1,6 +1,6 @@
 """An Inspection in lines that people read: keys, types, tensors, problems.
 
-Owns: columns and widths. Does not own: the facts (inspect.py), printing (cli.py).
+Owns: columns and widths. Does not own: the facts (inspect.py), printing (cli/).
 Invariant: no line is wider than asked for, and of a stranger's file only visible characters reach a terminal.
 """
 

@@ -22,7 +22,7 @@ from streamconv.gguf_file.format import Buffer, KeyValue, PackedArray
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import OUTTYPES
 from streamconv.plan import MAX_DEFAULT_WORKERS, Step
-from streamconv.profile import Profile
+from streamconv.profile import Profile, Stopwatch
 from streamconv.report import Output, Report, TypeTotal
 from streamconv.split import Part, SplitOptions
 
@@ -78,6 +78,10 @@ class RunOptions:
     @property
     def n_threads(self) -> int:
         return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0))) if self.threads is None else self.threads
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        return self.profile or Stopwatch()
 
     def cancelled(self) -> Interrupted | None:
         """What to raise, where the caller wants the run to stop."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 SCHEMA: Final = 1
-Phase = Literal["read", "merge", "encode", "write", "wait"]
+Phase = Literal["read", "merge", "encode", "write", "wait", "sync"]
 PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
 
 _STATUS = Path("/proc/self/status")

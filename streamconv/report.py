@@ -1,6 +1,6 @@
 """What a run did: the facts, and their one JSON form, which scripts rely on (schema 1).
 
-Owns: the layout of `--json`. Does not own: printing it, or the lines people read (cli.py).
+Owns: the layout of `--json`. Does not own: printing it, or the lines people read (cli/).
 """
 
 from __future__ import annotations

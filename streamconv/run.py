@@ -23,7 +23,6 @@ from streamconv.output.destination import check_room, claim, failures, write_tex
 from streamconv.output.manifest import digest, manifest_path, manifest_text
 from streamconv.output.sink import Sink, refuse_taken
 from streamconv.plan import MemoryProof, prove_memory
-from streamconv.profile import Stopwatch
 from streamconv.report import Output, PlannedTensor, Report
 from streamconv.stream import state_of, stream
 
@@ -104,7 +103,8 @@ def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, r
             report.verified = True
         digests = [digest(sink.readable_path, part.layout) if options.sha256 else None
                    for sink, part in zip(sinks, job.parts, strict=True)]  # fmt: skip
-        _publish(sinks)
+        with options.stopwatch.time("sync"):
+            _publish(sinks)
         texts = [manifest_text(part.path, part.layout, found)
                  for part, found in zip(job.parts, digests, strict=True) if found]  # fmt: skip
         texts += [places.modelfile.text] if places.modelfile else []
@@ -137,9 +137,10 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
             job.shards,
             advance=advance,
             cancelled=options.cancelled,
-            stopwatch=options.profile or Stopwatch(),
+            stopwatch=options.stopwatch,
         )
-        sink.complete(state_of(counts))
+        with options.stopwatch.time("sync"):
+            sink.complete(state_of(counts))
         tally |= counts
     report.warnings += _non_finite(job, tally)
 

@@ -184,7 +184,8 @@ class _Pool:
             done = min(prefix * self.proof.chunk, self.layout.nbytes)
             # Records lie on multiples of the largest chunk, so that a resumed run may use any.
             if done - recorded >= RECORD_NBYTES and done % CHUNK_NBYTES[0] == 0 and done < self.layout.nbytes:
-                self.sink.record(done, state_of(self.tally))
+                with self.stopwatch.time("sync"):
+                    self.sink.record(done, state_of(self.tally))
                 recorded = done
             if (reason := cancelled()) is not None:
                 raise reason

@@ -1,6 +1,6 @@
 """What a GGUF file is: typed keys, tensor infos, layout arithmetic and the bytes of a header.
 
-Owns: encoding. Does not own: reading files (reader.py), which keys a model gets (recipe.py, vocab.py).
+Owns: encoding. Does not own: reading files (reader.py), which keys a model gets (recipe.py, vocab/).
 Invariant: what is encoded is what was asked for: a key keeps its exact type, an int array is not silently INT32,
 an empty array stays, a duplicate is an error.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ import pytest
 
 import streamconv
 from benchmarks.shapes import SHAPES, checkpoint
+from streamconv import codecs, run
 from streamconv.errors import BudgetError, DestinationError, Interrupted, SourceError, UsageError
+from streamconv.plan import CHUNK_NBYTES, MemoryProof
 from tests import tiny
+from tests.fault.calls import watched
+from tests.fault.test_errors import refusing
 from tests.oracles import ggufs
 
 MIB = 1 << 20
@@ -101,14 +106,38 @@ def test_the_default_name_follows_the_convention(source: Path, tmp_path: Path, m
 # ---------------------------------------------------------------- the same bytes
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5.5 million weights, whose every output has more than one of the largest chunks."""
+    return tiny.lfm2(tmp_path_factory.mktemp("large") / "Large", n_layers=3, attention=(1,), hidden=512, ff=2_912)
+
+
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
-def test_memory_and_threads_never_show_in_the_bytes(source: Path, tmp_path: Path, outtype: str) -> None:
-    digests = set()
-    for number, (threads, bound) in enumerate([(1, None), (3, None), (2, 1 << 40)]):
-        out = tmp_path / f"{number}.gguf"
-        streamconv.convert(source, out, outtype=outtype, threads=threads, max_memory=bound)
-        digests.add(digest(out))
-    assert len(digests) == 1
+def test_no_fast_path_shows_in_the_bytes(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outtype: str
+) -> None:
+    """Chunks, threads, kernels and system calls, each in turn, against numpy in one thread through the page cache."""
+    prove = run.prove_memory
+
+    def made(chunk: int, workers: int, writing: int) -> str:
+        def proof(*arguments: Any, **keywords: Any) -> MemoryProof:
+            return replace(prove(*arguments, **keywords), chunk=chunk, workers=workers, writing=writing)
+
+        monkeypatch.setattr(run, "prove_memory", proof)
+        out = tmp_path / "out.gguf"
+        assert streamconv.convert(large, out, outtype=outtype, force=True).nbytes > CHUNK_NBYTES[0]
+        return digest(out)
+
+    plain = watched(refusing("direct", "fallocate", "sync_file_range"))
+    with codecs.reference_kernels(), plain:
+        general = made(CHUNK_NBYTES[0], 1, 0)
+    with codecs.reference_kernels():
+        assert made(CHUNK_NBYTES[2], 3, 2) == general
+    assert codecs.kernel_name() == "c"
+    for chunk, (workers, writing) in product(CHUNK_NBYTES, ((1, 0), (4, 4))):
+        assert made(chunk, workers, writing) == general
+    with watched(refusing("direct", "fallocate", "sync_file_range")):
+        assert made(CHUNK_NBYTES[-1], 2, 4) == general
 
 
 def test_the_place_never_shows_in_the_bytes(source: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ TYPES = {
 
 Fields = dict[str, set[str]]
 # Objects whose keys are data; what is below them has * for the key, or is left alone where anything may stand there.
-MAPS = {"types", "metadata_types"}
+MAPS = {"types", "metadata_types", "calls"}
 OPAQUE = {"metadata"}
 
 
@@ -86,7 +86,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
     nan = tiny.llama(folder / "nan")
     tiny.write_safetensors(nan / "model.safetensors", tensors)
     runs = [
-        *say("convert", source, "-o", out, "--json", "--sha256"),
+        *say("convert", source, "-o", out, "--json", "--sha256", "--profile", folder / "profile.json"),
         *say("convert", source, "--dry-run", "--json", "--adapter", adapter),
         *say("convert", nan, "-o", folder / "nan.gguf", "--json", "--verify"),
         *say("lora", adapter, "--base", source, "-o", lora, "--json"),
@@ -116,6 +116,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
                 line[part] = {}
     return {
         "convert, lora, verify": union(*runs),
+        "Profiles": union(json.loads((folder / "profile.json").read_text())),
         "Errors": union(*errors),
         "inspect": union(*shown),
         "batch: a line for each job that ends": union(*finished),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import streamconv
 from streamconv import profile as profile_module
 from streamconv.profile import PHASES, Memory, Profile, Sample, Stopwatch, Timeline, read_memory
+from tests import tiny
 
 
 @pytest.fixture
@@ -28,8 +31,16 @@ def test_seconds_add_up_by_phase(clock: list[float]) -> None:
         with profile.time(phase):  # type: ignore[arg-type]
             clock[0] += elapsed
     written = profile.as_json()
-    assert written["seconds"] == {"wall": 0.0, "read": 0.75, "merge": 0.0, "encode": 0.0, "write": 2.0, "wait": 0.0}
-    assert written["calls"] == {"read": 2, "merge": 0, "encode": 0, "write": 1, "wait": 0}
+    assert written["seconds"] == {
+        "wall": 0.0,
+        "read": 0.75,
+        "merge": 0.0,
+        "encode": 0.0,
+        "write": 2.0,
+        "wait": 0.0,
+        "sync": 0.0,
+    }
+    assert written["calls"] == {"read": 2, "merge": 0, "encode": 0, "write": 1, "wait": 0, "sync": 0}
 
 
 def test_a_phase_that_fails_is_counted_and_its_error_passes(clock: list[float]) -> None:
@@ -125,3 +136,25 @@ def test_the_sampler_ends_with_a_failing_run() -> None:
     with pytest.raises(ValueError, match="boom"), Profile(interval_seconds=3600):
         raise ValueError("boom")
     assert "profile" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_conversion_tells_its_phases_and_its_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that runs in fsync alone: all of it is under `sync`."""
+    now = [100.0]
+    monkeypatch.setattr("streamconv.profile.time.perf_counter", lambda: now[0])
+    fsync = os.fsync
+
+    def slow(fd: int) -> None:
+        now[0] += 3.0
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    src = tiny.lfm2(tmp_path / "src")
+    with Profile() as profile:
+        streamconv.convert(src, tmp_path / "out.gguf", profile=profile)
+    written = profile.as_json()
+    assert written["seconds"]["sync"] >= 3.0
+    assert written["seconds"]["write"] == written["seconds"]["read"] == 0.0
+    assert {phase for phase, n_calls in written["calls"].items() if n_calls} == set(PHASES) - {"merge"}
