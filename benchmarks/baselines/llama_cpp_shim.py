@@ -13,7 +13,9 @@ def main() -> None:
     except ImportError as error:
         if error.name not in {"conversion", "conversion.base"}:
             raise
-        sys.exit(f"{script}: needs a llama.cpp that has its converters in conversion/, TextModel in conversion/base.py")
+        sys.exit(
+            f"{script.name}: needs a llama.cpp that has its converters in conversion/, TextModel in conversion/base.py"
+        )
 
     find = TextModel.get_vocab_base_pre
 

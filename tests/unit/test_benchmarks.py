@@ -6,15 +6,18 @@ import json
 import math
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from benchmarks import summary, vocabulary
-from benchmarks.bench import Sample
-from benchmarks.cases import convert, memory, per_tensor
-from benchmarks.sample import measure
+from benchmarks import cases, plots, run, summary, vocabulary
+from benchmarks.baselines import llama_cpp
+from benchmarks.bench import Bench, BenchError, Sample, Settings
+from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, startup
+from benchmarks.converters import Converter
+from benchmarks.sample import Point, measure
 from benchmarks.shapes import SHAPES, checkpoint, shard_paths, tensors_of
 
 
@@ -24,6 +27,50 @@ def sample(converter: str, pair: int = 0, wall: float = 1.0, peak_mib: float = 5
     values |= {"output_nbytes": 7, "exit_code": 0, **other}
     peak = int(peak_mib * summary.MIB)
     return Sample(converter=converter, pair=pair, wall_seconds=wall, peak_rss_nbytes=peak, **values)  # type: ignore[arg-type]
+
+
+def whole_run(case: str) -> list[Sample]:
+    """Samples of a case in the order in which it takes them: two pairs, two models where it converts all of them."""
+    models = {per_tensor.NAME: (per_tensor.FEW, per_tensor.MANY), cgroup.NAME: ("1.2b",), startup.NAME: ("",)}
+    converters = {
+        convert.NAME: ("cp", "streamconv-numpy", "streamconv", "llama.cpp"),
+        merge.NAME: (merge.MERGING, "streamconv"),
+        memory.NAME: ("streamconv", "streamconv-numpy", "llama.cpp"),
+        startup.NAME: (startup.HELP, startup.DRY_RUN, startup.IMPORTS),
+    }
+    timeline = [Point(0.0, 5 << 20, 7 << 20), Point(0.5, 9 << 20, 7 << 20)]
+    return [
+        sample(
+            *(converter, pair, 1 + number / 7 + pair / 3, 40.0 + number),
+            case=name,
+            model=model,
+            outtype=outtype,
+            cache=cache,
+            timeline=timeline,
+        )
+        for outtype in ("bf16", "q8_0")
+        for pair in range(2)
+        for cache in (("warm", "cold") if case == convert.NAME else ("warm",))
+        for number, (model, converter, name) in enumerate(
+            (model, converter, name)
+            for model in models.get(case, ("350m", "1.2b"))
+            for converter in converters.get(case, ("streamconv",))
+            for name in ((cgroup.NAME, cgroup.INSIDE) if case == cgroup.NAME else (case,))
+        )
+    ]
+
+
+def bench(folder: Path, peer: Converter | None = None) -> Bench:
+    return Bench(Settings(("tiny",), ("bf16",), 1, frozenset(), folder, peer), folder)
+
+
+def script(name: str, text: str) -> Converter:
+    return Converter(name, lambda _src, _dst, _outtype: [sys.executable, "-S", "-c", text])
+
+
+FAILS = "print('first line'); print('no such thing'); raise SystemExit(2)"
+ALL_CASES = [case.NAME for case in cases.CASES]
+PAINTERS = (plots._memory_over_time, plots._peak_against_size, plots._wall_against_cp)
 
 
 @pytest.mark.parametrize(
@@ -137,3 +184,160 @@ def test_a_command_runs_as_an_installed_one_does(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     program = "import sys; raise SystemExit(4 if sys.dont_write_bytecode else 0)"
     assert measure([sys.executable, "-S", "-c", program], tmp_path / "log").exit_code == 0
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_a_run_cut_short_at_any_sample_gives_the_rows_it_can(case: str) -> None:
+    samples = whole_run(case)
+    n_rows = [len(cases.rows(samples[:n])) for n in range(len(samples) + 1)]
+    assert n_rows == sorted(n_rows)
+    assert n_rows[0] == 0
+    assert n_rows[-1] > 0
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_samples_in_any_part_give_rows(case: str) -> None:
+    samples = whole_run(case)
+    for number in range(len(samples)):
+        cases.rows(samples[number:])
+        cases.rows(samples[:number] + samples[number + 1 :])
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_failed_samples_change_no_figure(case: str) -> None:
+    good = whole_run(case)
+    failed = [
+        sample(s.converter, s.pair, 1000.0, 5000.0, case=s.case, model=s.model, outtype=s.outtype, exit_code=1)
+        for s in good
+    ]
+    figures = [row for row in cases.rows([*failed, *good]) if row.figure != "runs that failed"]
+    assert figures
+    assert figures == [row for row in cases.rows(good) if row.figure != "runs that failed"]
+    assert [row for row in cases.rows(failed) if row.figure != "runs that failed"] == []
+    assert summary.conversions([*failed, *good]) == summary.conversions(good)
+
+
+def test_failures_inside_the_cgroup_are_counted() -> None:
+    samples = [sample("streamconv", pair, case=cgroup.INSIDE, exit_code=-9 * (pair == 1)) for pair in range(3)]
+    (row,) = cases.rows(samples)
+    assert (row.figure, row.value) == ("runs that failed", 1)
+    assert row.cells()[-1] == "<= 0 MISSED"
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_pictures_of_a_part_of_a_run(case: str) -> None:
+    samples = whole_run(case)
+    for paint in PAINTERS:
+        drawn = []
+        for n in range(len(samples) + 1):
+            axes = MagicMock()
+            assert paint(axes, samples[:n]) == (axes.plot.called or axes.bar.called)
+            drawn.append(axes.plot.called or axes.bar.called)
+        assert drawn[-1] == (case == convert.NAME or (case == memory.NAME and paint == plots._peak_against_size))
+
+
+def test_an_outtype_without_cp_has_no_bar() -> None:
+    samples = [s for s in whole_run(convert.NAME) if (s.converter, s.outtype) != ("cp", "bf16")]
+    axes = MagicMock()
+    assert plots._wall_against_cp(axes, samples)
+    assert {len(call.args[0]) for call in axes.bar.call_args_list} == {1}
+    assert not plots._wall_against_cp(MagicMock(), [s for s in samples if s.converter != "cp"])
+
+
+def test_the_peaks_of_each_converter_are_apart_for_themselves() -> None:
+    made = {"streamconv": (50, 51), "streamconv-numpy": (60, 64), "llama.cpp": (900, 3900)}
+    samples = [
+        sample(converter, 0, 1.0, peak, case=memory.NAME, model=model)
+        for converter, peaks in made.items()
+        for model, peak in zip(("350m", "1.2b"), peaks, strict=True)
+    ]
+    apart = {row.what: (row.value, row.bar) for row in memory.rows(samples) if row.figure == "peaks apart, MiB"}
+    assert apart == {"streamconv": (1.0, 8), "streamconv-numpy": (4.0, 8), "llama.cpp": (3000.0, None)}
+
+
+def test_the_failure_of_the_peer_leaves_out_the_peer_alone(tmp_path: Path) -> None:
+    peer = script("llama.cpp", FAILS)
+    measured = bench(tmp_path, peer)
+    for pair in range(2):
+        measured.convert(convert.NAME, peer, "tiny", tmp_path / "src", "bf16", "any", pair)
+    assert measured.notes == ["convert tiny bf16: left out: llama.cpp ended with 2: no such thing"]
+    assert [failed.exit_code for failed in measured.samples] == [2, 2]
+
+
+def test_the_failure_of_another_ends_the_case(tmp_path: Path) -> None:
+    measured = bench(tmp_path, script("llama.cpp", ""))
+    with pytest.raises(BenchError, match=r"^streamconv ended with 2: no such thing$"):
+        measured.convert(convert.NAME, script("streamconv", FAILS), "tiny", tmp_path / "src", "bf16", "any")
+
+
+@pytest.mark.parametrize("case", [convert, merge, cgroup])
+def test_a_case_without_a_dense_model_says_that_it_is_left_out(
+    case: cases.Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = Bench(Settings(("tiny",), ("bf16",), 1, frozenset({"tiny"}), tmp_path, None), tmp_path)
+    case.measure(measured)
+    assert f"{case.NAME}: left out: no model without holes" in measured.notes
+    assert case.NAME in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [BenchError("broken"), KeyboardInterrupt(), ZeroDivisionError()])
+def test_what_was_measured_is_kept_however_the_run_ends(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_one(bench: Bench) -> None:
+        bench.samples.append(sample("streamconv", case=memory.NAME))
+        raise error
+
+    monkeypatch.setattr(memory, "measure", measure_one)
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+    monkeypatch.setattr(
+        sys, "argv", ["run", "--cases", memory.NAME, "--cache", f"{tmp_path}/cache", "--out", f"{tmp_path}/out"]
+    )
+    (tmp_path / "cache" / "out").mkdir(parents=True)
+    if isinstance(error, ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):
+            run.main()
+    else:
+        assert run.main() == 1
+    assert len((tmp_path / "out" / "raw.csv").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "out" / "env.json").read_text())["settings"]["cases"] == [memory.NAME]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["out"]
+
+
+def test_the_summary_names_the_settings_and_models_with_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "measure", lambda _bench: None)
+    options = ["--models", "350m 8b-a1b", "--cases", "memory", "--pairs", "4", "--outtypes", "f16"]
+    monkeypatch.setattr(sys, "argv", ["run", *options, "--cache", f"{tmp_path}/cache", "--out", f"{tmp_path}/out"])
+    assert run.main() == 0
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert "Models: 350m, 8b-a1b (holes in place of weights);" in text
+    assert "Output types: f16. Pairs: 4. Cases: memory." in text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("PAIRS", "0", "0 is not a count of one or more"),
+        ("LLAMA_CPP", "~/nowhere", "LLAMA_CPP=~/nowhere holds no convert_hf_to_gguf.py"),
+    ],
+)
+def test_a_wrong_setting_is_a_usage_error(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["run"])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_home_folder_is_expanded_and_an_old_layout_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / llama_cpp.SCRIPT).touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LLAMA_CPP", "~/llama.cpp")
+    peer = llama_cpp.converter()
+    assert peer
+    assert measure(peer.command(tmp_path, tmp_path / "out", "f16"), tmp_path / "log").exit_code == 1
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert "needs a llama.cpp that has its converters in conversion/" in line
