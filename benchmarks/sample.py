@@ -105,8 +105,9 @@ class _Tree:
         self.peak_rss_nbytes = max(self.peak_rss_nbytes, sum(state[b"VmHWM"] for state in states))
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        for pid in {self.pid, *self._descriptors}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

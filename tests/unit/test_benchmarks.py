@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import psutil
 import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -244,6 +246,33 @@ def test_an_outtype_without_cp_has_no_bar() -> None:
     assert not plots._wall_against_cp(MagicMock(), [s for s in samples if s.converter != "cp"])
 
 
+def test_a_sample_without_a_timeline_is_no_line() -> None:
+    assert not plots._memory_over_time(MagicMock(), [sample("streamconv")])
+
+
+def test_models_without_a_pair_in_common_have_no_step() -> None:
+    samples = [sample("streamconv", pair, model=model) for pair, model in enumerate(("350m", "1.2b"))]
+    assert [row.model for row in convert.rows(samples)] == ["350m", "1.2b"]
+
+
+def test_the_cgroup_gets_less_by_what_was_mapped_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    def enter(limit_nbytes: int) -> AbstractContextManager[list[str]]:
+        events.append(limit_nbytes)
+        return nullcontext(["inside"])
+
+    def convert_one(case: str, *_arguments: object, **_options: object) -> Sample:
+        events.append(case)
+        return sample("streamconv", case=case, peak_file_nbytes=(20 + len(events)) << 20)
+
+    monkeypatch.setattr(cgroup, "memory_cgroup", enter)
+    measured = MagicMock(convert=convert_one)
+    measured.settings = Settings(("tiny",), ("bf16",), 2, frozenset(), Path(), None)
+    cgroup.measure(measured)
+    assert events == [cgroup.NAME, 107 << 20, cgroup.INSIDE, cgroup.NAME, 104 << 20, cgroup.INSIDE]
+
+
 def test_the_peaks_of_each_converter_are_apart_for_themselves() -> None:
     made = {"streamconv": (50, 51), "streamconv-numpy": (60, 64), "llama.cpp": (900, 3900)}
     samples = [
@@ -341,3 +370,15 @@ def test_the_home_folder_is_expanded_and_an_old_layout_named(tmp_path: Path, mon
     assert measure(peer.command(tmp_path, tmp_path / "out", "f16"), tmp_path / "log").exit_code == 1
     (line,) = (tmp_path / "log").read_text().splitlines()
     assert "needs a llama.cpp that has its converters in conversion/" in line
+
+
+def test_an_interrupted_measurement_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = psutil.Process().children(recursive=True)
+
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.sample.time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure(["sleep", "600"], tmp_path / "log")
+    assert psutil.Process().children(recursive=True) == others
