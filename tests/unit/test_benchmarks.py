@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -21,6 +22,12 @@ from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, startup
 from benchmarks.converters import Converter
 from benchmarks.sample import Point, measure
 from benchmarks.shapes import SHAPES, checkpoint, shard_paths, tensors_of
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODELS", "OUTTYPES", "PAIRS", "SPARSE", "CASES", "LLAMA_CPP", "LLAMA_CPP_PYTHON", "BENCH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def sample(converter: str, pair: int = 0, wall: float = 1.0, peak_mib: float = 50.0, **other: object) -> Sample:
@@ -271,6 +278,15 @@ def test_the_cgroup_gets_less_by_what_was_mapped_outside(monkeypatch: pytest.Mon
     measured.settings = Settings(("tiny",), ("bf16",), 2, frozenset(), Path(), None)
     cgroup.measure(measured)
     assert events == [cgroup.NAME, 107 << 20, cgroup.INSIDE, cgroup.NAME, 104 << 20, cgroup.INSIDE]
+
+
+def test_a_peer_that_failed_outside_is_not_tried_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "memory_cgroup", lambda _limit: pytest.fail("tried"))
+    measured = bench(tmp_path, script("llama.cpp", FAILS))
+    measured.settings = replace(measured.settings, n_pairs=0)
+    measured.samples.append(sample("llama.cpp", exit_code=1))
+    cgroup.measure(measured)
+    assert measured.notes == ["cgroup-128MiB llama.cpp: left out: it failed outside"]
 
 
 def test_the_peaks_of_each_converter_are_apart_for_themselves() -> None:
