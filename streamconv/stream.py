@@ -8,6 +8,7 @@ the one reported; nothing is told to be done before its sources were checked to 
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -158,8 +159,14 @@ class _Pool:
             self._workspaces.put(Workspace(Scratch(proof.slab), stopwatch=stopwatch))
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        """Signals wait meanwhile, since what a handler raises inside of `Thread.start` leaves a thread half begun; the
+        workers go on leaving them to the caller's thread."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            for thread in self._threads:
+                thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
         self._stopping.set()

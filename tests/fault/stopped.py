@@ -146,7 +146,7 @@ def stop_and_resume(program: Program, chance: random.Random, numbers: Sequence[s
         assert stopped.code == EXIT_CODES[number], stopped.printed
         if number != signal.SIGKILL:
             assert "--resume" in stopped.printed
-            assert stopped.printed.count("\n") == 1
+            assert stopped.printed.count("\n") == 1, stopped.printed
         program.assert_old_or_new()
         stops.append(stopped)
     program.run(resume=True)

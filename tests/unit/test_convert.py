@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -340,3 +342,21 @@ def test_the_tensors_are_those_of_the_checkpoint(source: Path, tmp_path: Path) -
         ("model.embedding_norm.weight", "token_embd_norm.weight"),
     ):
         assert np.array_equal(written.float64(target), np.squeeze(stored[name].float32()))
+
+
+def test_a_signal_waits_until_all_workers_have_begun(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a handler raises inside of `Thread.start` would leave a thread half begun, which Python tells on stderr."""
+    begun = []
+    start_new_thread = threading._start_new_thread  # type: ignore[attr-defined]
+
+    def start(*arguments: Any) -> int:
+        signal.raise_signal(signal.SIGINT)
+        begun.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return start_new_thread(*arguments)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(threading, "_start_new_thread", start)
+    with pytest.raises(KeyboardInterrupt):
+        streamconv.convert(source, tmp_path / "out.gguf", threads=1)
+    assert begun and all({signal.SIGINT, signal.SIGTERM} <= mask for mask in begun)
