@@ -31,6 +31,7 @@ __all__ = [
     "BOOL",
     "F32",
     "I32",
+    "QUANTIZATION_KEYS",
     "STRING",
     "U32",
     "Claim",
@@ -52,6 +53,8 @@ __all__ = [
     "find_recipe",
     "recipe_of",
 ]
+
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, of mlx-lm
 
 U32, I32, F32, BOOL, STRING = (
     GGUFValueType.UINT32,
@@ -278,7 +281,7 @@ def all_recipes() -> tuple[Recipe, ...]:
 
 def find_recipe(config: Config) -> Recipe:
     """The recipe for a config.json; SourceError, saying what is supported, where there is none."""
-    for key in ("quantization_config", "quantization"):
+    for key in QUANTIZATION_KEYS:
         if settings := config.raw.get(key):
             method = settings.get("quant_method") if isinstance(settings, dict) else None
             what = f"the checkpoint is quantised ({method or key})"

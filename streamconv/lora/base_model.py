@@ -20,14 +20,22 @@ from streamconv.gguf_file.format import KeyValue, PackedArray
 from streamconv.gguf_file.reader import GGUFKey, Span, refuse
 from streamconv.gguf_file.set import GGUFSet
 from streamconv.lora.config import Problem
-from streamconv.recipe import Key, Model, PerLayer, Recipe, Tensor, all_recipes, find_recipe, recipe_of
+from streamconv.recipe import (
+    QUANTIZATION_KEYS,
+    Key,
+    Model,
+    PerLayer,
+    Recipe,
+    Tensor,
+    all_recipes,
+    find_recipe,
+    recipe_of,
+)
 from streamconv.sources import find_source, source_failures
 from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
 N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
-
-QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, of mlx-lm
 
 # Tensors that llama.cpp's run time uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
 _IGNORED_TARGETS = {
