@@ -356,10 +356,10 @@ def refusal(base: Path, tmp_path: Path, *adapters: Path | tuple[Path, float]) ->
 
 def test_all_that_matches_nothing_is_told_at_once(llama: Path, tmp_path: Path) -> None:
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",))
-    factors = {"lora_A.weight": np.ones((8, 64), np.float32), "lora_B.weight": np.ones((64, 8), np.float32)}
+    factors = {"lora_A.weight": tiny.noise("A", (8, 64), 1.0), "lora_B.weight": tiny.noise("B", (64, 8), 1.0)}
     for layer in (7, 8):
         with_tensors(adapter, {f"model.layers.{layer}.self_attn.q_proj.{n}": v for n, v in factors.items()})
-    with_tensors(adapter, {"model.vision.weight": np.ones((3, 4), np.float32)})
+    with_tensors(adapter, {"model.vision.weight": tiny.noise("vision", (3, 4), 1.0)})
     error = failure(llama, tmp_path, adapter)
     message = str(error)
     assert [problem["modules"] for problem in error.problems] == [
@@ -399,7 +399,7 @@ def test_what_cannot_be_added_is_named(
     llama: Path, tmp_path: Path, tensors: dict[str, tuple[int, ...]], message: str
 ) -> None:
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",))
-    with_tensors(adapter, {name: np.ones(shape, np.float32) for name, shape in tensors.items()})
+    with_tensors(adapter, {name: tiny.noise(name, shape, 1.0) for name, shape in tensors.items()})
     assert message in refusal(llama, tmp_path, adapter)
 
 

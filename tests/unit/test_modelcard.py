@@ -87,11 +87,7 @@ def test_half_a_surrogate_pair_in_a_card_becomes_a_question_mark(tmp_path: Path)
 
 
 def test_a_folder_whose_name_is_no_utf8_converts(tmp_path: Path) -> None:
-    folder = tmp_path / os.fsdecode(b"raw\xff")
-    try:
-        tiny.lfm2(folder)
-    except OSError:
-        pytest.skip("this filesystem takes no such name")
+    folder = tiny.lfm2(tmp_path / os.fsdecode(b"raw\xff"))
     assert streamconv.convert(folder, tmp_path / "out.gguf").n_tensors
 
 
