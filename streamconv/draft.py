@@ -178,7 +178,8 @@ class _Draft:
         axes: dict[str, tuple[str, str]] = {}
         only: dict[str, str] = {}
         for layers, templates in groups.items():
-            others = groups.get(frozenset(range(self.n_layers)) - layers)
+            rest = self.n_layers - len(layers)  # a count, no set of all layers: names may have an index of 999,999
+            others = next((groups[one] for one in groups if len(one) == rest and one.isdisjoint(layers)), None)
             if others is None or templates[0] in only:
                 continue
             axis = f"axis{len(axes) + 1}"
