@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,7 @@ def test_the_oracle_sees_what_is_no_error_for_people(error: Exception, tmp_path:
 
 def test_the_oracle_sees_memory(tmp_path: Path) -> None:
     def take(_: Path) -> None:
-        bytearray(b"x") * (MAX_GROWTH_NBYTES + (1 << 20) + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        bytearray(b"x") * (MAX_GROWTH_NBYTES + (1 << 20))
 
-    assert "memory" in (judge(take, tmp_path)[2] or "")
+    for _ in range(2 if sys.platform == "linux" else 1):  # the second takes no more than the process has taken before
+        assert "memory" in (judge(take, tmp_path)[2] or "")
