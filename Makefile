@@ -41,8 +41,8 @@ test-all: $(VENV)/.ready ## the tests, those that take minutes included
 parity: .venv-parity/.ready ## against live llama.cpp converters, transformers and PEFT (downloads torch)
 	.venv-parity/bin/pytest -q -m parity tests/parity
 
-fuzz: $(VENV)/.ready ## every parser on mutated files: SECONDS_PER_TARGET=60, or EXECUTIONS=100000 of each, TARGET=gguf
-	$(BIN)/python -m tests.fuzz $(if $(EXECUTIONS),--executions $(EXECUTIONS),--seconds $(or $(SECONDS_PER_TARGET),60)) $(addprefix --target ,$(TARGET))
+fuzz: $(VENV)/.ready ## every parser on mutated files: SECONDS_PER_TARGET=60, or EXECUTIONS=100000 of each, TARGET=gguf SEED=7
+	$(BIN)/python -m tests.fuzz $(if $(EXECUTIONS),--executions $(EXECUTIONS),--seconds $(or $(SECONDS_PER_TARGET),60)) $(addprefix --target ,$(TARGET)) $(addprefix --seed ,$(SEED))
 
 kills: $(VENV)/.ready ## SIGKILL, SIGINT and SIGTERM at random moments, then --resume: KILLS=500 DIRECTORY=ON-A-DISK-TO-TRY
 	$(BIN)/python -m tests.fault.kills --kills $(or $(KILLS),500) $(addprefix --directory ,$(DIRECTORY))
