@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests import tiny
 
 PACKAGE = Path(__file__).parents[2] / "streamconv"
 
@@ -96,3 +101,19 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "exit codes" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs /proc and two cores")
+def test_a_command_starts_no_threads_for_blas(tmp_path: Path) -> None:
+    code = (
+        "import sys, threading; from streamconv.cli import main\n"
+        "main(sys.argv[1:])\n"
+        "n = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('Threads'))\n"
+        "sys.exit(f'{n} threads' if n != threading.active_count() else 0)"
+    )
+    command = ["convert", str(tiny.llama(tmp_path / "src")), "-o", str(tmp_path / "out.gguf"), "--quiet"]
+    environ = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False, env=environ
+    )
+    assert done.returncode == 0, done.stderr
