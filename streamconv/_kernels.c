@@ -34,8 +34,10 @@ typedef float vector_t __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vector_t;
 #endif
 
-/* A wheel is built for the oldest x86-64; where the loader can choose at run time, it also carries AVX2 code. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+/* A wheel is built for the oldest x86-64; where the loader can choose at run time, it also carries AVX2 code.
+   -DCLONED= builds what a machine without AVX2 runs. */
+#if defined(CLONED)
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define CLONED __attribute__((target_clones("avx2", "default")))
 #else
 #define CLONED

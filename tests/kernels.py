@@ -1,4 +1,4 @@
-"""Both kernels under test, and what gguf-py makes of the same numbers.
+"""The kernels under test, and what gguf-py makes of the same numbers.
 
 Owns: building the compiled kernel as pyproject.toml declares it, from the tree as it is (a stale build cannot hide a
 change), and a guarded call of `codecs.encode`.
@@ -43,12 +43,14 @@ def has_compiler() -> bool:
     return shutil.which(command[0]) is not None
 
 
-NAMES = ("numpy", "c") if has_compiler() else ("numpy",)
+# "c" runs what the loader chooses for this machine, "c-baseline" what it chooses where there is no AVX2.
+FLAGS = {"c": "", "c-baseline": "-DCLONED="} if has_compiler() else {}
+NAMES = ("numpy", *FLAGS)
 
 
 @functools.cache
-def compiled() -> ModuleType:
-    """The compiled kernel, built into a temporary directory."""
+def compiled(flags: str = "") -> ModuleType:
+    """The kernel, compiled with `flags` besides its own into a temporary directory."""
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
         (tree / "streamconv").mkdir()
@@ -56,7 +58,8 @@ def compiled() -> ModuleType:
             shutil.copy(ROOT / name, tree / name)
         (tree / "README.md").touch()
         command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
-        build = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+        environ = {**os.environ, "CFLAGS": f"{os.environ.get('CFLAGS', '')} {flags}"}
+        build = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True, check=False)
         found = [path for path in (tree / "streamconv").glob("_kernels.*") if path.suffix != ".c"]
         assert build.returncode == 0 and len(found) == 1, build.stdout + build.stderr
         spec = importlib.util.spec_from_file_location("streamconv._kernels", found[0])
@@ -68,7 +71,7 @@ def compiled() -> ModuleType:
 
 def named(name: str) -> ModuleType | None:
     """What codecs._kernels is to be for `name`, one of NAMES."""
-    return compiled() if name == "c" else None
+    return compiled(FLAGS[name]) if name in FLAGS else None
 
 
 def values(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.float32]:
