@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,9 +34,8 @@ ALL_OUTTYPES = ("f32", "bf16", "f16", "q8_0")
 def main() -> int:
     options = _options()
     settings = _settings(options)
-    settings.cache.mkdir(parents=True, exist_ok=True)
     environment = _environment(options, settings)
-    folder = options.out or RUNS / f"{time.strftime('%Y-%m-%d')}-{options.host}"
+    folder = options.out or _new_folder(f"{time.strftime('%Y-%m-%d')}-{options.host}")
     with TemporaryDirectory(prefix="streamconv-bench-", dir=settings.cache) as made:
         bench = Bench(settings, Path(made))
         try:
@@ -62,6 +62,12 @@ def _measure(bench: Bench, names: Collection[str]) -> bool:
             bench.skip(case.NAME, "interrupted; what was measured until then is kept")
             return False
     return completed
+
+
+def _new_folder(name: str) -> Path:
+    """Where a run is kept: never in place of an earlier one."""
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    return next(folder for each in names if not (folder := RUNS / each).exists())
 
 
 def _keep_samples(folder: Path, bench: Bench, environment: dict[str, Any]) -> None:
@@ -113,8 +119,8 @@ def _options() -> argparse.Namespace:
         prog="python -m benchmarks.run", description="Measure streamconv beside cp and llama.cpp."
     )
     add = parser.add_argument
-    add("--models", type=_names(SHAPES), default=os.environ.get("MODELS", "350m"), help=f"of {' '.join(SHAPES)}")
-    add("--outtypes", type=_names(ALL_OUTTYPES), default=os.environ.get("OUTTYPES", "bf16 f16 q8_0"))
+    add("--models", type=_some_names(SHAPES), default=os.environ.get("MODELS", "350m"), help=f"of {' '.join(SHAPES)}")
+    add("--outtypes", type=_some_names(ALL_OUTTYPES), default=os.environ.get("OUTTYPES", "bf16 f16 q8_0"))
     add(
         "--pairs",
         type=_at_least_one,
@@ -131,8 +137,9 @@ def _options() -> argparse.Namespace:
     add("--smoke", action="store_true", help="every case once, on a tiny model: does it all still run?")
     options = parser.parse_args()
     try:
+        options.cache.mkdir(parents=True, exist_ok=True)
         options.peer = llama_cpp.converter()
-    except FileNotFoundError as error:
+    except OSError as error:
         parser.error(str(error))
     options.cases = options.cases or tuple(case.NAME for case in CASES)
     if options.smoke and options.out is None:
@@ -147,13 +154,24 @@ def _at_least_one(text: str) -> int:
 
 
 def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
-    """A reader of names with spaces between."""
+    """A reader of names with spaces between, each taken once: a pair is told by its names and number."""
 
     def read(text: str) -> tuple[str, ...]:
-        names = tuple(text.split())
+        names = tuple(dict.fromkeys(text.split()))
         if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are {', '.join(known)}")
         return names
+
+    return read
+
+
+def _some_names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """As `_names`, at least one of them: a run that measures nothing would say that all went well."""
+
+    def read(text: str) -> tuple[str, ...]:
+        if names := _names(known)(text):
+            return names
+        raise argparse.ArgumentTypeError(f"none is named; there are {', '.join(known)}")
 
     return read
 

@@ -363,6 +363,9 @@ def test_the_summary_names_the_settings_and_models_with_holes(tmp_path: Path, mo
     ("variable", "value", "message"),
     [
         ("PAIRS", "0", "0 is not a count of one or more"),
+        ("MODELS", "", "argument --models: none is named; there are tiny, 350m"),
+        ("OUTTYPES", " ", "argument --outtypes: none is named; there are f32, bf16, f16, q8_0"),
+        ("BENCH_CACHE", __file__, f"File exists: '{__file__}'"),
         ("LLAMA_CPP", "~/nowhere", "LLAMA_CPP=~/nowhere holds no convert_hf_to_gguf.py"),
     ],
 )
@@ -374,6 +377,26 @@ def test_a_wrong_setting_is_a_usage_error(
     with pytest.raises(SystemExit, match="2"):
         run.main()
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_name_given_twice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "--models", "tiny 350m tiny", "--cache", str(tmp_path)])
+    assert run._options().models == ("tiny", "350m")
+
+
+def test_no_run_is_kept_in_place_of_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "measure", lambda _bench: None)
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(sys, "argv", ["run", "--cases", memory.NAME, "--cache", str(tmp_path / "cache")])
+    monkeypatch.setattr(run.time, "strftime", lambda _format: "2026-01-02")
+    monkeypatch.setenv("BENCH_HOST", "here")
+    for _ in range(3):
+        assert run.main() == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "2026-01-02-here",
+        "2026-01-02-here-2",
+        "2026-01-02-here-3",
+    }
 
 
 def test_the_home_folder_is_expanded_and_an_old_layout_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
