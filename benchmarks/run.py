@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -33,6 +34,7 @@ ALL_OUTTYPES = ("f32", "bf16", "f16", "q8_0")
 
 def main() -> int:
     options = _options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` and CI end a run with it
     settings = _settings(options)
     environment = _environment(options, settings)
     folder = options.out or _new_folder(f"{time.strftime('%Y-%m-%d')}-{options.host}")

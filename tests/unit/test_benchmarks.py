@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from benchmarks import cases, plots, run, summary, vocabulary
+from benchmarks import sample as sample_module
 from benchmarks.baselines import llama_cpp
 from benchmarks.bench import Bench, BenchError, Sample, Settings
 from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, startup
@@ -347,6 +350,45 @@ def test_what_was_measured_is_kept_however_the_run_ends(
     assert len((tmp_path / "out" / "raw.csv").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "out" / "env.json").read_text())["settings"]["cases"] == [memory.NAME]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["out"]
+
+
+STOPPED_BY_TERM = """
+import os, signal, sys
+from benchmarks import run
+from benchmarks.cases import memory
+
+def measure(bench):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+memory.measure = measure
+sys.exit(run.main())
+"""
+
+
+def test_a_terminated_run_is_kept_and_tidied_as_an_interrupted_one(tmp_path: Path) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    options = ["--cases", memory.NAME, "--cache", str(cache), "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", STOPPED_BY_TERM, *options], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "!!! memory: left out: interrupted; what was measured until then is kept\n",
+    )
+    assert (out / "summary.md").is_file()
+    assert not [*cache.iterdir()]
+
+
+def test_a_launcher_that_is_interrupted_says_nothing(tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(sample_module._LAUNCHER), str(tmp_path / "log"), "sleep", "600"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    child = psutil.Process(int(launcher.stdout.readline()))
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.communicate(timeout=10) == ("", "")
+    child.kill()
 
 
 def test_the_summary_names_the_settings_and_models_with_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
