@@ -13,7 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ import psutil
 _PAGE_NBYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _PROBE_NBYTES: Final = 1 << 20  # one page in each MiB is looked at
 _N_CHILLS: Final = 10
+_ENTER: Final = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 _PACKAGES: Final = ("numpy", "gguf", "safetensors", "tqdm", "psutil", "matplotlib")
 _PEER_PACKAGES: Final = ("torch", "transformers", "numpy", "gguf")
 
@@ -91,7 +92,10 @@ def settle() -> None:
 
 @contextmanager
 def memory_cgroup(limit_nbytes: int) -> Iterator[list[str]]:
-    """A command line's beginning that runs its rest under `limit_nbytes`, page cache counted. Raises Unavailable."""
+    """A command line's beginning that runs its rest under `limit_nbytes`, page cache counted and nothing swapped out.
+
+    Raises Unavailable, also where a process may not enter the group: its failure there would count as the command's.
+    """
     parent, limit_name = _cgroup_parent()
     group = parent / f"streamconv-bench-{os.getpid()}"
     try:
@@ -103,9 +107,22 @@ def memory_cgroup(limit_nbytes: int) -> Iterator[list[str]]:
             (group / limit_name).write_text(str(limit_nbytes))
         except OSError as error:
             raise Unavailable(f"the cgroup takes no memory limit: {error.strerror}") from error
-        yield ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group)]
+        _forbid_swap(group, limit_nbytes)
+        prefix = ["sh", "-c", _ENTER, str(group)]
+        entered = subprocess.run([*prefix, "true"], capture_output=True, text=True)
+        if entered.returncode:
+            raise Unavailable(f"no process may enter the cgroup: {entered.stderr.strip()}")
+        yield prefix
     finally:
         _remove_cgroup(group)
+
+
+def _forbid_swap(group: Path, limit_nbytes: int) -> None:
+    """Where the system counts swap at all; else what is beyond the limit may go there."""
+    for name, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", limit_nbytes)):
+        if (group / name).exists():
+            with suppress(OSError):
+                (group / name).write_text(str(value))
 
 
 def _cgroup_parent() -> tuple[Path, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from benchmarks import cases, plots, run, summary, vocabulary
+from benchmarks import cases, machine, plots, run, summary, vocabulary
 from benchmarks import sample as sample_module
 from benchmarks.baselines import llama_cpp
 from benchmarks.bench import Bench, BenchError, Sample, Settings
@@ -281,6 +283,35 @@ def test_the_cgroup_gets_less_by_what_was_mapped_outside(monkeypatch: pytest.Mon
     measured.settings = Settings(("tiny",), ("bf16",), 2, frozenset(), Path(), None)
     cgroup.measure(measured)
     assert events == [cgroup.NAME, 107 << 20, cgroup.INSIDE, cgroup.NAME, 104 << 20, cgroup.INSIDE]
+
+
+def test_a_cgroup_that_nobody_may_enter_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what fails to enter would count as a conversion that failed in there."""
+    monkeypatch.setattr(machine, "_cgroup_parent", lambda: (tmp_path, "memory.max"))
+    monkeypatch.setattr(machine, "_forbid_swap", lambda group, _limit: (group / "cgroup.procs").mkdir())
+    monkeypatch.setattr(machine, "_remove_cgroup", shutil.rmtree)
+    with pytest.raises(machine.Unavailable, match="no process may enter the cgroup"):
+        with machine.memory_cgroup(128 << 20):
+            pytest.fail("entered")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_cgroup_is_limited_without_swap_and_entered_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the files of version 2, as the kernel would have made them."""
+
+    def make(group: Path, exist_ok: bool = False) -> None:
+        os.mkdir(group)  # noqa: PTH102 (it is what stands in for mkdir)
+        (group / "memory.swap.max").touch()
+
+    monkeypatch.setattr(machine, "_cgroup_parent", lambda: (tmp_path, "memory.max"))
+    monkeypatch.setattr(machine, "_remove_cgroup", shutil.rmtree)
+    monkeypatch.setattr(Path, "mkdir", make)
+    with machine.memory_cgroup(128 << 20) as prefix:
+        (group,) = tmp_path.iterdir()
+        assert (group / "memory.max").read_text() == str(128 << 20)
+        assert (group / "memory.swap.max").read_text() == "0"
+        done = subprocess.run([*prefix, "sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+        assert (group / "cgroup.procs").read_text() == done.stdout
 
 
 def test_a_peer_that_failed_outside_is_not_tried_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
