@@ -349,6 +349,20 @@ def test_the_failure_of_another_ends_the_case(tmp_path: Path) -> None:
         measured.convert(convert.NAME, script("streamconv", FAILS), "tiny", tmp_path / "src", "bf16", "any")
 
 
+@pytest.mark.parametrize(("kept", "is_warm"), [(1.0, True), (0.5, False)])
+def test_a_source_that_does_not_stay_warm_is_told(
+    kept: float, is_warm: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = bench(tmp_path)
+    src = tmp_path / "src"
+    src.mkdir()
+    (src / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(machine, "cached_fraction", lambda _path: kept)
+    for pair in range(2):
+        measured.convert(convert.NAME, script("streamconv", ""), "tiny", src, "bf16", "warm", pair)
+    assert measured.notes == ([] if is_warm else ["src: warm in name alone: the page cache does not keep all of it"])
+
+
 @pytest.mark.parametrize("case", [convert, merge, cgroup])
 def test_a_case_without_a_dense_model_says_that_it_is_left_out(
     case: cases.Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
