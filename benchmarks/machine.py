@@ -156,7 +156,10 @@ def _remove_cgroup(group: Path) -> None:
 
 
 def environment(cache: Path, peer_python: Path | None) -> dict[str, Any]:
-    """What a reader needs to judge the figures; no host name, user or path."""
+    """What a reader needs to judge the figures; no host name, user or path.
+
+    Raises Unavailable where `peer_python` does not run.
+    """
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu_model(),
@@ -217,8 +220,11 @@ def _peer_versions(python: Path) -> dict[str, str]:
         "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({'python': platform.python_version(), **{n: have[n] for n in names if n in have}}))"
     )
-    done = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=True)
-    versions: dict[str, str] = json.loads(done.stdout)
+    try:
+        done = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=True)
+        versions: dict[str, str] = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"LLAMA_CPP_PYTHON={python} is no Python that runs") from error
     return versions
 
 

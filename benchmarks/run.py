@@ -36,7 +36,10 @@ def main() -> int:
     options = _options()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` and CI end a run with it
     settings = _settings(options)
-    environment = _environment(options, settings)
+    try:
+        environment = _environment(options, settings)
+    except machine.Unavailable as why:
+        sys.exit(f"make bench: {why}")
     folder = options.out or _new_folder(f"{time.strftime('%Y-%m-%d')}-{options.host}")
     with TemporaryDirectory(prefix="streamconv-bench-", dir=settings.cache) as made:
         bench = Bench(settings, Path(made))

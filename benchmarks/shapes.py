@@ -32,6 +32,7 @@ from benchmarks.vocabulary import Vocabulary
 
 MAKER_VERSION: Final = 1  # raise it when the bytes of a shape change, and cached folders are made anew
 N_BLOCK: Final = 1 << 23  # elements of the random block that all weights are cut from
+TOKENIZER_NBYTES: Final = 16 << 20  # the largest, and then some
 CONV_KERNEL: Final = 3
 DTYPE_NBYTES: Final = {"BF16": 2, "F32": 4}
 
@@ -249,8 +250,12 @@ def checkpoint(shape: Shape, cache: Path, sparse: bool = False) -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     free_nbytes = shutil.disk_usage(cache).free
-    if not sparse and free_nbytes < shape.nbytes + (1 << 30):
-        raise OSError(f"{shape.name} needs {shape.nbytes >> 20} MiB, {cache} has {free_nbytes >> 20}: make it --sparse")
+    needed_nbytes = 2 * shape.nbytes + TOKENIZER_NBYTES
+    if not sparse and free_nbytes < needed_nbytes:
+        raise OSError(
+            f"{shape.name} and a copy of it need {needed_nbytes >> 20} MiB, {cache} has {free_nbytes >> 20}:"
+            f" make it with holes, SPARSE={shape.name}"
+        )
     part = folder.with_name(f"{folder.name}.part")
     for stale in (part, folder):
         shutil.rmtree(stale, ignore_errors=True)

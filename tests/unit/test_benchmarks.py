@@ -126,6 +126,17 @@ def test_a_checkpoint_is_valid_and_made_once(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
+def test_room_is_asked_for_the_checkpoint_and_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: MagicMock(free=24 << 20))
+    with pytest.raises(
+        OSError, match=r"^tiny and a copy of it need 32 MiB, .* has 24: make it with holes, SPARSE=tiny$"
+    ):
+        checkpoint(SHAPES["tiny"], tmp_path)
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: MagicMock(free=40 << 20))
+    assert checkpoint(SHAPES["tiny"], tmp_path).is_dir()
+
+
 def test_an_interrupted_checkpoint_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / "tiny-sparse.part").mkdir(parents=True)
     (tmp_path / "tiny-sparse.part" / "junk").write_text("junk")
@@ -484,6 +495,18 @@ def test_no_run_is_kept_in_place_of_an_earlier_one(tmp_path: Path, monkeypatch: 
         "2026-01-02-here-2",
         "2026-01-02-here-3",
     }
+
+
+def test_a_python_that_is_none_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / llama_cpp.SCRIPT).touch()
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    monkeypatch.setenv("LLAMA_CPP_PYTHON", "/bin/true")
+    monkeypatch.setattr(sys, "argv", ["run", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"^make bench: LLAMA_CPP_PYTHON=/bin/true is no Python that runs$"):
+        run.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_home_folder_is_expanded_and_an_old_layout_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
