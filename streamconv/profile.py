@@ -126,17 +126,16 @@ class Profile(Stopwatch):
 def read_memory() -> Memory:
     """Resident memory of this process now; where the system does not tell anon from file, all of it counts as anon."""
     try:
-        lines = _STATUS.read_bytes().splitlines()
-    except OSError:
+        # psutil's `shared` adds anonymous shared buffers to mapped files, so on Linux the kernel's own split is read.
+        fields = {
+            name: int(value.split()[0]) * 1024
+            for name, _, value in (line.partition(b":") for line in _STATUS.read_bytes().splitlines())
+            if name.startswith(b"Rss")
+        }
+        anon_nbytes, file_nbytes = fields[b"RssAnon"] + fields[b"RssShmem"], fields[b"RssFile"]
+    except (OSError, KeyError):  # no /proc, or one without the split: Linux before 4.5, gVisor
         import psutil
 
         rss_nbytes = psutil.Process().memory_info().rss
         return Memory(rss_nbytes, rss_nbytes, 0)
-    # psutil's `shared` adds anonymous shared buffers to mapped files, so on Linux the kernel's own split is read.
-    fields = {
-        name: int(value.split()[0]) * 1024
-        for name, _, value in (line.partition(b":") for line in lines)
-        if name.startswith(b"Rss")
-    }
-    anon_nbytes, file_nbytes = fields[b"RssAnon"] + fields[b"RssShmem"], fields[b"RssFile"]
     return Memory(anon_nbytes + file_nbytes, anon_nbytes, file_nbytes)

@@ -112,8 +112,14 @@ def test_memory_tells_anonymous_from_file_mapped(tmp_path: Path) -> None:
     assert with_file.rss_nbytes == with_file.anon_nbytes + with_file.file_nbytes
 
 
-def test_without_proc_all_of_it_counts_as_anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(profile_module, "_STATUS", tmp_path / "absent")
+@pytest.mark.parametrize("status", [None, "Name:\tpython\nVmRSS:\t    9000 kB\n"])
+def test_where_the_system_does_not_tell_all_of_it_counts_as_anonymous(
+    status: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No /proc, or one of a kernel that does not tell anonymous memory from files."""
+    monkeypatch.setattr(profile_module, "_STATUS", tmp_path / "status")
+    if status is not None:
+        (tmp_path / "status").write_text(status)
     memory = read_memory()
     assert memory.rss_nbytes == memory.anon_nbytes > 1 << 20
     assert memory.file_nbytes == 0
