@@ -19,7 +19,7 @@ from streamconv.job import Job, RunOptions
 from streamconv.memory import resident_nbytes
 from streamconv.modelfile import Modelfile, plan_modelfile
 from streamconv.output.destination import Output as Place
-from streamconv.output.destination import check_room, claim, failures, write_text
+from streamconv.output.destination import check_folder, check_room, claim, failures, write_text
 from streamconv.output.manifest import digest, manifest_path, manifest_text
 from streamconv.output.sink import Sink, refuse_taken
 from streamconv.plan import MemoryProof, prove_memory
@@ -46,6 +46,7 @@ class _Places:
         n, m = len(outputs), len(outputs) + len(beside)
         for place in places[m:]:  # it is written by the caller, of a dry run, too
             refuse_taken(place, force=options.force, resume=False)
+            check_folder(place)
         return cls(places[:n], places[n:m], modelfile)
 
     def refuse_taken(self, options: RunOptions) -> None:

@@ -225,6 +225,15 @@ def lock_part(path: Path) -> Part:
     raise DestinationError("another run is writing it", file=path, hint="wait for that one, or stop it")
 
 
+def check_folder(output: Output) -> None:
+    """DestinationError where the folder of a file that is written last would not take it: better told first."""
+    with failures(output.path):
+        folder = output.path.parent
+        folder.stat()
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
+
+
 def check_room(outputs: Sequence[Output], sizes: Sequence[int]) -> None:
     """DestinationError, with the numbers, where all of them together need more than their filesystem has.
 

@@ -185,6 +185,28 @@ def test_two_files_of_one_run_have_two_names(
     assert [path.name for path in tmp_path.iterdir()] == ["link.gguf"]
 
 
+@pytest.mark.parametrize("folder", ["missing", "a file"])
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_profile_that_could_not_be_written_is_refused_before_the_work(
+    tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str], folder: str, options: list[str]
+) -> None:
+    (tmp_path / "a file").touch()
+    words = ["convert", str(small), "-o", str(tmp_path / "out.gguf"), "--quiet", *options]
+    assert main([*words, "--profile", str(tmp_path / folder / "profile.json")]) == 5
+    assert "profile.json: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+def test_a_profile_in_a_folder_that_may_not_be_written(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)  # as root, everything may be
+    words = ["convert", str(small), "-o", str(tmp_path / "out.gguf"), "--quiet"]
+    assert main([*words, "--profile", str(tmp_path / "profile.json")]) == 5
+    assert "profile.json: permission denied" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_tells_what_is_in_the_way_and_leaves_it(tmp_path: Path, small: Path) -> None:
     for name in ("out.gguf", "out.gguf.manifest.json", "out.Modelfile"):
         (tmp_path / name).write_text("mine")
