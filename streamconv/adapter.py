@@ -31,7 +31,7 @@ from streamconv.memory import headroom_nbytes
 from streamconv.modelcard import read_general
 from streamconv.output.destination import output_path
 from streamconv.outtypes import choose_type
-from streamconv.plan import PlacedTensor
+from streamconv.plan import PlacedTensor, memory_failures
 from streamconv.report import Report
 from streamconv.run import run
 from streamconv.sources import source_failures
@@ -39,6 +39,7 @@ from streamconv.split import make_parts
 
 
 @noting_files()
+@memory_failures()
 def convert_adapter(
     adapter: str | Path,
     base: str | Path,

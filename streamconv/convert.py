@@ -22,7 +22,7 @@ from streamconv.memory import headroom_nbytes, resident_nbytes
 from streamconv.modelcard import read_general
 from streamconv.output.destination import output_path
 from streamconv.outtypes import FILE_TYPES, OUTTYPES, resolve_auto, type_of
-from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, too_small
+from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
 from streamconv.recipe import Config, Model, find_recipe
 from streamconv.report import Report
 from streamconv.run import run
@@ -32,6 +32,7 @@ from streamconv.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 
 
 @noting_files()
+@memory_failures()
 def convert(
     src: str | Path,
     dst: str | Path | None = None,

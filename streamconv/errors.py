@@ -86,10 +86,18 @@ class SourceReadError(SourceError):
 
 
 class BudgetError(StreamconvError):
-    """The memory bound is too small; the message carries the bound that would be needed."""
+    """The memory bound is too small: the message carries the bound that would be needed. Or the system gave less."""
 
     kind = "memory"
     exit_code = 4
+
+
+def no_memory() -> BudgetError:
+    """What to say when the system refuses memory that the bound allows."""
+    return BudgetError(
+        "the system gives this process no more memory or threads",
+        hint="raise its limits (ulimit -v, ulimit -u, the container's), or try --threads 1",
+    )
 
 
 class DestinationError(StreamconvError):

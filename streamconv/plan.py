@@ -6,18 +6,20 @@ Invariant: the output's bytes are a function of header and steps alone; memory, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
-from streamconv.errors import BudgetError
+from streamconv.errors import BudgetError, no_memory
 from streamconv.gguf_file.format import Header, KeyValue, TensorInfo, align, encode_header
 from streamconv.graph import Encode, LazyTensor, peak_nbytes
 from streamconv.memory import MIB
-from streamconv.scratch import padded_nbytes
+from streamconv.scratch import Overdraft, padded_nbytes
 
 # A slab's rows are read, encoded and forgotten while they lie in the cache. Measured in benchmarks/LOG.md.
 SLAB_NBYTES = 1 << 19
@@ -141,6 +143,25 @@ def least_worker_nbytes(tensors: Sequence[PlacedTensor]) -> int:
     """What one worker with the smallest chunk takes."""
     steps = make_layout([], tensors).steps
     return worker_nbytes(CHUNK_NBYTES[-1], max((step.scratch_nbytes for step in steps), default=0))
+
+
+@contextmanager
+def memory_failures() -> Iterator[None]:
+    """What the system says when it has no more memory, or no thread, for this process becomes a BudgetError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _is_for_want_of_memory(error):
+            raise
+        raise no_memory() from error
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return str(error) == "can't start new thread"  # CPython has no type for it
+    return not isinstance(error, Overdraft)
 
 
 def too_small(limit: int, needed: int, file: Path | None = None) -> BudgetError:

@@ -26,6 +26,10 @@ def padded_nbytes(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+class Overdraft(MemoryError):
+    """A step took more than it had declared: a bug, whatever memory the machine has."""
+
+
 class Scratch:
     """A stack of temporaries inside one fixed buffer."""
 
@@ -40,7 +44,7 @@ class Scratch:
     def take(self, shape: tuple[int, ...] | int, dtype: DTypeLike = np.uint8) -> NDArray[np.generic]:
         """An uninitialised C-contiguous array, valid until the enclosing `frame` ends.
 
-        MemoryError beyond the declared size.
+        Overdraft beyond the declared size.
         """
         kind = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else shape
@@ -49,7 +53,7 @@ class Scratch:
             nbytes *= extent
         start, end = self._used, self._used + padded_nbytes(nbytes)
         if end > self._buffer.nbytes:
-            raise MemoryError(f"scratch of {self._buffer.nbytes} bytes cannot give {nbytes} at {start}")
+            raise Overdraft(f"scratch of {self._buffer.nbytes} bytes cannot give {nbytes} at {start}")
         self._used = end
         return self._buffer[start : start + nbytes].view(kind).reshape(shape)
 

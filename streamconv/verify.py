@@ -24,10 +24,12 @@ from streamconv.lora.base_model import open_base
 from streamconv.lora.file import LoraFile
 from streamconv.lora.merge import AdapterSpec, open_adapters
 from streamconv.memory import headroom_nbytes, resident_nbytes
+from streamconv.plan import memory_failures
 from streamconv.report import Output, Report
 from streamconv.sources import find_source
 
 
+@memory_failures()
 def verify(
     out: str | Path,
     source: str | Path,

@@ -19,7 +19,7 @@ from types import FrameType
 
 from streamconv.cli.output import say, tell
 from streamconv.cli.parser import build_parser
-from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError
+from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory
 
 RESUME = "run it again with --resume to go on"
 RESUMED = frozenset({"convert", "lora", "batch"})  # the commands that have something to resume
@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _leave_pipe()
     except Exception as error:
+        if type(error) is MemoryError:  # while a module was imported; the library tells its own
+            return _fail(no_memory(), as_json)
         if {"-v", "--verbose"} & set(arguments):
             raise
         what = f"a bug of ours: {type(error).__name__}: {error}".replace("\n", " ")

@@ -28,7 +28,7 @@ from streamconv.graph import (
     Widen,
     Workspace,
 )
-from streamconv.scratch import Scratch
+from streamconv.scratch import Overdraft, Scratch
 
 F32, F16, BF16, Q8_0 = (
     GGMLQuantizationType.F32,
@@ -203,7 +203,7 @@ def test_a_lazy_tensor_is_no_array() -> None:
 def test_more_scratch_than_declared_is_refused() -> None:
     tensor, _ = made_pairs(1)
     work = Workspace(Scratch(graph.peak_nbytes(tensor, 8) - 1))
-    with pytest.raises(MemoryError):
+    with pytest.raises(Overdraft):
         graph.read(tensor, range(8), np.zeros(8 * tensor.spec.row_nbytes, dtype=np.uint8), work)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import signal
@@ -19,7 +20,8 @@ import pytest
 
 import streamconv
 from benchmarks.shapes import SHAPES, checkpoint
-from streamconv import codecs, run
+from streamconv import codecs, run, stream
+from streamconv.cli import main
 from streamconv.errors import BudgetError, DestinationError, Interrupted, SourceError, UsageError
 from streamconv.plan import CHUNK_NBYTES, MemoryProof
 from tests import tiny
@@ -205,6 +207,45 @@ def test_a_bound_is_refused_before_the_destination_is_touched(source: Path, tmp_
 
 
 # ---------------------------------------------------------------- values that do not fit
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (threading.Thread, "start", RuntimeError("can't start new thread")),
+        (stream, "aligned_buffer", OSError(errno.ENOMEM, "Cannot allocate memory")),
+        (stream, "Scratch", OSError(errno.ENOMEM, "Cannot allocate memory")),
+        (stream, "read", MemoryError()),
+    ],
+    ids=["thread", "chunk", "scratch", "array"],
+)
+@pytest.mark.parametrize("n_given", [0, 1])
+def test_what_the_system_does_not_give_is_no_bug(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, n_given: int
+) -> None:
+    """As under `ulimit -v`, at the first request and at the second."""
+    give, n_left = getattr(owner, name), n_given
+
+    def refuse(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise error
+        return give(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(BudgetError, match="no more memory or threads"):
+        streamconv.convert(large, tmp_path / "out.gguf", threads=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_scratch_than_declared_is_a_bug(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prove = run.prove_memory
+    monkeypatch.setattr(run, "prove_memory", lambda *args, **keywords: replace(prove(*args, **keywords), slab=64))
+    assert main(["convert", str(source), "-o", str(tmp_path / "out.gguf"), "--outtype", "q8_0", "--quiet"]) == 1
+    assert "a bug of ours: Overdraft" in capsys.readouterr().err
 
 
 def test_a_weight_beyond_f16_names_tensor_value_and_way_out(source: Path, tmp_path: Path) -> None:
