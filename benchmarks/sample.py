@@ -47,7 +47,10 @@ class Measured:
 def measure(
     command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 1800
 ) -> Measured:
-    """What `command` cost. Its output goes to `log`; beyond the timeout it is killed (exit code -9)."""
+    """What `command` cost. Its output goes to `log`; beyond the timeout it is killed (exit code -9).
+
+    Raises OSError where it cannot be started or measured.
+    """
     inherited = {name: value for name, value in os.environ.items() if name not in _UNLIKE_INSTALLED}
     launcher = subprocess.Popen(
         [sys.executable, "-I", "-S", str(_LAUNCHER), str(log), *command],
@@ -72,7 +75,12 @@ def measure(
         raise
     finally:
         tree.close()
-    wall, user, system, child_kib, own_kib, exit_code = map(float, launcher.stdout.read().split())
+    told = launcher.stdout.read().split()
+    if not told:
+        raise ChildProcessError(
+            f"the launcher of {command[0]} was ended ({launcher.returncode}), and its figures with it"
+        )
+    wall, user, system, child_kib, own_kib, exit_code = map(float, told)
     exact_nbytes = int(child_kib) * 1024 if child_kib > own_kib else 0
     return Measured(wall, user, system, max(tree.peak_rss_nbytes, exact_nbytes), int(exit_code), tree.timeline)
 

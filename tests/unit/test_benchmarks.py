@@ -447,6 +447,15 @@ def test_a_launcher_that_is_interrupted_says_nothing(tmp_path: Path) -> None:
     child.kill()
 
 
+def test_a_launcher_that_is_killed_gives_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the kernel where memory is short: an error of the case, which the run survives."""
+    launcher = tmp_path / "launch.py"
+    launcher.write_text("import os; print(os.getpid(), flush=True); os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(sample_module, "_LAUNCHER", launcher)
+    with pytest.raises(OSError, match=r"^the launcher of true was ended \(-9\), and its figures with it$"):
+        measure(["true"], tmp_path / "log")
+
+
 def test_the_summary_names_the_settings_and_models_with_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "measure", lambda _bench: None)
     options = ["--models", "350m 8b-a1b", "--cases", "memory", "--pairs", "4", "--outtypes", "f16"]

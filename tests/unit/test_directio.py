@@ -12,6 +12,7 @@ import pytest
 
 from streamconv.output import directio
 from streamconv.output.directio import ChunkFile, rename_new, reserve, sync_directory
+from streamconv.plan import CHUNK_NBYTES
 from streamconv.scratch import aligned_buffer
 from tests.fault.calls import Call, Handler, watched
 from tests.fault.trial import content
@@ -58,6 +59,13 @@ def test_whole_pages_go_directly_and_the_rest_through_the_cache(fd: int, tmp_pat
     through_cache = [call.arguments[1:] for call in calls if call.name == "pwrite" and call.arguments[0] == fd]
     assert [(len(view), offset) for view, offset in through_cache] == [(5, NBYTES - 5)]
     assert direct_pieces(fd, calls) == [65536] * 3 + [12288]
+
+
+@pytest.mark.parametrize("page_nbytes", [4096, 16384, 65536])
+def test_chunks_are_whole_pages_of_every_size(page_nbytes: int) -> None:
+    """So two threads never write into one page, and each buffer starts where the system's own pages do."""
+    assert not any(nbytes % page_nbytes for nbytes in CHUNK_NBYTES)
+    assert not aligned_buffer(1).ctypes.data % os.sysconf("SC_PAGE_SIZE")
 
 
 def test_an_unaligned_buffer_goes_through_the_cache(fd: int, tmp_path: Path) -> None:
