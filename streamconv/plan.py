@@ -167,7 +167,7 @@ def _is_for_want_of_memory(error: Exception) -> bool:
 def too_small(limit: int, needed: int, file: Path | None = None) -> BudgetError:
     needed_mib = -(-(needed + RUN_TO_RUN_NBYTES) // MIB)
     return BudgetError(
-        f"--max-memory {limit / MIB:.0f} MiB is too small: this conversion needs {needed_mib} MiB",
+        f"a memory bound of {limit / MIB:.0f} MiB is too small: this conversion needs {needed_mib} MiB",
         file=file,
         hint=f"--max-memory {needed_mib}MiB",
     )

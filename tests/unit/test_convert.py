@@ -20,7 +20,7 @@ import pytest
 
 import streamconv
 from benchmarks.shapes import SHAPES, checkpoint
-from streamconv import codecs, run, stream
+from streamconv import codecs, memory, run, stream
 from streamconv.cli import main
 from streamconv.errors import BudgetError, DestinationError, Interrupted, SourceError, UsageError
 from streamconv.plan import CHUNK_NBYTES, MemoryProof
@@ -198,6 +198,14 @@ def test_too_small_a_bound_names_the_one_that_suffices(source: Path, tmp_path: P
     assert done.returncode == 4 and not list(tmp_path.glob("out*"))
     bound = done.stderr.rpartition("--max-memory ")[2].strip(" )\n")
     assert command("convert", source, "-o", out, "--max-memory", bound).returncode == 0
+
+
+def test_a_bound_that_nobody_gave_is_not_told_as_an_option(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It follows from the cgroup, of which --max-memory is the way out."""
+    monkeypatch.setattr(memory, "cgroup_limit_nbytes", lambda: 20 * MIB)
+    expected = r"a memory bound of 16 MiB is too small: this conversion needs (\d+) MiB \(--max-memory \1MiB\)$"
+    with pytest.raises(BudgetError, match=expected):
+        streamconv.convert(source, dry_run=True)
 
 
 def test_a_bound_is_refused_before_the_destination_is_touched(source: Path, tmp_path: Path) -> None:
