@@ -263,9 +263,13 @@ def reserve_space(fd: int, nbytes: int, path: Path) -> None:
     try:
         is_reserved = reserve(fd, nbytes)
     except OSError as exc:
-        if exc.errno in _NO_ROOM:
+        if exc.errno not in _NO_ROOM:
+            raise
+        volume = os.fstatvfs(fd)  # as it is now: another may have taken it
+        available = volume.f_bavail * volume.f_frsize
+        if needed > available:
             raise _too_little(needed, available, path) from None
-        raise
+        raise failure(exc, path) from None  # such as a quota: the numbers would say that there is room
     if not is_reserved and is_known and needed > available:
         raise _too_little(needed, available, path)
 

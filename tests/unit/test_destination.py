@@ -231,15 +231,26 @@ def test_what_cannot_fit_is_not_even_tried(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_the_filesystem_has_the_last_word(tmp_path: Path, code: int) -> None:
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [(1, "needs 8,192 bytes, and its filesystem has 4,096 free"), (9, "no space left|the quota .* is used up")],
+)
+def test_the_filesystem_has_the_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, left: int, message: str
+) -> None:
+    """Its free space is told as it is afterwards, and only where that explains the refusal: a quota is less than it."""
+    room = [volume(free=9, available=9), volume(free=left, available=left)]
+    monkeypatch.setattr(os, "fstatvfs", lambda _: room.pop(0))
+
     def handle(call: Call) -> object:
         if call.name == "fallocate":
             raise OSError(code, "full")
         return call.do()
 
     with (tmp_path / "part").open("wb") as file, watched(handle):
-        with pytest.raises(DestinationError, match="needs 8,192 bytes"):
+        with pytest.raises(DestinationError, match=message) as caught:
             reserve_space(file.fileno(), 8192, tmp_path)
+    assert caught.value.file == str(tmp_path)
 
 
 def test_where_nothing_can_be_reserved_the_free_space_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
