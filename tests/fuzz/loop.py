@@ -92,6 +92,8 @@ def judge(call: Call, directory: Path) -> tuple[bool, float, str | None]:
         refused = True
         if not str(error).isprintable() or error.exit_code == 1 or len(error.message) > 5_000:
             wrong = f"no error for people: {type(error).__name__}: {str(error)[:300]!r}"
+        elif isinstance(error.__cause__, MemoryError):
+            wrong = "asked for more memory than there is"
         else:
             json.dumps(error_to_json(error), allow_nan=False)
     except Exception as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import SourceError, StreamconvError
+from streamconv.plan import memory_failures
 from tests.fuzz.loop import MAX_GROWTH_NBYTES, fuzz, judge, lay_out, read_corpus
 from tests.fuzz.targets import TARGETS
 
@@ -49,6 +50,7 @@ def test_the_oracle_sees_what_is_no_error_for_people(error: Exception, tmp_path:
         raise error
 
     assert judge(fail, tmp_path)[2] is not None
+    assert judge(memory_failures()(fail), tmp_path)[2] is not None
     assert judge(lambda _: None, tmp_path)[::2] == (False, None)
 
 
