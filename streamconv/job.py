@@ -77,7 +77,7 @@ class RunOptions:
 
     @property
     def n_threads(self) -> int:
-        return min(MAX_DEFAULT_WORKERS, len(os.sched_getaffinity(0))) if self.threads is None else self.threads
+        return min(MAX_DEFAULT_WORKERS, _n_cores()) if self.threads is None else self.threads
 
     @property
     def stopwatch(self) -> Stopwatch:
@@ -157,6 +157,11 @@ class Job:
             outputs=[Output(part.path, part.layout.nbytes) for part in self.parts],
             warnings=list(self.cautions),
         )
+
+
+def _n_cores() -> int:
+    """The cores that this process may run on; all of the machine's where the system, as macOS, does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _infos(part: Part) -> tuple[object, ...]:

@@ -162,3 +162,25 @@ def test_standard_output_that_is_full(tmp_path: Path) -> None:
         assert done.returncode == 5
         assert done.stderr.count("\n") == 1
         assert "standard output" in done.stderr
+
+
+# Runs the command where the names that only Linux has are missing, as they are on macOS.
+WITHOUT_LINUX = """
+import os, sys
+for name in "sched_getaffinity memfd_create posix_fadvise fdatasync O_DIRECT copy_file_range".split():
+    delattr(os, name)
+from streamconv.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes away what Linux has")
+def test_a_system_without_the_calls_of_linux(source: Path, tmp_path: Path) -> None:
+    out, usual = tmp_path / "out.gguf", tmp_path / "usual.gguf"
+    commands = (["convert", source, "-o", out], ["verify", out, "--source", source])
+    for words in commands:
+        command = [sys.executable, "-c", WITHOUT_LINUX, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert main(["convert", str(source), "-o", str(usual), "--quiet"]) == 0
+    assert out.read_bytes() == usual.read_bytes()
