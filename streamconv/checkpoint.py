@@ -24,6 +24,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from streamconv import magic
 from streamconv.cursor import PositionedFile
 from streamconv.errors import BudgetError, SourceError
 from streamconv.graph import Source, TensorSpec
@@ -35,7 +36,7 @@ MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER
 # What a parsed header takes for each of its bytes, safetensors' own copy included. Measured: 15 on names as models have
 # them, 25 on the shortest.
 HEADER_OBJECT_NBYTES = 28
-INDEX = "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 FLOAT_TYPES = {
     "F32": GGMLQuantizationType.F32,
@@ -112,12 +113,8 @@ class Shard:
         self.read_into(0, prefix)
         length = int(prefix.view("<u8")[0])
         if length > min(MAX_HEADER_NBYTES, self.nbytes - 8):
-            what = (
-                "a Git LFS pointer, not the file itself"
-                if prefix.tobytes() == b"version "
-                else "truncated or no safetensors"
-            )
-            raise self._malformed(f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}: {what}")
+            claim = f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}"
+            raise self._malformed(f"{claim}: truncated or no safetensors")
         _check_affordable(
             self.path, f"its header of {length:,} bytes", length * HEADER_OBJECT_NBYTES, max_header_nbytes
         )
@@ -173,6 +170,11 @@ class Shard:
         return tensors
 
     def _malformed(self, message: str) -> SourceError:
+        """`message`, unless the file is of another kind, whose name says more."""
+        head = bytearray(min(magic.HEAD_NBYTES, self.nbytes))
+        self.file.read_into(0, head)
+        if other := magic.guess_other(bytes(head), magic.SAFETENSORS):
+            return SourceError(f"no safetensors file: this is {other.what}", file=self.path, hint=other.hint)
         return SourceError(message, file=self.path, hint="download the file again, or save it anew")
 
 
@@ -195,22 +197,18 @@ class Checkpoint:
         """
         directory = src.parent if src.suffix == ".safetensors" and src.is_file() else src
         if not directory.is_dir():
-            what = (
-                "is no checkpoint directory and no .safetensors file"
-                if src.exists()
-                else "no such checkpoint directory"
-            )
-            raise SourceError(what, file=src)
-        if not (directory / "config.json").is_file():
-            what = "the directory is empty" if not any(directory.iterdir()) else "no config.json"
-            raise SourceError(what, file=directory, hint="name the folder that holds config.json and *.safetensors")
+            if src.exists():
+                raise magic.misplaced(src, "checkpoint directory and no .safetensors file", CONFIG)
+            raise SourceError("no such checkpoint directory", file=src)
+        if not (directory / CONFIG).is_file():
+            raise _without_config(directory)
         alone = directory != src or (directory / "model.safetensors").is_file()
         left = max_header_nbytes
-        for path in (directory / "config.json", *(() if alone else (directory / INDEX,))):
+        for path in (directory / CONFIG, *(() if alone else (directory / INDEX,))):
             size = path.stat().st_size if path.is_file() else 0
             _check_affordable(path, f"its {size:,} bytes", size * OBJECT_NBYTES_PER_BYTE, left)
             left -= size * OBJECT_NBYTES_PER_BYTE
-        config = load_object(directory / "config.json")
+        config = load_object(directory / CONFIG)
         index = {} if alone else load_object_if_present(directory / INDEX)
         paths = [src] if directory != src else _find_shards(directory, index)
         shards: list[Shard] = []
@@ -239,6 +237,15 @@ class Checkpoint:
     ) -> None:
         for shard in self.shards:
             shard.close()
+
+
+def _without_config(directory: Path) -> SourceError:
+    """The error for a folder that is no checkpoint: what it is instead, and the command for that."""
+    if (directory / "adapter_config.json").is_file():
+        hint = f"streamconv lora {directory} --base BASE, or streamconv convert BASE --adapter {directory}"
+        return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint)
+    what = "the directory is empty" if not any(directory.iterdir()) else f"no {CONFIG}"
+    return SourceError(what, file=directory, hint=f"name the folder that holds {CONFIG} and *.safetensors")
 
 
 def _sparse_copy(head: bytes, nbytes: int) -> int | None:

@@ -1,12 +1,17 @@
 """What a file that is not what its name says really is, told from its first bytes, for error messages.
 
-Owns: the signatures. Does not own: deciding that a file is wrong (the readers do).
+Owns: the signatures, and the error for a file that is named where another belongs. Does not own: deciding that a
+file's content is wrong (the readers do).
 Invariant: a guess for a message only; nothing is parsed on the strength of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.cursor import read_start
+from streamconv.errors import SourceError
 
 HEAD_NBYTES = 512
 
@@ -25,6 +30,8 @@ _OLD_GGML = Guess(
     "a GGML file from before GGUF (August 2023)", "get a newer file of the model, or convert its checkpoint"
 )
 _PACKED = "unpack it first"
+SAFETENSORS = Guess("a safetensors file", "give it where a checkpoint or adapter is asked for")
+JSON = Guess("JSON text", "give the model file, not its index or config")
 
 _BINARY: tuple[tuple[bytes, Guess], ...] = (
     (b"GGUF", Guess("a GGUF file", "give it where a GGUF file is asked for")),
@@ -56,7 +63,7 @@ _TEXT: tuple[tuple[bytes, Guess], ...] = (  # in lower case, after white space
         Guess("an error page of the Hugging Face Hub", "log in (hf auth login) and accept the licence"),
     ),
     (b"invalid username or password", Guess("an error page of the Hugging Face Hub", "log in: hf auth login")),
-    (b"{", Guess("JSON text", "give the model file, not its index or config")),
+    (b"{", JSON),
 )
 
 
@@ -67,10 +74,30 @@ def guess(head: bytes) -> Guess | None:
     if not head.strip(b"\x00"):
         return Guess("nothing but zeros at its beginning", "the download did not finish: get the file again")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:  # safetensors' limit of a header
-        return Guess("a safetensors file", "give it where a checkpoint or adapter is asked for")
+        return SAFETENSORS
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for start, table in ((head, _BINARY), (text, _TEXT)):
         for signature, found in table:
             if start.startswith(signature):
                 return found
     return None
+
+
+def guess_other(head: bytes, own: Guess) -> Guess | None:
+    """As `guess`; None also where the file begins as it should, `own` being what that looks like."""
+    found = guess(head)
+    return None if found is own else found
+
+
+def misplaced(path: Path, asked: str, config: str) -> SourceError:
+    """The error for a file that is named where `asked`, a folder that has a file `config`, belongs.
+
+    SourceError is raised where the file cannot be read.
+    """
+    found = guess(bytes(read_start(path, HEAD_NBYTES)))
+    hint = found.hint if found else None
+    if found is SAFETENSORS:
+        hint = "give it a name that ends in .safetensors"
+    elif (path.parent / config).is_file():
+        hint = f"name the folder, {path.parent.absolute()}"
+    return SourceError(f"is no {asked}" + (f": this is {found.what}" if found else ""), file=path, hint=hint)

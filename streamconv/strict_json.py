@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
+from streamconv import magic
 from streamconv.cursor import read_start
 from streamconv.errors import SourceError
 
@@ -28,11 +29,11 @@ def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MA
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except UnicodeDecodeError as error:
-        raise SourceError(f"not UTF-8 at byte {error.start}", file=file) from None
+        raise _malformed(text, file, f"not UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise SourceError("JSON nested too deeply", file=file) from None
     except ValueError as error:  # JSONDecodeError, or one of the hooks below
-        raise SourceError(f"malformed JSON: {error}", file=file, hint="download the file again") from None
+        raise _malformed(text, file, f"malformed JSON: {error}", "download the file again") from None
     if not isinstance(value, dict):
         raise SourceError(f"expected a JSON object, found {type(value).__name__}", file=file)
     return value
@@ -46,6 +47,13 @@ def load_object(path: Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
 def load_object_if_present(path: Path) -> dict[str, Any]:
     """As `load_object`; an empty object where there is no such file."""
     return load_object(path) if path.exists() else {}
+
+
+def _malformed(text: bytes | bytearray, file: str | Path, problem: str, hint: str | None = None) -> SourceError:
+    """`problem`, unless the text is that of another kind of file, whose name says more."""
+    if other := magic.guess_other(bytes(text[: magic.HEAD_NBYTES]), magic.JSON):
+        problem, hint = f"malformed JSON: this is {other.what}", other.hint
+    return SourceError(problem, file=file, hint=hint)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

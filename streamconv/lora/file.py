@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from streamconv import magic
 from streamconv.checkpoint import Shard, SourceTensor
 from streamconv.config import Config
 from streamconv.errors import SourceError
@@ -92,7 +93,7 @@ class LoraFile:
         if not path.exists():
             raise SourceError("no such adapter", file=path)
         if path.is_file() and path.suffix != ".safetensors":
-            raise SourceError("is no safetensors file", file=path, hint=f"name the folder, {path.parent}")
+            raise magic.misplaced(path, "safetensors file", CONFIG)
         directory = path if path.is_dir() else path.parent
         weights = _find_weights(path) if path.is_dir() else path
         if not (directory / CONFIG).is_file():
@@ -154,6 +155,8 @@ def _find_weights(directory: Path) -> Path:
 def _missing(directory: Path) -> str:
     if (directory / "adapter_model.bin").exists():
         return "adapter_model.bin is pickled, which is never loaded here: save it again with peft, as safetensors"
+    if (directory / "config.json").is_file() and not (directory / CONFIG).is_file():
+        return "this is a model: name the adapter's folder here, and the model as --base"
     inside = next((child.parent for child in _grandchildren(directory)), None)
     return f"there is one in {inside}" if inside else "name the folder that holds them"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
+from streamconv import magic
 from streamconv.cursor import PositionedFile
 from streamconv.errors import SourceError
 from streamconv.strict_json import parse_object
@@ -138,7 +139,9 @@ class JsonStream:
     def expected(self, what: str) -> NoReturn:
         """The error for bytes that the grammar does not have here, showing the first of them."""
         self.peek()
-        self._fill(40)
+        self._fill(magic.HEAD_NBYTES)
+        if not self.position and (other := magic.guess_other(self._window[: magic.HEAD_NBYTES], magic.JSON)):
+            raise SourceError(f"malformed JSON: this is {other.what}", file=self._file.path, hint=other.hint)
         found = self._window[self._at : self._at + 40].decode("utf-8", "replace")
         self.fail(f"expected {what}, found {found!r}" if found else f"the file ends where {what} should come")
 

@@ -76,12 +76,12 @@ def _first_token(vocab: dict[str, int], id_: int) -> None:
 
 
 SAFETENSORS: dict[str, Attack] = {
-    "an empty file": lfm2(e.write(e.WEIGHTS, b""), "0 bytes are no safetensors"),
-    "seven bytes": lfm2(e.write(e.WEIGHTS, b"\0" * 7), "7 bytes are no safetensors"),
-    "a header of no bytes": lfm2(e.write(e.WEIGHTS, bytes(8)), "not a valid safetensors"),
+    "an empty file": lfm2(e.write(e.WEIGHTS, b""), "this is an empty file"),
+    "seven bytes": lfm2(e.write(e.WEIGHTS, b"\0" * 7), "nothing but zeros"),
+    "a header of no bytes": lfm2(e.write(e.WEIGHTS, bytes(8)), "nothing but zeros"),
     "a Git LFS pointer": lfm2(e.write(e.WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS pointer"),
-    "an HTML page": lfm2(e.write(e.WEIGHTS, b"<!DOCTYPE html><html>" * 9), "claims a header"),
-    "a pickle under the name": lfm2(e.write(e.WEIGHTS, b"\x80\x02}q\x00." * 9), "claims a header"),
+    "an HTML page": lfm2(e.write(e.WEIGHTS, b"<!DOCTYPE html><html>" * 9), "an HTML page"),
+    "a pickle under the name": lfm2(e.write(e.WEIGHTS, b"\x80\x02}q\x00." * 9), "a PyTorch pickle"),
     "a header length of 2**64-1": lfm2(length(2**64 - 1), "claims a header of 18,446,744,073,709,551,615 bytes"),
     "a header length of 2**63": lfm2(length(2**63), "claims a header"),
     "a header length of 100,000,001": lfm2(length(100_000_001), "claims a header"),

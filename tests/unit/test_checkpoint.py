@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,12 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsiz
         (lambda c: (c / "config.json").write_text("{"), "malformed JSON"),
         (lambda c: (c / "config.json").write_text('{"a": 1, "a": 2}'), "duplicate key 'a'"),
         (lambda c: (c / "config.json").write_text('{"a": NaN}'), "NaN"),
+        (
+            lambda c: (c / "config.json").write_bytes(LFS_POINTER),
+            "config.json: malformed JSON: this is a Git LFS pointer",
+        ),
+        (lambda c: (c / INDEX).write_text("Entry not found"), "this is an error page of the Hugging Face Hub"),
+        (lambda c: (c / "config.json").write_bytes(b"\x1f\x8b\x08"), "this is a gzip archive"),
         (lambda c: (c / "config.json").write_text("[1]"), "expected a JSON object"),
         (lambda c: (c / "config.json").write_bytes(b'{"a": "\xff"}'), "not UTF-8"),
         (lambda c: (c / "config.json").write_text("[" * 200_000), "nested too deeply"),
@@ -137,9 +144,42 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: Callable[[Pat
 
 
 @pytest.mark.parametrize(
+    ("content", "what", "hint"),
+    [
+        (b"\x80\x02}q\0", "this is a PyTorch pickle", "name the folder, {}"),
+        (b"{}", "this is JSON text", "name the folder, {}"),
+        (b"what?", "is no checkpoint directory and no .safetensors file$", "name the folder, {}"),
+        (raw_shard({}), "this is a safetensors file", "give it a name that ends in .safetensors"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(checkpoint: Path, content: bytes, what: str, hint: str) -> None:
+    path = checkpoint / "weights"
+    path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        Checkpoint.open(path)
+    assert re.search(what, caught.value.message) and caught.value.hint == hint.format(checkpoint)
+
+
+def test_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(SourceError, match=r"this is a GGUF file \(give it where a GGUF file is asked for"):
+        Checkpoint.open(tmp_path / "model.gguf")
+
+
+def test_an_adapter_is_told_which_command_is_for_it(checkpoint: Path) -> None:
+    (checkpoint / "config.json").rename(checkpoint / "adapter_config.json")
+    with pytest.raises(SourceError, match="is an adapter, not a checkpoint") as caught:
+        Checkpoint.open(checkpoint)
+    assert "streamconv lora" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "0 bytes"),
+        (b"", "this is an empty file"),
+        (bytes(100), "nothing but zeros"),  # a download that was given its size and no bytes
+        (b"<!DOCTYPE html><html>", "this is an HTML page"),
+        (b"PK\x03\x04" + bytes(8), "this is a PyTorch pickle"),
         (b"\x07" + b"\0" * 6, "7 bytes"),
         (struct.pack("<Q", 2**63), "claims a header"),
         (struct.pack("<Q", 100) + b"{}", "claims a header"),

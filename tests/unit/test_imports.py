@@ -20,7 +20,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for line in (
         "errors",
         "cursor sources",
-        "scratch strict_json magic profile memory config",
+        "magic",
+        "scratch strict_json profile memory config",
         "gguf_file",
         "kernels",
         "codecs",

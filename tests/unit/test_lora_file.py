@@ -87,6 +87,7 @@ def names(*files: str) -> dict[str, bytes]:
         (names("adapter_config.json"), "no adapter_model.safetensors or adapters.safetensors"),
         (names("0000100_adapters.safetensors", "0000200_adapters.safetensors"), "name one, as .*0000200"),
         (names("adapter_model.safetensors", "adapters.safetensors"), "are both there"),
+        (names("config.json", "model.safetensors"), "this is a model: .* as --base"),
         (names("adapter_model.bin"), "pickled, which is never loaded"),
         (names("default/adapter_model.safetensors"), "there is one in .*default"),
         (names("adapter_model.safetensors"), "no adapter_config.json"),
@@ -109,7 +110,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_that_holds_no_weights(tmp_path: Path, name: str) -> None:
     adapter = loras.write(tmp_path, loras.factors(Q, 64, 64))
     (adapter / name).touch()
-    with pytest.raises(SourceError, match=f"{name}: is no safetensors file .*name the folder, {adapter}"):
+    with pytest.raises(SourceError, match=f"{name}: is no safetensors file: this is .* .name the folder, {adapter}"):
         opened(adapter / name)
 
 

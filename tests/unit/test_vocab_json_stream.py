@@ -119,7 +119,8 @@ def test_an_oversized_value_is_passed_over_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "the file ends where a value"),
+        ("", "this is an empty file"),
+        (" ", "the file ends where a value"),
         ("[1", "the file ends where"),
         ('"abc', "a string of at most"),
         ('{"a" 1}', "expected ':'|malformed"),
@@ -147,9 +148,15 @@ def test_malformed_values(text: str | bytes, problem: str, tmp_path: Path) -> No
     assert caught.value.file == str(tmp_path / "file.json")
 
 
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    path = write(tmp_path, "version https://git-lfs.github.com/spec/v1\n")
+    with JsonStream(path, LARGE) as stream, pytest.raises(SourceError, match=r"a Git LFS pointer.* .fetch the content"):
+        list(stream.members())
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "[", "{}", '["a"', '["a",]', '["a" "b"]', '["a",1]', '[,"a"]', '["a\n"]', '["a"}', '[["a"]]', "null"],
+    [" ", "[", "{}", '["a"', '["a",]', '["a" "b"]', '["a",1]', '[,"a"]', '["a\n"]', '["a"}', '[["a"]]', "null"],
 )
 def test_malformed_batches(text: str, tmp_path: Path) -> None:
     with (
