@@ -20,6 +20,7 @@ from streamconv.cli.options import (
     add_split_options,
 )
 from streamconv.cli.output import progress_bar, say, show_report, tell_warnings
+from streamconv.errors import DestinationError
 
 if TYPE_CHECKING:
     from streamconv.job import RunKeywords
@@ -203,6 +204,10 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
             }
         )
     if profile is not None:
-        write_text(resolve(options.profile), json.dumps(profile.as_json()) + "\n", replaces=options.force)
+        try:
+            write_text(resolve(options.profile), json.dumps(profile.as_json()) + "\n", replaces=options.force)
+        except DestinationError as error:  # the run is over: --resume, as the hint may say, has nothing to go on with
+            error.hint = None if options.dry_run else f"{report.output} is complete, the profile alone is missing"
+            raise
     show_report(report, options)
     return 0

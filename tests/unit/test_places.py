@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import streamconv
 from streamconv import run as run_module
 from streamconv.cli import main
 from streamconv.errors import DestinationError
+from streamconv.output import destination
 from streamconv.output.destination import Output, check_room, claim, write_text
 from streamconv.split import SplitOptions
 from tests import tiny
@@ -205,6 +207,21 @@ def test_a_profile_in_a_folder_that_may_not_be_written(
     assert main([*words, "--profile", str(tmp_path / "profile.json")]) == 5
     assert "profile.json: permission denied" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_that_cannot_be_written_says_that_the_output_is_there(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(destination, "write_all", fail)  # of small files; the output's chunks go another way
+    out = tmp_path / "out.gguf"
+    assert main(["convert", str(small), "-o", str(out), "--profile", str(tmp_path / "profile.json")]) == 5
+    told = capsys.readouterr().err
+    assert "profile.json: no space left on its filesystem" in told and f"{out} is complete" in told
+    assert "--resume" not in told  # there is nothing left to go on with
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
 def test_a_dry_run_tells_what_is_in_the_way_and_leaves_it(tmp_path: Path, small: Path) -> None:
