@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from streamconv.errors import printable
 from streamconv.inspect import Inspection, Total
+from streamconv.lora.config import stated_base
 
 WIDTH: Final = 80
 MAX_NAME_WIDTH: Final = 44  # of a key; longer ones shift their row's value
@@ -46,8 +47,7 @@ def _lines(found: Inspection, width: int | None, tensors: bool, head: int | None
         made = found.conversion
         yield from _section(f"converts to {made.architecture}, outtype {made.outtype}", list(_totals(made.totals)))
     elif found.kind == "adapter" and not found.problems:
-        base = found.metadata.get("base_model_name_or_path") or found.metadata.get("model")  # PEFT's key, MLX's
-        words = ("lora", str(found.path), "--base", base if isinstance(base, str) else "BASE", "--dry-run")
+        words = ("lora", str(found.path), "--base", stated_base(found.metadata) or "BASE", "--dry-run")
         yield from ("", "what it converts to follows from its base:")
         yield from _wrapped(f"streamconv {shlex.join(words)}", width)
     if found.cautions:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from streamconv.config import Config
 from streamconv.errors import Caution, SourceError
@@ -105,6 +105,12 @@ class LoraConfig(ABC):
         except SourceError as error:
             self.problems.append(Problem("config", error.message))
             return None
+
+
+def stated_base(raw: Mapping[str, Any]) -> str | None:
+    """The model that the adapter was trained on, as its configuration names it: PEFT's key, or MLX's."""
+    names = (raw.get("base_model_name_or_path"), raw.get("model"))
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def read_lora_config(config: Config, scale: float | None = None) -> LoraConfig:

@@ -26,7 +26,7 @@ from streamconv.lora.base_model import N_EXPERTS, N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora.file import parse_name
 from streamconv.lora.low_rank import AddProduct, ColumnMagnitudes, RowMagnitudes, by_rows, matrix_of, transposed
-from streamconv.lora.resolve import LoraModule, refuse_all, resolve
+from streamconv.lora.resolve import LoraModule, base_hint, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
 from streamconv.lora.whole_weights import WholeWeight, has_tokenizer, left_out, one_by_one
 from streamconv.recipe import Config, Model, Tensor
@@ -130,13 +130,15 @@ class _Merge:
         for adapter in self.adapters:
             problems = [problem for other, problem in self.problems if other is adapter]
             try:
-                refuse_all("cannot be merged", problems, adapter.file.directory)
+                refuse_all("cannot be merged", problems, adapter.file.directory, base_hint(problems, adapter.file))
             except SourceError as error:
                 errors.append(error)
         if errors:
             first, *others = errors
             what = first.message + "".join(f"; and {error.file}: {error.message}" for error in others)
-            raise SourceError(what, file=first.file, problems=[one for error in errors for one in error.problems])
+            hint = None if others else first.hint
+            listed = [one for error in errors for one in error.problems]
+            raise SourceError(what, file=first.file, hint=hint, problems=listed)
 
     def _problem(self, adapter: Adapter, code: str, message: str, *modules: str) -> None:
         self.problems.append((adapter, Problem(code, message, modules)))

@@ -17,7 +17,7 @@ from streamconv.checkpoint import SourceTensor
 from streamconv.errors import Caution, SourceError
 from streamconv.graph import LazyTensor, Transpose
 from streamconv.lora.base_model import BaseModel, Slot
-from streamconv.lora.config import LoraConfig, Problem
+from streamconv.lora.config import LoraConfig, Problem, stated_base
 from streamconv.lora.file import LoraFile
 
 MAX_PROBLEMS_SHOWN = 12
@@ -93,9 +93,16 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
 
 def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> None:
     """SourceError with all of `problems`, if there are any; its hint is merging where that can carry all of them."""
-    hint = f"streamconv convert BASE --adapter {adapter.directory}"
     merges = all(_is_mergeable(problem, base) for problem in problems)
-    refuse_all("no GGUF adapter can carry this exactly", problems, adapter.directory, hint if merges else None)
+    hint = f"streamconv convert BASE --adapter {adapter.directory}" if merges else base_hint(problems, adapter)
+    refuse_all("no GGUF adapter can carry this exactly", problems, adapter.directory, hint)
+
+
+def base_hint(problems: Sequence[Problem], adapter: LoraFile) -> str | None:
+    """The base that the adapter names, where `problems` are such as another base has; None where it names none."""
+    name = stated_base(adapter.config.raw)
+    is_other = any(problem.code in ("no-module", "shape") for problem in problems)
+    return f"{adapter.config.file.name} names its base: {name:.200}" if name and is_other else None
 
 
 def refuse_all(what: str, found: Sequence[Problem], file: Path, hint: str | None = None) -> None:

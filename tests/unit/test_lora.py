@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import streamconv
 from streamconv.errors import SourceError
 from streamconv.graph import Transpose
 from streamconv.lora.base_model import Slot, open_base
@@ -360,3 +361,18 @@ def test_experts_of_one_target_clash_with_the_whole(tmp_path: Path) -> None:
     assert not problems(loras.write(tmp_path / "together", together), base)
     assert not problems(loras.write(tmp_path / "one", one), base)
     assert "twice" in problems(loras.write(tmp_path / "both", together | one), base)
+
+
+@pytest.mark.parametrize("key", ["base_model_name_or_path", "model"])
+@pytest.mark.parametrize("module", ["model.layers.7.mlp.up_proj", "model.layers.0.mlp.up_proj"])
+def test_a_base_that_is_not_the_adapters_is_answered_with_the_one_it_names(
+    llama: Path, tmp_path: Path, key: str, module: str
+) -> None:
+    adapter = loras.write(tmp_path / "adapter", loras.factors(module, 999, 64), loras.PEFT | {key: "Some/Other-3B"})
+    for convert in (
+        lambda: streamconv.convert_adapter(adapter, llama, tmp_path / "a.gguf"),
+        lambda: streamconv.convert(llama, tmp_path / "m.gguf", adapters=[adapter]),
+    ):
+        with pytest.raises(SourceError) as caught:
+            convert()
+        assert caught.value.hint == "adapter_config.json names its base: Some/Other-3B"
