@@ -88,8 +88,9 @@ def read_jobs(path: Path) -> list[JobSpec]:
     seen: dict[str, JobSpec] = {}
     for job in jobs:
         if job.command != "verify" and seen.setdefault(job.output, job) is not job:
-            names = f"{seen[job.output].name} and {job.name}"
-            raise UsageError(f"{names} would both write {job.output}", file=path, hint="use {name} in output")
+            other = seen[job.output].name
+            hint = "give one another name or output" if other == job.name else "use {name} in output"
+            raise UsageError(f"{other} and {job.name} would both write {job.output}", file=path, hint=hint)
     return sorted(jobs, key=lambda job: (job.output, job.command))
 
 

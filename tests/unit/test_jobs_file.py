@@ -173,6 +173,9 @@ def test_what_is_wrong_in_json_lines(tmp_path: Path, text: str, message: str) ->
 def test_two_jobs_may_not_write_one_file(tmp_path: Path) -> None:
     text = '[defaults]\noutput = "x.gguf"\n[[job]]\nsource = "a"\n[[job]]\nsource = "b"\noutput = "y/../x.gguf"\n'
     assert refusal(tmp_path, text) == f"a and b would both write {tmp_path}/x.gguf"
+    with pytest.raises(UsageError) as caught:
+        jobs_of(tmp_path, '[[job]]\nsource = "a"\n' * 2)
+    assert caught.value.hint == "give one another name or output"  # both have {name} in it already
     both = '[[job]]\nsource = "a"\noutput = "x.gguf"\n[[job]]\nsource = "a"\ncommand = "verify"\noutput = "x.gguf"\n'
     assert [job.command for job in jobs_of(tmp_path, both)] == ["convert", "verify"]
 
