@@ -30,6 +30,7 @@ from streamconv.job import Job
 from streamconv.memory import resident_nbytes
 from streamconv.plan import RUN_OVERHEAD_NBYTES, SLAB_NBYTES, WORKER_OVERHEAD_NBYTES, too_small
 from streamconv.scratch import Scratch
+from streamconv.threads import start_threads
 
 VERIFIABLE = frozenset({"F32", "F16", "BF16", "Q8_0"})
 _VALUE_ARRAYS = 6  # of float32: two rows, what gguf makes on the way to either, and their comparison
@@ -181,8 +182,7 @@ def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[
     comparison = _Comparison(pairs)
     workers = [threading.Thread(target=comparison.work, daemon=True) for _ in range(max(1, threads))]
     try:
-        for worker in workers:
-            worker.start()
+        start_threads(workers)
         for worker in workers:
             while worker.is_alive():
                 worker.join(0.1)

@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, get_args
 
+from streamconv.threads import start_threads
+
 SCHEMA: Final = 1
 Phase = Literal["read", "merge", "encode", "write", "wait", "sync"]
 PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
@@ -91,7 +93,11 @@ class Profile(Stopwatch):
     def __enter__(self) -> Profile:
         self._started = time.perf_counter()
         self._add_sample()
-        self._sampler.start()
+        try:
+            start_threads([self._sampler])
+        except BaseException:  # nobody leaves what was not entered
+            self._done.set()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,6 @@ the one reported; nothing is told to be done before its sources were checked to 
 from __future__ import annotations
 
 import queue
-import signal
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from streamconv.graph import Workspace, read
 from streamconv.plan import CHUNK_NBYTES, Layout, MemoryProof, Step
 from streamconv.profile import Stopwatch
 from streamconv.scratch import Scratch, aligned_buffer
+from streamconv.threads import start_threads
 
 RECORD_NBYTES = 128 << 20  # how much more must be written before it is made durable and recorded
 
@@ -159,14 +159,7 @@ class _Pool:
             self._workspaces.put(Workspace(Scratch(proof.slab), stopwatch=stopwatch))
 
     def start(self) -> None:
-        """Signals wait meanwhile, since what a handler raises inside of `Thread.start` leaves a thread half begun; the
-        workers go on leaving them to the caller's thread."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            for thread in self._threads:
-                thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_threads(self._threads)
 
     def stop(self) -> None:
         self._stopping.set()

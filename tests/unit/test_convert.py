@@ -24,6 +24,7 @@ from streamconv import codecs, memory, run, stream
 from streamconv.cli import main
 from streamconv.errors import BudgetError, DestinationError, Interrupted, SourceError, UsageError
 from streamconv.plan import CHUNK_NBYTES, MemoryProof
+from streamconv.profile import Profile
 from tests import tiny
 from tests.fault.calls import watched
 from tests.fault.test_errors import refusing
@@ -393,10 +394,12 @@ def test_the_tensors_are_those_of_the_checkpoint(source: Path, tmp_path: Path) -
         assert np.array_equal(written.float64(target), np.squeeze(stored[name].float32()))
 
 
+@pytest.mark.parametrize("way", ["convert", "verify", "profile"])
 def test_a_signal_waits_until_all_workers_have_begun(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """What a handler raises inside of `Thread.start` would leave a thread half begun, which Python tells on stderr."""
+    streamconv.convert(source, tmp_path / "whole.gguf")
     begun = []
     start_new_thread = threading._start_new_thread  # type: ignore[attr-defined]
 
@@ -407,5 +410,10 @@ def test_a_signal_waits_until_all_workers_have_begun(
 
     monkeypatch.setattr(threading, "_start_new_thread", start)
     with pytest.raises(KeyboardInterrupt):
-        streamconv.convert(source, tmp_path / "out.gguf", threads=1)
+        if way == "convert":
+            streamconv.convert(source, tmp_path / "out.gguf", threads=1)
+        elif way == "verify":
+            streamconv.verify(tmp_path / "whole.gguf", source, threads=1)
+        else:
+            Profile().__enter__()
     assert begun and all({signal.SIGINT, signal.SIGTERM} <= mask for mask in begun)

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[2] / "streamconv"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
-        "errors",
+        "errors threads",
         "cursor sources",
         "magic",
         "scratch strict_json profile memory config",
