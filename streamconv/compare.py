@@ -52,11 +52,13 @@ def compare(
     *,
     limit: int,
     threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], Exception | None] = lambda: None,
 ) -> list[Caution]:
     """What is only another look of the files, if together they are what `job` would write, but for order and types.
 
     limit: of the process's resident set, in bytes; fewer than `threads` threads are used where it asks for that.
+    progress(done, total): of the tensors' bytes, called from the calling thread now and then, and at the end.
     VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
     not what a strict loader takes; BudgetError where one thread is too many.
     """
@@ -68,7 +70,7 @@ def compare(
         cautions = compare_keys(job, files[0])
         pairs = list(_match(job, files))
         workers = prove_memory([pair.expected for pair in pairs], limit=limit, threads=threads)
-        _compare_tensors(pairs, workers, cancelled)
+        _compare_tensors(pairs, workers, progress or (lambda done, total: None), cancelled)
         for shard in job.shards:
             shard.check_unchanged()
     return cautions
@@ -150,6 +152,8 @@ class _Comparison:
             for start in range(0, pair.expected.spec.n_rows, pair.slab_rows)
         )
         self._scratch_nbytes = max((peak_nbytes(pair.expected, pair.slab_rows) for pair in pairs), default=0)
+        self.total_nbytes = sum(pair.expected.spec.nbytes for pair in pairs)
+        self.done_nbytes = 0
         self._lock, self.stop = threading.Lock(), threading.Event()
         self._failures = queue.SimpleQueue[tuple[int, int, BaseException]]()
 
@@ -164,6 +168,8 @@ class _Comparison:
             pair, rows = item
             try:
                 _compare_rows(pair, rows, workspace)
+                with self._lock:
+                    self.done_nbytes += len(rows) * pair.expected.spec.row_nbytes
             except BaseException as error:  # carried to the calling thread
                 self._failures.put((pair.stored.offset, rows.start, error))
                 self.stop.set()
@@ -177,7 +183,12 @@ class _Comparison:
             raise min(found, key=lambda failure: failure[:2])[2]
 
 
-def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[], Exception | None]) -> None:
+def _compare_tensors(
+    pairs: Sequence[_Pair],
+    threads: int,
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], Exception | None],
+) -> None:
     """Slabs in file order on `threads` threads; the first difference in that order is the one raised."""
     comparison = _Comparison(pairs)
     workers = [threading.Thread(target=comparison.work, daemon=True) for _ in range(max(1, threads))]
@@ -186,8 +197,10 @@ def _compare_tensors(pairs: Sequence[_Pair], threads: int, cancelled: Callable[[
         for worker in workers:
             while worker.is_alive():
                 worker.join(0.1)
+                progress(comparison.done_nbytes, comparison.total_nbytes)
                 if (reason := cancelled()) is not None:
                     raise reason
+        progress(comparison.done_nbytes, comparison.total_nbytes)
     finally:
         comparison.stop.set()
         for worker in workers:

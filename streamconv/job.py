@@ -30,23 +30,28 @@ _MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer ones are told apa
 FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
 
 
-class RunKeywords(TypedDict, total=False):
-    """How a run goes; nothing here changes a byte of the output.
+class WorkKeywords(TypedDict, total=False):
+    """How the work on all tensors goes, be it making or comparing them.
 
     max_memory: bytes, None for the default bound; threads: None for the cores, at most 4; progress(done, total) in
-    bytes, called from the calling thread; cancel(): asked between chunks, true stops the run as an interrupt does.
+    bytes, called from the calling thread; cancel(): asked between chunks, true stops the work as an interrupt does.
     """
 
     max_memory: int | None
     threads: int | None
+    progress: Callable[[int, int], None] | None
+    cancel: Callable[[], bool] | None
+
+
+class RunKeywords(WorkKeywords, total=False):
+    """How a run goes; nothing here changes a byte of the output."""
+
     force: bool
     resume: bool
     dry_run: bool
     sha256: bool
     modelfile: bool
     verify: bool
-    progress: Callable[[int, int], None] | None
-    cancel: Callable[[], bool] | None
     profile: Profile | None
 
 

@@ -19,7 +19,7 @@ from streamconv.dialects import LLAMA_CPP
 from streamconv.errors import UsageError
 from streamconv.gguf_file.reader import refuse
 from streamconv.gguf_file.set import GGUFSet
-from streamconv.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.job import Job, OutputOptions, RunOptions, WorkKeywords
 from streamconv.lora.base_model import open_base
 from streamconv.lora.file import LoraFile
 from streamconv.lora.merge import AdapterSpec, open_adapters
@@ -39,7 +39,7 @@ def verify(
     dialect: str = LLAMA_CPP,
     scale: float | None = None,
     pre: str | None = None,
-    **keywords: Unpack[RunKeywords],
+    **keywords: Unpack[WorkKeywords],
 ) -> Report:
     """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
 
@@ -62,7 +62,12 @@ def verify(
     ) as job:
         paths = [output.path for output in outputs]
         cautions = compare(
-            job, paths, limit=options.limit_nbytes, threads=options.n_threads, cancelled=options.cancelled
+            job,
+            paths,
+            limit=options.limit_nbytes,
+            threads=options.n_threads,
+            progress=options.progress,
+            cancelled=options.cancelled,
         )
         report = job.report()
     report.warnings += cautions

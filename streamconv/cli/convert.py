@@ -160,17 +160,19 @@ def _verify(options: argparse.Namespace) -> int:
     from streamconv.memory import parse_size
     from streamconv.verify import verify
 
-    report = verify(
-        options.out,
-        options.source,
-        adapters=[parse_adapter(text) for text in options.adapters],
-        base=options.base,
-        dialect=options.dialect,
-        scale=options.scale,
-        pre=options.pre,
-        max_memory=None if options.max_memory is None else parse_size(options.max_memory),
-        threads=options.threads,
-    )
+    with progress_bar(is_wanted=not options.quiet) as progress:
+        report = verify(
+            options.out,
+            options.source,
+            adapters=[parse_adapter(text) for text in options.adapters],
+            base=options.base,
+            dialect=options.dialect,
+            scale=options.scale,
+            pre=options.pre,
+            max_memory=None if options.max_memory is None else parse_size(options.max_memory),
+            threads=options.threads,
+            progress=progress,
+        )
     tell_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
@@ -188,7 +190,8 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
     from streamconv.profile import Profile
 
     profile = Profile(options.profile) if options.profile else None
-    with progress_bar(options) as progress, profile or nullcontext():
+    is_shown = not (options.quiet or options.dry_run)
+    with progress_bar(is_wanted=is_shown) as progress, profile or nullcontext():
         report = work(
             {
                 "max_memory": None if options.max_memory is None else parse_size(options.max_memory),

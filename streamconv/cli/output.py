@@ -64,9 +64,9 @@ def tell(line: str) -> None:
 
 
 @contextmanager
-def progress_bar(options: argparse.Namespace) -> Iterator[Callable[[int, int], None] | None]:
-    """A tqdm bar in bytes on stderr, where that is a terminal and nobody asked for quiet."""
-    if options.quiet or options.dry_run or not STDERR.isatty():
+def progress_bar(*, is_wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A tqdm bar in bytes on stderr, where it is wanted and that is a terminal."""
+    if not is_wanted or not STDERR.isatty():
         yield None
         return
     from tqdm import tqdm

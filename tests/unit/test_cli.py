@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import signal
@@ -141,6 +142,21 @@ def test_a_terminal_that_goes_away_does_not_stop_a_run(
     (tmp_path / "m.gguf.part").touch()
     assert cli.main(["convert", str(tiny.llama(tmp_path / "src")), "-o", str(tmp_path / "m.gguf")]) == 0
     assert capsys.readouterr().out.startswith("wrote ")
+
+
+@pytest.mark.parametrize(("quiet", "is_shown"), [([], True), (["--quiet"], False)])
+def test_commands_that_take_long_have_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str], is_shown: bool
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    source, out = str(tiny.llama(tmp_path / "src")), str(tmp_path / "m.gguf")
+    for words in (["convert", source, "-o", out], ["verify", out, "--source", source]):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        assert cli.main([*words, *quiet]) == 0
+        assert ("B/s" in terminal.getvalue()) is is_shown, words
 
 
 def test_no_file_gets_the_number_of_a_closed_standard_stream() -> None:

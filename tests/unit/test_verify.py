@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +287,15 @@ def test_the_first_in_file_order_is_named(source: Path, tmp_path: Path) -> None:
         with pytest.raises(VerifyError) as caught:
             verify(out, source, threads=threads)
         assert caught.value.tensor == names[7]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_how_far_it_is(source: Path, tmp_path: Path, threads: int) -> None:
+    out, told = made(source, tmp_path), []
+    verify(out, source, threads=threads, progress=lambda done, total: told.append((done, total, threading.get_ident())))
+    with GGUFFile.open(out) as file:
+        total = sum(tensor.nbytes or 0 for tensor in file.tensors.values())
+    assert told == sorted(told) and told[-1] == (total, total, threading.get_ident())
 
 
 def test_tensors_that_exchanged_their_data(source: Path, tmp_path: Path) -> None:
