@@ -101,6 +101,12 @@ class Order:
 
 # ---------------------------------------------------------------- the process that watches
 
+# -P and no -m, which would import what lies in the current folder, perhaps a stranger's model, before all else. The
+# package is taken from where this one was, wherever that is.
+_JOB = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import streamconv; del sys.path[0];"
+    " from streamconv.cli import main; sys.exit(main())"
+)
 _children: set[subprocess.Popen[str]] = set()
 _lock = threading.Lock()
 _is_stopping = threading.Event()
@@ -134,7 +140,7 @@ def run_process(order: Order) -> tuple[int, dict[str, Any]]:
         if _is_stopping.is_set():
             return 128 + signal.SIGINT, {}
         child = subprocess.Popen(
-            [sys.executable, "-m", "streamconv", "batch-job"],
+            [sys.executable, "-P", "-c", _JOB, str(Path(__file__).parents[2]), "batch-job"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -66,6 +66,16 @@ def assert_whole(folder: Path, *names: str) -> None:
         assert (folder / "out" / f"{name}-q8_0.gguf").read_bytes() == expected.read_bytes()
 
 
+def test_no_code_of_the_current_folder_is_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a downloaded model, with Python files of a stranger in it."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(folder / "models" / "one")
+    for name in ("streamconv", "gguf", "json", "numpy"):
+        Path(f"{name}.py").write_text(f"raise SystemExit('{name}.py of the current folder')")
+    code, lines, _ = batch(folder, "--jobs", "1")
+    assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1), "two": ("done", 0, 1)})
+
+
 def test_each_job_is_done_and_told_in_a_line(folder: Path) -> None:
     code, lines, table = batch(folder, "--jobs", "2")
     assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1), "two": ("done", 0, 1)})
