@@ -28,7 +28,7 @@ from streamconv.gguf_file.reader import GGUFFile, StoredTensor, refuse
 from streamconv.graph import Encode, Workspace, peak_nbytes, read
 from streamconv.job import Job
 from streamconv.memory import resident_nbytes
-from streamconv.plan import RUN_OVERHEAD_NBYTES, SLAB_NBYTES, WORKER_OVERHEAD_NBYTES, too_small
+from streamconv.plan import RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
 from streamconv.scratch import Scratch
 from streamconv.threads import start_threads
 
@@ -87,7 +87,7 @@ def prove_memory(tensors: Sequence[Encode], *, limit: int, threads: int) -> int:
 
 def _worker_nbytes(tensor: Encode) -> int:
     """The slab as it should be and as it is, what making it takes, and one row's values where the two differ."""
-    n_rows = _slab_rows(tensor)
+    n_rows = slab_rows(tensor)
     values = _VALUE_ARRAYS * 4 * tensor.spec.n_columns
     return 3 * n_rows * tensor.spec.row_nbytes + peak_nbytes(tensor, n_rows) + values
 
@@ -134,12 +134,7 @@ def _aliases(target: str) -> Iterator[str]:
 
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:
     expected = Encode(made.parents[0], stored.name, type_)
-    return _Pair(expected, file, stored, _slab_rows(expected))
-
-
-def _slab_rows(tensor: Encode) -> int:
-    widest = max(tensor.spec.row_nbytes, tensor.parents[0].spec.row_nbytes, 1)
-    return max(1, min(SLAB_NBYTES // widest, tensor.spec.n_rows))
+    return _Pair(expected, file, stored, slab_rows(expected))
 
 
 class _Comparison:

@@ -111,13 +111,14 @@ def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> La
         offset = align(offset + tensor.spec.nbytes)
     header = encode_header(keys, infos)
     steps = tuple(
-        Step(info.name, made, placed.sources, header.nbytes + info.offset, _slab_rows(made))
+        Step(info.name, made, placed.sources, header.nbytes + info.offset, slab_rows(made))
         for placed, made, info in zip(tensors, encoded, infos, strict=True)
     )
     return Layout(header, steps, header.nbytes + offset)
 
 
-def _slab_rows(tensor: Encode) -> int:
+def slab_rows(tensor: Encode) -> int:
+    """How many of its rows are made at a time: SLAB_NBYTES of them, before or after encoding, and one at least."""
     widest = max(tensor.spec.row_nbytes, tensor.parents[0].spec.row_nbytes)
     return max(1, min(SLAB_NBYTES // max(widest, 1), tensor.spec.n_rows))
 
