@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Self
 from streamconv import magic
 from streamconv.cursor import PositionedFile
 from streamconv.errors import SourceError
-from streamconv.strict_json import parse_object
+from streamconv.strict_json import objects_nbytes, parse_object
 from streamconv.vocab.packing import joined, split
 
 WINDOW_NBYTES = 128 << 10
@@ -217,14 +217,14 @@ class JsonStream:
             return
 
     def value(self, max_nbytes: int) -> Any:
-        """The next value as Python objects. SourceError if it has more than `max_nbytes` of text."""
+        """The next value as Python objects. SourceError if these may take more than `max_nbytes` of memory."""
         value = self.value_or(max_nbytes, _TOO_LARGE)
         if value is _TOO_LARGE:
-            self.fail(f"a value of more than {max_nbytes:,} bytes ends here")
+            self.fail(f"a value that may take more than {max_nbytes:,} bytes of memory ends here")
         return value
 
     def value_or(self, max_nbytes: int, oversized: Any) -> Any:
-        """As `value`, with `oversized` in place of what has more than `max_nbytes` of text."""
+        """As `value`, with `oversized` in place of what may take more."""
         self.peek()
         position = self.position
         self.skip()
@@ -232,6 +232,8 @@ class JsonStream:
             return oversized
         text = bytearray(self.position - position)
         self._file.read_into(position, text)
+        if objects_nbytes([text]) > max_nbytes:
+            return oversized
         try:
             return parse_object(b'{"":' + text + b"}", self._file.path)[""]
         except SourceError as error:

@@ -28,11 +28,13 @@ from streamconv.vocab.packing import BETWEEN, encode_joined, joined, split
 FILE_NAME = "tokenizer.json"
 MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
 MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a model of speech has 28,000 of 20 bytes
-MAX_PART_NBYTES = 16 << 10  # a pre-tokenizer, a post-processor: real ones have at most some KB
+MAX_PART_NBYTES = 256 << 10  # of memory, of a pre-tokenizer, a post-processor: real ones take at most some 20 KB
+MAX_FIELD_NBYTES = 1 << 10
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+FIELDS = ("type", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 # Stands for a part that is too large to be one that llama.cpp has, such as a normalizer with a map of characters.
-TOO_LARGE = {"type": f"of more than {MAX_PART_NBYTES:,} bytes"}
+TOO_LARGE = {"type": f"that may take more than {MAX_PART_NBYTES:,} bytes of memory"}
 
 _ADDED = EntryKind("an added token", b"[", rb"\{" + FLAT + rb"\}", b"]")
 _ID = rb"(?:0|[1-9][0-9]{0,9}+)"
@@ -102,7 +104,7 @@ class Merges:
 
 @dataclass(slots=True)
 class TokenizerJson:
-    """What was read. `model` holds the model's fields except the large ones; `vocab` maps token text (UTF-8) to id."""
+    """What was read. `model` holds those of FIELDS that there are; `vocab` maps token text (UTF-8) to id."""
 
     path: Path
     added: AddedTokens = field(default_factory=AddedTokens)
@@ -166,7 +168,9 @@ class _Reader:
             elif key in ("vocab", "merges"):
                 self.stream.skip()
             else:
-                self.result.model[key] = self.stream.value_or(MAX_PART_NBYTES, TOO_LARGE)
+                value = self.stream.value_or(MAX_FIELD_NBYTES, TOO_LARGE)
+                if key in FIELDS:
+                    self.result.model[key] = value
 
     def _read_added(self) -> None:
         path, added = self.result.path, self.result.added

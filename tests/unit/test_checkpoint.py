@@ -219,7 +219,7 @@ def test_what_is_too_large_for_the_bound_is_not_parsed(checkpoint: Path, name: s
         path.write_bytes(struct.pack("<Q", n) + b"{" * n)  # parsing would say that it is malformed
     else:
         path.write_bytes(b"{" * 100_000)
-    with pytest.raises(BudgetError, match="100,000 bytes may take 3 MiB to parse, 1 MiB are left") as caught:
+    with pytest.raises(BudgetError, match=r"100,000 bytes may take [35] MiB to parse, 1 MiB are left") as caught:
         Checkpoint.open(checkpoint, max_header_nbytes=2_000_000)
     assert caught.value.file == str(path) and caught.value.hint is not None
 

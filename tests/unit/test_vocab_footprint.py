@@ -56,6 +56,33 @@ def long_tokens(directory: Path) -> int:
     return tiny.N_BPE_TOKENS + n_tokens
 
 
+def escaped_quotes(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    n_tokens, text = 200, '"' * 9_000  # two bytes each in the file
+
+    def change(value: Any) -> None:
+        value["model"]["vocab"] |= {f"{text}{n}": tiny.N_BPE_TOKENS + n for n in range(n_tokens)}
+
+    edit(directory / "tokenizer.json", change)
+    return tiny.N_BPE_TOKENS + n_tokens
+
+
+def merges_of_spaces(directory: Path) -> int:
+    """Each space becomes a letter of two bytes."""
+    vocab = {" " * n: n - 1 for n in range(1, 900)}
+    merges = [[" " * n, " " * m] for n in range(1, 450) for m in (1, n // 2 + 1, n)]
+    value = {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    value["model"] = {"type": "BPE", "vocab": vocab, "merges": merges}
+    (directory / "tokenizer.json").write_text(json.dumps(value, separators=(",", ":")))
+    return len(vocab)
+
+
+def many_fields(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    edit(directory / "tokenizer.json", lambda value: value["model"].update({f"x{n}": [[]] * 500 for n in range(900)}))
+    return tiny.N_BPE_TOKENS
+
+
 def many_added_tokens(directory: Path) -> int:
     tiny.write_bpe(directory, pre="llama-bpe")
     n_tokens = 5_000
@@ -82,6 +109,15 @@ def large_companions(directory: Path) -> int:
     return tiny.N_BPE_TOKENS
 
 
+def deep_companions(directory: Path) -> int:
+    tiny.write_bpe(directory, pre="llama-bpe")
+    deep = "[" * 50 + "]" * 50
+    (directory / "special_tokens_map.json").write_text('{"x":[' + ",".join([deep] * 2_000) + "]}")
+    members = ",".join(f'"{n}":"{n}\U0001f680"' for n in range(87_400))  # one more than their dict had room for
+    (directory / "generation_config.json").write_text("{" + members + "}")
+    return tiny.N_BPE_TOKENS
+
+
 def large_parts(directory: Path) -> int:
     tiny.write_bpe(directory, pre="llama-bpe")
     junk = [[]] * 5000
@@ -102,9 +138,13 @@ SHAPES: dict[str, Callable[[Path], int]] = {
     "compact": lambda directory: write_large(directory, 6000, separators=(",", ":")),
     "many merges": many_merges,
     "long tokens": long_tokens,
+    "escaped quotes": escaped_quotes,
+    "merges of spaces": merges_of_spaces,
+    "many fields": many_fields,
     "many added tokens": many_added_tokens,
     "many configured tokens": many_configured_tokens,
     "large companions": large_companions,
+    "deep companions": deep_companions,
     "large parts": large_parts,
     "tokenizer.model": sentencepiece_model,
     "rows without tokens": lambda directory: (tiny.write_bpe(directory, pre="llama-bpe"), 40_000)[1],

@@ -73,7 +73,7 @@ def test_batches_are_bounded_and_tile_the_array(tmp_path: Path) -> None:
 def test_members_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, '{"a\\u0062": [1, {"x": []}, "]"], "c": {}, "d": []}')
     with JsonStream(path, LARGE) as stream:
-        seen = {key: stream.value(99) for key in stream.members()}
+        seen = {key: stream.value(LARGE) for key in stream.members()}
         stream.end()
     assert seen == {"ab": [1, {"x": []}, "]"], "c": {}, "d": []}
 
@@ -107,11 +107,20 @@ def test_what_is_passed_over_leaves_the_next_value(tmp_path: Path) -> None:
                 stream.skip()
 
 
+def test_a_value_of_many_objects_is_larger_than_its_text(tmp_path: Path) -> None:
+    text = json.dumps([[]] * 50)
+    with JsonStream(write(tmp_path, f'{{"a": {text}}}'), LARGE) as stream:
+        assert [stream.value_or(2 * len(text) + 50, "large") for _ in stream.members()] == ["large"]
+
+
 def test_an_oversized_value_is_passed_over_or_refused(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps({"a": "x" * 100, "b": 7}))
     with JsonStream(path, LARGE) as stream:
         assert [stream.value_or(50, "large") for _ in stream.members()] == ["large", 7]
-    with JsonStream(path, LARGE) as stream, pytest.raises(SourceError, match="of more than 50 bytes"):
+    with (
+        JsonStream(path, LARGE) as stream,
+        pytest.raises(SourceError, match="that may take more than 50 bytes of memory"),
+    ):
         for _ in stream.members():
             stream.value(50)
 

@@ -291,7 +291,10 @@ def added_edit(**fields: Any) -> Edit:
         ),
         (added_edit(content="x" * 70_000), "expected an added token, found"),
         (added_edit(more=[]), "expected an added token, found"),
-        (lambda value: value.update(post_processor={"x": "y" * MAX_PART_NBYTES}), "a value of more than 16,384 bytes"),
+        (
+            lambda value: value.update(post_processor={"x": "y" * MAX_PART_NBYTES}),
+            "take more than 262,144 bytes of memory",
+        ),
         (lambda value: value.update(normalizer=json.loads("[" * 70 + "]" * 70)), "nested deeper than 64"),
     ],
 )
