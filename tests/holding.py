@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,15 @@ def held_processes(folder: Path) -> list[psutil.Process]:
         time.sleep(0.005)
     pids = [int(word) for word in marker.read_text().split()[:2]]
     return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+
+
+def await_end(process: psutil.Process) -> None:
+    """Returns once it has ended: an orphan may stay a zombie, where process 1 is no init that takes it (containers)."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with suppress(psutil.NoSuchProcess):
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"process {process.pid} did not end"
+            time.sleep(0.005)
 
 
 def held_output(folder: Path) -> str:

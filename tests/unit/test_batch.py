@@ -26,7 +26,7 @@ from streamconv.cli import main
 from streamconv.errors import UsageError
 from streamconv.split import SplitOptions
 from tests import tiny
-from tests.holding import held_processes, hold
+from tests.holding import await_end, held_processes, hold
 
 JOBS = """
 [defaults]
@@ -402,7 +402,7 @@ def test_without_resume_a_batch_begins_anew(folder: Path) -> None:
     job, _ = held_processes(folder)
     process.kill()  # which nothing can announce: its job notices by itself
     process.wait()
-    job.wait(30)
+    await_end(job)
     assert (folder / "out" / "one-q8_0.gguf.part.journal").exists()
     code, lines, _ = batch(folder)
     assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1), "two": ("done", 0, 1)})
@@ -419,7 +419,7 @@ def test_a_try_waits_until_the_one_before_is_gone(folder: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(run_job, job)  # as another worker would, before the lost one's job is gone
         process.kill()
-        held.wait(30)
+        await_end(held)
         found = result.result()
     process.wait()
     assert (found.status, found.attempts) == ("done", 2)

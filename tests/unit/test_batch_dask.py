@@ -17,7 +17,7 @@ from distributed import Client
 
 import streamconv
 from tests import tiny
-from tests.holding import held_output, held_processes, hold
+from tests.holding import await_end, held_output, held_processes, hold
 
 
 def start(module: str, folder: Path, *options: str, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -79,7 +79,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path, cluster: str) -> 
     assert "dask_worker" in " ".join(worker.cmdline())
     held = held_output(tmp_path)
     worker.kill()
-    job.wait(60)
+    await_end(job)
     code, lines = finish(batch)
     assert code == 0
     assert {name: (line["status"], line["attempts"]) for name, line in lines.items()} == {
@@ -94,7 +94,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path, cluster: str) -> 
     batch = begin(tmp_path, "--dask", cluster)
     (job, _) = held_processes(tmp_path)
     batch.send_signal(signal.SIGINT)
-    job.wait(60)
+    await_end(job)
     code, lines = finish(batch)
     assert (code, lines["four"]["status"]) == (130, "cancelled")
     code, lines = finish(begin(tmp_path, "--dask", cluster, "--resume"))
