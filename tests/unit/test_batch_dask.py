@@ -27,6 +27,14 @@ def start(module: str, folder: Path, *options: str, env: dict[str, str]) -> subp
     return subprocess.Popen(command, cwd=folder, env=os.environ | env, stdout=log, stderr=log)
 
 
+def read_address(folder: Path) -> str | None:
+    """The scheduler's, once its file is whole: it is empty at first, and a Client waits no longer than 0.1 s for it."""
+    try:
+        return str(json.loads((folder / "scheduler.json").read_text())["address"])
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """The address of a scheduler with two workers; the first output that they complete is held."""
@@ -37,12 +45,11 @@ def cluster(tmp_path: Path) -> Iterator[str]:
         *(start("dask_worker", tmp_path, *worker, "--name", name, env=env) for name in ("a", "b")),
     ]
     try:
-        while not (tmp_path / "scheduler.json").exists():
+        while (address := read_address(tmp_path)) is None:
             assert processes[0].poll() is None, (tmp_path / "dask.log").read_text()
             time.sleep(0.01)
-        with Client(scheduler_file=str(tmp_path / "scheduler.json")) as client:
+        with Client(address) as client:
             client.wait_for_workers(2, timeout=60)
-            address = client.scheduler.address
         yield address
     finally:
         for process in processes:
