@@ -21,6 +21,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
+NEEDED = "import ensurepip, ssl, venv, zlib"  # Debian's Python has venv, and no ensurepip without python3-venv
 
 
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
@@ -41,8 +42,9 @@ def pythons() -> Iterator[tuple[str, str]]:
     """(version, path) of the interpreters that are here and work."""
     for version in VERSIONS:
         places = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-        for candidate in (shutil.which(f"python{version}"), *map(str, places)):
-            if candidate and subprocess.run([candidate, "-m", "venv", "--help"], capture_output=True).returncode == 0:
+        own = [sys.executable] if sys.version.startswith(f"{version}.") else []  # it need not be on the PATH
+        for candidate in (shutil.which(f"python{version}"), *map(str, places), *own):
+            if candidate and subprocess.run([candidate, "-c", NEEDED], capture_output=True).returncode == 0:
                 yield version, candidate
                 break
 
