@@ -22,7 +22,7 @@ RECORD_NBYTES = 3 * CHUNK_NBYTES
 
 @contextmanager
 def small_steps() -> Iterator[None]:
-    """Chunks and records at sizes that suit kilobytes; one thread is one thread, so that calls come in one order."""
+    """Chunks and records at sizes that suit kilobytes; with one thread, writes come in one order, and records too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "CHUNKS_WRITING", (0,))
         for module in (plan, stream):

@@ -29,13 +29,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_source(tmp_path_factory.mktemp("source") / "Made-Model")
 
 
+def counts(call: Call) -> bool:
+    """Whether it changes something. To start a transfer does not; without direct writes each chunk would do so."""
+    return call.changes_something and call.name != "sync_file_range"
+
+
 def at_call(number: int, action: Callable[[], object]) -> Callable[[Call], object]:
-    """A handler that acts before the call of this number that changes something; syncs are not waited for."""
+    """A handler that acts before the call of this number that counts; syncs are not waited for."""
     seen = 0
 
     def handle(call: Call) -> object:
         nonlocal seen
-        if call.changes_something:
+        if counts(call):
             seen += 1
             if seen == number:
                 action()
@@ -53,7 +58,7 @@ def count_calls(program: Program) -> int:
 
     with watched(note):
         program.run()
-    return sum(call.changes_something for call in calls)
+    return sum(map(counts, calls))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -117,7 +122,7 @@ def interrupted(program: Program, number: int, action: Callable[[], object], *op
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment", [1, 6, 13, 26, 34])
+@pytest.mark.parametrize("moment", [1, 6, 13, 26, 37])
 def test_signals(source: Path, tmp_path: Path, number: signal.Signals, code: int, moment: int) -> None:
     expected = Finished.of(Program(source, empty(tmp_path / "whole") / "out.gguf"))
     program = Program(source, empty(tmp_path / "out") / "out.gguf")
@@ -129,7 +134,8 @@ def test_signals(source: Path, tmp_path: Path, number: signal.Signals, code: int
     assert program.dst.read_bytes() == OLD
     assert program.left_behind() == (set() if moment < 10 else {"out.gguf.part", "out.gguf.part.journal"})
     report = program.run(resume=True)
-    assert report.resumed >= (moment == 34)  # more calls than there are chunks: one record at least was whole
+    # The thread that writes makes 33 calls at most, even where the one that records comes late; a record takes 3.
+    assert report.resumed >= (moment == 37)
     expected.assert_same(program, report)
 
 
