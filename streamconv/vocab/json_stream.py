@@ -28,15 +28,16 @@ MAX_KEYS = 1024
 MAX_DEPTH = 64
 BATCH = 4096  # entries; bounds what a batch costs as Python objects
 
-# Building blocks of patterns. All quantifiers are possessive: a match takes linear time and never goes back.
+# Building blocks of patterns. None goes back on what it has matched, so that a match takes linear time: (?>(?:X)*) is
+# (?:X)*+, which Python before 3.11.5 gets wrong where X has alternatives (gh-106052).
 SPACE = rb"[ \t\n\r]*+"
-STRING = rb'"(?:[^"\\\x00-\x1f]++|\\[\x20-\xff])*+"'
-FLAT = rb'(?:[^"\[\]{}]++|' + STRING + rb")*+"  # what is inside brackets that have no others in them
+STRING = rb'"(?>(?:[^"\\\x00-\x1f]++|\\[\x20-\xff])*)"'
+FLAT = rb'(?>(?:[^"\[\]{}]++|' + STRING + rb")*)"  # what is inside brackets that have no others in them
 
 _SPACE = re.compile(SPACE)
 _STRING = re.compile(STRING)
 _SCALAR = re.compile(rb'[^ \t\n\r,:"\[\]{}]++')
-_PLAIN = re.compile(rb'(?:[^"\[\]{}]++|' + STRING + rb"|\[" + FLAT + rb"\]|\{" + FLAT + rb"\})*+")
+_PLAIN = re.compile(rb'(?>(?:[^"\[\]{}]++|' + STRING + rb"|\[" + FLAT + rb"\]|\{" + FLAT + rb"\})*)")
 _CLOSING = {ord("["): ord("]"), ord("{"): ord("}")}
 
 # Escapes become the bytes they stand for while a batch is still whole: a quote and a backslash are marked by bytes that
@@ -54,7 +55,7 @@ class EntryKind:
         self.name = name
         self.opening = opening
         self.closing = closing
-        self.run = re.compile(rb"(?:" + SPACE + entry + SPACE + rb",){1,%d}+" % BATCH)
+        self.run = re.compile(rb"(?>(?:" + SPACE + entry + SPACE + rb",){1,%d})" % BATCH)
         self.one = re.compile(SPACE + entry + SPACE)
 
 

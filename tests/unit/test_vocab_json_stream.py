@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamconv.errors import SourceError
-from streamconv.vocab import json_stream
+from streamconv.vocab import json_stream, tokenizer_json
 from streamconv.vocab.json_stream import FLAT, STRING, EntryKind, JsonStream
 
 LARGE = 1 << 30
@@ -28,6 +29,14 @@ def write(directory: Path, text: str | bytes) -> Path:
     path = directory / "file.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
     return path
+
+
+def test_no_group_is_repeated_possessively() -> None:
+    """Python before 3.11.5 gets that wrong (gh-106052), and none of the later ones would show it."""
+    kinds = [kind for kind in vars(tokenizer_json).values() if isinstance(kind, EntryKind)]
+    patterns = [json_stream._PLAIN.pattern, *(kind.run.pattern for kind in kinds)]
+    assert len(patterns) > 4
+    assert not [text for text in patterns if re.search(rb"\)(?:[*+?]|\{[0-9,]+\})\+", text)]
 
 
 def load(path: Path) -> Any:
