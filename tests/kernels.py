@@ -38,9 +38,9 @@ Bits = NDArray[Any]
 
 
 def has_compiler() -> bool:
-    """Whether what setuptools would compile with is there."""
+    """Whether what setuptools would compile with is there, Python's own headers (python3-dev) among it."""
     command = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
-    return shutil.which(command[0]) is not None
+    return shutil.which(command[0]) is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 # "c" runs what the loader chooses for this machine, "c-baseline" what it chooses where there is no AVX2.
