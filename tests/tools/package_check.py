@@ -99,7 +99,9 @@ def main() -> int:
             made[f"wheel on Python {version}"] = try_out(python, wheel, folder / version, has_kernels=True)
         python = found[0][1]
         made[f"sdist on Python {found[0][0]}"] = try_out(python, sdist, folder / "sdist", has_kernels=True)
-        build(folder / "plain", "--wheel", env={"CC": "false"})
+        shutil.unpack_archive(sdist, folder / "tree")  # in ours, build/ may have the kernels of an earlier build
+        (tree,) = (folder / "tree").iterdir()
+        build(folder / "plain", "--wheel", str(tree), env={"CC": "false"})
         (plain,) = (folder / "plain").glob("*.whl")
         made["wheel without compiler"] = try_out(python, plain, folder / "no-cc", has_kernels=False)
         for what in made:
