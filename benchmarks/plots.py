@@ -134,12 +134,14 @@ def _wall_against_cp(axes: Any, samples: Sequence[Sample]) -> bool:
         below = [median - min(values) for median, values in zip(medians, each.values(), strict=True)]
         above = [max(values) - median for median, values in zip(medians, each.values(), strict=True)]
         places = [outtypes.index(outtype) + (index - (len(against_cp) - 1) / 2) * width for outtype in each]
-        bars = axes.bar(places, medians, width * 0.9, yerr=(below, above), color=COLOURS[name], label=name, capsize=3)
-        axes.bar_label(bars, [f"{median:.2f}" for median in medians], fontsize=8, padding=3)
+        axes.errorbar(places, medians, yerr=(below, above), fmt="o", color=COLOURS[name], label=name, capsize=3)
+        for place, median in zip(places, medians, strict=True):
+            axes.annotate(f"{median:.2f}", (place, median), (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axhline(1, color=COLOURS[CP.name], linewidth=1, linestyle="--", label="cp + sync")
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(outtypes)), outtypes)
+    axes.set_xlim(-0.6, len(outtypes) - 0.4)
     axes.set(title=f"Wall time against cp + sync, {model}, warm source", ylabel="times cp")
     return True
 

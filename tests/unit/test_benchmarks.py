@@ -256,16 +256,16 @@ def test_pictures_of_a_part_of_a_run(case: str) -> None:
         drawn = []
         for n in range(len(samples) + 1):
             axes = MagicMock()
-            assert paint(axes, samples[:n]) == (axes.plot.called or axes.bar.called)
-            drawn.append(axes.plot.called or axes.bar.called)
+            assert paint(axes, samples[:n]) == (axes.plot.called or axes.errorbar.called)
+            drawn.append(axes.plot.called or axes.errorbar.called)
         assert drawn[-1] == (case == convert.NAME or (case == memory.NAME and paint == plots._peak_against_size))
 
 
-def test_an_outtype_without_cp_has_no_bar() -> None:
+def test_an_outtype_without_cp_has_no_point() -> None:
     samples = [s for s in whole_run(convert.NAME) if (s.converter, s.outtype) != ("cp", "bf16")]
     axes = MagicMock()
     assert plots._wall_against_cp(axes, samples)
-    assert {len(call.args[0]) for call in axes.bar.call_args_list} == {1}
+    assert {len(call.args[0]) for call in axes.errorbar.call_args_list} == {1}
     assert not plots._wall_against_cp(MagicMock(), [s for s in samples if s.converter != "cp"])
 
 
