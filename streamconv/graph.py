@@ -2,8 +2,9 @@
 
 Owns: the nodes that move and change rows, `read` (the only way to get data) and `peak_nbytes` (what that costs).
 Does not own: where bytes come from (checkpoint.py gives `Source` a file) and how a number is encoded (codecs.py).
-Invariants: a node's rows depend on named rows of its parents alone; a node keeps no data but what it declares as
-resident; every temporary comes from the worker's Scratch, so what `peak_nbytes` declares cannot be exceeded.
+Invariants: a node's rows depend on named rows of its parents alone; what a node keeps, it has from its making, and so
+before memory is proved; every temporary comes from the worker's Scratch, so what `peak_nbytes` declares cannot be
+exceeded.
 
 A tensor of any rank is seen as rows of its last dimension: [4, 3, 64] has 12 rows of 64 elements. A vector has rows of
 one element each, so that operations on rows apply to biases as well.
@@ -90,7 +91,6 @@ class LazyTensor(ABC):
 
     spec: TensorSpec
     parents: tuple[LazyTensor, ...] = ()
-    resident_nbytes: int = 0  # what this node holds for its whole life
 
     @abstractmethod
     def needs(self, rows: range) -> Iterator[Piece]:
@@ -149,11 +149,6 @@ def peak_nbytes(tensor: LazyTensor, n_rows: int) -> int:
     return deepest if tensor.parents else tensor.scratch_nbytes(n_rows)
 
 
-def resident_nbytes(tensor: LazyTensor) -> int:
-    """What the graph above `tensor` holds for its whole life."""
-    return tensor.resident_nbytes + sum(resident_nbytes(parent) for parent in tensor.parents)
-
-
 def sources(tensor: LazyTensor) -> Iterator[Source]:
     """The stored tensors that `tensor` is made of, in order."""
     if isinstance(tensor, Source):
@@ -188,7 +183,6 @@ class Resident(LazyTensor):
     def __init__(self, array: NDArray[np.float32]) -> None:
         self.spec = TensorSpec(array.shape, F32)
         self._bytes = np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8)
-        self.resident_nbytes = self._bytes.nbytes
 
     def needs(self, rows: range) -> Iterator[Piece]:
         return iter(())

@@ -186,7 +186,8 @@ class ColumnMagnitudes(InPlace):
     """Each column of the parent scaled to its magnitude: DoRA of an embedding, as PEFT has it.
 
     A column's norm takes all rows: the first worker that makes rows reads the whole parent once for them, in pieces of
-    fixed size, and keeps one factor a column, which is declared as resident.
+    fixed size, and keeps one factor a column. The memory for these is taken at once, so that what is resident before
+    the run has it.
     """
 
     def __init__(self, parent: LazyTensor, magnitudes: LazyTensor) -> None:
@@ -195,8 +196,8 @@ class ColumnMagnitudes(InPlace):
             raise ValueError(f"{magnitudes.spec.shape} magnitudes for {self.spec.n_columns} columns")
         self.magnitudes = widened(magnitudes)
         self.parents = (self.parents[0], self.magnitudes)
-        self.resident_nbytes = 4 * self.spec.n_columns
-        self._factors: Floats | None = None
+        self._factors: Floats = np.full(self.spec.n_columns, np.nan, dtype=np.float32)
+        self._has_factors = False
         self._lock = threading.Lock()
         self._step = max(1, SQUARES_PIECE // self.spec.n_columns)
 
@@ -209,13 +210,14 @@ class ColumnMagnitudes(InPlace):
 
     def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
         with self._lock:
-            if self._factors is None:
-                self._factors = self._make_factors(work)
+            if not self._has_factors:
+                self._make_factors(work)
+                self._has_factors = True
         values = self._values(out)
         with work.stopwatch.time("merge"), np.errstate(all="ignore"):
             np.multiply(values, self._factors, out=values)
 
-    def _make_factors(self, work: Workspace) -> Floats:
+    def _make_factors(self, work: Workspace) -> None:
         n_rows, n_columns = self.spec.n_rows, self.spec.n_columns
         with work.scratch.frame(), np.errstate(all="ignore"):
             norms, sums = (work.scratch.take(n_columns, np.float64) for _ in range(2))
@@ -227,5 +229,4 @@ class ColumnMagnitudes(InPlace):
                     np.add.reduce(_square(_read(self.parents[0], rows, work), squares), axis=0, out=sums)
                 np.add(norms, sums, out=norms)
             sums[:] = _read(self.magnitudes, range(n_columns), work)[:, 0]
-            factors: Floats = np.divide(sums, np.sqrt(norms, out=norms), out=sums).astype(np.float32)
-            return factors
+            self._factors[:] = np.divide(sums, np.sqrt(norms, out=norms), out=sums)

@@ -132,12 +132,12 @@ def test_numpy_gives_the_bits_of_the_compiled_kernel(make: Maker) -> None:
 
 @pytest.mark.parametrize("wide", [AddProduct, RowMagnitudes, ColumnMagnitudes])
 def test_traced_memory_stays_within_what_is_declared(wide: type[LazyTensor]) -> None:
-    w, left, right = (stored(shape, BF16, 3)[0] for shape in ((256, 4096), (16, 256), (16, 4096)))
+    w, left, right = (stored(shape, BF16, 3)[0] for shape in ((64, 32768), (16, 64), (16, 32768)))
     tensor: LazyTensor = AddProduct(w, Columns(left), right, 1.5)
     if wide is RowMagnitudes:
-        tensor = RowMagnitudes(tensor, stored((256,), F32, 4)[0])
+        tensor = RowMagnitudes(tensor, stored((64,), F32, 4)[0])
     elif wide is ColumnMagnitudes:
-        tensor = ColumnMagnitudes(tensor, stored((4096,), F32, 4)[0])
+        tensor = ColumnMagnitudes(tensor, stored((32768,), F32, 4)[0])
     work = Workspace(Scratch(graph.peak_nbytes(tensor, 16)))
     out = np.zeros(16 * tensor.spec.row_nbytes, dtype=np.uint8)
     with codecs.reference_kernels():
@@ -145,7 +145,7 @@ def test_traced_memory_stays_within_what_is_declared(wide: type[LazyTensor]) -> 
         graph.read(tensor, range(16), out, work)
         traced = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert traced <= OVERHEAD_NBYTES + graph.resident_nbytes(tensor)
+    assert traced <= OVERHEAD_NBYTES
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 64, 1), (3, 65, 2), (5, 63, 7), (40, 2048, 3)])
