@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -62,9 +63,23 @@ def convert_adapter(
     options = RunOptions(**keywords)
     wanted = OutputOptions("auto" if outtype is None else outtype, dialect, name)
     _check_legacy(dialect, {"--outtype": outtype, "--scale": scale, "--name": name})
-    room = headroom_nbytes(options.limit_nbytes)
+    with open_adapter_job(adapter, base, dst, wanted, options.limit_nbytes, scale) as job:
+        return run(job, options)
+
+
+@contextmanager
+def open_adapter_job(
+    adapter: str | Path,
+    base: str | Path,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    limit_nbytes: int,
+    scale: float | None = None,
+) -> Iterator[Job]:
+    """The job of an adapter as a file of its own, while its weights are open."""
+    room = headroom_nbytes(limit_nbytes)
     with LoraFile.open(Path(adapter), room) as source:
-        return run(plan_adapter(source, open_base(Path(base), room), dst, wanted, scale), options)
+        yield plan_adapter(source, open_base(Path(base), room), dst, wanted, scale)
 
 
 @source_failures()

@@ -6,7 +6,8 @@ output lies; `run` then makes those bytes, a chunk at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -55,12 +56,24 @@ def convert(
     """
     options = RunOptions(**keywords)
     wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions())
-    limit = options.limit_nbytes
+    with open_model_job(src, dst, wanted, options.limit_nbytes, adapters) as job:
+        return run(job, options)
+
+
+@contextmanager
+def open_model_job(
+    src: str | Path,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    limit_nbytes: int,
+    adapters: Sequence[AdapterSpec] = (),
+) -> Iterator[Job]:
+    """The job of a checkpoint and the adapters merged into it, while their files are open."""
     with (
-        open_adapters(adapters, headroom_nbytes(limit)) as opened,
-        Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit)) as source,
+        open_adapters(adapters, headroom_nbytes(limit_nbytes)) as opened,
+        Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit_nbytes)) as source,
     ):
-        return run(plan_model(source, dst, wanted, limit, opened), options)
+        yield plan_model(source, dst, wanted, limit_nbytes, opened)
 
 
 @source_failures()
