@@ -1,7 +1,7 @@
 """Holding a recipe against a checkpoint: every source tensor accounted for, or every disagreement listed at once.
 
-Owns: solving dims, settling each layer's kind, choosing the sources of each target, and making its lazy tensor.
-Does not own: what a recipe says (recipe.py), what is done with the targets (plan.py).
+Owns: settling each layer's kind, choosing the sources of each target, and making its lazy tensor. Does not own: what a
+recipe says (recipe.py), how large its dims are (dims.py), what is done with the targets (plan.py).
 Invariants: a source that no row takes is an error, and so is a row that finds nothing, a second source of one target, a
 shape that disagrees, a gap in {i} or {e}. A value that the config states must agree with the tensors; one that is
 absent or null yields to them. Work is bounded by the number of tensors stored, not by what a config claims.
@@ -9,15 +9,13 @@ absent or null yields to them. Work is bounded by the number of tensors stored, 
 
 from __future__ import annotations
 
-import math
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 from streamconv import graph
+from streamconv.dims import Equation, extents, match_name, parse_shape, solve_dims, stated_dims
 from streamconv.errors import Caution, SourceError
 from streamconv.recipe import Computed, Config, Model, Recipe, Target, Tensor
 
@@ -39,91 +37,6 @@ class Stored(Protocol):
 def bind(recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> Model:
     """The recipe with every dim, kind and tensor of a checkpoint; SourceError listing all disagreements at once."""
     return _Binding(recipe, config, stored).bind()
-
-
-# ---------------------------------------------------------------- names and shapes
-
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
-
-
-def match_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """A tensor's name as template and numbers: layers.3.experts.7.w1 as layers.{i}.experts.{e}.w1 and (3, 7)."""
-    numbers: list[int] = []
-
-    def placeholder(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return ("{i}", "{e}", "{?}")[min(len(numbers) - 1, 2)]
-
-    return _NUMBER.sub(placeholder, name), tuple(numbers)
-
-
-@cache
-def parse_shape(shape: str) -> tuple[tuple[str, ...], ...]:
-    """ "A*D H" as (("A", "D"), ("H",))."""
-    return tuple(tuple(extent.split("*")) for extent in shape.split())
-
-
-@dataclass(frozen=True, slots=True)
-class _Equation:
-    """An extent found on disk: the product of `factors` (dims or numbers) is `extent`."""
-
-    factors: tuple[str, ...]
-    extent: int
-
-    def solve(self, dims: dict[str, int]) -> bool:
-        """Fill in the one unknown dim, where there is just one and it comes out whole."""
-        unknown = [factor for factor in self.factors if not factor.isdigit() and factor not in dims]
-        if len(unknown) != 1:
-            return False
-        rest = math.prod(int(f) if f.isdigit() else dims[f] for f in self.factors if f != unknown[0])
-        if self.extent == 0 or self.extent % rest:
-            return False
-        dims[unknown[0]] = self.extent // rest
-        return True
-
-
-def extents(shape: str, dims: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The row-major shape in numbers; None where a dim is not known."""
-    factors = parse_shape(shape)
-    if any(not f.isdigit() and f not in dims for extent in factors for f in extent):
-        return None
-    return tuple(math.prod(int(f) if f.isdigit() else dims[f] for f in extent) for extent in factors)
-
-
-def solve_dims(recipe: Recipe, stated: Mapping[str, int], equations: Iterable[_Equation] = ()) -> dict[str, int]:
-    """Every dim that follows: those stated, then those the shapes settle, then the defaults."""
-    dims = dict(stated)
-    pending = list(dict.fromkeys(equations))
-    while solved := [equation for equation in pending if equation.solve(dims)]:
-        pending = [equation for equation in pending if equation not in solved]
-    for name, dim in recipe.dims.items():
-        if name not in dims and (value := _default(dim.default, dims)) is not None:
-            dims[name] = value
-    return dims
-
-
-def _default(default: int | str | None, dims: Mapping[str, int]) -> int | None:
-    """A Dim's default in numbers: as it is, of another dim, or a quotient that comes out whole."""
-    if not isinstance(default, str):
-        return default
-    whole, _, divisor = default.partition("/")
-    if whole not in dims or (divisor and divisor not in dims):
-        return None
-    quotient, rest = divmod(dims[whole], dims[divisor] if divisor else 1)
-    return None if rest else quotient
-
-
-def stated_dims(recipe: Recipe, config: Config) -> dict[str, int]:
-    """The dims that the config states explicitly; SourceError where one is no size."""
-    stated = {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
-    for name, value in stated.items():
-        if value < 1:
-            what = f"{recipe.dims[name].label} comes to {value}"
-            raise SourceError(what, file=config.file, hint="correct the config")
-    return stated
-
-
-# ---------------------------------------------------------------- binding
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +117,13 @@ class _Binding:
     def _names(self, template: str) -> Iterator[str]:
         return (name for by_expert in self.found[template].values() for name in by_expert.values())
 
-    def _equations(self) -> Iterator[_Equation]:
+    def _equations(self) -> Iterator[Equation]:
         for template in self.found:
             for row in self.rows_of[template]:
                 factors = parse_shape(row.shape)
                 for shape in dict.fromkeys(self.stored[name].shape for name in self._names(template)):
                     if len(shape) == len(factors):
-                        yield from map(_Equation, factors, shape)
+                        yield from map(Equation, factors, shape)
 
     def _check_shapes(self, rows: Sequence[Tensor], names: Sequence[str], stated: Mapping[str, int]) -> None:
         """The rows of one source against all tensors of its name; the first that disagrees stands for all."""

@@ -19,8 +19,8 @@ from typing import Any
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 from gguf.tensor_mapping import TensorNameMap
 
-from streamconv.binding import match_name
 from streamconv.checkpoint import Checkpoint
+from streamconv.dims import match_name
 from streamconv.recipe import all_recipes
 
 FUSED = (2, 3, 4)  # parts that one tensor holds: gate and up, the three of a short convolution, and the like

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from streamconv.binding import MAX_LAYERS, bind, extents, match_name, parse_shape, solve_dims, stated_dims
+from streamconv.binding import MAX_LAYERS, bind
 from streamconv.checkpoint import Checkpoint
 from streamconv.config import Config
+from streamconv.dims import extents, match_name, parse_shape, solve_dims, stated_dims
 from streamconv.errors import Caution, SourceError
 from streamconv.gguf_file.format import KeyValue, PackedArray
 from streamconv.gguf_file.reader import GGUFKey, Span, refuse

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from streamconv.binding import extents, match_name
 from streamconv.checkpoint import SourceTensor
+from streamconv.dims import extents, match_name
 from streamconv.lora.specs import Adapter
 from streamconv.recipe import Model
 

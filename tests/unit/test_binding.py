@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamconv.binding import match_name
 from streamconv.errors import SourceError
 from streamconv.graph import Resident, TensorSpec, Widen
 from streamconv.outtypes import BF16
@@ -307,22 +306,6 @@ def test_refusals_alone_do_not_blame_the_files() -> None:
     with pytest.raises(SourceError) as caught:
         toy(twisted=True)
     assert caught.value.hint == "no GGUF file can make llama.cpp run this model: run it with transformers"
-
-
-@pytest.mark.parametrize(
-    ("name", "template", "numbers"),
-    [
-        ("model.norm.weight", "model.norm.weight", ()),
-        ("layers.12.w.weight", "layers.{i}.w.weight", (12,)),
-        ("layers.0.experts.7.w1", "layers.{i}.experts.{e}.w1", (0, 7)),
-        ("a.1.b.2.c.3.d", "a.{i}.b.{e}.c.{?}.d", (1, 2, 3)),
-        ("layers.007.w", "layers.007.w", ()),
-        ("layers.9999999.w", "layers.9999999.w", ()),
-        ("conv1.5", "conv1.5", ()),
-    ],
-)
-def test_names_are_templates_with_numbers(name: str, template: str, numbers: tuple[int, ...]) -> None:
-    assert match_name(name) == (template, numbers)
 
 
 def test_a_rule_over_the_config_is_named_by_its_label() -> None:

@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "codecs",
         "graph",
         "checkpoint recipe",
+        "dims",
         "binding",
         "draft",
         "lora",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from streamconv.binding import match_name, parse_shape
 from streamconv.config import Config
+from streamconv.dims import match_name, parse_shape
 from streamconv.errors import SourceError
 from streamconv.gguf_file.format import MAX_NAME_NBYTES
 from streamconv.recipe import Recipe, all_recipes, find_recipe, recipe_of
