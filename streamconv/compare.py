@@ -69,14 +69,14 @@ def compare(
             refuse(file.problems)
         cautions = compare_keys(job, files[0])
         pairs = list(_match(job, files))
-        workers = prove_memory([pair.expected for pair in pairs], limit=limit, threads=threads)
+        workers = prove_comparison([pair.expected for pair in pairs], limit=limit, threads=threads)
         _compare_tensors(pairs, workers, progress or (lambda done, total: None), cancelled)
         for shard in job.shards:
             shard.check_unchanged()
     return cautions
 
 
-def prove_memory(tensors: Sequence[Encode], *, limit: int, threads: int) -> int:
+def prove_comparison(tensors: Sequence[Encode], *, limit: int, threads: int) -> int:
     """How many threads can compare `tensors` under `limit` bytes of resident memory; BudgetError where none can."""
     worker = WORKER_OVERHEAD_NBYTES + max((_worker_nbytes(tensor) for tensor in tensors), default=0)
     fixed = resident_nbytes()[0] + RUN_OVERHEAD_NBYTES

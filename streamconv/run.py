@@ -12,14 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from streamconv import codecs
-from streamconv.compare import compare
-from streamconv.compare import prove_memory as prove_compare
+from streamconv.compare import compare, prove_comparison
 from streamconv.errors import Caution
 from streamconv.job import Job, RunOptions
 from streamconv.memory import resident_nbytes
 from streamconv.modelfile import Modelfile, plan_modelfile
-from streamconv.output.destination import Output as Place
-from streamconv.output.destination import check_folder, check_room, claim, failures, write_text
+from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
 from streamconv.output.manifest import digest, manifest_path, manifest_text
 from streamconv.output.sink import Sink, refuse_taken
 from streamconv.plan import MemoryProof, prove_memory
@@ -75,7 +73,7 @@ def run(job: Job, options: RunOptions) -> Report:
         threads=options.n_threads,
     )
     if options.verify:
-        prove_compare([step.tensor for step in job.steps], limit=options.limit_nbytes, threads=1)
+        prove_comparison([step.tensor for step in job.steps], limit=options.limit_nbytes, threads=1)
     places = _Places.claim(job, options)
     if options.dry_run:
         report.plan = list(_plan(job))

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from streamconv.batch.jobs_file import JobSpec
 from streamconv.errors import InterruptedByTerm, SourceError, StreamconvError
-from streamconv.output.destination import Output, failures
+from streamconv.output.destination import Place, failures
 from streamconv.sources import is_repo_id
 
 if TYPE_CHECKING:
@@ -193,10 +193,10 @@ def allow_jobs() -> None:
 
 def journals(job: JobSpec) -> Iterator[Leftover]:
     """The journals of the job's unfinished outputs."""
-    for output in _unfinished(job):
+    for place in _unfinished(job):
         with suppress(OSError):
-            status = output.journal.stat()
-            yield str(output.journal), status.st_ino, status.st_mtime_ns
+            status = place.journal.stat()
+            yield str(place.journal), status.st_ino, status.st_mtime_ns
 
 
 def _has_journal(job: JobSpec, stale: frozenset[Leftover]) -> bool:
@@ -209,8 +209,8 @@ def _await_earlier_try(job: JobSpec) -> None:
     Whoever still has one after PATIENCE_SECONDS is no try of ours; this one will say so.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for output in _unfinished(job):
-        while _is_locked(output.part) and time.monotonic() < deadline and not _is_stopping.wait(0.02):
+    for place in _unfinished(job):
+        while _is_locked(place.part) and time.monotonic() < deadline and not _is_stopping.wait(0.02):
             pass
 
 
@@ -225,17 +225,17 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _unfinished(job: JobSpec) -> list[Output]:
+def _unfinished(job: JobSpec) -> list[Place]:
     """The outputs of the job that something was left of, or may be: those that have a part file or a journal."""
     output = Path(job.output)
-    outputs = [Output(output)]
+    places = [Place(output)]
     if job.split_max_size is not None:
         name = glob.escape(output.name.removesuffix(".gguf"))
         number = f"{job.only_part:05d}" if job.only_part else "?????"
         with suppress(OSError):
             found = output.parent.glob(f"{name}-{number}-of-?????.gguf.part*")
-            outputs += [Output(path.with_name(path.name.partition(".gguf.part")[0] + ".gguf")) for path in found]
-    return list(dict.fromkeys(outputs))
+            places += [Place(path.with_name(path.name.partition(".gguf.part")[0] + ".gguf")) for path in found]
+    return list(dict.fromkeys(places))
 
 
 def _death(code: int) -> str:

@@ -59,7 +59,7 @@ _WORDS: dict[int, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class Place:
     """The three names of one file to write: where it will be, and its siblings while it is made."""
 
     path: Path
@@ -82,7 +82,7 @@ class Output:
 
 
 @dataclass(slots=True)
-class Part:
+class PartFile:
     """The part file, open. `is_new`: it was not there before. `is_locked`: false where the filesystem has no locks."""
 
     path: Path
@@ -145,16 +145,16 @@ def output_path(dst: str | Path | None, default: str) -> Path:
     return Path(default if dst is None else dst)
 
 
-def claim(paths: Sequence[Path], sources: Mapping[FileId, Path]) -> list[Output]:
+def claim(paths: Sequence[Path], sources: Mapping[FileId, Path]) -> list[Place]:
     """The names for every file that one run writes. DestinationError where two of them are the same; as `resolve`."""
-    outputs = [resolve(path, sources) for path in paths]
-    for name, count in Counter(name for output in outputs for name in output.names).items():
+    places = [resolve(path, sources) for path in paths]
+    for name, count in Counter(name for place in places for name in place.names).items():
         if count > 1:
             raise DestinationError("would be written twice", file=name, hint=_ELSEWHERE)
-    return outputs
+    return places
 
 
-def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) -> Output:
+def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) -> Place:
     """The names for `dst`. A symbolic link is followed: what it points to is what will be replaced.
 
     Raises DestinationError where `dst` could never be written: a directory, a pipe, a device, one of `sources`; or
@@ -162,9 +162,9 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
     """
     try:
         found = _status(dst)
-        output = Output(Path(os.path.realpath(dst)))
-        taken = [status for path in output.names if (status := _status(path))]
-        siblings = {path: status for path in output.names[1:] if (status := _status(path, follow_symlinks=False))}
+        place = Place(Path(os.path.realpath(dst)))
+        taken = [status for path in place.names if (status := _status(path))]
+        siblings = {path: status for path in place.names[1:] if (status := _status(path, follow_symlinks=False))}
     except OSError as exc:
         raise failure(exc, dst) from None
     except ValueError as exc:  # a NUL, or characters that the system's encoding lacks
@@ -180,29 +180,29 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
             raise DestinationError(f"is a file of the source, or would be written over one: {source}", file=dst)
     for path, status in siblings.items():
         _check_sibling(path, status)
-    return output
+    return place
 
 
-def write_text(output: Output, text: str, *, replaces: bool) -> None:
+def write_text(place: Place, text: str, *, replaces: bool) -> None:
     """`text` in a small file: all of it or, where this fails, what was there before.
 
     Raises DestinationError; also where there is a file with other text, unless `replaces`.
     """
     data = text.encode()
-    with failures(output.path), suppress(FileNotFoundError):
-        if output.path.stat().st_size == len(data) and output.path.read_bytes() == data:
+    with failures(place.path), suppress(FileNotFoundError):
+        if place.path.stat().st_size == len(data) and place.path.read_bytes() == data:
             return  # written by the run that this one resumes
-    with failures(output.path), ExitStack() as stack:
-        part = lock_part(output.part)
+    with failures(place.path), ExitStack() as stack:
+        part = lock_part(place.part)
         stack.callback(part.close)
         stack.callback(part.remove)  # where it still has that name
         os.ftruncate(part.fd, 0)
         write_all(part.fd, memoryview(data), 0)
         os.fsync(part.fd)
-        part.take_name(output.path, replaces=replaces)
+        part.take_name(place.path, replaces=replaces)
 
 
-def lock_part(path: Path) -> Part:
+def lock_part(path: Path) -> PartFile:
     """The part file at `path`, locked, made where it was missing. DestinationError where another run has it."""
     for _ in range(_LOCK_ATTEMPTS):
         part = _open_part(path)
@@ -225,26 +225,26 @@ def lock_part(path: Path) -> Part:
     raise DestinationError("another run is writing it", file=path, hint="wait for that one, or stop it")
 
 
-def check_folder(output: Output) -> None:
+def check_folder(place: Place) -> None:
     """DestinationError where the folder of a file that is written last would not take it: better told first."""
-    with failures(output.path):
-        folder = output.path.parent
+    with failures(place.path):
+        folder = place.path.parent
         folder.stat()
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "")
 
 
-def check_room(outputs: Sequence[Output], sizes: Sequence[int]) -> None:
+def check_room(places: Sequence[Place], sizes: Sequence[int]) -> None:
     """DestinationError, with the numbers, where all of them together need more than their filesystem has.
 
     What unfinished outputs take already, or have as finished ones, is not needed again.
     """
-    with failures(outputs[0].path):
-        needed = sum(max(0, size - _held_nbytes(one)) for one, size in zip(outputs, sizes, strict=True))
-        volume = os.statvfs(outputs[0].path.parent)
+    with failures(places[0].path):
+        needed = sum(max(0, size - _held_nbytes(one)) for one, size in zip(places, sizes, strict=True))
+        volume = os.statvfs(places[0].path.parent)
     available = (volume.f_bfree if os.geteuid() == 0 else volume.f_bavail) * volume.f_frsize
     if volume.f_blocks > 0 and needed > available:
-        raise _too_little(needed, available, outputs[0].path)
+        raise _too_little(needed, available, places[0].path)
 
 
 def reserve_space(fd: int, nbytes: int, path: Path) -> None:
@@ -282,11 +282,11 @@ def _too_little(needed: int, available: int, path: Path) -> DestinationError:
     )
 
 
-def _held_nbytes(output: Output) -> int:
+def _held_nbytes(place: Place) -> int:
     """Disk space that an earlier run has taken for this output."""
-    if (part := _status(output.part, follow_symlinks=False)) is not None:
+    if (part := _status(place.part, follow_symlinks=False)) is not None:
         return part.st_blocks * 512
-    published = _status(output.path) if os.path.lexists(output.journal) else None
+    published = _status(place.path) if os.path.lexists(place.journal) else None
     return published.st_size if published is not None else 0
 
 
@@ -295,15 +295,15 @@ def _check_sibling(path: Path, status: os.stat_result) -> None:
         raise DestinationError("stands where the unfinished output would be", file=path, hint="move it away")
 
 
-def _open_part(path: Path) -> Part | None:
+def _open_part(path: Path) -> PartFile | None:
     """None where it vanished between two looks."""
     with suppress(FileExistsError):
-        return Part(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True, is_locked=False)
+        return PartFile(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True, is_locked=False)
     if (there := _status(path, follow_symlinks=False)) is None:
         return None
     _check_sibling(path, there)
     with suppress(FileNotFoundError):
-        return Part(path, open_plain(path, os.O_RDWR), is_new=False, is_locked=False)
+        return PartFile(path, open_plain(path, os.O_RDWR), is_new=False, is_locked=False)
     return None
 
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from streamconv.errors import Caution, DestinationError, Interrupted, SourceError, SourceReadError, StreamconvError
 from streamconv.output import journal as journals
-from streamconv.output.destination import Output, Part, failures, lock_part, reserve_space
+from streamconv.output.destination import PartFile, Place, failures, lock_part, reserve_space
 from streamconv.output.directio import ChunkFile, sync_directory
 from streamconv.output.journal import Contents, Header, Journal, Record, Stamp
 
@@ -47,9 +47,9 @@ class Sink:
 
     def __init__(
         self,
-        output: Output,
+        place: Place,
         nbytes: int,
-        part: Part,
+        part: PartFile,
         journal: Journal,
         begun_with: Record,
         *,
@@ -58,7 +58,7 @@ class Sink:
         notes: tuple[Caution, ...],
     ) -> None:
         self.notes = notes
-        self._output = output
+        self._place = place
         self._nbytes = nbytes
         self._part = part
         self._file = ChunkFile(part.fd, part.path)
@@ -75,35 +75,35 @@ class Sink:
 
     @classmethod
     def create(
-        cls, output: Output, nbytes: int, *, identity: Mapping[str, str], force: bool = False, resume: bool = False
+        cls, place: Place, nbytes: int, *, identity: Mapping[str, str], force: bool = False, resume: bool = False
     ) -> Self:
-        """A sink for the `nbytes` of `output`: its space is reserved, its journal begun or taken up.
+        """A sink for the `nbytes` at `place`: its space is reserved, its journal begun or taken up.
 
         identity: every input and option that changes bytes, by name; a resumed run must have the same. force: an
         existing file may be replaced. resume: go on with what an earlier run left; without it, that is discarded with
         a note.
-        Raises DestinationError where `output` cannot or must not be written, SourceError where `identity` is not that
+        Raises DestinationError where `place` cannot or must not be written, SourceError where `identity` is not that
         of the run to resume; then all is as it was before.
         """
         if nbytes <= 0:
             raise ValueError("an output has at least one byte")
         header = Header(nbytes, dict(identity))
-        with failures(output.path), ExitStack() as undo:
-            refuse_taken(output, force=force, resume=resume)
-            part = _lock(output, undo)
-            past = _find_past(output, header, part) if resume else None
-            is_published = past is not None and _is_published(past, output)
+        with failures(place.path), ExitStack() as undo:
+            refuse_taken(place, force=force, resume=resume)
+            part = _lock(place, undo)
+            past = _find_past(place, header, part) if resume else None
+            is_published = past is not None and _is_published(past, place)
             if not force and not is_published:
-                output.refuse_existing()
+                place.refuse_existing()
             notes: tuple[Caution, ...] = ()
             if past is None:
-                part, notes = _start_anew(output, part, undo)
+                part, notes = _start_anew(place, part, undo)
             if past is None or past.record.finished is None:  # a finished file has its space, and its stamp to keep
-                reserve_space(part.fd, nbytes, output.path)
+                reserve_space(part.fd, nbytes, place.path)
             notes += _without_locks(part)
-            journal = _open_journal(output, header, past, undo)
+            journal = _open_journal(place, header, past, undo)
             record = Record() if past is None else past.record
-            sink = cls(output, nbytes, part, journal, record, replaces=force, is_published=is_published, notes=notes)
+            sink = cls(place, nbytes, part, journal, record, replaces=force, is_published=is_published, notes=notes)
             undo.pop_all()
         return sink
 
@@ -120,7 +120,7 @@ class Sink:
     @property
     def readable_path(self) -> Path:
         """Where the bytes can be read back: under the part file's name until they are published."""
-        return self._output.path if self._is_published else self._output.part
+        return self._place.path if self._is_published else self._place.part
 
     def write(self, offset: int, view: NDArray[np.uint8]) -> None:
         """Puts all of `view` at `offset`. From any thread, in any order, each byte of the file once.
@@ -136,7 +136,7 @@ class Sink:
             self._has_work = True
             self._n_writing += 1
         try:
-            with failures(self._output.path):
+            with failures(self._place.path):
                 self._file.write(view, offset)
             with self._idle:
                 self._covered.add(offset, offset + view.nbytes)
@@ -153,7 +153,7 @@ class Sink:
         """
         if prefix_nbytes > self._covered.prefix:
             raise ValueError(f"a record of {prefix_nbytes} bytes, of which {self._covered.prefix} were written")
-        with failures(self._output.path):
+        with failures(self._place.path):
             self._file.sync_data()
             self._journal.append(Record(prefix_nbytes, state))
         self._state = dict(state)
@@ -166,14 +166,12 @@ class Sink:
         if self._is_published:
             return
         if self._covered.prefix != self._nbytes:
-            raise StreamconvError(
-                f"{self._covered.prefix} of {self._nbytes} bytes were written", file=self._output.path
-            )
-        with failures(self._output.path):
+            raise StreamconvError(f"{self._covered.prefix} of {self._nbytes} bytes were written", file=self._place.path)
+        with failures(self._place.path):
             self._file.sync()
             stamp = Stamp.of(self._part.status())
             if stamp.nbytes != self._nbytes:
-                raise DestinationError("was changed by something else while it was written", file=self._output.part)
+                raise DestinationError("was changed by something else while it was written", file=self._place.part)
             self._journal.append(Record(self._nbytes, self._state if state is None else state, stamp))
 
     def publish(self) -> None:
@@ -184,8 +182,8 @@ class Sink:
         """
         if self._is_published:
             return
-        with failures(self._output.path):
-            self._part.take_name(self._output.path, replaces=self._replaces)
+        with failures(self._place.path):
+            self._part.take_name(self._place.path, replaces=self._replaces)
         self._is_published = True
 
     def withdraw_old(self) -> None:
@@ -195,15 +193,15 @@ class Sink:
         """
         if self._is_published or not self._replaces:
             return
-        with failures(self._output.path), suppress(FileNotFoundError):
-            self._output.path.unlink()
-            sync_directory(self._output.path.parent)
+        with failures(self._place.path), suppress(FileNotFoundError):
+            self._place.path.unlink()
+            sync_directory(self._place.path.parent)
 
     def seal(self, state: Mapping[str, Any] | None = None) -> Path:
         """The destination, complete: `complete` and `publish`."""
         self.complete(state)
         self.publish()
-        return self._output.path
+        return self._place.path
 
     def __enter__(self) -> Self:
         return self
@@ -259,33 +257,33 @@ class Coverage:
                 self._starts.pop(left + 1)
 
 
-def refuse_taken(output: Output, *, force: bool, resume: bool) -> None:
+def refuse_taken(place: Place, *, force: bool, resume: bool) -> None:
     """DestinationError where there is a file that must stay; with a journal, `resume` may find that it is its own."""
-    if not force and not (resume and os.path.lexists(output.journal)):
-        output.refuse_existing()
+    if not force and not (resume and os.path.lexists(place.journal)):
+        place.refuse_existing()
 
 
-def _without_locks(part: Part) -> tuple[Caution, ...]:
+def _without_locks(part: PartFile) -> tuple[Caution, ...]:
     if part.is_locked:
         return ()
     return (Caution("no-lock", f"{part.path.parent} has no file locks: run one conversion at a time"),)
 
 
-def _lock(output: Output, undo: ExitStack) -> Part:
-    part = lock_part(output.part)
+def _lock(place: Place, undo: ExitStack) -> PartFile:
+    part = lock_part(place.part)
     undo.callback(part.close)
     if part.is_new:
         undo.callback(part.remove)
     return part
 
 
-def _find_past(output: Output, header: Header, part: Part) -> Contents | None:
+def _find_past(place: Place, header: Header, part: PartFile) -> Contents | None:
     """What an earlier run left that this one can go on with. SourceError where that one was another conversion."""
-    past = journals.read(output.journal)
+    past = journals.read(place.journal)
     if past is None:
         return None
     difference = past.header.differences(header)
-    if not difference and _is_published(past, output):
+    if not difference and _is_published(past, place):
         return past
     if part.is_new:
         return None
@@ -300,34 +298,34 @@ def _find_past(output: Output, header: Header, part: Part) -> Contents | None:
     return past if is_its_own else None
 
 
-def _is_published(past: Contents, output: Output) -> bool:
+def _is_published(past: Contents, place: Place) -> bool:
     """Whether that run got as far as the rename, and only its journal was left."""
     with suppress(FileNotFoundError):
-        return past.record.finished == Stamp.of(output.path.stat())
+        return past.record.finished == Stamp.of(place.path.stat())
     return False
 
 
-def _start_anew(output: Output, part: Part, undo: ExitStack) -> tuple[Part, tuple[Caution, ...]]:
+def _start_anew(place: Place, part: PartFile, undo: ExitStack) -> tuple[PartFile, tuple[Caution, ...]]:
     """An empty part file without a journal, and a note where an earlier run had left one."""
     notes: tuple[Caution, ...] = ()
     while True:
-        if os.path.lexists(output.journal):
-            output.journal.unlink()
-            sync_directory(output.path.parent)  # or else, after a power cut, it could speak of the next part file
+        if os.path.lexists(place.journal):
+            place.journal.unlink()
+            sync_directory(place.path.parent)  # or else, after a power cut, it could speak of the next part file
         if part.is_new:
             return part, notes
         notes = (Caution("stale-part", f"discarded {part.path}, left by a run that did not finish"),)
         part.remove()
         part.close()
-        part = _lock(output, undo)
+        part = _lock(place, undo)
 
 
-def _open_journal(output: Output, header: Header, past: Contents | None, undo: ExitStack) -> Journal:
+def _open_journal(place: Place, header: Header, past: Contents | None, undo: ExitStack) -> Journal:
     if past is not None:
-        journal = Journal.reopen(output.journal, past)
+        journal = Journal.reopen(place.journal, past)
         undo.callback(journal.close)
         return journal
-    journal = Journal.create(output.journal, header, header.nbytes // MIN_RECORD_STEP_NBYTES + 2)
+    journal = Journal.create(place.journal, header, header.nbytes // MIN_RECORD_STEP_NBYTES + 2)
     undo.callback(journal.remove)
-    sync_directory(output.path.parent)
+    sync_directory(place.path.parent)
     return journal

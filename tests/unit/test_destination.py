@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import DestinationError
-from streamconv.output.destination import Output, lock_part, reserve_space, resolve
+from streamconv.output.destination import Place, lock_part, reserve_space, resolve
 from tests.fault.calls import Call, watched
 
 
 def test_siblings() -> None:
-    output = Output(Path("/a/b.c.gguf"))
-    assert (output.part, output.journal) == (Path("/a/b.c.gguf.part"), Path("/a/b.c.gguf.part.journal"))
+    place = Place(Path("/a/b.c.gguf"))
+    assert (place.part, place.journal) == (Path("/a/b.c.gguf.part"), Path("/a/b.c.gguf.part.journal"))
 
 
 def test_a_link_leads_to_its_target(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from streamconv import run as run_module
 from streamconv.cli import main
 from streamconv.errors import DestinationError
 from streamconv.output import destination
-from streamconv.output.destination import Output, check_room, claim, write_text
+from streamconv.output.destination import Place, check_room, claim, write_text
 from streamconv.split import SplitOptions
 from tests import tiny
 
@@ -243,7 +243,7 @@ def test_a_run_stopped_among_its_last_files_is_resumed(
     streamconv.convert(small, whole, sha256=True, modelfile=True)
     n_calls = 0
 
-    def stopped(place: Output, text: str, *, replaces: bool) -> None:
+    def stopped(place: Place, text: str, *, replaces: bool) -> None:
         nonlocal n_calls
         n_calls += 1
         if (n_calls, moment) == (number, "before"):

@@ -537,14 +537,14 @@ def test_digests(source: Path, tmp_path: Path) -> None:
 def test_memory_bounds_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "resident_nbytes", lambda: (50 * MIB, 50 * MIB))
     tensor = Encode(Resident(tiny.noise("x", (300, 640), 1.0)), "x", Q8_0)
-    assert compare.prove_memory([tensor], limit=1 << 40, threads=4) == 4
+    assert compare.prove_comparison([tensor], limit=1 << 40, threads=4) == 4
     worker = compare.WORKER_OVERHEAD_NBYTES + compare._worker_nbytes(tensor)
     fixed = 50 * MIB + compare.RUN_OVERHEAD_NBYTES
-    assert compare.prove_memory([tensor], limit=fixed + 3 * worker - 1, threads=4) == 2
-    assert compare.prove_memory([tensor], limit=fixed + worker, threads=4) == 1
+    assert compare.prove_comparison([tensor], limit=fixed + 3 * worker - 1, threads=4) == 2
+    assert compare.prove_comparison([tensor], limit=fixed + worker, threads=4) == 1
     needed = math.ceil((fixed + worker + RUN_TO_RUN_NBYTES) / MIB)
     with pytest.raises(BudgetError, match=f"needs {needed} MiB"):
-        compare.prove_memory([tensor], limit=fixed + worker - 1, threads=4)
+        compare.prove_comparison([tensor], limit=fixed + worker - 1, threads=4)
 
 
 @pytest.mark.parametrize("shape", [(300, 640), (1, 1 << 20), (5, 320_000)])
