@@ -23,10 +23,9 @@ from streamconv.checkpoint import Checkpoint, Shard, SourceTensor
 from streamconv.config import Config
 from streamconv.errors import Caution, SourceError
 from streamconv.gguf_file.format import Scalar, tensor_nbytes
-from streamconv.gguf_file.reader import GGUFKey, Problem, Span
+from streamconv.gguf_file.reader import FileProblem, GGUFKey, Span
 from streamconv.gguf_file.set import GGUFSet
-from streamconv.lora.config import PeftConfig, read_lora_config
-from streamconv.lora.config import Problem as LoraProblem
+from streamconv.lora.config import PeftConfig, Problem, read_lora_config
 from streamconv.lora.file import CONFIG as ADAPTER_CONFIG
 from streamconv.lora.file import WEIGHTS as ADAPTER_WEIGHTS
 from streamconv.lora.file import LoraFile
@@ -100,7 +99,7 @@ class Inspection:
     metadata: dict[str, Any] = field(default_factory=dict)
     metadata_types: dict[str, str] = field(default_factory=dict)
     tensors: list[TensorRow] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[FileProblem] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
     conversion: Conversion | None = None
 
@@ -277,14 +276,14 @@ def _adapter(path: Path) -> Inspection:
         problems = list(adapter.problems)
         for name, factors in adapter.factors.items():
             if factors.a is None or factors.b is None:
-                problems.append(LoraProblem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
+                problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
         with _listing(found):
             config = read_lora_config(adapter.config)
             maker = "PEFT" if isinstance(config, PeftConfig) else "MLX"
             found.form = f"LoRA, {maker}, {len(adapter.factors)} modules"
             found.cautions += config.cautions
             problems += config.problems
-        found.problems += [Problem(problem.code, str(problem), adapter.shard.path) for problem in problems]
+        found.problems += [FileProblem(problem.code, str(problem), adapter.shard.path) for problem in problems]
     return found
 
 
@@ -332,6 +331,6 @@ def _add_tensors(found: Inspection, tensors: Iterable[SourceTensor]) -> None:
     ]
 
 
-def _problem(error: SourceError, path: Path) -> Problem:
+def _problem(error: SourceError, path: Path) -> FileProblem:
     message = f"{error.message} ({error.hint})" if error.hint else error.message
-    return Problem("source", message, Path(error.file) if error.file else path, error.tensor)
+    return FileProblem("source", message, Path(error.file) if error.file else path, error.tensor)

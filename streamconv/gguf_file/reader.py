@@ -63,7 +63,7 @@ _VALUE_TYPE_IDS = frozenset(GGUFValueType)
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class FileProblem:
     """A defect for which a strict loader refuses the file. `code` is stable; `tensor` is named where there is one."""
 
     code: str
@@ -72,7 +72,7 @@ class Problem:
     tensor: str | None = None
 
 
-def refuse(problems: Iterable[Problem], ignore: Collection[str] = ()) -> None:
+def refuse(problems: Iterable[FileProblem], ignore: Collection[str] = ()) -> None:
     """SourceError with the first problem whose code is not in `ignore`, if there is one."""
     found = [problem for problem in problems if problem.code not in ignore]
     if found:
@@ -168,7 +168,7 @@ class GGUFFile:
     data_offset: int  # from the start of the file
     keys: dict[str, GGUFKey]
     tensors: dict[str, StoredTensor]
-    problems: tuple[Problem, ...]
+    problems: tuple[FileProblem, ...]
     kept_nbytes: int  # of memory, about
 
     @classmethod
@@ -216,11 +216,11 @@ class _Parser:
         self.cursor = Cursor(file, 0, min(file.nbytes, MAX_HEADER_NBYTES), "no model's header is as large")
         self.keys: dict[str, GGUFKey] = {}
         self.infos: list[tuple[str, tuple[int, ...], int, int]] = []  # name, shape, type, offset in the data
-        self.problems: list[Problem] = []
+        self.problems: list[FileProblem] = []
         self.n_problems = 0
         self.kept_nbytes = 0
 
-    def parse(self) -> tuple[int, int, int, dict[str, GGUFKey], dict[str, StoredTensor], tuple[Problem, ...], int]:
+    def parse(self) -> tuple[int, int, int, dict[str, GGUFKey], dict[str, StoredTensor], tuple[FileProblem, ...], int]:
         """The fields of a GGUFFile after `file`."""
         version = self._version()
         cursor = self.cursor
@@ -238,7 +238,7 @@ class _Parser:
         tensors = self._layout(data_offset, alignment)
         if self.n_problems > MAX_PROBLEMS:
             self.problems.append(
-                Problem("more", f"{self.n_problems - MAX_PROBLEMS} more problems are not listed", self.file.path)
+                FileProblem("more", f"{self.n_problems - MAX_PROBLEMS} more problems are not listed", self.file.path)
             )
         return version, alignment, data_offset, self.keys, tensors, tuple(self.problems), self.kept_nbytes
 
@@ -262,7 +262,7 @@ class _Parser:
     def _problem(self, code: str, message: str, tensor: str | None = None) -> None:
         self.n_problems += 1
         if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(Problem(code, message, self.file.path, tensor))
+            self.problems.append(FileProblem(code, message, self.file.path, tensor))
 
     def _keep(self, nbytes: int) -> None:
         self.kept_nbytes += nbytes

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from streamconv.errors import SourceError
-from streamconv.gguf_file.reader import MAX_KEPT_NBYTES, GGUFFile, GGUFKey, Problem, StoredTensor
+from streamconv.gguf_file.reader import MAX_KEPT_NBYTES, FileProblem, GGUFFile, GGUFKey, StoredTensor
 
 _PART_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -25,7 +25,7 @@ class GGUFSet:
 
     files: tuple[GGUFFile, ...]
     tensors: dict[str, tuple[GGUFFile, StoredTensor]]
-    problems: tuple[Problem, ...]
+    problems: tuple[FileProblem, ...]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -42,7 +42,9 @@ class GGUFSet:
                 for tensor in file.tensors.values():
                     if tensors.setdefault(tensor.name, (file, tensor))[0] is not file:
                         other = tensors[tensor.name][0].path.name
-                        problems.append(Problem("duplicate-tensor", f"is in {other} as well", file.path, tensor.name))
+                        problems.append(
+                            FileProblem("duplicate-tensor", f"is in {other} as well", file.path, tensor.name)
+                        )
             problems += _check_total(files[0], len(tensors), len(files))
         except BaseException:
             _close(files)
@@ -84,7 +86,7 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _open_others(files: list[GGUFFile]) -> Iterator[Problem]:
+def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
     """Append the other parts of a set whose first file is given; what is wrong with the set, in order."""
     first = files[0]
     count, number = _integer(first, "split.count"), _integer(first, "split.no")
@@ -95,11 +97,11 @@ def _open_others(files: list[GGUFFile]) -> Iterator[Problem]:
         what = (
             f"it is part {number + 1} of {count}" if number is not None else f"it has split.count {count}, no split.no"
         )
-        yield Problem("split", f"{what}, which its name does not say: the other parts cannot be found", first.path)
+        yield FileProblem("split", f"{what}, which its name does not say: the other parts cannot be found", first.path)
         return
     if number > 0:
         start = part_name(match["prefix"], 1, count)
-        yield Problem("split", f"it is part {number + 1} of {count}: loaders take a set from {start}", first.path)
+        yield FileProblem("split", f"it is part {number + 1} of {count}: loaders take a set from {start}", first.path)
         return
     missing = []
     for i in range(1, count):
@@ -113,17 +115,17 @@ def _open_others(files: list[GGUFFile]) -> Iterator[Problem]:
             missing.append(i + 1)
     if missing:
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        yield Problem("split-missing", f"parts missing (or unreadable) beside it: {shown} of {count}", first.path)
+        yield FileProblem("split-missing", f"parts missing (or unreadable) beside it: {shown} of {count}", first.path)
 
 
-def _check_part(part: GGUFFile, number: int, count: int) -> Iterator[Problem]:
+def _check_part(part: GGUFFile, number: int, count: int) -> Iterator[FileProblem]:
     for key, expected in (("split.no", number), ("split.count", count)):
         if (found := _integer(part, key)) != expected:
-            yield Problem("split", f"its {key} is {found}, as a part of this set it would be {expected}", part.path)
+            yield FileProblem("split", f"its {key} is {found}, as a part of this set it would be {expected}", part.path)
 
 
-def _check_total(first: GGUFFile, n_tensors: int, n_files: int) -> Iterator[Problem]:
+def _check_total(first: GGUFFile, n_tensors: int, n_files: int) -> Iterator[FileProblem]:
     expected = _integer(first, "split.tensors.count")
     is_whole = n_files > 1 and n_files == _integer(first, "split.count")
     if is_whole and expected != n_tensors:
-        yield Problem("split", f"split.tensors.count is {expected}, the parts hold {n_tensors} tensors", first.path)
+        yield FileProblem("split", f"split.tensors.count is {expected}, the parts hold {n_tensors} tensors", first.path)
