@@ -1,8 +1,8 @@
 """Many conversions, unattended: each in its own process with its own memory bound, on any Executor.
 
 Owns: order, what is retried on another worker, what a batch would do. Does not own: describing jobs (jobs_file.py), one
-job (job.py), what is up to date (state.py), scheduling across machines: that is an Executor's, threads
-here, or a Dask cluster's through `Client.get_executor()`.
+job (child.py), what is up to date (state.py), scheduling across machines: that is an Executor's, threads here, or a
+Dask cluster's through `Client.get_executor()`.
 Invariants: whatever ends a batch, no job of it runs on; every job may take up what an earlier try of this batch left;
 a job is recorded as done only after its file is sealed.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
 
-from streamconv.batch.job import (
+from streamconv.batch.child import (
     MAX_ATTEMPTS,
     JobResult,
     Leftover,

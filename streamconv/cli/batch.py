@@ -18,7 +18,7 @@ from streamconv.errors import StreamconvError, UsageError
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from streamconv.batch.job import JobResult
+    from streamconv.batch.child import JobResult
     from streamconv.batch.run import Forecast
 
 EPILOG = """example of JOBS:
@@ -91,7 +91,7 @@ def _batch(options: argparse.Namespace) -> int:
 
 
 def _batch_job(options: argparse.Namespace) -> int:
-    from streamconv.batch.job import obey, read_order
+    from streamconv.batch.child import obey, read_order
     from streamconv.report import error_to_json
 
     try:
@@ -116,7 +116,7 @@ def _dask(address: str) -> Iterator[_Where]:
         from distributed import Client
     except ImportError:
         raise UsageError("--dask needs the dask extra", hint='pip install "streamconv[dask]"') from None
-    from streamconv.batch.job import end_jobs
+    from streamconv.batch.child import end_jobs
 
     try:
         client = Client(address, timeout="10s")
@@ -149,7 +149,7 @@ def _print_table(results: Sequence[JobResult]) -> None:
 
 
 def _outcome(result: JobResult) -> str:
-    from streamconv.batch.job import in_words
+    from streamconv.batch.child import in_words
 
     if result.error is not None:
         return in_words(result.error)

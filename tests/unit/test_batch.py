@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import streamconv
-from streamconv.batch.job import JobResult, run_job
+from streamconv.batch.child import JobResult, run_job
 from streamconv.batch.jobs_file import JobSpec, read_jobs
 from streamconv.batch.run import EXIT_NONE_SUCCEEDED, EXIT_SOME_FAILED, run_batch, select_array
 from streamconv.batch.state import State
