@@ -25,18 +25,19 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from streamconv import magic
+from streamconv.config import Config
 from streamconv.cursor import PositionedFile
 from streamconv.errors import BudgetError, SourceError
 from streamconv.graph import Source, TensorSpec
 from streamconv.memory import MIB, resident_nbytes
-from streamconv.sources import source_failures
+from streamconv.sources import ADAPTER_CONFIG, CONFIG, source_failures
 from streamconv.strict_json import OBJECT_NBYTES_PER_BYTE, load_object, load_object_if_present, parse_object
 
 MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
 # What a parsed header takes for each of its bytes, safetensors' own copy included. Measured: 15 on names as models have
 # them, 25 on the shortest.
 HEADER_OBJECT_NBYTES = 28
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 FLOAT_TYPES = {
     "F32": GGMLQuantizationType.F32,
@@ -183,7 +184,7 @@ class Checkpoint:
     """A model on disk, headers read and nothing else. Use as a context manager: it holds the shards open."""
 
     directory: Path
-    config: dict[str, Any]
+    config: Config
     shards: tuple[Shard, ...]
     tensors: Mapping[str, SourceTensor] = field(repr=False)
 
@@ -208,7 +209,7 @@ class Checkpoint:
             size = path.stat().st_size if path.is_file() else 0
             _check_affordable(path, f"its {size:,} bytes", size * OBJECT_NBYTES_PER_BYTE, left)
             left -= size * OBJECT_NBYTES_PER_BYTE
-        config = load_object(directory / CONFIG)
+        config = Config(load_object(directory / CONFIG), directory / CONFIG)
         index = {} if alone else load_object_if_present(directory / INDEX)
         paths = [src] if directory != src else _find_shards(directory, index)
         shards: list[Shard] = []
@@ -241,7 +242,7 @@ class Checkpoint:
 
 def _without_config(directory: Path) -> SourceError:
     """The error for a folder that is no checkpoint: what it is instead, and the command for that."""
-    if (directory / "adapter_config.json").is_file():
+    if (directory / ADAPTER_CONFIG).is_file():
         hint = f"streamconv lora {directory} --base BASE, or streamconv convert BASE --adapter {directory}"
         return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint)
     what = "the directory is empty" if not any(directory.iterdir()) else f"no {CONFIG}"

@@ -24,7 +24,7 @@ from streamconv.modelcard import read_general
 from streamconv.output.destination import output_path
 from streamconv.outtypes import FILE_TYPES, OUTTYPES, resolve_auto, type_of
 from streamconv.plan import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
-from streamconv.recipe import Config, Model, find_recipe
+from streamconv.recipe import Model, find_recipe
 from streamconv.report import Report
 from streamconv.run import run
 from streamconv.sources import find_source, source_failures
@@ -85,7 +85,7 @@ def plan_model(
     adapters: Sequence[Adapter] = (),
 ) -> Job:
     """Everything that decides the output's bytes; headers and vocabulary are read, and no weight."""
-    config = Config(checkpoint.config, checkpoint.directory / "config.json")
+    config = checkpoint.config
     merged = merge(checkpoint, bind(find_recipe(config), config, checkpoint.tensors), adapters)
     model = merged.model
     outtype = wanted.outtype

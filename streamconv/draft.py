@@ -73,7 +73,7 @@ COMMON = frozenset(
 def draft(directory: Path) -> str:
     """The text of a recipe module for the checkpoint in `directory`. SourceError where that cannot be opened."""
     with Checkpoint.open(directory) as checkpoint:
-        return _Draft(checkpoint.config, {name: one.shape for name, one in checkpoint.tensors.items()}).text()
+        return _Draft(checkpoint.config.raw, {name: one.shape for name, one in checkpoint.tensors.items()}).text()
 
 
 @dataclass(slots=True)

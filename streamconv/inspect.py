@@ -26,13 +26,12 @@ from streamconv.gguf_file.format import Scalar, tensor_nbytes
 from streamconv.gguf_file.reader import FileProblem, GGUFKey, Span
 from streamconv.gguf_file.set import GGUFSet
 from streamconv.lora.config import PeftConfig, Problem, read_lora_config
-from streamconv.lora.file import CONFIG as ADAPTER_CONFIG
 from streamconv.lora.file import WEIGHTS as ADAPTER_WEIGHTS
 from streamconv.lora.file import LoraFile
 from streamconv.memory import default_limit_nbytes
 from streamconv.outtypes import choose_type, resolve_auto
 from streamconv.recipe import find_recipe
-from streamconv.sources import find_source
+from streamconv.sources import ADAPTER_CONFIG, CONFIG, find_source
 from streamconv.strict_json import load_object
 from streamconv.vocab import read_vocabulary, vocabulary_nbytes
 
@@ -226,14 +225,14 @@ def _checkpoint(path: Path) -> Inspection:
         checkpoint = Checkpoint.open(path, max_header_nbytes=default_limit_nbytes())
     except SourceError as error:
         found.problems.append(_problem(error, path))
-        config = _read_apart(found, "config.json")
+        config = _read_apart(found, CONFIG)
         if config.raw:  # else that is the problem, and it is listed
             with _listing(found):
                 found.architecture = find_recipe(config).arch
         return found
     with checkpoint:
         found.form = f"safetensors, {len(checkpoint.shards)} file{'s' if len(checkpoint.shards) > 1 else ''}"
-        _add_config(found, checkpoint.config)
+        _add_config(found, checkpoint.config.raw)
         _add_tensors(found, checkpoint.tensors.values())
         with _listing(found):
             _add_conversion(found, checkpoint)
@@ -242,7 +241,7 @@ def _checkpoint(path: Path) -> Inspection:
 
 def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     """What a conversion makes of the tensors and the tokenizer; SourceError where it would be refused."""
-    config = Config(checkpoint.config, checkpoint.directory / "config.json")
+    config = checkpoint.config
     recipe = find_recipe(config)
     found.architecture = recipe.arch
     model = bind(recipe, config, checkpoint.tensors)

@@ -1,6 +1,7 @@
 """Where a model lies, as people have it: a folder, a single file, an entry of the Hugging Face cache, or its repo id.
 
-Owns: finding the folder and the model's name. Does not own: reading it (checkpoint.py). Nothing is downloaded.
+Owns: finding the folder, the model's name, and what its config is called. Does not own: reading it (checkpoint.py).
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from streamconv.errors import SourceError
 
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # a model's, an adapter's
+
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
-_CONFIGS = ("config.json", "adapter_config.json")  # a checkpoint's, an adapter's
 _FILE_ENDINGS = frozenset({".gguf", ".safetensors"})  # of a mistyped file, and no repo
 _CACHE_ENTRY = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _REVISION = re.compile(rb"[\w-]{1,64}")
@@ -60,7 +62,7 @@ def find_cached(repo_id: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     with suppress(ValueError):  # "a--b/c" is no repo id for it
-        for config in _CONFIGS:
+        for config in (CONFIG, ADAPTER_CONFIG):
             found = try_to_load_from_cache(repo_id, config)
             if isinstance(found, str):
                 return Path(found).parent

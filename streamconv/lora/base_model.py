@@ -32,7 +32,7 @@ from streamconv.recipe import (
     find_recipe,
     recipe_of,
 )
-from streamconv.sources import find_source, source_failures
+from streamconv.sources import CONFIG, find_source, source_failures
 from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
@@ -169,10 +169,10 @@ def open_base(path: Path, max_header_nbytes: int) -> BaseModel:
     path = find_source(path)
     if not path.is_dir():
         return _from_gguf(path)
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"name the file itself, as {path / ggufs[0]}" if ggufs else "give the base's GGUF, or its folder"
-        raise SourceError("no config.json", file=path, hint=hint)
+        raise SourceError(f"no {CONFIG}", file=path, hint=hint)
     return _from_folder(path, max_header_nbytes)
 
 
@@ -289,10 +289,10 @@ class _GGUFFacts:
 
 
 def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
-    raw = load_object(path / "config.json", MAX_CONFIG_NBYTES)
+    raw = load_object(path / CONFIG, MAX_CONFIG_NBYTES)
     # A quantised base (as QLoRA trains on) has other shapes on disk; its config.json gives the real ones.
     is_quantized = bool([key for key in QUANTIZATION_KEYS if raw.pop(key, None) is not None])
-    config = Config(raw, path / "config.json")
+    config = Config(raw, path / CONFIG)
     recipe = find_recipe(config)
     if any(path.glob("*.safetensors")) and not is_quantized:
         with Checkpoint.open(path, max_header_nbytes=max_header_nbytes) as checkpoint:

@@ -19,10 +19,9 @@ from streamconv.checkpoint import Shard, SourceTensor
 from streamconv.config import Config
 from streamconv.errors import SourceError
 from streamconv.lora.config import Problem
-from streamconv.sources import find_source, source_failures
+from streamconv.sources import ADAPTER_CONFIG, CONFIG, find_source, source_failures
 from streamconv.strict_json import MAX_CONFIG_NBYTES, load_object
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, MLX's
 NUMBERED = "*[0-9]_adapters.safetensors"  # MLX's checkpoints, as 0000100_adapters.safetensors
 
@@ -93,13 +92,15 @@ class LoraFile:
         if not path.exists():
             raise SourceError("no such adapter", file=path)
         if path.is_file() and path.suffix != ".safetensors":
-            raise magic.misplaced(path, "safetensors file", CONFIG)
+            raise magic.misplaced(path, "safetensors file", ADAPTER_CONFIG)
         directory = path if path.is_dir() else path.parent
         weights = _find_weights(path) if path.is_dir() else path
-        if not (directory / CONFIG).is_file():
-            raise SourceError(f"no {CONFIG}", file=directory, hint="it lies beside the weights of every adapter")
-        raw = load_object(directory / CONFIG, MAX_CONFIG_NBYTES)
-        adapter = cls(directory, Config(raw, directory / CONFIG), Shard(weights, max_header_nbytes))
+        if not (directory / ADAPTER_CONFIG).is_file():
+            raise SourceError(
+                f"no {ADAPTER_CONFIG}", file=directory, hint="it lies beside the weights of every adapter"
+            )
+        raw = load_object(directory / ADAPTER_CONFIG, MAX_CONFIG_NBYTES)
+        adapter = cls(directory, Config(raw, directory / ADAPTER_CONFIG), Shard(weights, max_header_nbytes))
         adapter._sort()
         return adapter
 
@@ -155,7 +156,7 @@ def _find_weights(directory: Path) -> Path:
 def _missing(directory: Path) -> str:
     if (directory / "adapter_model.bin").exists():
         return "adapter_model.bin is pickled, which is never loaded here: save it again with peft, as safetensors"
-    if (directory / "config.json").is_file() and not (directory / CONFIG).is_file():
+    if (directory / CONFIG).is_file() and not (directory / ADAPTER_CONFIG).is_file():
         return "this is a model: name the adapter's folder here, and the model as --base"
     inside = next((child.parent for child in _grandchildren(directory)), None)
     return f"there is one in {inside}" if inside else "name the folder that holds them"

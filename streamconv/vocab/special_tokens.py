@@ -15,6 +15,7 @@ from typing import Any
 from gguf.constants import Keys
 
 from streamconv.errors import Caution
+from streamconv.sources import CONFIG
 from streamconv.vocab.companions import GENERATION_CONFIG, TOKENIZER_CONFIG, Companions, token_id, token_text
 from streamconv.vocab.tokenizer_json import shown
 
@@ -157,11 +158,11 @@ def _candidates(
     written = _config_id(role, companions)
     found = (
         (TOKENIZER_CONFIG, find_added(text) if text else None),
-        ("config.json", None if isinstance(written, list) else token_id(written)),
+        (CONFIG, None if isinstance(written, list) else token_id(written)),
         (TOKENIZER_CONFIG, find_any(text) if text else None),
         ("special_tokens_map.json", find_any(mapped) if mapped else None),
         (GENERATION_CONFIG, token_id(companions.generation_config.get(f"{role}_token_id"))),
-        ("config.json", token_id(written) if isinstance(written, list) else None),
+        (CONFIG, token_id(written) if isinstance(written, list) else None),
     )
     yield from ((source, id_) for source, id_ in found if id_ is not None)
 
@@ -174,7 +175,7 @@ def _config_id(role: str, companions: Companions) -> Any:
 def _disagreement(role: str, source: str, chosen: int, companions: Companions, n_vocab: int) -> Iterator[Caution]:
     """A caution for each file that names another token for this role, and not this one among several."""
     others = (
-        ("config.json", _config_id(role, companions)),
+        (CONFIG, _config_id(role, companions)),
         (GENERATION_CONFIG, companions.generation_config.get(f"{role}_token_id")),
     )
     for name, value in others:

@@ -29,7 +29,7 @@ from streamconv.modelcard import read_general
 from streamconv.output import journal
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink
-from streamconv.recipe import Config, find_recipe
+from streamconv.recipe import find_recipe
 from streamconv.vocab import read_vocabulary, vocabulary_nbytes
 
 LIMIT_NBYTES = 64 * MIB
@@ -42,7 +42,7 @@ Call = Callable[[Path], None]
 def check_checkpoint(directory: Path) -> None:
     """config.json, headers and index, held against a recipe; the keys that follow."""
     with Checkpoint.open(directory, max_header_nbytes=LIMIT_NBYTES) as checkpoint:
-        config = Config(checkpoint.config, directory / "config.json")
+        config = checkpoint.config
         model = bind(find_recipe(config), config, checkpoint.tensors)
         assert model.keys()
         for target in model.targets:

@@ -60,7 +60,7 @@ def test_numbered_shards_without_an_index(checkpoint: Path) -> None:
 def test_a_single_file_with_its_config_beside_it(checkpoint: Path) -> None:
     with Checkpoint.open(checkpoint / "model-00002-of-00002.safetensors") as found:
         assert list(found.tensors) == ["b.weight"]
-        assert found.config == {"architectures": ["X"]}
+        assert found.config.raw == {"architectures": ["X"]}
 
 
 def test_shards_behind_links(checkpoint: Path, tmp_path: Path) -> None:
