@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import pytest
 import streamconv
 from streamconv import cli
 from streamconv.cli.parser import build_parser
+from streamconv.dialects import RENAMES
+from streamconv.outtypes import OUTTYPES
 from tests import tiny
 from tests.tools import cli_docs
 
@@ -32,6 +35,12 @@ def help_of(*words: str) -> str:
     done = run(*words, "--help", COLUMNS="100")
     assert done.returncode == 0
     return done.stdout.decode()
+
+
+def parsers() -> Collection[argparse.ArgumentParser]:
+    """Each command's."""
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices.values()
 
 
 def test_version() -> None:
@@ -51,11 +60,17 @@ def test_help_of_a_command_has_an_example(command: str) -> None:
 
 
 def test_every_option_is_explained_and_none_is_abbreviated() -> None:
-    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    for parser in commands.choices.values():
+    for parser in parsers():
         assert not parser.allow_abbrev
         assert [action.dest for action in parser._actions if not action.help] == []
         assert {"-v", "--verbose"} <= set(parser._option_string_actions)
+
+
+def test_the_command_takes_the_words_that_the_library_takes() -> None:
+    words = {"outtype": ["auto", *OUTTYPES], "dialect": list(RENAMES)}
+    found = [action for parser in parsers() for action in parser._actions if action.dest in words]
+    assert len(found) >= 2 * len(words)
+    assert [list(action.choices or ()) for action in found] == [words[action.dest] for action in found]
 
 
 def test_the_page_is_what_the_parser_says() -> None:
