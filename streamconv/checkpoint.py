@@ -193,8 +193,8 @@ class Checkpoint:
     def open(cls, src: Path, *, max_header_nbytes: int = MAX_HEADER_NBYTES * HEADER_OBJECT_NBYTES) -> Checkpoint:
         """The checkpoint in the directory `src`, or the single file `src` with its config.json beside it.
 
-        SourceError on anything missing or malformed; BudgetError, before it is parsed, where config, index and headers
-        would take more than `max_header_nbytes` of memory together.
+        SourceError on anything missing or malformed, and on one shard of several; BudgetError, before it is parsed,
+        where config, index and headers would take more than `max_header_nbytes` of memory together.
         """
         directory = src.parent if src.suffix == ".safetensors" and src.is_file() else src
         if not directory.is_dir():
@@ -203,6 +203,8 @@ class Checkpoint:
             raise SourceError("no such checkpoint directory", file=src)
         if not (directory / CONFIG).is_file():
             raise _without_config(directory)
+        if directory != src:
+            _refuse_shard(src)
         alone = directory != src or (directory / "model.safetensors").is_file()
         left = max_header_nbytes
         for path in (directory / CONFIG, *(() if alone else (directory / INDEX,))):
@@ -247,6 +249,14 @@ def _without_config(directory: Path) -> SourceError:
         return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint)
     what = "the directory is empty" if not any(directory.iterdir()) else f"no {CONFIG}"
     return SourceError(what, file=directory, hint=f"name the folder that holds {CONFIG} and *.safetensors")
+
+
+def _refuse_shard(file: Path) -> None:
+    """SourceError where `file`, by its name, is one shard of several."""
+    match = _NUMBERED_SHARD.fullmatch(file.name)
+    if match and int(match[3]) > 1:
+        what = f"is shard {int(match[2])} of {int(match[3])}, and no whole checkpoint"
+        raise SourceError(what, file=file, hint=f"name the folder, {file.parent}")
 
 
 def _sparse_copy(head: bytes, nbytes: int) -> int | None:

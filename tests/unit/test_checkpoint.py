@@ -58,9 +58,18 @@ def test_numbered_shards_without_an_index(checkpoint: Path) -> None:
 
 
 def test_a_single_file_with_its_config_beside_it(checkpoint: Path) -> None:
-    with Checkpoint.open(checkpoint / "model-00002-of-00002.safetensors") as found:
-        assert list(found.tensors) == ["b.weight"]
-        assert found.config.raw == {"architectures": ["X"]}
+    for name in ("other.safetensors", "model-00001-of-00001.safetensors"):
+        (checkpoint / "model-00002-of-00002.safetensors").rename(checkpoint / name)
+        with Checkpoint.open(checkpoint / name) as found:
+            assert list(found.tensors) == ["b.weight"]
+            assert found.config.raw == {"architectures": ["X"]}
+        (checkpoint / name).rename(checkpoint / "model-00002-of-00002.safetensors")
+
+
+def test_one_shard_of_several_is_no_checkpoint(checkpoint: Path) -> None:
+    with pytest.raises(SourceError, match="is shard 2 of 2, and no whole checkpoint") as caught:
+        Checkpoint.open(checkpoint / "model-00002-of-00002.safetensors")
+    assert caught.value.hint == f"name the folder, {checkpoint}"
 
 
 def test_shards_behind_links(checkpoint: Path, tmp_path: Path) -> None:

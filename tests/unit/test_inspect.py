@@ -207,6 +207,14 @@ class TestCheckpoint:
         assert 0 < len(found.tensors) < 37
         assert ["model-00002-of-00002" in str(problem.file) for problem in found.problems] == [True]
 
+    def test_one_shard_by_itself(self) -> None:
+        path = CASES / "lfm2-given" / "model-00002-of-00002.safetensors"
+        found = inspect(path)
+        assert (found.kind, found.architecture, found.conversion) == ("checkpoint", "lfm2", None)
+        assert found.metadata["model_type"] == "lfm2"
+        assert {tensor.file for tensor in found.tensors} == {path.name}
+        assert [problem.message.partition(",")[0] for problem in found.problems] == ["is shard 2 of 2"]
+
     def test_a_shard_cut_off(self, tmp_path: Path) -> None:
         path = copy("lfm2-given", tmp_path)
         os.truncate(path / "model-00001-of-00002.safetensors", 150_000)
