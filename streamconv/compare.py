@@ -58,7 +58,7 @@ def compare(
     """What is only another look of the files, if together they are what `job` would write, but for order and types.
 
     limit: of the process's resident set, in bytes; fewer than `threads` threads are used where it asks for that.
-    progress(done, total): of the tensors' bytes, called from the calling thread now and then, and at the end.
+    progress(done, total): of the tensors' bytes, called from the calling thread with 0, now and then, and at the end.
     VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
     not what a strict loader takes; BudgetError where one thread is too many.
     """
@@ -186,6 +186,7 @@ def _compare_tensors(
 ) -> None:
     """Slabs in file order on `threads` threads; the first difference in that order is the one raised."""
     comparison = _Comparison(pairs)
+    progress(0, comparison.total_nbytes)
     workers = [threading.Thread(target=comparison.work, daemon=True) for _ in range(max(1, threads))]
     try:
         start_threads(workers)

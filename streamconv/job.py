@@ -34,7 +34,8 @@ class WorkKeywords(TypedDict, total=False):
     """How the work on all tensors goes, be it making or comparing them.
 
     max_memory: bytes, None for the default bound; threads: None for the cores, at most 4; progress(done, total) in
-    bytes, called from the calling thread; cancel(): asked between chunks, true stops the work as an interrupt does.
+    bytes, called from the calling thread: `done` grows up to `total`, and in a run that verifies what it wrote once
+    more, from 0 to what is compared; cancel(): asked between chunks, true stops the work as an interrupt does.
     """
 
     max_memory: int | None

@@ -98,7 +98,14 @@ def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, r
         _stream(job, sinks, proof, options, report)
         if options.verify:
             paths = [sink.readable_path for sink in sinks]
-            compare(job, paths, limit=proof.limit, threads=proof.workers, cancelled=options.cancelled)
+            compare(
+                job,
+                paths,
+                limit=proof.limit,
+                threads=proof.workers,
+                progress=options.progress,
+                cancelled=options.cancelled,
+            )
             report.verified = True
         digests = [digest(sink.readable_path, part.layout) if options.sha256 else None
                    for sink, part in zip(sinks, job.parts, strict=True)]  # fmt: skip

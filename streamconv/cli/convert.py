@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from streamconv.report import Report
     from streamconv.split import SplitOptions
 
+VERIFYING = "verifying"
+
 
 def add_convert(commands: Any) -> None:
     parser = add_command(
@@ -160,7 +162,7 @@ def _verify(options: argparse.Namespace) -> int:
     from streamconv.memory import parse_size
     from streamconv.verify import verify
 
-    with progress_bar(is_wanted=not options.quiet) as progress:
+    with progress_bar(VERIFYING, is_wanted=not options.quiet) as progress:
         report = verify(
             options.out,
             options.source,
@@ -191,7 +193,7 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
 
     profile = Profile(options.profile) if options.profile else None
     is_shown = not (options.quiet or options.dry_run)
-    with progress_bar(is_wanted=is_shown) as progress, profile or nullcontext():
+    with progress_bar("converting", VERIFYING, is_wanted=is_shown) as progress, profile or nullcontext():
         report = work(
             {
                 "max_memory": None if options.max_memory is None else parse_size(options.max_memory),

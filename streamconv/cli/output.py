@@ -64,16 +64,21 @@ def tell(line: str) -> None:
 
 
 @contextmanager
-def progress_bar(*, is_wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A tqdm bar in bytes on stderr, where it is wanted and that is a terminal."""
+def progress_bar(*labels: str, is_wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A tqdm bar in bytes on stderr, where it is wanted and that is a terminal. labels: of each time it fills."""
     if not is_wanted or not STDERR.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=STDERR) as bar:
+    first, *later = labels
+    # miniters: the pace of one phase must not decide how often the next is drawn
+    with tqdm(desc=first, unit="B", unit_scale=True, unit_divisor=1024, miniters=1, leave=False, file=STDERR) as bar:
 
         def progress(done: int, total: int) -> None:
+            if done < bar.n:
+                bar.set_description(later.pop(0), refresh=False)
+                bar.reset(total)
             bar.total = total
             bar.update(done - bar.n)
 

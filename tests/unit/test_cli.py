@@ -7,10 +7,12 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Collection
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -159,19 +161,24 @@ def test_a_terminal_that_goes_away_does_not_stop_a_run(
     assert capsys.readouterr().out.startswith("wrote ")
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize(("quiet", "is_shown"), [([], True), (["--quiet"], False)])
 def test_commands_that_take_long_have_a_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str], is_shown: bool
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     source, out = str(tiny.llama(tmp_path / "src")), str(tmp_path / "m.gguf")
-    for words in (["convert", source, "-o", out], ["verify", out, "--source", source]):
+    for words, labels in (
+        (["convert", source, "-o", out, "--verify"], ["converting", "verifying"]),
+        (["verify", out, "--source", source], ["verifying"]),
+    ):
         monkeypatch.setattr(sys, "stderr", terminal := Terminal())
         assert cli.main([*words, *quiet]) == 0
-        assert ("B/s" in terminal.getvalue()) is is_shown, words
+        shown = [label for label, _ in groupby(re.findall(r"\r(\w+): .*?B/s", terminal.getvalue()))]
+        assert shown == (labels if is_shown else []), words
 
 
 def test_no_file_gets_the_number_of_a_closed_standard_stream() -> None:

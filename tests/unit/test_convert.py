@@ -101,6 +101,18 @@ def test_progress_ends_at_the_total_and_grows(source: Path, tmp_path: Path) -> N
     assert seen == sorted(seen) and seen[-1] == (report.nbytes, report.nbytes)
 
 
+def test_progress_grows_once_more_where_a_run_verifies(source: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = streamconv.convert(
+        source, tmp_path / "out.gguf", verify=True, progress=lambda done, total: seen.append((done, total))
+    )
+    second = max(number for number, (done, _) in enumerate(seen) if done == 0)
+    compared = sum(total.nbytes for total in report.types.values())
+    for part, total in ((seen[:second], report.nbytes), (seen[second:], compared)):
+        assert part == sorted(part) and part[-1] == (total, total)
+        assert {each for _, each in part} == {total}
+
+
 def test_the_default_name_follows_the_convention(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = streamconv.convert(source, outtype="bf16")
