@@ -8,10 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from streamconv.cli.options import add_command, add_verbose, positive
+from streamconv.cli.options import add_command, add_verbose, dst_path, positive, src_path
 from streamconv.cli.output import say, tell
 from streamconv.errors import StreamconvError, UsageError
 
@@ -40,14 +39,16 @@ def add_batch(commands: Any) -> None:
         description="Run the jobs of a TOML or JSON-lines file; one JSON line on stdout for each that ends.",
         epilog=EPILOG,
     )
-    parser.add_argument("jobs", metavar="JOBS", type=Path, help="the file: [[job]] tables, or one JSON object a line")
+    parser.add_argument(
+        "jobs", metavar="JOBS", type=src_path, help="the file: [[job]] tables, or one JSON object a line"
+    )
     parser.add_argument(
         "--jobs", dest="n_parallel", metavar="N", type=positive, default=1, help="at a time; default: 1"
     )
     parser.add_argument("--resume", action="store_true", help="go on with what an earlier batch left unfinished")
     parser.add_argument("--dry-run", action="store_true", help="what would run, its size, and the space needed in all")
     parser.add_argument(
-        "--state", metavar="FILE", type=Path, help="where what is done is remembered; default: JOBS.state.jsonl"
+        "--state", metavar="FILE", type=dst_path, help="where what is done is remembered; default: JOBS.state.jsonl"
     )
     parser.add_argument("--array", metavar="I/N", help="every N-th job from the I-th on (from 1), for job arrays")
     parser.add_argument("--dask", metavar="ADDRESS", help="run on the Dask cluster of this scheduler (the dask extra)")

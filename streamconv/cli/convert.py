@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.options import (
@@ -18,6 +17,7 @@ from streamconv.cli.options import (
     add_resource_options,
     add_run_options,
     add_split_options,
+    src_path,
 )
 from streamconv.cli.output import progress_bar, say, show_report, tell_warnings
 from streamconv.errors import DestinationError
@@ -41,7 +41,7 @@ def add_convert(commands: Any) -> None:
     parser.add_argument(
         "src",
         metavar="SRC",
-        type=Path,
+        type=src_path,
         help="the checkpoint: the folder of config.json and *.safetensors, one such file, or a repo id in the cache",
     )
     parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
@@ -69,11 +69,11 @@ def add_lora(commands: Any) -> None:
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        type=Path,
+        type=src_path,
         help="the folder of adapter_config.json and its weights, or those weights, as 0000100_adapters.safetensors",
     )
     parser.add_argument(
-        "--base", metavar="BASE", type=Path, required=True, help="the base model: its GGUF or its folder"
+        "--base", metavar="BASE", type=src_path, required=True, help="the base model: its GGUF or its folder"
     )
     parser.add_argument("--scale", metavar="S", type=float, help="the scale of every module, instead of the config's")
     add_output_options(
@@ -96,12 +96,12 @@ def add_verify(commands: Any) -> None:
         description="Make every tensor again from its source and compare; exit 6 names the first difference.",
         epilog="example:\n  streamconv verify LFM2-1.2B-Q8_0.gguf --source LFM2-1.2B\n\n" + EXIT_CODES,
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="the GGUF file")
+    parser.add_argument("out", metavar="OUT", type=src_path, help="the GGUF file")
     parser.add_argument(
-        "--source", metavar="SRC", type=Path, required=True, help="the checkpoint or adapter it was made of"
+        "--source", metavar="SRC", type=src_path, required=True, help="the checkpoint or adapter it was made of"
     )
     add_adapter_option(parser, "an adapter that was merged, with its weight; may be repeated")
-    parser.add_argument("--base", metavar="BASE", type=Path, help="of an adapter: the base it was made for")
+    parser.add_argument("--base", metavar="BASE", type=src_path, help="of an adapter: the base it was made for")
     parser.add_argument("--scale", metavar="S", type=float, help="of an adapter: the scale it was made with")
     parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="the dialect it was made with")
     parser.add_argument("--pre", metavar="NAME", help="the tokenizer.ggml.pre that it was made with")

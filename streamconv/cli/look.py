@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from streamconv.cli.options import EXIT_CODES, add_command, add_verbose, positive
+from streamconv.cli.options import EXIT_CODES, add_command, add_verbose, positive, src_path
 from streamconv.cli.output import say
 
 
@@ -20,7 +19,7 @@ def add_inspect(commands: Any) -> None:
         description="Show keys, types, tensors and problems; of a checkpoint, what it converts to.",
         epilog="example:\n  streamconv inspect LFM2-1.2B-Q8_0.gguf --tensors --head 20\n\n" + EXIT_CODES,
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="a .gguf or .safetensors file, a folder, a repo id")
+    parser.add_argument("path", metavar="PATH", type=src_path, help="a .gguf or .safetensors file, a folder, a repo id")
     parser.add_argument("--tensors", action="store_true", help="a line for each tensor as well")
     parser.add_argument("--head", metavar="N", type=positive, help="at most so many keys and tensors")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, with everything")
@@ -48,7 +47,7 @@ def add_draft(commands: Any) -> None:
         epilog="example:\n  streamconv draft Some-New-1B > streamconv/recipes/new.py\n\n"
         "docs/adding-an-architecture.md says how to go on.\n\n" + EXIT_CODES,
     )
-    parser.add_argument("src", metavar="SRC", type=Path, help="the checkpoint")
+    parser.add_argument("src", metavar="SRC", type=src_path, help="the checkpoint")
     add_verbose(parser)
     parser.set_defaults(run=_draft)
 

@@ -44,7 +44,7 @@ def add_output_options(
 ) -> None:
     """example: a default name of OUT; auto, dialect: what these options mean here; outtype: its default."""
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", metavar="OUT", help=f"default: {example}, in this folder")
+    group.add_argument("-o", "--output", metavar="OUT", type=dst_name, help=f"default: {example}, in this folder")
     group.add_argument("--outtype", choices=OUTTYPES, default=outtype, help=f"default: auto, {auto}")
     group.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help=dialect)
     group.add_argument("--name", metavar="NAME", help="the name in the file, general.name")
@@ -74,7 +74,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verify", action="store_true", help="read the result back and compare it with the source")
     group.add_argument("--sha256", action="store_true", help="digest of the file, and a manifest of each tensor's")
     group.add_argument(
-        "--profile", metavar="FILE", type=Path, help="write memory over time and seconds by phase as JSON"
+        "--profile", metavar="FILE", type=dst_path, help="write memory over time and seconds by phase as JSON"
     )
     add_resource_options(group)
     add_report_options(group)
@@ -106,3 +106,23 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "number"  # argparse names it where it refuses a word
+
+
+def src_path(text: str) -> Path:
+    """What is read; not what an unset variable of a script would name, the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; the current folder is .")
+    return Path(text)
+
+
+def dst_name(text: str) -> str:
+    """What is written, as it was spelled: a slash at its end says that a folder is meant."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file")
+    if text == "-":
+        raise argparse.ArgumentTypeError("- is no standard output here; a file of that name is ./-")
+    return text
+
+
+def dst_path(text: str) -> Path:
+    return Path(dst_name(text))

@@ -87,6 +87,39 @@ def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
     assert json.loads(done.stdout)["error"]["kind"] == "usage"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("convert _", "SRC: is empty; the current folder is ."),
+        ("lora _ --base .", "ADAPTER: is empty; the current folder is ."),
+        ("lora . --base _", "--base: is empty; the current folder is ."),
+        ("verify _ --source .", "OUT: is empty; the current folder is ."),
+        ("verify m.gguf --source _", "--source: is empty; the current folder is ."),
+        ("inspect _", "PATH: is empty; the current folder is ."),
+        ("draft _", "SRC: is empty; the current folder is ."),
+        ("batch _", "JOBS: is empty; the current folder is ."),
+        ("convert . -o _", "-o/--output: is empty; name a file"),
+        ("convert . -o -", "-o/--output: - is no standard output here; a file of that name is ./-"),
+        ("lora . --base . -o -", "-o/--output: - is no standard output here; a file of that name is ./-"),
+        ("convert . --profile -", "--profile: - is no standard output here; a file of that name is ./-"),
+    ],
+)
+def test_a_name_that_is_nothing_or_a_dash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    there = sorted(tiny.llama(tmp_path / "src").iterdir())
+    monkeypatch.chdir(tmp_path / "src")
+    assert cli.main(["" if word == "_" else word for word in words.split()]) == 2
+    assert capsys.readouterr().err == f"streamconv: argument {said} (streamconv {words.split()[0]} --help)\n"
+    assert sorted(Path.cwd().iterdir()) == there
+
+
+def test_the_file_named_dash_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", str(tiny.llama(tmp_path / "src")), "-o", "./-"]) == 0
+    assert (tmp_path / "-").read_bytes()[:4] == b"GGUF"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model whose name no ASCII terminal can show."""
