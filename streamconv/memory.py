@@ -31,6 +31,11 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
+def in_words(nbytes: int) -> str:
+    """`nbytes` for people, never more than it is: "96 MiB", "39.9 MiB", "10 bytes"."""
+    return f"{nbytes * 10 // MIB / 10:.15g} MiB" if nbytes >= MIB else f"{nbytes:,} bytes"
+
+
 def default_limit_nbytes() -> int:
     """256 MiB, or 80% of what the cgroup allows where that is less.
 

@@ -18,7 +18,7 @@ from gguf.constants import GGMLQuantizationType
 from streamconv.errors import BudgetError, no_memory
 from streamconv.gguf_file.format import Header, KeyValue, TensorInfo, align, encode_header
 from streamconv.graph import Encode, LazyTensor, peak_nbytes
-from streamconv.memory import MIB
+from streamconv.memory import MIB, in_words
 from streamconv.scratch import Overdraft, padded_nbytes
 
 # A slab's rows are read, encoded and forgotten while they lie in the cache. Measured in benchmarks/LOG.md.
@@ -168,7 +168,7 @@ def _is_for_want_of_memory(error: Exception) -> bool:
 def too_small(limit: int, needed: int, file: Path | None = None) -> BudgetError:
     needed_mib = -(-(needed + RUN_TO_RUN_NBYTES) // MIB)
     return BudgetError(
-        f"a memory bound of {limit / MIB:.0f} MiB is too small: this conversion needs {needed_mib} MiB",
+        f"a memory bound of {in_words(limit)} is too small: this conversion needs {needed_mib} MiB",
         file=file,
         hint=f"--max-memory {needed_mib}MiB",
     )

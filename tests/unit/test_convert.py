@@ -221,6 +221,22 @@ def test_a_bound_that_nobody_gave_is_not_told_as_an_option(source: Path, monkeyp
         streamconv.convert(source, dry_run=True)
 
 
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        (10, "10 bytes"),
+        (300_000, "300,000 bytes"),
+        (MIB - 1, "1,048,575 bytes"),
+        (MIB, "1 MiB"),
+        (20 * 10**6, "19 MiB"),
+        (22 * MIB - 1, "21.9 MiB"),
+    ],
+)
+def test_a_bound_is_told_as_it_is(source: Path, bound: int, said: str) -> None:
+    with pytest.raises(BudgetError, match=f": a memory bound of {said} is too small"):
+        streamconv.convert(source, dry_run=True, max_memory=bound)
+
+
 def test_a_bound_is_refused_before_the_destination_is_touched(source: Path, tmp_path: Path) -> None:
     with pytest.raises(BudgetError):
         streamconv.convert(source, tmp_path / "out.gguf", max_memory=MIB)
