@@ -20,7 +20,7 @@ from streamconv.dialects import LLAMA_CPP, RENAMES
 from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.gguf_file.format import Buffer, KeyValue, PackedArray
 from streamconv.memory import default_limit_nbytes
-from streamconv.outtypes import OUTTYPES
+from streamconv.outtypes import OUTTYPES, outtype_hint
 from streamconv.plan import MAX_DEFAULT_WORKERS, Step
 from streamconv.profile import Profile, Stopwatch
 from streamconv.report import Output, Report, TypeTotal
@@ -107,9 +107,11 @@ class OutputOptions:
     split: SplitOptions = field(default_factory=SplitOptions)
 
     def __post_init__(self) -> None:
-        for value, choices in ((self.outtype, ("auto", *OUTTYPES)), (self.dialect, tuple(RENAMES))):
-            if value not in choices:
-                raise UsageError(f"{value!r} is none of {', '.join(choices)}")
+        if self.outtype not in ("auto", *OUTTYPES):
+            what = f"{self.outtype!r} is none of auto, {', '.join(OUTTYPES)}"
+            raise UsageError(what, hint=outtype_hint(str(self.outtype)))
+        if self.dialect not in tuple(RENAMES):
+            raise UsageError(f"{self.dialect!r} is none of {', '.join(RENAMES)}")
         for text in (self.name, self.pre):
             if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
                 raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is")

@@ -32,12 +32,25 @@ FILE_TYPES: Final[Mapping[GGMLQuantizationType, LlamaFileType]] = {
     Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 
+# llama-quantize's names; Q4_K and the like are its short ones for Q4_K_M.
+_MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
+_QUANTIZED: Final = frozenset(form for name in _MOSTLY for form in (name, name.replace("_K_M", "_K")))
+
 # Below it a Q8_0 block whose largest weight is 0.03 has a scale of less than 8 bits, and errs by that more than by its
 # quants (F16's subnormals are multiples of 2**-24).
 LEAST_F16_FACTOR: Final = 2.0**-4
 
 # Small and sensitive: norms, routers, convolution kernels, and whatever is no weight matrix (biases, tables).
 _ALWAYS_F32 = re.compile(r".*(_norm|ffn_gate_inp|shortconv\.conv)\.weight|.*(?<!\.weight)(?<!\.lora_a)(?<!\.lora_b)")
+
+
+def outtype_hint(word: str) -> str | None:
+    """The way out where `word` is no outtype: its small letters, or llama-quantize for what only llama.cpp writes."""
+    if word.lower() in ("auto", *OUTTYPES):
+        return f"write {word.lower()}"
+    if word.upper() in _QUANTIZED:
+        return f"llama.cpp's llama-quantize makes {word.upper()} of a converted model"
+    return None
 
 
 def resolve_auto(specs: Iterable[TensorSpec]) -> str:

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from streamconv.dialects import RENAMES
 from streamconv.errors import UsageError
 from streamconv.memory import parse_size
-from streamconv.outtypes import OUTTYPES
+from streamconv.outtypes import OUTTYPES, outtype_hint
 from streamconv.sources import find_cached, is_repo_id, model_name
 
 Command = Literal["convert", "lora", "verify"]
@@ -208,7 +208,8 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
         if value == "" or "\0" in str(value):
             raise UsageError(f"{where}: {key} is {value!r}", file=path)
         if key in _CHOICES and value not in _CHOICES[key]:
-            raise UsageError(f"{where}: {key} {value!r} is none of {', '.join(_CHOICES[key])}", file=path)
+            what = f"{where}: {key} {value!r} is none of {', '.join(_CHOICES[key])}"
+            raise UsageError(what, file=path, hint=outtype_hint(str(value)) if key == "outtype" else None)
     for key in ("max_memory", "split_max_size"):
         if key in entry and not _size(entry[key]):
             raise UsageError(f"{where}: {key} is {entry[key]!r}", file=path, hint="a size is as 4G or 96MiB")

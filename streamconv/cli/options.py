@@ -45,7 +45,7 @@ def add_output_options(
     """example: a default name of OUT; auto, dialect: what these options mean here; outtype: its default."""
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="OUT", type=dst_name, help=f"default: {example}, in this folder")
-    group.add_argument("--outtype", choices=OUTTYPES, default=outtype, help=f"default: auto, {auto}")
+    group.add_argument("--outtype", type=outtype_name, choices=OUTTYPES, default=outtype, help=f"default: auto, {auto}")
     group.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help=dialect)
     group.add_argument("--name", metavar="NAME", help="the name in the file, general.name")
     group.add_argument(
@@ -106,6 +106,17 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "number"  # argparse names it where it refuses a word
+
+
+def outtype_name(text: str) -> str:
+    """The word in small letters; UsageError, with the way to it, on one that only llama.cpp knows."""
+    name = text.lower()
+    if name not in OUTTYPES:
+        from streamconv.outtypes import outtype_hint
+
+        if hint := outtype_hint(name):
+            raise UsageError(f"argument --outtype: {text!r} is none of {', '.join(OUTTYPES)}", hint=hint)
+    return name
 
 
 def src_path(text: str) -> Path:

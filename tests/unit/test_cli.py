@@ -80,9 +80,9 @@ def test_the_page_is_what_the_parser_says() -> None:
 
 
 def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
-    done = run("convert", "x", "--outtype", "q4_0", "--json")
+    done = run("convert", "x", "--outtype", "q9_0", "--json")
     assert done.returncode == 2
-    assert done.stderr.decode().startswith("streamconv: argument --outtype: invalid choice: 'q4_0'")
+    assert done.stderr.decode().startswith("streamconv: argument --outtype: invalid choice: 'q9_0'")
     assert done.stderr.decode().count("\n") == 1
     assert json.loads(done.stdout)["error"]["kind"] == "usage"
 
@@ -118,6 +118,22 @@ def test_the_file_named_dash_can_be_had(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert cli.main(["convert", str(tiny.llama(tmp_path / "src")), "-o", "./-"]) == 0
     assert (tmp_path / "-").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize("word", ["Q8_0", "BF16", "F32", "f16", "Auto"])
+def test_an_outtype_may_be_in_capitals(tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    source, expected = str(tiny.llama(tmp_path / "src")), "f16" if word == "Auto" else word.lower()
+    assert cli.main(["convert", source, "--outtype", word, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outtype"] == expected
+
+
+@pytest.mark.parametrize("word", ["q4_0", "Q4_K_M", "q4_k", "iq2_xxs", "tq1_0"])
+def test_an_outtype_of_llama_cpp_alone_is_told_the_way(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert cli.main(["convert", "x", "--outtype", word]) == 2
+    assert capsys.readouterr().err == (
+        f"streamconv: argument --outtype: {word!r} is none of auto, f32, f16, bf16, q8_0 "
+        f"(llama.cpp's llama-quantize makes {word.upper()} of a converted model)\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -370,9 +370,16 @@ def test_an_existing_destination_is_kept_until_force(source: Path, tmp_path: Pat
 
 
 def test_words_that_are_none(source: Path, tmp_path: Path) -> None:
-    for keywords in ({"outtype": "q4_0"}, {"dialect": "lmstudio"}):
-        with pytest.raises(UsageError, match="none of"):
+    for keywords, hint in (
+        ({"outtype": "q4_0"}, "llama-quantize"),
+        ({"outtype": "F16"}, "write f16"),
+        ({"outtype": 7}, ""),
+        ({"dialect": "lmstudio"}, ""),
+        ({"dialect": "F16"}, ""),
+    ):
+        with pytest.raises(UsageError, match="none of") as caught:
             streamconv.convert(source, tmp_path / "out.gguf", **keywords)  # type: ignore[arg-type]
+        assert hint in (caught.value.hint or "") and bool(hint) is bool(caught.value.hint)
 
 
 def test_cancel_stops_and_resume_goes_on(tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_what_is_wrong_is_refused_before_anything_runs(tmp_path: Path, text: str
     assert refusal(tmp_path, text).startswith(message)
 
 
+@pytest.mark.parametrize(("word", "hint"), [("Q8_0", "write q8_0"), ("q5_k_s", "llama-quantize"), ("q8", None)])
+def test_the_way_out_of_an_unknown_outtype(tmp_path: Path, word: str, hint: str | None) -> None:
+    (tmp_path / "jobs.toml").write_text(f'[[job]]\nsource = "a"\nouttype = "{word}"\n')
+    with pytest.raises(UsageError) as caught:
+        read_jobs(tmp_path / "jobs.toml")
+    assert (hint or "") in (caught.value.hint or "") and bool(hint) is bool(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
