@@ -50,7 +50,7 @@ def convert(
 
     dst: by default GGUF's naming convention, in the current directory. outtype: auto, f32, f16, bf16 or q8_0.
     name, pre: override general.name and tokenizer.ggml.pre. split: several files, named after `dst`.
-    adapters: LoRA or DoRA adapters (folders, or folders with weights) that are merged into the weights.
+    adapters: LoRA or DoRA adapters that are merged into the weights, as a list of folders, or of folders with weights.
     keywords: how the run goes, see `RunKeywords`.
     Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
     """

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 from streamconv.errors import UsageError
@@ -43,15 +44,23 @@ def parse_adapter(text: str) -> tuple[str, float]:
 def open_adapters(specs: Sequence[AdapterSpec], max_header_nbytes: int) -> Iterator[tuple[Adapter, ...]]:
     """The adapters, headers read and nothing else.
 
-    SourceError on what is missing or malformed, UsageError on a weight that is no number.
+    SourceError on what is missing or malformed, UsageError on what is no list of them, a single path included.
     """
+    if isinstance(specs, str | Path):
+        raise UsageError(f"{str(specs)!r} is no list of adapters", hint="put it into one, [path] or [(path, weight)]")
     with ExitStack() as stack:
         opened = []
-        for spec in specs:
-            path, weight = spec if isinstance(spec, tuple) else (spec, 1.0)
-            if not str(path):
-                raise UsageError("an adapter without a name", hint="name its folder")
-            if not math.isfinite(weight):
-                raise UsageError(f"{weight} is no weight of an adapter")
-            opened.append(Adapter(stack.enter_context(LoraFile.open(Path(path), max_header_nbytes)), weight))
+        for path, weight in map(_path_and_weight, specs):
+            opened.append(Adapter(stack.enter_context(LoraFile.open(path, max_header_nbytes)), weight))
         yield tuple(opened)
+
+
+def _path_and_weight(spec: AdapterSpec) -> tuple[Path, float]:
+    path, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
+    if not (isinstance(path, str | Path) and isinstance(weight, Real)):
+        raise UsageError(f"{spec!r} is no adapter", hint="name its folder, or the pair of that and a weight")
+    if not str(path):
+        raise UsageError("an adapter without a name", hint="name its folder")
+    if not math.isfinite(weight):
+        raise UsageError(f"{weight} is no weight of an adapter")
+    return Path(path), float(weight)
