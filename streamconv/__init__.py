@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from streamconv.adapter import convert_adapter
     from streamconv.convert import convert
     from streamconv.report import Report
+    from streamconv.split import SplitOptions
     from streamconv.verify import verify
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "Interrupted",
     "Report",
     "SourceError",
+    "SplitOptions",
     "StreamconvError",
     "UsageError",
     "VerifyError",
@@ -53,6 +55,7 @@ _HOMES = {
     "convert": "streamconv.convert",
     "convert_adapter": "streamconv.adapter",
     "Report": "streamconv.report",
+    "SplitOptions": "streamconv.split",
     "verify": "streamconv.verify",
 }
 

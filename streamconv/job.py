@@ -19,7 +19,7 @@ from streamconv.cursor import FileId, files_read
 from streamconv.dialects import LLAMA_CPP, RENAMES
 from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.gguf_file.format import Buffer, KeyValue, PackedArray
-from streamconv.memory import default_limit_nbytes
+from streamconv.memory import default_limit_nbytes, parse_size
 from streamconv.outtypes import OUTTYPES, outtype_hint
 from streamconv.plan import MAX_DEFAULT_WORKERS, Step
 from streamconv.profile import Profile, Stopwatch
@@ -33,12 +33,13 @@ FORMAT_VERSION = "1"  # raised whenever the same input and options give other by
 class WorkKeywords(TypedDict, total=False):
     """How the work on all tensors goes, be it making or comparing them.
 
-    max_memory: bytes, None for the default bound; threads: None for the cores, at most 4; progress(done, total) in
-    bytes, called from the calling thread: `done` grows up to `total`, and in a run that verifies what it wrote once
-    more, from 0 to what is compared; cancel(): asked between chunks, true stops the work as an interrupt does.
+    max_memory: bytes, or a text as "96MiB" or "1.5G", None for the default bound; threads: from 1, None for the cores,
+    at most 4; progress(done, total) in bytes, called from the calling thread: `done` grows up to `total`, and in a run
+    that verifies what it wrote once more, from 0 to what is compared; cancel(): asked between chunks, true stops the
+    work as an interrupt does.
     """
 
-    max_memory: int | None
+    max_memory: int | str | None
     threads: int | None
     progress: Callable[[int, int], None] | None
     cancel: Callable[[], bool] | None
@@ -58,9 +59,9 @@ class RunKeywords(WorkKeywords, total=False):
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """RunKeywords with their defaults."""
+    """RunKeywords with their defaults. UsageError on a bound or a number of threads that is none."""
 
-    max_memory: int | None = None
+    max_memory: int | str | None = None
     threads: int | None = None
     force: bool = False
     resume: bool = False
@@ -73,12 +74,20 @@ class RunOptions:
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
-        if self.max_memory is None:  # settled now: it follows from what is resident before the run
-            object.__setattr__(self, "max_memory", default_limit_nbytes())
+        limit = self.max_memory
+        if limit is None:  # settled now: it follows from what is resident before the run
+            limit = default_limit_nbytes()
+        elif isinstance(limit, str):
+            limit = parse_size(limit)
+        if not isinstance(limit, int):
+            raise UsageError(f"max_memory is {limit!r}", hint='a number of bytes, or a text as "96MiB"')
+        object.__setattr__(self, "max_memory", limit)
+        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
+            raise UsageError(f"threads is {self.threads!r}", hint="a whole number from 1, or None for the cores")
 
     @property
     def limit_nbytes(self) -> int:
-        assert self.max_memory is not None
+        assert isinstance(self.max_memory, int)
         return self.max_memory
 
     @property

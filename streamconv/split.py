@@ -32,8 +32,8 @@ class SplitOptions:
 
     def __post_init__(self) -> None:
         for value in (self.max_nbytes, self.max_tensors, self.only_part):
-            if value is not None and value < 1:
-                raise UsageError("a split needs numbers of at least 1")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise UsageError("a split needs whole numbers of at least 1")
         if self.only_part is not None and not self.is_split:
             raise UsageError("--only-part is for splits", hint="give --split-max-size or --split-max-tensors too")
 

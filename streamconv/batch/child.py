@@ -285,7 +285,7 @@ def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_me
     from streamconv.verify import verify
 
     adapters = [parse_adapter(job.adapter)] if job.adapter else []
-    limit = parse_size(job.max_memory) if job.max_memory and max_memory is None else max_memory
+    limit = job.max_memory if max_memory is None else max_memory
     if job.command == "verify":
         return verify(job.output, job.source, adapters=adapters, base=job.base, dialect=job.dialect, max_memory=limit)
     keywords: RunKeywords = {

@@ -159,7 +159,6 @@ def _lora(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from streamconv.lora.merge import parse_adapter
-    from streamconv.memory import parse_size
     from streamconv.verify import verify
 
     with progress_bar(VERIFYING, is_wanted=not options.quiet) as progress:
@@ -171,7 +170,7 @@ def _verify(options: argparse.Namespace) -> int:
             dialect=options.dialect,
             scale=options.scale,
             pre=options.pre,
-            max_memory=None if options.max_memory is None else parse_size(options.max_memory),
+            max_memory=options.max_memory,
             threads=options.threads,
             progress=progress,
         )
@@ -187,7 +186,6 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
     """Do one conversion with the options that all of them share, and say what was done."""
     from contextlib import nullcontext
 
-    from streamconv.memory import parse_size
     from streamconv.output.destination import resolve, write_text
     from streamconv.profile import Profile
 
@@ -196,7 +194,7 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
     with progress_bar("converting", VERIFYING, is_wanted=is_shown) as progress, profile or nullcontext():
         report = work(
             {
-                "max_memory": None if options.max_memory is None else parse_size(options.max_memory),
+                "max_memory": options.max_memory,
                 "threads": options.threads,
                 "force": options.force,
                 "resume": options.resume,
