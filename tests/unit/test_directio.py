@@ -233,8 +233,11 @@ def test_a_new_name_is_never_an_old_one(tmp_path: Path, code: int | None) -> Non
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
 def test_directories_that_cannot_be_synced(tmp_path: Path, code: int) -> None:
+    refused = []
+
     def handle(call: Call) -> object:
         if call.name == "fsync":
+            refused.append(call.path)
             raise OSError(code, "broken")
         return call.do()
 
@@ -244,11 +247,16 @@ def test_directories_that_cannot_be_synced(tmp_path: Path, code: int) -> None:
         else:
             with pytest.raises(OSError, match="broken"):
                 sync_directory(tmp_path)
+    assert refused == [str(tmp_path)]
 
 
 def test_a_directory_that_cannot_be_listed(tmp_path: Path) -> None:
+    refused = []
+
     def handle(call: Call) -> object:
+        refused.append((call.name, call.path))
         raise PermissionError(errno.EACCES, "")
 
     with watched(handle):
         sync_directory(tmp_path)
+    assert refused == [("open", str(tmp_path))]
