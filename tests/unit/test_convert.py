@@ -406,7 +406,9 @@ def test_a_way_to_run_that_is_none(
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("text", "nbytes"), [("200MiB", 200 * MIB), ("0.3G", 300_000_000), ("260000000", 260_000_000)])
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("9000MiB", 9000 * MIB), ("9.3G", 9_300_000_000), ("9876543210", 9_876_543_210)]
+)
 def test_a_bound_as_people_write_it(source: Path, text: str, nbytes: int) -> None:
     memory = streamconv.convert(source, dry_run=True, max_memory=text).memory
     assert memory is not None and memory["limit"] == nbytes
