@@ -40,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from argcomplete import autocomplete
 
                 autocomplete(parser)
-            options = parser.parse_args(arguments)
+            try:
+                options = parser.parse_args(arguments)
+            except SystemExit:  # of --help and --version
+                say(end="", flush=True)
+                raise
             code = int(options.run(options))
             say(end="", flush=True)
             return code
@@ -69,7 +73,7 @@ def _fail(error: StreamconvError, as_json: bool) -> int:
         except BrokenPipeError:
             return _leave_pipe()
         except OSError:
-            pass  # stderr has it
+            sys.stdout = None  # stderr has it; the interpreter would try again at its end
     return error.exit_code
 
 

@@ -148,9 +148,11 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_standard_output_that_is_full(tmp_path: Path) -> None:
-    source = tiny.lfm2(tmp_path / "source")
-    for words in (["inspect", str(source)], ["convert", str(source), "-o", str(tmp_path / "x.gguf"), "--json"]):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_is_full(tmp_path: Path, unbuffered: str) -> None:
+    """Whether it fails in each line or at the end, where the interpreter has some words of its own."""
+    source = str(tiny.lfm2(tmp_path / "source"))
+    for words in (["inspect", source], ["convert", source, "-o", str(tmp_path / "x.gguf"), "--json"], ["--help"]):
         with Path("/dev/full").open("w") as full:
             done = subprocess.run(
                 [sys.executable, "-m", "streamconv", *words],
@@ -158,10 +160,15 @@ def test_standard_output_that_is_full(tmp_path: Path) -> None:
                 stderr=subprocess.PIPE,
                 text=True,
                 check=False,
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
             )
-        assert done.returncode == 5
+        assert done.returncode == 5, done.stderr
         assert done.stderr.count("\n") == 1
         assert "standard output" in done.stderr
+    absent = [sys.executable, "-m", "streamconv", "inspect", str(tmp_path / "absent"), "--json"]
+    with Path("/dev/full").open("w") as full:
+        failed = subprocess.run(absent, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (failed.returncode, failed.stderr.count("\n")) == (3, 1)
 
 
 # Runs the command where the names that only Linux has are missing, as they are on macOS.
