@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-$(VENV)/.ready: pyproject.toml streamconv/_kernels.c
+$(VENV)/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e ".[test,dev]"
@@ -18,12 +18,12 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	$(BIN)/pip install --quiet -e ".[bench]"
 	touch $@
 
-.venv-demo/.ready: pyproject.toml streamconv/_kernels.c
+.venv-demo/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --quiet -e .
 	touch $@
 
-.venv-parity/.ready: pyproject.toml streamconv/_kernels.c
+.venv-parity/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/pip install --quiet "$(TORCH)"
 	.venv-parity/bin/pip install --quiet -e ".[test,parity]"

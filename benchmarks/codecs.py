@@ -1,6 +1,6 @@
 """What encoding costs by itself: `python -m benchmarks.codecs` prints GB/s of source bytes for each kernel and pair.
 
-Owns: the figures of streamconv/kernels.py and `_kernels.c`. Does not own: whole conversions (run.py).
+Owns: the figures of streamconv/ggml/reference.py and `_kernels.c`. Does not own: whole conversions (run.py).
 Fair because: kernels take turns on the same weights (normal, sigma 0.02, so that some become F16's subnormals), with
 source and result in memory that was touched before; the best of many calls is the cost of one core, whatever else the
 machine is doing. Two threads are set against two processes in the same run: what is missing is what they wait for each
@@ -22,10 +22,10 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv import codecs
-from streamconv.gguf_file.format import row_nbytes
-from streamconv.kernels import BF16, F16, F32, FLOATS, Q8_0
-from streamconv.scratch import Scratch, aligned_buffer
+from streamconv.ggml import encode as codecs
+from streamconv.ggml.reference import BF16, F16, F32, FLOATS, Q8_0
+from streamconv.gguf.format import row_nbytes
+from streamconv.lazy.scratch import Scratch, aligned_buffer
 
 N_ROWS, N_COLUMNS = 512, 2048  # 2 MiB of BF16, a piece of a chunk
 N_ROUNDS = 3

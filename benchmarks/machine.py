@@ -208,7 +208,7 @@ def _commit() -> str:
 
 
 def _kernels() -> str:
-    from streamconv.codecs import kernel_name
+    from streamconv.ggml.encode import kernel_name
 
     return kernel_name()
 

@@ -9,9 +9,7 @@ The library prints nothing and raises StreamconvError alone.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import (
@@ -26,11 +24,11 @@ from streamconv.errors import (
 )
 
 if TYPE_CHECKING:
-    from streamconv.adapter import convert_adapter
-    from streamconv.convert import convert
+    from streamconv.api.convert_lora import convert_adapter
+    from streamconv.api.convert_model import convert
+    from streamconv.api.verify_file import verify
+    from streamconv.engine.split import SplitOptions
     from streamconv.report import Report
-    from streamconv.split import SplitOptions
-    from streamconv.verify import verify
 
 __version__ = "0.1.0"
 
@@ -52,11 +50,11 @@ __all__ = [
 
 # Loaded when first asked for: numpy and gguf take longer to import than `streamconv --help` may take.
 _HOMES = {
-    "convert": "streamconv.convert",
-    "convert_adapter": "streamconv.adapter",
+    "convert": "streamconv.api.convert_model",
+    "convert_adapter": "streamconv.api.convert_lora",
     "Report": "streamconv.report",
-    "SplitOptions": "streamconv.split",
-    "verify": "streamconv.verify",
+    "SplitOptions": "streamconv.engine.split",
+    "verify": "streamconv.api.verify_file",
 }
 
 
@@ -64,13 +62,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'streamconv' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
-
-
-class _Package(ModuleType):
-    """Keeps `streamconv.convert` the function: importing the module of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, getattr(value, name) if name in _HOMES and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Package

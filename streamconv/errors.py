@@ -40,6 +40,7 @@ class StreamconvError(Exception):
     """Base of all failures that streamconv reports. `kind` and `exit_code` are fixed by the subclass.
 
     problems: what the message sums up, one by one and whole, as `--json` prints it.
+    code: stable name of the cause, in kebab-case; words may change, codes do not.
     """
 
     kind: ClassVar[str] = "internal"
@@ -53,6 +54,7 @@ class StreamconvError(Exception):
         tensor: str | None = None,
         hint: str | None = None,
         problems: Sequence[Mapping[str, Any]] = (),
+        code: str = "",
     ) -> None:
         super().__init__(message)
         self.message = _shortened(message, MAX_MESSAGE_CHARS)
@@ -60,6 +62,7 @@ class StreamconvError(Exception):
         self.tensor = None if tensor is None else _shortened(tensor, MAX_NAME_CHARS)
         self.hint = hint
         self.problems = problems
+        self.code = code or self.kind
 
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv import graph
-from streamconv.binding import bind
-from streamconv.config import Config
-from streamconv.gguf_file.format import PackedArray, Scalar
-from streamconv.recipe import Model, Recipe, find_recipe
-from streamconv.scratch import Scratch
+from streamconv.checkpoint.config import Config
+from streamconv.gguf.format import PackedArray, Scalar
+from streamconv.lazy import node as graph
+from streamconv.lazy.scratch import Scratch
+from streamconv.recipe.bind import bind
+from streamconv.recipe.language import Model, Recipe, find_recipe
 from tests import tiny
 
 CONFIG = Path("model") / "config.json"

@@ -25,10 +25,10 @@ from gguf import quants
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv import codecs
-from streamconv.gguf_file.format import row_nbytes
-from streamconv.kernels import BF16, F16, F32, FLOATS
-from streamconv.scratch import Scratch
+from streamconv.ggml import encode as codecs
+from streamconv.ggml.reference import BF16, F16, F32, FLOATS
+from streamconv.gguf.format import row_nbytes
+from streamconv.lazy.scratch import Scratch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (F32, F16, BF16)
@@ -53,16 +53,16 @@ def compiled(flags: str = "") -> ModuleType:
     """The kernel, compiled with `flags` besides its own into a temporary directory."""
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
-        (tree / "streamconv").mkdir()
-        for name in ("pyproject.toml", "LICENSE", "streamconv/_kernels.c"):
+        (tree / "streamconv" / "ggml" / "kernels").mkdir(parents=True)
+        for name in ("pyproject.toml", "LICENSE", "streamconv/ggml/kernels/floats.c"):
             shutil.copy(ROOT / name, tree / name)
         (tree / "README.md").touch()
         command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
         environ = {**os.environ, "CFLAGS": f"{os.environ.get('CFLAGS', '')} {flags}"}
         build = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True, check=False)
-        found = [path for path in (tree / "streamconv").glob("_kernels.*") if path.suffix != ".c"]
+        found = list((tree / "streamconv" / "ggml").glob("_kernels.*"))
         assert build.returncode == 0 and len(found) == 1, build.stdout + build.stderr
-        spec = importlib.util.spec_from_file_location("streamconv._kernels", found[0])
+        spec = importlib.util.spec_from_file_location("streamconv.ggml._kernels", found[0])
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import streamconv
-from streamconv.config import Config
+from streamconv.checkpoint.config import Config
 from streamconv.lora.config import LoraConfig, read_lora_config
 from tests import tiny
 from tests.oracles import ggufs

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from streamconv.gguf_file.format import KeyValue, PackedArray, TensorInfo, align, encode_header
-from streamconv.vocab import Vocabulary, read_vocabulary
+from streamconv.gguf.format import KeyValue, PackedArray, TensorInfo, align, encode_header
+from streamconv.metadata.vocab import Vocabulary, read_vocabulary
 from tests.oracles.ggufs import MAX_LISTED
 
 _NUMBERS = {GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4"}

@@ -21,7 +21,7 @@ from benchmarks.converters import STREAMCONV, STREAMCONV_NUMPY
 from benchmarks.machine import Unavailable
 from benchmarks.shapes import SHAPES
 from benchmarks.summary import MIB, Row, highest, middle, ratios
-from streamconv.codecs import kernel_name
+from streamconv.ggml.encode import kernel_name
 
 NAME: Final = "convert"
 BAR_MODEL: Final = "1.2b"

@@ -15,7 +15,7 @@ from typing import Final
 from benchmarks.bench import Bench, Sample
 from benchmarks.converters import STREAMCONV, STREAMCONV_NUMPY
 from benchmarks.summary import MIB, Row, highest
-from streamconv.codecs import kernel_name
+from streamconv.ggml.encode import kernel_name
 
 NAME: Final = "memory"
 FLAT_BAR_MIB: Final = 8

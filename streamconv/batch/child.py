@@ -25,11 +25,11 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from streamconv.batch.jobs_file import JobSpec
 from streamconv.errors import InterruptedByTerm, SourceError, StreamconvError
+from streamconv.files.hub import is_repo_id
 from streamconv.output.destination import Place, failures
-from streamconv.sources import is_repo_id
 
 if TYPE_CHECKING:
-    from streamconv.job import RunKeywords
+    from streamconv.engine.job import RunKeywords
     from streamconv.report import Report
 
 SCHEMA = 1
@@ -277,12 +277,12 @@ def obey(order: Order) -> Report:
 
 def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_memory: int | None = None) -> Report:
     """The report of the job, done in this process. StreamconvError where it fails. max_memory: instead of the job's."""
-    from streamconv.adapter import convert_adapter
-    from streamconv.convert import convert
+    from streamconv.api.convert_lora import convert_adapter
+    from streamconv.api.convert_model import convert
+    from streamconv.api.verify_file import verify
+    from streamconv.budget import parse_size
+    from streamconv.engine.split import SplitOptions
     from streamconv.lora.merge import parse_adapter
-    from streamconv.memory import parse_size
-    from streamconv.split import SplitOptions
-    from streamconv.verify import verify
 
     adapters = [parse_adapter(job.adapter)] if job.adapter else []
     limit = job.max_memory if max_memory is None else max_memory

@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
-from streamconv.dialects import RENAMES
+from streamconv.budget import parse_size
 from streamconv.errors import UsageError
-from streamconv.memory import parse_size
-from streamconv.outtypes import OUTTYPES, outtype_hint
-from streamconv.sources import find_cached, is_repo_id, model_name
+from streamconv.files.hub import find_cached, is_repo_id, model_name
+from streamconv.ggml.policy import OUTTYPES, outtype_hint
+from streamconv.gguf.names import RENAMES
 
 Command = Literal["convert", "lora", "verify"]
 DEFAULT_OUTPUT = "{name}-{outtype}.gguf"
@@ -187,10 +187,10 @@ def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
 
 def _resolved(source: Path) -> str:
     """What auto means for a checkpoint; "auto" where it cannot be read, which its job will report."""
-    from streamconv.checkpoint import Checkpoint
+    from streamconv.checkpoint.folder import Checkpoint
     from streamconv.errors import StreamconvError
-    from streamconv.outtypes import resolve_auto
-    from streamconv.sources import find_source
+    from streamconv.files.hub import find_source
+    from streamconv.ggml.policy import resolve_auto
 
     try:
         with Checkpoint.open(find_source(source)) as checkpoint:

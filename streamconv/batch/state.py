@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from streamconv.batch.jobs_file import JobSpec
+from streamconv.engine.job import FORMAT_VERSION
 from streamconv.errors import DestinationError, SourceError
-from streamconv.job import FORMAT_VERSION
+from streamconv.files.hub import find_source
 from streamconv.lora.merge import parse_adapter
-from streamconv.sources import find_source
 
 MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
 _WITHOUT_EFFECT = frozenset(("name", "max_memory", "force", "verify"))  # on the bytes of an output

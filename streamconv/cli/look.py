@@ -44,7 +44,7 @@ def add_draft(commands: Any) -> None:
         "draft",
         help="a starting recipe for an architecture that is not supported yet",
         description="Print a recipe module drafted from a checkpoint's names, shapes and config, with TODOs to settle.",
-        epilog="example:\n  streamconv draft Some-New-1B > streamconv/recipes/new.py\n\n"
+        epilog="example:\n  streamconv draft Some-New-1B > streamconv/architectures/new.py\n\n"
         "docs/adding-an-architecture.md says how to go on.\n\n" + EXIT_CODES,
     )
     parser.add_argument("src", metavar="SRC", type=src_path, help="the checkpoint")
@@ -55,8 +55,8 @@ def add_draft(commands: Any) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     from shutil import get_terminal_size
 
-    from streamconv.inspect import inspect
-    from streamconv.inspect_text import render
+    from streamconv.api.inspect_file import inspect
+    from streamconv.cli.inspection import render
 
     found = inspect(options.path)
     if options.json:
@@ -69,7 +69,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _architectures(options: argparse.Namespace) -> int:
-    from streamconv.recipe import all_recipes
+    from streamconv.recipe.language import all_recipes
 
     rows = [(recipe.arch, ", ".join(recipe.hf_names), recipe.description) for recipe in all_recipes()]
     arch_width, names_width = (max(len(row[column]) for row in rows) for column in (0, 1))
@@ -79,8 +79,8 @@ def _architectures(options: argparse.Namespace) -> int:
 
 
 def _draft(options: argparse.Namespace) -> int:
-    from streamconv.draft import draft
-    from streamconv.sources import find_source
+    from streamconv.files.hub import find_source
+    from streamconv.recipe.draft import draft
 
     say(draft(find_source(options.src)), end="")
     return 0

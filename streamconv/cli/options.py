@@ -112,7 +112,7 @@ def outtype_name(text: str) -> str:
     """The word in small letters; UsageError, with the way to it, on one that only llama.cpp knows."""
     name = text.lower()
     if name not in OUTTYPES:
-        from streamconv.outtypes import outtype_hint
+        from streamconv.ggml.policy import outtype_hint
 
         if hint := outtype_hint(name):
             raise UsageError(f"argument --outtype: {text!r} is none of {', '.join(OUTTYPES)}", hint=hint)

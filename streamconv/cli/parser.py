@@ -10,13 +10,13 @@ import argparse
 from collections.abc import Sequence
 
 from streamconv import __version__
-from streamconv.cli import batch, convert, look
+from streamconv.cli import batch, conversion, look
 from streamconv.cli.options import EXIT_CODES, Parser
 
 ADDED = (
-    convert.add_convert,
-    convert.add_lora,
-    convert.add_verify,
+    conversion.add_convert,
+    conversion.add_lora,
+    conversion.add_verify,
     batch.add_batch,
     look.add_inspect,
     look.add_architectures,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from streamconv.config import Config
+from streamconv.checkpoint.config import Config
 from streamconv.errors import Caution, SourceError
 
 # PEFT's defaults, taken where a key is absent, as PEFT itself does when it loads such a file.

@@ -16,7 +16,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.graph import (
+from streamconv.lazy.node import (
     F32,
     Bytes,
     LazyTensor,
@@ -31,9 +31,9 @@ from streamconv.graph import (
     peak_nbytes,
     read,
 )
+from streamconv.lazy.scratch import Scratch
 from streamconv.lora.config import Problem
 from streamconv.lora.resolve import LoraModule
-from streamconv.scratch import Scratch
 
 # Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a ratio folded into B.
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv import codecs
-from streamconv.graph import (
+from streamconv.ggml import encode as codecs
+from streamconv.lazy.node import (
     F32,
     NUMPY_DTYPES,
     Bytes,
@@ -32,7 +32,7 @@ from streamconv.graph import (
     peak_nbytes,
     read,
 )
-from streamconv.scratch import padded_nbytes
+from streamconv.lazy.scratch import padded_nbytes
 
 SQUARES_PIECE = 1 << 15  # float64 squares at a time: they stay in a core's second-level cache
 

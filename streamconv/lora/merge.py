@@ -1,7 +1,7 @@
 """Adapters merged into a checkpoint: its table of tensors with the changed ones made anew, for any recipe to bind.
 
 Owns: which stored tensors the adapters change, replace or add, and everything that rules a merge out. Does not own: an
-adapter's files and scales (resolve.py and what it rests on), the arithmetic (low_rank.py), targets (binding.py).
+adapter's files and scales (resolve.py and what it rests on), the arithmetic (low_rank.py), targets (recipe/bind.py).
 Invariant: merging happens in the checkpoint's own names, rows and shapes, before any operation of a recipe; what cannot
 be merged exactly is refused, all of it at once.
 
@@ -17,19 +17,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamconv.binding import Stored, bind
-from streamconv.checkpoint import Checkpoint, Shard, SourceTensor
-from streamconv.config import MAX_NUMBER
+from streamconv.checkpoint.config import MAX_NUMBER
+from streamconv.checkpoint.folder import Checkpoint, Shard, SourceTensor
 from streamconv.errors import Caution, SourceError
-from streamconv.graph import LazyTensor, Transpose, sources
-from streamconv.lora.base_model import N_EXPERTS, N_VOCAB, BaseModel
+from streamconv.lazy.node import LazyTensor, Transpose, sources
+from streamconv.lora.base import N_EXPERTS, N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
-from streamconv.lora.file import parse_name
+from streamconv.lora.files import parse_name
 from streamconv.lora.low_rank import AddProduct, ColumnMagnitudes, RowMagnitudes, by_rows, matrix_of, transposed
 from streamconv.lora.resolve import LoraModule, base_hint, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
 from streamconv.lora.whole_weights import WholeWeight, has_tokenizer, left_out, one_by_one
-from streamconv.recipe import Config, Model, Tensor
+from streamconv.recipe.bind import Stored, bind
+from streamconv.recipe.language import Config, Model, Tensor
 
 __all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_adapter"]
 

@@ -19,14 +19,14 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
-from streamconv.checkpoint import SourceTensor
-from streamconv.config import Config
+from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.folder import SourceTensor
 from streamconv.errors import Caution
-from streamconv.gguf_file.format import KeyValue
-from streamconv.graph import Bytes, LazyTensor, PairHalves, Piece, Scale, TensorSpec, Transpose, Workspace
-from streamconv.lora.base_model import BaseModel
+from streamconv.gguf.format import KeyValue
+from streamconv.lazy.node import Bytes, LazyTensor, PairHalves, Piece, Scale, TensorSpec, Transpose, Workspace
+from streamconv.lora.base import BaseModel
 from streamconv.lora.config import Problem
-from streamconv.lora.file import Factors
+from streamconv.lora.files import Factors
 from streamconv.lora.fold import slabs
 from streamconv.lora.resolve import LoraModule
 

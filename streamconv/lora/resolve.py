@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from streamconv.checkpoint import SourceTensor
+from streamconv.checkpoint.folder import SourceTensor
 from streamconv.errors import Caution, SourceError
-from streamconv.graph import LazyTensor, Transpose
-from streamconv.lora.base_model import BaseModel, Slot
+from streamconv.lazy.node import LazyTensor, Transpose
+from streamconv.lora.base import BaseModel, Slot
 from streamconv.lora.config import LoraConfig, Problem, stated_base
-from streamconv.lora.file import LoraFile
+from streamconv.lora.files import LoraFile
 
 MAX_PROBLEMS_SHOWN = 12
 

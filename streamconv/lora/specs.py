@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 
 from streamconv.errors import UsageError
-from streamconv.lora.file import LoraFile
+from streamconv.lora.files import LoraFile
 
 AdapterSpec = str | Path | tuple[str | Path, float]  # a path, or a path and its weight
 

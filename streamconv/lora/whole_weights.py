@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from streamconv.checkpoint import SourceTensor
-from streamconv.dims import extents, match_name
+from streamconv.checkpoint.folder import SourceTensor
 from streamconv.lora.specs import Adapter
-from streamconv.recipe import Model
+from streamconv.recipe.dims import extents, match_name
+from streamconv.recipe.language import Model
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from streamconv.cursor import FileId
 from streamconv.errors import DestinationError
+from streamconv.files.local import FileId
 from streamconv.output.directio import (
     UNSUPPORTED,
     open_plain,

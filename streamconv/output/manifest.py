@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from streamconv.cursor import PositionedFile
-from streamconv.plan import Layout
+from streamconv.engine.layout import Layout
+from streamconv.files.local import PositionedFile
 
 BUFFER_NBYTES = 1 << 20
 

@@ -1,7 +1,7 @@
 """The output file: a sibling part file that becomes the destination once every declared byte is in it and on the disk.
 
 Owns: the order of steps that makes this hold at any moment, resuming, what stays behind after a failure. Does not own:
-the bytes (stream.py), system calls (directio.py), names and locks (destination.py), the journal's lines (journal.py).
+the bytes (engine/), system calls (directio.py), names and locks (destination.py), the journal's lines (journal.py).
 
 Invariant: whatever stops a run, the destination is the old file or the complete new one (of a set: the old one, the
 complete new one, or one without its first part, which nothing loads), and a journal never claims more than the disk

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import streamconv
-from streamconv import plan, stream
+from streamconv.engine import layout as plan
+from streamconv.engine import pool as stream
+from streamconv.engine.split import SplitOptions
 from streamconv.report import Report
-from streamconv.split import SplitOptions
 from tests import tiny
 from tests.fault.trial import OLD
 

@@ -29,7 +29,9 @@ EXIT_CODES_WHEN_DONE = {signal.SIGINT: -signal.SIGINT, signal.SIGTERM: -signal.S
 _CHILD = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-from streamconv import plan, run, stream
+from streamconv.engine import layout as plan
+from streamconv.api import run
+from streamconv.engine import pool as stream
 from streamconv.output import sink
 from streamconv.cli import main
 reports = int(sys.argv[1])

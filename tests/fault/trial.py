@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamconv.errors import Caution
+from streamconv.lazy.scratch import aligned_buffer
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink
-from streamconv.scratch import aligned_buffer
 
 CHUNK_NBYTES = 8192
 OLD = b"what was there before"

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from streamconv.budget import resident_nbytes
 from streamconv.errors import StreamconvError
-from streamconv.memory import resident_nbytes
 from streamconv.report import error_to_json
 from tests.attacks.gguf_files import FATAL, LISTED
 from tests.fuzz.mutate import Blob, mutate

@@ -9,28 +9,28 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv.adapter import plan_adapter
+from streamconv.api.convert_lora import plan_adapter
+from streamconv.api.convert_model import convert
+from streamconv.api.inspect_file import inspect
 from streamconv.batch.jobs_file import read_jobs
 from streamconv.batch.run import expand_splits
-from streamconv.binding import bind
-from streamconv.checkpoint import Checkpoint
-from streamconv.convert import convert
-from streamconv.draft import draft
+from streamconv.budget import MIB
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.cli.inspection import render
+from streamconv.engine.job import OutputOptions
 from streamconv.errors import SourceError, StreamconvError
-from streamconv.gguf_file.reader import Span
-from streamconv.gguf_file.set import GGUFSet
-from streamconv.inspect import inspect
-from streamconv.inspect_text import render
-from streamconv.job import OutputOptions
-from streamconv.lora.base_model import open_base
-from streamconv.lora.file import LoraFile
-from streamconv.memory import MIB
-from streamconv.modelcard import read_general
+from streamconv.gguf.reader import Span
+from streamconv.gguf.splits import GGUFSet
+from streamconv.lora.base import open_base
+from streamconv.lora.files import LoraFile
+from streamconv.metadata.modelcard import read_general
+from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
 from streamconv.output import journal
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink
-from streamconv.recipe import find_recipe
-from streamconv.vocab import read_vocabulary, vocabulary_nbytes
+from streamconv.recipe.bind import bind
+from streamconv.recipe.draft import draft
+from streamconv.recipe.language import find_recipe
 
 LIMIT_NBYTES = 64 * MIB
 N_VOCAB = 64

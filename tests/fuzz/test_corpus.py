@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from streamconv.engine.layout import memory_failures
 from streamconv.errors import SourceError, StreamconvError
-from streamconv.plan import memory_failures
 from tests.fuzz.loop import MAX_GROWTH_NBYTES, fuzz, judge, lay_out, read_corpus
 from tests.fuzz.targets import TARGETS
 

@@ -8,10 +8,10 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 import streamconv
-from streamconv import run as running
+from streamconv.api import run as running
+from streamconv.engine.split import SplitOptions
 from streamconv.errors import DestinationError, Interrupted, SourceError, UsageError, VerifyError
-from streamconv.gguf_file.format import tensor_nbytes
-from streamconv.split import SplitOptions
+from streamconv.gguf.format import tensor_nbytes
 from tests import cases, tiny
 from tests.oracles import runtime
 

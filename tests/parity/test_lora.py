@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from peft.tuners.lora.config import VeloraConfig
 
 import streamconv
-from streamconv.config import Config
+from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
+from streamconv.files.strict_json import load_object
 from streamconv.lora.config import read_lora_config
-from streamconv.strict_json import load_object
 from tests import tiny
 from tests.oracles import reference, runtime
 from tests.tools import smollm2

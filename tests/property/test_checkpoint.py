@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from streamconv.checkpoint import MAX_HEADER_NBYTES, Checkpoint, Shard
-from streamconv.config import Config
+from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.folder import MAX_HEADER_NBYTES, Checkpoint, Shard
 from streamconv.errors import SourceError
-from streamconv.strict_json import parse_object
+from streamconv.files.strict_json import parse_object
 
 DTYPES = {"F32": 4, "F16": 2, "I64": 8, "U8": 1}
 EXTENTS = st.integers(-1, 5) | st.sampled_from([2**31, 2**32, 2**63, 2**64, 1.0, None, "3", True])

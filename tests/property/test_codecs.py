@@ -11,9 +11,9 @@ from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv import codecs
-from streamconv import kernels as reference
-from streamconv.kernels import BF16, F16, F32, FLOATS, Q8_0
+from streamconv.ggml import encode as codecs
+from streamconv.ggml import reference
+from streamconv.ggml.reference import BF16, F16, F32, FLOATS, Q8_0
 from tests import kernels
 from tests.kernels import Bits
 

@@ -13,12 +13,12 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamconv import cursor
+from streamconv.api.inspect_file import inspect
+from streamconv.cli.inspection import render
 from streamconv.errors import SourceError
-from streamconv.gguf_file.format import KeyValue, PackedArray, TensorInfo, align, encode_header
-from streamconv.gguf_file.reader import GGUFFile, Span
-from streamconv.inspect import inspect
-from streamconv.inspect_text import render
+from streamconv.files import local as cursor
+from streamconv.gguf.format import KeyValue, PackedArray, TensorInfo, align, encode_header
+from streamconv.gguf.reader import GGUFFile, Span
 from tests.attacks.gguf_files import FATAL, LISTED
 
 INTEGERS = {

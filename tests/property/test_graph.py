@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamconv import graph
-from streamconv.graph import (
+from streamconv.lazy import node as graph
+from streamconv.lazy.node import (
     Encode,
     LazyTensor,
     PairHalves,
@@ -28,7 +28,7 @@ from streamconv.graph import (
     Widen,
     Workspace,
 )
-from streamconv.scratch import Overdraft, Scratch
+from streamconv.lazy.scratch import Overdraft, Scratch
 
 F32, F16, BF16, Q8_0 = (
     GGMLQuantizationType.F32,

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamconv import codecs, graph
-from streamconv.graph import LazyTensor, PairHalves, Reshape, Source, Stack, TensorSpec, Transpose, Workspace
+from streamconv.ggml import encode as codecs
+from streamconv.lazy import node as graph
+from streamconv.lazy.node import LazyTensor, PairHalves, Reshape, Source, Stack, TensorSpec, Transpose, Workspace
+from streamconv.lazy.scratch import Scratch
 from streamconv.lora.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
-from streamconv.scratch import Scratch
 from tests.property.test_graph import OVERHEAD_NBYTES, stored, widened
 
 F32, BF16, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.F16

@@ -10,11 +10,11 @@ from gguf.constants import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv.gguf_file.format import KeyValue, PackedArray
-from streamconv.graph import PairHalves, Source, TensorSpec, Workspace
-from streamconv.plan import Layout, PlacedTensor, make_layout
-from streamconv.scratch import Scratch, aligned_buffer
-from streamconv.stream import fill_chunk
+from streamconv.engine.layout import Layout, PlacedTensor, make_layout
+from streamconv.engine.pool import fill_chunk
+from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.lazy.node import PairHalves, Source, TensorSpec, Workspace
+from streamconv.lazy.scratch import Scratch, aligned_buffer
 from tests.property.test_graph import BF16, F16, F32, Q8_0, BytesFile, pair_halves, stored, widened
 
 NAN, INFINITY = 0x7FC1, 0xFF80

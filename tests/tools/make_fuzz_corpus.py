@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamconv.convert import convert
+from streamconv.api.convert_model import convert
 from streamconv.errors import DestinationError
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink

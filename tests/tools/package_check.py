@@ -64,7 +64,14 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     assert "-cp311-abi3-" in wheel.name, wheel.name
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = modules | {"streamconv/_kernels.c", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"}
+    wanted = modules | {
+        "streamconv/ggml/kernels/floats.c",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "Makefile",
+    }
     wanted |= {"tests/cases.py", "tests/conftest.py", "docs/cli.md"}
     assert wanted <= names, sorted(wanted - names)
 
@@ -79,7 +86,7 @@ def try_out(python: str, package: Path, folder: Path, *, has_kernels: bool) -> b
     assert run(command, "--version", cwd=folder).startswith("streamconv ")
     run(command, "convert", folder.parent / "model", "-o", "out.gguf", "--outtype", "q8_0", "--verify", cwd=folder)
     run(command, "inspect", "out.gguf", cwd=folder)
-    find = "import importlib.util as u; print(u.find_spec('streamconv._kernels') is not None)"
+    find = "import importlib.util as u; print(u.find_spec('streamconv.ggml._kernels') is not None)"
     assert run(here, "-c", find, cwd=folder).strip() == str(has_kernels)
     return (folder / "out.gguf").read_bytes()
 

@@ -283,10 +283,10 @@ def test_the_plan_names_its_sources(tmp_path: Path, llama: Path) -> None:
 
 
 def test_what_of_the_base_changes_bytes_is_in_the_identity(tmp_path: Path, llama: Path) -> None:
-    from streamconv.adapter import plan_adapter
-    from streamconv.job import OutputOptions
-    from streamconv.lora.base_model import open_base
-    from streamconv.lora.file import LoraFile
+    from streamconv.api.convert_lora import plan_adapter
+    from streamconv.engine.job import OutputOptions
+    from streamconv.lora.base import open_base
+    from streamconv.lora.files import LoraFile
 
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",))
     gguf(tmp_path / "same.gguf", LLAMA | {"llama.attention.key_length": 24, "llama.feed_forward_length": 999})

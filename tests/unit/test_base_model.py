@@ -11,8 +11,8 @@ import pytest
 
 import streamconv
 from streamconv.errors import SourceError
-from streamconv.gguf_file.format import PackedArray
-from streamconv.lora.base_model import BaseModel, Slot, open_base
+from streamconv.gguf.format import PackedArray
+from streamconv.lora.base import BaseModel, Slot, open_base
 from streamconv.lora.config import Problem
 from tests import tiny
 from tests.tools import gguf_bytes as raw

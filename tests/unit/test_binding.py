@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.graph import Resident, TensorSpec, Widen
-from streamconv.outtypes import BF16
-from streamconv.recipe import (
+from streamconv.ggml.policy import BF16
+from streamconv.lazy.node import Resident, TensorSpec, Widen
+from streamconv.recipe.language import (
     Claim,
     Computed,
     Config,

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from streamconv.checkpoint import INDEX, Checkpoint, Shard
+from streamconv.checkpoint.folder import INDEX, Checkpoint, Shard
 from streamconv.errors import BudgetError, SourceError
-from streamconv.strict_json import OBJECT_NBYTES_PER_BYTE
+from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE
 
 RNG = np.random.default_rng(20)
 

@@ -20,8 +20,8 @@ import pytest
 import streamconv
 from streamconv import cli
 from streamconv.cli.parser import build_parser
-from streamconv.dialects import RENAMES
-from streamconv.outtypes import OUTTYPES
+from streamconv.ggml.policy import OUTTYPES
+from streamconv.gguf.names import RENAMES
 from tests import tiny
 from tests.tools import cli_docs
 
@@ -270,7 +270,7 @@ def test_a_bug_of_ours_is_one_line_and_with_v_a_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr("streamconv.recipe.all_recipes", broken)
+    monkeypatch.setattr("streamconv.recipe.language.all_recipes", broken)
     assert cli.main(["architectures"]) == 1
     expected = "streamconv: a bug of ours: ZeroDivisionError: a b (please report it, with what -v shows)\n"
     assert capsys.readouterr().err == expected

@@ -11,11 +11,11 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv import codecs
-from streamconv import kernels as reference
-from streamconv.gguf_file.format import row_nbytes
-from streamconv.kernels import BF16, F16, F32, FLOATS, Q8_0
-from streamconv.scratch import Overdraft, Scratch
+from streamconv.ggml import encode as codecs
+from streamconv.ggml import reference
+from streamconv.ggml.reference import BF16, F16, F32, FLOATS, Q8_0
+from streamconv.gguf.format import row_nbytes
+from streamconv.lazy.scratch import Overdraft, Scratch
 from tests import kernels
 from tests.kernels import Bits
 
@@ -279,10 +279,10 @@ def test_the_compiled_kernel_guards_its_buffers() -> None:
 
 def test_which_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STREAMCONV_KERNELS", raising=False)
-    monkeypatch.setitem(sys.modules, "streamconv._kernels", None)  # as where no compiler was there
+    monkeypatch.setitem(sys.modules, "streamconv.ggml._kernels", None)  # as where no compiler was there
     assert codecs._compiled() is None
-    there = ModuleType("streamconv._kernels")
-    monkeypatch.setitem(sys.modules, "streamconv._kernels", there)
+    there = ModuleType("streamconv.ggml._kernels")
+    monkeypatch.setitem(sys.modules, "streamconv.ggml._kernels", there)
     assert codecs._compiled() is there
     monkeypatch.setenv("STREAMCONV_KERNELS", "0")
     assert codecs._compiled() is None

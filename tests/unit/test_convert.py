@@ -20,11 +20,14 @@ import pytest
 
 import streamconv
 from benchmarks.shapes import SHAPES, checkpoint
-from streamconv import codecs, memory, run, stream
+from streamconv import budget as memory
+from streamconv.api import run
 from streamconv.cli import main
+from streamconv.engine import pool as stream
+from streamconv.engine.layout import CHUNK_NBYTES, MemoryProof
 from streamconv.errors import BudgetError, DestinationError, Interrupted, SourceError, UsageError
-from streamconv.plan import CHUNK_NBYTES, MemoryProof
-from streamconv.profile import Profile
+from streamconv.ggml import encode as codecs
+from streamconv.timing import Profile
 from tests import tiny
 from tests.fault.calls import watched
 from tests.fault.test_errors import refusing

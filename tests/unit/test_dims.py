@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from streamconv.dims import Equation, extents, match_name, solve_dims
-from streamconv.recipe import Dim, Recipe
+from streamconv.recipe.dims import Equation, extents, match_name, solve_dims
+from streamconv.recipe.language import Dim, Recipe
 
 RECIPE = Recipe(
     arch="toy",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from streamconv.engine.layout import CHUNK_NBYTES
+from streamconv.lazy.scratch import aligned_buffer
 from streamconv.output import directio
 from streamconv.output.directio import ChunkFile, rename_new, reserve, sync_directory
-from streamconv.plan import CHUNK_NBYTES
-from streamconv.scratch import aligned_buffer
 from tests.fault.calls import Call, Handler, watched
 from tests.fault.trial import content
 

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import streamconv.recipes
+import streamconv.architectures
 from streamconv import cli
-from streamconv.recipe import all_recipes
+from streamconv.recipe.language import all_recipes
 from tests.cases import GOLDENS
 from tests.oracles import runtime
 from tests.tools import qwen3
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
 BLOCKS = re.findall(r"^```(\w[^\n]*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-MODULE = "# streamconv/recipes/qwen3.py\n"
+MODULE = "# streamconv/architectures/qwen3.py\n"
 LOGITS = GOLDENS / "qwen3.logits.npy"
 
 
@@ -60,7 +60,7 @@ class Reader:
 
     def install(self, text: str) -> None:
         (self.recipes / "qwen3.py").write_text(text, encoding="utf-8")
-        sys.modules.pop("streamconv.recipes.qwen3", None)
+        sys.modules.pop("streamconv.architectures.qwen3", None)
         all_recipes.cache_clear()
 
 
@@ -77,9 +77,9 @@ def assert_shows(printed: str, shown: str) -> None:
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Reader]:
     monkeypatch.chdir(tmp_path)
     one = Reader(tmp_path, capsys)
-    monkeypatch.setattr(streamconv.recipes, "__path__", [*streamconv.recipes.__path__, str(one.recipes)])
+    monkeypatch.setattr(streamconv.architectures, "__path__", [*streamconv.architectures.__path__, str(one.recipes)])
     yield one
-    sys.modules.pop("streamconv.recipes.qwen3", None)
+    sys.modules.pop("streamconv.architectures.qwen3", None)
     all_recipes.cache_clear()
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from streamconv import cli
-from streamconv.draft import draft
 from streamconv.errors import SourceError
-from streamconv.recipe import Model, Recipe, all_recipes, find_recipe
+from streamconv.recipe.draft import draft
+from streamconv.recipe.language import Model, Recipe, all_recipes, find_recipe
 from tests import cases, inmemory, tiny
 from tests.inmemory import bound
 
@@ -55,7 +55,7 @@ def test_a_draft_binds_to_its_checkpoint_with_the_recipes_targets(tmp_path: Path
     missing = {one.name for one in known.targets} - drafted_names
     assert missing <= (computed | fused if "stacked" in name else computed)
     assert model.dims.items() >= {k: v for k, v in known.dims.items() if k in "LVHAKDE"}.items()
-    assert f"There is a recipe already: recipes/{known.recipe.arch}.py" in text
+    assert f"There is a recipe already: architectures/{known.recipe.arch}.py" in text
 
 
 def test_heads_are_told_from_the_hidden_size_by_the_tensor(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from streamconv import cursor
 from streamconv.errors import SourceError
-from streamconv.gguf_file import reader as gguf_reader
-from streamconv.gguf_file.format import KeyValue, PackedArray, TensorInfo, encode_header
-from streamconv.gguf_file.reader import GGUFFile, Span, refuse
+from streamconv.files import local as cursor
+from streamconv.gguf import reader as gguf_reader
+from streamconv.gguf.format import KeyValue, PackedArray, TensorInfo, encode_header
+from streamconv.gguf.reader import GGUFFile, Span, refuse
 from tests.attacks.gguf_files import FATAL, LISTED, U64_MAX
 from tests.oracles import ggufs
 from tests.tools import gguf_bytes as raw

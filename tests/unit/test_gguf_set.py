@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.gguf_file import set as gguf_set
-from streamconv.gguf_file.set import GGUFSet, part_name
+from streamconv.gguf import splits as gguf_set
+from streamconv.gguf.splits import GGUFSet, part_name
 from tests.tools import gguf_bytes as raw
 
 

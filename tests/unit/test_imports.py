@@ -11,13 +11,28 @@ from pathlib import Path
 
 import pytest
 
+import streamconv
 from tests import tiny
 
 PACKAGE = Path(__file__).parents[2] / "streamconv"
 
-# From what everything rests on to what users call: the rows of the table there.
+# From what everything rests on to what users call: the rows of the table there. A name is a package, a module, or one
+# module of a package (`lazy.scratch`) that stands lower than the rest of it.
 MAP = (PACKAGE.parent / "docs" / "source.md").read_text(encoding="utf-8")
-LAYERS = [re.findall(r"\w+", names) for names in re.findall(r"^\| ((?:`\w+/?` )+)\|", MAP, re.MULTILINE)]
+ROWS = [re.findall(r"`([\w.]+)/?`", names) for names in re.findall(r"^\| ((?:`[\w.]+/?` )+)\|", MAP, re.MULTILINE)]
+LEVEL = {name: number for number, row in enumerate(ROWS) for name in row}
+
+
+def level(module: str) -> int:
+    return LEVEL[module if module in LEVEL else module.partition(".")[0]]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name if name == "__init__" else name.removesuffix(".__init__")] = path
+    return found
 
 
 def imported(path: Path) -> set[str]:
@@ -29,39 +44,45 @@ def imported(path: Path) -> set[str]:
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
         for node in ast.walk(block)
     }
-    names = set()
+    known, names = modules(), set()
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module == "streamconv":
-            names |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("streamconv."):
-            names.add((node.module or "").split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "streamconv":
+            base = (node.module or "").removeprefix("streamconv").removeprefix(".")
+            names |= {name for alias in node.names if (name := f"{base}.{alias.name}".lstrip(".")) in known} or {base}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("streamconv.")}
-    return names
+            names |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("streamconv.")}
+    return names - {""}
 
 
 def test_every_module_has_its_layer() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    modules |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"recipes"}
-    assert sorted(modules) == sorted(name for layer in LAYERS for name in layer)
+    found = modules()
+    assert {name.partition(".")[0] for name in found} == {name.partition(".")[0] for name in LEVEL}
+    assert {name for name in LEVEL if "." in name} <= found.keys()
 
 
 def test_imports_run_one_way() -> None:
-    level = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    """A module imports from rows above its own, and from its own package."""
     upward = []
-    for path in PACKAGE.rglob("*.py"):
-        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if module != "recipes":
-            others = imported(path) - {module}
-            upward += [f"{path.name} imports {name}" for name in others if level[name] >= level[module]]
+    for module, path in modules().items():
+        for name in imported(path):
+            same_package = name.partition(".")[0] == module.partition(".")[0]
+            if level(name) > level(module) or (level(name) == level(module) and not same_package):
+                upward.append(f"{module} imports {name}")
     assert not upward
 
 
-def test_recipes_import_the_recipe_vocabulary_alone() -> None:
-    for path in (PACKAGE / "recipes").glob("*.py"):
-        assert imported(path) <= {"recipe", "recipes"}, path.name
+def test_architectures_import_the_language_alone() -> None:
+    for path in (PACKAGE / "architectures").glob("*.py"):
+        assert {name.partition(".")[0] for name in imported(path)} <= {"recipe", "architectures"}, path.name
+
+
+def test_no_module_hides_another() -> None:
+    """No module bears the name of a standard module or of a public function."""
+    names = {name.rpartition(".")[2] for name in modules()} - {"__main__", "__init__"}
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & set(streamconv.__all__)
 
 
 def test_help_imports_nothing_heavy() -> None:

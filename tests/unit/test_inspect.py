@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from streamconv import inspect as inspect_module
+from streamconv.api import inspect_file as inspect_module
+from streamconv.api.inspect_file import Inspection, inspect
+from streamconv.cli.inspection import render
 from streamconv.errors import SourceError
-from streamconv.inspect import Inspection, inspect
-from streamconv.inspect_text import render
 from tests.attacks.gguf_files import FATAL, LISTED
 from tests.oracles import ggufs
 from tests.tools import gguf_bytes as raw

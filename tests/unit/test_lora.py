@@ -9,10 +9,10 @@ import pytest
 
 import streamconv
 from streamconv.errors import SourceError
-from streamconv.graph import Transpose
-from streamconv.lora.base_model import Slot, open_base
+from streamconv.lazy.node import Transpose
+from streamconv.lora.base import Slot, open_base
 from streamconv.lora.config import Problem, read_lora_config
-from streamconv.lora.file import LoraFile
+from streamconv.lora.files import LoraFile
 from streamconv.lora.resolve import Resolved, grouped, orientations, refuse, resolve
 from tests import loras, tiny
 from tests.unit.test_base_model import LLAMA, gguf

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.lora.file import LoraFile, parse_name
+from streamconv.lora.files import LoraFile, parse_name
 from tests import loras, tiny
 
 Q = loras.Q

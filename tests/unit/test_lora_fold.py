@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from streamconv.graph import Encode, LazyTensor, Resident, TensorSpec, Transpose
-from streamconv.lora.base_model import Slot
+from streamconv.lazy.node import Encode, LazyTensor, Resident, TensorSpec, Transpose
+from streamconv.lora.base import Slot
 from streamconv.lora.fold import choose_alpha, fold, is_power_of_two, slabs
 from streamconv.lora.resolve import LoraModule
 from tests import inmemory, tiny

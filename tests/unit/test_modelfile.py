@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streamconv.cli import main
-from streamconv.modelfile import CHATML, LLAMA_3, find_prompt
+from streamconv.output.modelfile import CHATML, LLAMA_3, find_prompt
 from tests import tiny
 
 JINJA_CHATML = (

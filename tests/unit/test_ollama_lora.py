@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 import streamconv
 from streamconv.errors import SourceError, UsageError
-from streamconv.graph import Resident, Workspace, peak_nbytes, read
+from streamconv.lazy.node import Resident, Workspace, peak_nbytes, read
+from streamconv.lazy.scratch import Scratch
 from streamconv.lora.ollama import Reflow
 from streamconv.report import Report
-from streamconv.scratch import Scratch
 from tests import loras, tiny
 from tests.oracles import deltas, ggufs
 from tests.unit.test_base_model import LLAMA, gguf

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import streamconv
-from streamconv import run as run_module
+from streamconv.api import run as run_module
 from streamconv.cli import main
+from streamconv.engine.split import SplitOptions
 from streamconv.errors import DestinationError
 from streamconv.output import destination
 from streamconv.output.destination import Place, check_room, claim, write_text
-from streamconv.split import SplitOptions
 from tests import tiny
 
 # Python tells an audit hook of every file that it opens, by whatever function, in whosever code.

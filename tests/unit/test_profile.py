@@ -13,8 +13,8 @@ import pytest
 
 import streamconv
 from benchmarks import machine
-from streamconv import profile as profile_module
-from streamconv.profile import PHASES, Memory, Profile, Sample, Stopwatch, Timeline, read_memory
+from streamconv import timing as profile_module
+from streamconv.timing import PHASES, Memory, Profile, Sample, Stopwatch, Timeline, read_memory
 from tests import tiny
 
 
@@ -22,7 +22,7 @@ from tests import tiny
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The clock that the profile reads: its one entry, moved by the test."""
     now = [100.0]
-    monkeypatch.setattr("streamconv.profile.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("streamconv.timing.time.perf_counter", lambda: now[0])
     return now
 
 
@@ -154,7 +154,7 @@ def test_a_conversion_tells_its_phases_and_its_waits_for_the_disk(
 ) -> None:
     """A clock that runs in fsync alone: all of it is under `sync`."""
     now = [100.0]
-    monkeypatch.setattr("streamconv.profile.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("streamconv.timing.time.perf_counter", lambda: now[0])
     fsync = os.fsync
 
     def slow(fd: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from streamconv.config import Config
-from streamconv.dims import match_name, parse_shape
+from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
-from streamconv.gguf_file.format import MAX_NAME_NBYTES
-from streamconv.recipe import Recipe, all_recipes, find_recipe, recipe_of
+from streamconv.gguf.format import MAX_NAME_NBYTES
+from streamconv.recipe.dims import match_name, parse_shape
+from streamconv.recipe.language import Recipe, all_recipes, find_recipe, recipe_of
 
 FILE = Path("model") / "config.json"
 RECIPES = pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.arch)

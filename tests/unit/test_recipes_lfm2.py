@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from streamconv.architectures.lfm2 import ffn_width
 from streamconv.errors import SourceError
-from streamconv.recipes.lfm2 import ffn_width
 from tests import inmemory, tiny
 from tests.inmemory import ABSENT, Stored, bound, config
 

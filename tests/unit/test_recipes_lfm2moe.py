@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.graph import Encode, Resident, Stack, peak_nbytes
-from streamconv.outtypes import Q8_0, type_of
-from streamconv.recipe import Model
+from streamconv.ggml.policy import Q8_0, type_of
+from streamconv.lazy.node import Encode, Resident, Stack, peak_nbytes
+from streamconv.recipe.language import Model
 from tests import inmemory, tiny
 from tests.inmemory import ABSENT, Stored, bound, target
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from streamconv.architectures.llama import llama3_factors
 from streamconv.errors import SourceError
-from streamconv.recipes.llama import llama3_factors
 from tests import inmemory, tiny
 from tests.inmemory import ABSENT, Stored, bound, target
 

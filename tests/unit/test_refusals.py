@@ -10,7 +10,7 @@ import pytest
 
 import streamconv
 from streamconv.errors import SourceError
-from streamconv.recipe import Refusal
+from streamconv.recipe.language import Refusal
 from tests import tiny
 from tests.oracles import runtime
 

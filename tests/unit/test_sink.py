@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamconv.errors import DestinationError, Interrupted, InterruptedByTerm, SourceError, StreamconvError
+from streamconv.lazy.scratch import aligned_buffer
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Coverage, Sink
-from streamconv.scratch import aligned_buffer
 from tests.fault.calls import Call, syncs_skipped, watched
 from tests.fault.trial import OLD, content
 

@@ -16,9 +16,9 @@ import pytest
 from gguf import GGUFReader
 
 import streamconv
+from streamconv.api.inspect_file import inspect
 from streamconv.errors import SourceError
-from streamconv.inspect import inspect
-from streamconv.sources import find_source, model_name
+from streamconv.files.hub import find_source, model_name
 from tests import tiny
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

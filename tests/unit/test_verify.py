@@ -19,18 +19,19 @@ import numpy as np
 import pytest
 
 import streamconv
-from streamconv import codecs, compare
-from streamconv import run as run_module
-from streamconv.adapter import convert_adapter
+from streamconv.api import run as run_module
+from streamconv.api.convert_lora import convert_adapter
+from streamconv.api.verify_file import verify
+from streamconv.budget import MIB
+from streamconv.check import tensors as compare
 from streamconv.cli import main
+from streamconv.engine.layout import RUN_TO_RUN_NBYTES
+from streamconv.engine.split import SplitOptions
 from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
-from streamconv.gguf_file.reader import GGUFFile
-from streamconv.graph import Encode, Resident, Workspace, peak_nbytes
-from streamconv.memory import MIB
-from streamconv.plan import RUN_TO_RUN_NBYTES
-from streamconv.scratch import Scratch
-from streamconv.split import SplitOptions
-from streamconv.verify import verify
+from streamconv.ggml import encode as codecs
+from streamconv.gguf.reader import GGUFFile
+from streamconv.lazy.node import Encode, Resident, Workspace, peak_nbytes
+from streamconv.lazy.scratch import Scratch
 from tests import cases, tiny
 from tests.oracles import ggufs
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.vocab.chat_templates import MAX_NBYTES, chat_template_keys
-from streamconv.vocab.companions import Companions
+from streamconv.metadata.vocab.chat_templates import MAX_NBYTES, chat_template_keys
+from streamconv.metadata.vocab.companions import Companions
 from tests.vocab_keys import unpacked
 
 EVIL = "{% for x in ().__class__.__base__.__subclasses__() %}{{ x('rm -rf /') }}{% endfor %}\r\n\x00 ü 🚀"

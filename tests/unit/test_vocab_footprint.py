@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.vocab import read_vocabulary, vocabulary_nbytes
+from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
 from tests.tiny import tokenizer as tiny
 from tests.tiny.tokenizer import _field
 from tests.vocab_cases import added, edit
@@ -205,7 +205,7 @@ def test_nothing_is_declared_for_files_that_are_not_there(tmp_path: Path) -> Non
 PROBE = """
 import resource, sys
 from pathlib import Path
-from streamconv.vocab import read_vocabulary
+from streamconv.metadata.vocab import read_vocabulary
 directory, n_vocab = Path(sys.argv[1]), int(sys.argv[2])
 unit = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

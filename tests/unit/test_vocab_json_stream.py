@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamconv.errors import SourceError
-from streamconv.vocab import json_stream, tokenizer_json
-from streamconv.vocab.json_stream import FLAT, STRING, EntryKind, JsonStream
+from streamconv.metadata.vocab import json_stream, tokenizer_json
+from streamconv.metadata.vocab.json_stream import FLAT, STRING, EntryKind, JsonStream
 
 LARGE = 1 << 30
 NUMBERS = EntryKind("a number", b"[", rb"[0-9]++", b"]")

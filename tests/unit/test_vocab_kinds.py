@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from streamconv.errors import SourceError, UsageError
-from streamconv.vocab.pretokenizers import CL100K, GPT2, QWEN2, canonical_steps, identify, space_prefix
+from streamconv.metadata.vocab.pretokenizers import CL100K, GPT2, QWEN2, canonical_steps, identify, space_prefix
 from tests import vocab_cases, vocab_keys
 from tests.tiny import tokenizer as tiny
 from tests.unit.test_vocab_runtime import ROWS, structure

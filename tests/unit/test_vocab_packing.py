@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.gguf_file.format import PackedArray
-from streamconv.vocab import packing
-from streamconv.vocab.packing import encode_joined, joined, split
+from streamconv.gguf.format import PackedArray
+from streamconv.metadata.vocab import packing
+from streamconv.metadata.vocab.packing import encode_joined, joined, split
 
 texts = st.lists(st.text().map(str.encode), max_size=12)
 

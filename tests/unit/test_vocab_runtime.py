@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
-from streamconv.gguf_file.format import KeyValue
-from streamconv.vocab.pretokenizers import DIGITS, GPT2, NAMES, PRE_TOKENIZERS, Runtime, Steps
+from streamconv.gguf.format import KeyValue
+from streamconv.metadata.vocab.pretokenizers import DIGITS, GPT2, NAMES, PRE_TOKENIZERS, Runtime, Steps
 from tests import cases, vocab_cases, vocab_keys
 from tests.oracles import runtime
 from tests.tiny import tokenizer as tiny

@@ -11,7 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamconv.errors import SourceError
-from streamconv.vocab.sentencepiece_model import ModelType, PieceKind, SentencePieceModel, read_sentencepiece_model
+from streamconv.metadata.vocab.sentencepiece_model import (
+    ModelType,
+    PieceKind,
+    SentencePieceModel,
+    read_sentencepiece_model,
+)
 from tests import vocab_keys
 from tests.tiny import tokenizer as tiny
 from tests.tiny.tokenizer import _field, _number, _varint

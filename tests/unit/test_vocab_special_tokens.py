@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from streamconv.vocab.companions import Companions, token_id, token_text
-from streamconv.vocab.special_tokens import find_ids, find_roles
+from streamconv.metadata.vocab.companions import Companions, token_id, token_text
+from streamconv.metadata.vocab.special_tokens import find_ids, find_roles
 from tests import vocab_cases, vocab_keys
 from tests.tiny import tokenizer as tiny
 from tests.vocab_cases import BOS, END, EOS, TURN, sequence, special, template

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamconv.errors import SourceError
-from streamconv.vocab import json_stream
-from streamconv.vocab.json_stream import BATCH
-from streamconv.vocab.tokenizer_json import (
+from streamconv.metadata.vocab import json_stream
+from streamconv.metadata.vocab.json_stream import BATCH
+from streamconv.metadata.vocab.tokenizer_json import (
     MAX_PART_NBYTES,
     PARTS,
     TOO_LARGE,

@@ -1,0 +1,199 @@
+"""A LoRA adapter becomes a GGUF adapter: open -> resolve on the base -> plan -> stream -> seal.
+
+Owns: which of an adapter's keys and tensors are written, and the one alpha that is right for all of them. Does not own:
+what the adapter is (lora/resolve.py), how Ollama once wrote it (lora/ollama.py), the run itself (run.py).
+Invariant: with s = alpha / rank, as llama.cpp's run time computes it, s * lora_b @ lora_a is the trained change of the
+base's tensor, in that tensor's own order of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Unpack
+
+from gguf.constants import GGUFValueType
+
+from streamconv.api.run import run
+from streamconv.budget import headroom_nbytes
+from streamconv.engine.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.engine.layout import PlacedTensor, memory_failures
+from streamconv.engine.split import make_parts
+from streamconv.errors import Caution, UsageError
+from streamconv.files.hub import source_failures
+from streamconv.files.local import noting_files
+from streamconv.ggml.policy import choose_type
+from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
+from streamconv.lazy.node import sources
+from streamconv.lora.base import BaseModel, open_base
+from streamconv.lora.config import read_lora_config
+from streamconv.lora.files import LoraFile
+from streamconv.lora.fold import MAX_SCALE, Pair, fold
+from streamconv.lora.ollama import legacy_adapter, legacy_problems
+from streamconv.lora.resolve import LoraModule, Resolved, refuse, resolve
+from streamconv.metadata.modelcard import read_general
+from streamconv.output.destination import output_path
+from streamconv.report import Report
+
+
+@noting_files()
+@memory_failures()
+def convert_adapter(
+    adapter: str | Path,
+    base: str | Path,
+    dst: str | Path | None = None,
+    *,
+    outtype: str | None = None,
+    dialect: str = LLAMA_CPP,
+    scale: float | None = None,
+    name: str | None = None,
+    **keywords: Unpack[RunKeywords],
+) -> Report:
+    """What was written to `dst`: the PEFT or MLX adapter in the folder `adapter`, for the model `base`, as GGUF.
+
+    base: a GGUF file or a Hugging Face folder; no weight of it is read. dst: by default GGUF's naming convention, in
+    the current directory. outtype: auto (the default: each factor keeps its own type), f32, f16, bf16 or q8_0; of
+    ollama-legacy none, nor scale, nor name. scale: the absolute s of every module instead of the configuration's.
+    name: general.name. keywords: how it goes, see `RunKeywords`.
+    Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
+    """
+    options = RunOptions(**keywords)
+    wanted = OutputOptions("auto" if outtype is None else outtype, dialect, name)
+    _check_legacy(dialect, {"--outtype": outtype, "--scale": scale, "--name": name})
+    with open_adapter_job(adapter, base, dst, wanted, options.limit_nbytes, scale) as job:
+        return run(job, options)
+
+
+@contextmanager
+def open_adapter_job(
+    adapter: str | Path,
+    base: str | Path,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    limit_nbytes: int,
+    scale: float | None = None,
+) -> Iterator[Job]:
+    """The job of an adapter as a file of its own, while its weights are open."""
+    room = headroom_nbytes(limit_nbytes)
+    with LoraFile.open(Path(adapter), room) as source:
+        yield plan_adapter(source, open_base(Path(base), room), dst, wanted, scale)
+
+
+@source_failures()
+def plan_adapter(
+    source: LoraFile, base: BaseModel, dst: str | Path | None, wanted: OutputOptions, scale: float | None
+) -> Job:
+    """Everything that decides the output's bytes; factors are read only to see whether folding a scale is exact.
+
+    SourceError with all that cannot be carried, UsageError on options that do not go together.
+    """
+    _check_legacy(wanted.dialect, {"--scale": scale})
+    if scale is not None and not abs(scale) <= MAX_SCALE:
+        raise UsageError(f"--scale {scale} is no scale")
+    config = read_lora_config(source.config, scale)
+    resolved = resolve(source, base, config)
+    if wanted.dialect == OLLAMA_LEGACY:
+        return _plan_legacy(source, base, resolved, dst, wanted)
+    return _plan(source, base, resolved, dst, wanted, config.invocation_tokens)
+
+
+def _plan(
+    source: LoraFile,
+    base: BaseModel,
+    resolved: Resolved,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    invocation_tokens: Sequence[int],
+) -> Job:
+    folded = fold(resolved.sound)
+    refuse([*resolved.problems, *folded.problems], source, base)
+    # gguf counts the matrices that an adapter changes, for the heuristics that read names like my-1B-lora.
+    specs = [(pair.target, pair.changed) for pair in folded.pairs]
+    general = read_general(source.directory, arch=base.recipe.arch, name=wanted.name, specs=specs, kind="adapter")
+    tensors = [tensor for pair in folded.pairs for tensor in _tensors(pair, wanted.outtype)]
+    types = sorted({tensor.type.name.lower() for tensor in tensors})
+    outtype = wanted.outtype if wanted.outtype != "auto" else types[0] if len(types) == 1 else "mixed"
+    path = output_path(dst, general.file_name(outtype, "LoRA"))
+    keys = [*general.keys, *_adapter_keys(folded.alpha, invocation_tokens), *base.keys]
+    return Job(
+        command="lora",
+        keys=keys,
+        parts=make_parts(path, keys, tensors, wanted.split),
+        architecture=base.recipe.arch,
+        dialect=LLAMA_CPP,
+        outtype=outtype,
+        shards=(source.shard,),
+        base=base.path,
+        options={"outtype": wanted.outtype, "dialect": LLAMA_CPP, "base and scales": _digest(folded.pairs)},
+        cautions=[*resolved.cautions, *general.cautions, *_switched_off(resolved.modules)],
+    )
+
+
+def _plan_legacy(
+    source: LoraFile,
+    base: BaseModel,
+    resolved: Resolved,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+) -> Job:
+    """The job of an ollama-legacy file, which takes nothing but Ollama's own choices."""
+    refuse([*resolved.problems, *legacy_problems(base, resolved.sound, source.config)], source, base)
+    legacy = legacy_adapter(base, resolved.modules, source.factors, source.config)
+    general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
+    tensors = [PlacedTensor(one.target, one.tensor, (one.source,), one.type) for one in legacy.tensors]
+    path = output_path(dst, general.file_name("f16", "LoRA"))
+    return Job(
+        command="lora",
+        keys=legacy.keys,
+        parts=make_parts(path, legacy.keys, tensors, wanted.split),
+        architecture=base.recipe.arch,
+        dialect=OLLAMA_LEGACY,
+        outtype="f16",
+        shards=(source.shard,),
+        base=base.path,
+        options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A"))},
+        cautions=[*resolved.cautions, *legacy.cautions],
+    )
+
+
+def _check_legacy(dialect: str, options: Mapping[str, object]) -> None:
+    """UsageError where an option is given of which Ollama's converter leaves no choice."""
+    given = [option for option, value in options.items() if value is not None]
+    if dialect == OLLAMA_LEGACY and given:
+        raise UsageError(f"{given[0]} has no place with --dialect {OLLAMA_LEGACY}: the file is what Ollama wrote")
+
+
+def _tensors(pair: Pair, outtype: str) -> Iterator[PlacedTensor]:
+    for target, tensor, own_type in (
+        (f"{pair.target}.lora_a", pair.a, pair.a_type),
+        (f"{pair.target}.lora_b", pair.b, pair.b_type),
+    ):
+        type_ = own_type if outtype == "auto" else choose_type(target, tensor.spec.shape, outtype)
+        yield PlacedTensor(target, tensor, tuple(source.name for source in sources(tensor)), type_)
+
+
+def _switched_off(modules: Sequence[LoraModule]) -> Iterator[Caution]:
+    off = [module for module in modules if module.scale == 0]
+    if off:
+        where = f"{off[0].name} and {len(off) - 1} more" if len(off) > 1 else off[0].name
+        message = (
+            f"the scale of {where} is 0, which is off: written with zeros, as llama.cpp takes alpha 0 for full strength"
+        )
+        yield Caution("scale-zero", message)
+
+
+def _digest(pairs: Sequence[Pair]) -> str:
+    """What of the base and the configuration decides bytes that no header shows."""
+    return hashlib.sha256("\n".join(pair.origin for pair in pairs).encode()).hexdigest()
+
+
+def _adapter_keys(alpha: float, invocation_tokens: Sequence[int]) -> Iterator[KeyValue]:
+    """What llama.cpp's run time reads of an adapter, beside its architecture."""
+    yield KeyValue.string("adapter.type", "lora")
+    yield KeyValue.f32("adapter.lora.alpha", alpha)
+    if invocation_tokens:
+        array = PackedArray.of_numbers(GGUFValueType.UINT32, invocation_tokens)
+        yield KeyValue.array("adapter.alora.invocation_tokens", array)

@@ -1,0 +1,145 @@
+"""A Hugging Face checkpoint becomes a GGUF file: open -> plan -> stream -> seal. A reader starts here.
+
+The checkpoint's headers say what there is, the architecture's recipe what it becomes, the layout where each byte of the
+output lies; `run` then makes those bytes, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Unpack
+
+from streamconv.api.run import run
+from streamconv.budget import headroom_nbytes, resident_nbytes
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.engine.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
+from streamconv.engine.split import SplitOptions, make_parts
+from streamconv.files.hub import find_source, source_failures
+from streamconv.files.local import noting_files
+from streamconv.ggml.policy import FILE_TYPES, OUTTYPES, resolve_auto, type_of
+from streamconv.gguf.format import KeyValue
+from streamconv.gguf.names import LLAMA_CPP, written_name
+from streamconv.lazy.node import sources
+from streamconv.lora.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
+from streamconv.metadata.modelcard import read_general
+from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
+from streamconv.output.destination import output_path
+from streamconv.recipe.bind import bind
+from streamconv.recipe.language import Model, find_recipe
+from streamconv.report import Report
+
+
+@noting_files()
+@memory_failures()
+def convert(
+    src: str | Path,
+    dst: str | Path | None = None,
+    *,
+    outtype: str = "auto",
+    dialect: str = LLAMA_CPP,
+    name: str | None = None,
+    pre: str | None = None,
+    split: SplitOptions | None = None,
+    adapters: Sequence[AdapterSpec] = (),
+    **keywords: Unpack[RunKeywords],
+) -> Report:
+    """What was written to `dst`: the checkpoint in the directory `src` as one GGUF file.
+
+    dst: by default GGUF's naming convention, in the current directory. outtype: auto, f32, f16, bf16 or q8_0.
+    name, pre: override general.name and tokenizer.ggml.pre. split: several files, named after `dst`.
+    adapters: LoRA or DoRA adapters that are merged into the weights, as a list of folders, or of folders with weights.
+    keywords: how the run goes, see `RunKeywords`.
+    Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
+    """
+    options = RunOptions(**keywords)
+    wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions())
+    with open_model_job(src, dst, wanted, options.limit_nbytes, adapters) as job:
+        return run(job, options)
+
+
+@contextmanager
+def open_model_job(
+    src: str | Path,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    limit_nbytes: int,
+    adapters: Sequence[AdapterSpec] = (),
+) -> Iterator[Job]:
+    """The job of a checkpoint and the adapters merged into it, while their files are open."""
+    with (
+        open_adapters(adapters, headroom_nbytes(limit_nbytes)) as opened,
+        Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit_nbytes)) as source,
+    ):
+        yield plan_model(source, dst, wanted, limit_nbytes, opened)
+
+
+@source_failures()
+def plan_model(
+    checkpoint: Checkpoint,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    limit_nbytes: int,
+    adapters: Sequence[Adapter] = (),
+) -> Job:
+    """Everything that decides the output's bytes; headers and vocabulary are read, and no weight."""
+    config = checkpoint.config
+    merged = merge(checkpoint, bind(find_recipe(config), config, checkpoint.tensors), adapters)
+    model = merged.model
+    outtype = wanted.outtype
+    if outtype == "auto":
+        outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
+    tensors = _place(model, wanted.dialect, outtype)
+    general = read_general(
+        checkpoint.directory,
+        arch=model.recipe.arch,
+        name=wanted.name,
+        specs=[(target.name, target.tensor.spec) for target in model.targets],
+        merged=merged.directories,
+    )
+    vocabulary = _bounded_vocabulary(merged, wanted.pre, tensors, limit_nbytes)
+    file_type = KeyValue.u32("general.file_type", FILE_TYPES[OUTTYPES[outtype]])
+    keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
+    return Job(
+        command="convert",
+        keys=keys,
+        parts=make_parts(output_path(dst, general.file_name(outtype)), keys, tensors, wanted.split),
+        architecture=model.recipe.arch,
+        dialect=wanted.dialect,
+        outtype=outtype,
+        shards=(*checkpoint.shards, *merged.shards),
+        options={"outtype": outtype, "dialect": wanted.dialect, **merged.options},
+        cautions=[*model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
+        changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
+    )
+
+
+def _place(model: Model, dialect: str, outtype: str) -> list[PlacedTensor]:
+    """The model's tensors under the names, and of the types, that the file will have."""
+    return [
+        PlacedTensor(
+            written_name(target.name, dialect),
+            target.tensor,
+            tuple(source.name for source in sources(target.tensor)),
+            type_of(target.name, target.tensor, outtype),
+        )
+        for target in model.targets
+    ]
+
+
+def _bounded_vocabulary(
+    merged: Merged, pre: str | None, tensors: Sequence[PlacedTensor], limit_nbytes: int
+) -> Vocabulary:
+    """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
+    directory, model = merged.vocabulary, merged.model
+    n_vocab = model.dims["V"]
+    kept, extra = vocabulary_nbytes(directory, n_vocab)
+    # What parsing needs beside the keys is given back before workers start.
+    needed = resident_nbytes()[0] + kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
+    if needed > limit_nbytes:
+        raise too_small(limit_nbytes, needed, directory)
+    return read_vocabulary(
+        directory, config=model.config.raw, n_vocab=n_vocab, default_pre=model.recipe.default_pre, pre=pre
+    )

@@ -1,0 +1,335 @@
+"""What a model's files hold: keys, tensors, problems, and what a conversion would make of them.
+
+Owns: telling the kinds apart, gathering the facts, and their JSON form, which scripts rely on (schema 1). Does not own:
+parsing (gguf_file/set.py, checkpoint/folder.py), the lines people read (inspect_text.py).
+Invariants: no weight is read; what is gathered from a stranger's file is bounded, whatever the file says. A file that
+cannot be parsed is a SourceError; one that can be, and is not as it should be, is shown with its problems.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from gguf.constants import GGUFValueType
+
+from streamconv.budget import default_limit_nbytes
+from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.folder import Checkpoint, Shard, SourceTensor
+from streamconv.errors import Caution, SourceError
+from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source
+from streamconv.files.strict_json import load_object
+from streamconv.ggml.policy import choose_type, resolve_auto
+from streamconv.gguf.format import Scalar, tensor_nbytes
+from streamconv.gguf.reader import FileProblem, GGUFKey, Span
+from streamconv.gguf.splits import GGUFSet
+from streamconv.lora.config import PeftConfig, Problem, read_lora_config
+from streamconv.lora.files import WEIGHTS as ADAPTER_WEIGHTS
+from streamconv.lora.files import LoraFile
+from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
+from streamconv.recipe.bind import bind
+from streamconv.recipe.language import find_recipe
+
+SCHEMA: Final = 1
+MAX_LISTED: Final = 1024  # a longer array is given as its length and first values
+N_FIRST: Final = 8
+TEXT_NBYTES: Final = 1024  # of each text among the first values
+ARRAYS_NBYTES: Final = 8 << 20  # of all arrays together; real ones of 1024 values take some 10 KB each
+
+_JSON_TYPES: Final = {
+    str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", list: "array", dict: "object",
+}  # fmt: skip
+
+Kind = Literal["gguf", "checkpoint", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """A stored tensor. `shape` is row-major, `offset` counts from the start of `file`, `nbytes` None is unknown."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int | None
+    offset: int
+    file: str
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(slots=True)
+class Total:
+    """Of all tensors of a type."""
+
+    n_tensors: int = 0
+    n_parameters: int = 0
+    nbytes: int = 0
+
+    def add(self, n_parameters: int, nbytes: int) -> None:
+        self.n_tensors += 1
+        self.n_parameters += n_parameters
+        self.nbytes += nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `streamconv convert` writes with its default options, once there is no problem left."""
+
+    architecture: str
+    outtype: str
+    totals: Mapping[str, Total]
+
+
+@dataclass(slots=True)
+class Inspection:
+    """The facts of one model, split set, checkpoint or adapter. `form` is a line about the files themselves."""
+
+    kind: Kind
+    path: Path
+    form: str
+    architecture: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata_types: dict[str, str] = field(default_factory=dict)
+    tensors: list[TensorRow] = field(default_factory=list)
+    problems: list[FileProblem] = field(default_factory=list)
+    cautions: list[Caution] = field(default_factory=list)
+    conversion: Conversion | None = None
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(row.n_elements for row in self.tensors)
+
+    @property
+    def totals(self) -> dict[str, Total]:
+        """By type, in order of appearance."""
+        totals: dict[str, Total] = {}
+        for row in self.tensors:
+            totals.setdefault(row.type, Total()).add(row.n_elements, row.nbytes or 0)
+        return totals
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "path": str(self.path),
+            "architecture": self.architecture,
+            "n_tensors": len(self.tensors),
+            "n_parameters": self.n_parameters,
+            "metadata": self.metadata,
+            "metadata_types": self.metadata_types,
+            "tensors": [
+                {
+                    "name": row.name,
+                    "shape": list(row.shape),
+                    "type": row.type,
+                    "nbytes": row.nbytes,
+                    "offset": row.offset,
+                    "file": row.file,
+                }
+                for row in self.tensors
+            ],
+            "problems": [
+                {"code": problem.code, "message": problem.message, "file": str(problem.file), "tensor": problem.tensor}
+                for problem in self.problems
+            ],
+        }
+
+
+def inspect(path: str | Path) -> Inspection:
+    """What is at `path`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
+    or one .safetensors file. SourceError where nothing of it can be read."""
+    path = find_source(path)
+    try:
+        return _reader_of(path)(path)
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=error.filename or path) from None
+
+
+def _reader_of(path: Path) -> Callable[[Path], Inspection]:
+    if not path.is_dir() and path.suffix != ".safetensors":
+        return _gguf
+    folder = path if path.is_dir() else path.parent
+    if not any(folder.glob("*.safetensors")) and (ggufs := sorted(file.name for file in folder.glob("*.gguf"))):
+        hint = f"name one of them, as {folder / ggufs[0]}"
+        raise SourceError(f"a folder with {len(ggufs)} GGUF files", file=path, hint=hint)
+    signs = [ADAPTER_CONFIG, *ADAPTER_WEIGHTS] if path.is_dir() else [ADAPTER_CONFIG]
+    is_adapter = any((folder / name).is_file() for name in signs) and (path.is_dir() or "adapter" in path.stem)
+    return _adapter if is_adapter else _checkpoint
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def _gguf(path: Path) -> Inspection:
+    with GGUFSet.open(path) as files:
+        first = files.files[0]
+        arch = first.keys.get("general.architecture")
+        room = ARRAYS_NBYTES
+        metadata = {}
+        for key in first.keys.values():
+            metadata[key.name], used = _value(key, room)
+            room -= used
+        return Inspection(
+            "gguf",
+            path,
+            f"GGUF version {first.version}" + (f", {len(files.files)} parts" if len(files.files) > 1 else ""),
+            architecture=arch.value if arch is not None and isinstance(arch.value, str) else None,
+            metadata=metadata,
+            metadata_types={key.name: key.type_name for key in first.keys.values()},
+            tensors=[
+                TensorRow(tensor.name, tensor.shape, tensor.type_name, tensor.nbytes, tensor.offset, file.path.name)
+                for file, tensor in files.tensors.values()
+            ],
+            problems=list(files.problems),
+        )
+
+
+def _value(key: GGUFKey, room: int) -> tuple[Any, int]:
+    """The key's value for JSON, and how many bytes of arrays that took out of `room`."""
+    if not isinstance(key.value, Span):
+        return _number(key.value, key.type), 0
+    span = key.value
+    if key.type == GGUFValueType.STRING:
+        length, is_whole = span.nbytes - 8, False
+    else:
+        length, is_whole = len(span), len(span) <= MAX_LISTED and span.nbytes <= room
+    values = list(span) if is_whole else span.first(N_FIRST if room > 0 else 0, TEXT_NBYTES)
+    listed = [_number(value, span.element) for value in values]
+    used = min(span.nbytes, len(listed) * (TEXT_NBYTES if not is_whole else span.nbytes))
+    return (listed if is_whole else {"length": length, "first": listed}), used
+
+
+def _number(value: Scalar, kind: GGUFValueType) -> Scalar:
+    """As JSON can carry it: the shortest decimal that gives the same float32; infinities and NaN by name."""
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return str(value)
+    return float(str(np.float32(value))) if kind == GGUFValueType.FLOAT32 else value
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def _checkpoint(path: Path) -> Inspection:
+    found = Inspection("checkpoint", path, "incomplete")
+    try:
+        checkpoint = Checkpoint.open(path, max_header_nbytes=default_limit_nbytes())
+    except SourceError as error:
+        found.problems.append(_problem(error, path))
+        config = _read_apart(found, CONFIG)
+        if config.raw:  # else that is the problem, and it is listed
+            with _listing(found):
+                found.architecture = find_recipe(config).arch
+        return found
+    with checkpoint:
+        found.form = f"safetensors, {len(checkpoint.shards)} file{'s' if len(checkpoint.shards) > 1 else ''}"
+        _add_config(found, checkpoint.config.raw)
+        _add_tensors(found, checkpoint.tensors.values())
+        with _listing(found):
+            _add_conversion(found, checkpoint)
+    return found
+
+
+def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
+    """What a conversion makes of the tensors and the tokenizer; SourceError where it would be refused."""
+    config = checkpoint.config
+    recipe = find_recipe(config)
+    found.architecture = recipe.arch
+    model = bind(recipe, config, checkpoint.tensors)
+    outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
+    totals: dict[str, Total] = {}
+    for target in model.targets:
+        shape = target.tensor.spec.shape
+        kind = choose_type(target.name, shape, outtype)
+        totals.setdefault(kind.name, Total()).add(math.prod(shape), tensor_nbytes(shape, kind))
+    found.conversion = Conversion(recipe.arch, outtype, totals)
+    found.cautions += model.cautions
+    folder, n_vocab = checkpoint.directory, model.dims["V"]
+    if sum(vocabulary_nbytes(folder, n_vocab)) > default_limit_nbytes():
+        found.cautions.append(Caution("tokenizer-size", "the tokenizer's files are too large to be read here"))
+        return
+    vocabulary = read_vocabulary(folder, config=config.raw, n_vocab=n_vocab, default_pre=recipe.default_pre, pre=None)
+    found.cautions += vocabulary.cautions
+
+
+def _adapter(path: Path) -> Inspection:
+    found = Inspection("adapter", path, "incomplete")
+    try:
+        adapter = LoraFile.open(path, default_limit_nbytes())
+    except SourceError as error:
+        found.problems.append(_problem(error, path))
+        _read_apart(found, ADAPTER_CONFIG)
+        return found
+    with adapter:
+        _add_config(found, adapter.config.raw)
+        _add_tensors(found, adapter.shard.tensors.values())
+        problems = list(adapter.problems)
+        for name, factors in adapter.factors.items():
+            if factors.a is None or factors.b is None:
+                problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
+        with _listing(found):
+            config = read_lora_config(adapter.config)
+            maker = "PEFT" if isinstance(config, PeftConfig) else "MLX"
+            found.form = f"LoRA, {maker}, {len(adapter.factors)} modules"
+            found.cautions += config.cautions
+            problems += config.problems
+        found.problems += [FileProblem(problem.code, str(problem), adapter.shard.path) for problem in problems]
+    return found
+
+
+def _read_apart(found: Inspection, config_name: str) -> Config:
+    """The config, and the tensors of each file by itself: whatever can be read is shown, the rest is a problem."""
+    folder = found.path if found.path.is_dir() else found.path.parent
+    config: dict[str, Any] = {}
+    if (folder / config_name).is_file():  # else that is a problem already
+        with _listing(found):
+            config = load_object(folder / config_name)
+    _add_config(found, config)
+    for file in sorted(folder.glob("*.safetensors")) if found.path.is_dir() else [found.path]:
+        with _listing(found):
+            shard = Shard(file, default_limit_nbytes())
+            shard.close()
+            _add_tensors(found, shard.tensors.values())
+    if not found.tensors and not config:
+        first = found.problems[0]
+        raise SourceError(first.message, file=first.file, tensor=first.tensor)
+    return Config(config, folder / config_name)
+
+
+@contextmanager
+def _listing(found: Inspection) -> Iterator[None]:
+    """A SourceError of the block becomes a problem, once."""
+    try:
+        yield
+    except SourceError as error:
+        problem = _problem(error, found.path)
+        if problem not in found.problems:
+            found.problems.append(problem)
+
+
+def _add_config(found: Inspection, config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        is_long = isinstance(value, list) and len(value) > MAX_LISTED
+        found.metadata[key] = {"length": len(value), "first": value[:N_FIRST]} if is_long else value
+        found.metadata_types[key] = _JSON_TYPES[type(value)]
+
+
+def _add_tensors(found: Inspection, tensors: Iterable[SourceTensor]) -> None:
+    found.tensors += [
+        TensorRow(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, tensor.offset, tensor.shard.path.name)
+        for tensor in tensors
+    ]
+
+
+def _problem(error: SourceError, path: Path) -> FileProblem:
+    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    return FileProblem("source", message, Path(error.file) if error.file else path, error.tensor)

@@ -1,0 +1,200 @@
+"""A job becomes a sealed file: memory proof -> places -> sinks -> stream -> verify -> publish -> report.
+
+Owns: the order of these. Does not own: what is written (engine/job.py), how a file is made safe (output/).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from streamconv.budget import resident_nbytes
+from streamconv.check.tensors import compare, prove_comparison
+from streamconv.engine.job import Job, RunOptions
+from streamconv.engine.layout import MemoryProof, prove_memory
+from streamconv.engine.pool import state_of, stream
+from streamconv.errors import Caution
+from streamconv.ggml import encode as codecs
+from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
+from streamconv.output.manifest import digest, manifest_path, manifest_text
+from streamconv.output.modelfile import Modelfile, plan_modelfile
+from streamconv.output.sink import Sink, refuse_taken
+from streamconv.report import Output, PlannedTensor, Report
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Every file that a run writes, none of them a file that it reads. beside: the manifests, then the Modelfile."""
+
+    outputs: Sequence[Place]
+    beside: Sequence[Place]
+    modelfile: Modelfile | None
+
+    @classmethod
+    def claim(cls, job: Job, options: RunOptions) -> _Places:
+        modelfile = plan_modelfile(job.parts[0], job.base) if options.modelfile else None
+        outputs = [part.path for part in job.parts]
+        beside = [manifest_path(path) for path in outputs] if options.sha256 else []
+        beside += [modelfile.path] if modelfile else []
+        profile = [options.profile.path] if options.profile and options.profile.path else []
+        places = claim([*outputs, *beside, *profile], job.sources)
+        n, m = len(outputs), len(outputs) + len(beside)
+        for place in places[m:]:  # it is written by the caller, of a dry run, too
+            refuse_taken(place, force=options.force, resume=False)
+            check_folder(place)
+        return cls(places[:n], places[n:m], modelfile)
+
+    def refuse_taken(self, options: RunOptions) -> None:
+        """DestinationError where a file is there that must stay, before an unfinished one is touched."""
+        for place in self.outputs:
+            refuse_taken(place, force=options.force, resume=options.resume)
+        resumes = options.resume and any(os.path.lexists(place.journal) for place in self.outputs)
+        for place in () if resumes else self.beside:  # that run may have been stopped after it wrote them
+            refuse_taken(place, force=options.force, resume=False)
+
+    def in_the_way(self) -> Iterator[Caution]:
+        """What the run itself would refuse without --force."""
+        for place in (*self.outputs, *self.beside):
+            with failures(place.path):
+                if os.path.lexists(place.path):
+                    yield Caution("exists", f"{place.path} exists already: the run would refuse it without --force")
+
+
+def run(job: Job, options: RunOptions) -> Report:
+    """Write the job's output and say what was done; with `dry_run`, prove that it can be and say what would be."""
+    report = job.report()
+    proof = prove_memory(
+        [part.layout for part in job.parts],
+        limit=options.limit_nbytes,
+        resident=resident_nbytes()[0],
+        threads=options.n_threads,
+    )
+    if options.verify:
+        prove_comparison([step.tensor for step in job.steps], limit=options.limit_nbytes, threads=1)
+    places = _Places.claim(job, options)
+    if options.dry_run:
+        report.plan = list(_plan(job))
+        report.warnings += places.in_the_way() if not options.force else ()
+        report.memory = _memory(proof)
+    else:
+        _write(job, places, proof, options, report)
+    report.seconds = time.monotonic() - job.started
+    report.peak_rss_nbytes = resident_nbytes()[1]
+    return report
+
+
+def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, report: Report) -> None:
+    """Every part is complete, and verified, before the first gets its name; what lies beside them is written last.
+
+    The sinks are left after all of that: whenever the run is stopped, it can be resumed.
+    """
+    places.refuse_taken(options)
+    check_room(places.outputs, [part.layout.nbytes for part in job.parts])
+    with ExitStack() as stack:
+        sinks = [stack.enter_context(sink) for sink in _sinks(job, places, options)]
+        _stream(job, sinks, proof, options, report)
+        if options.verify:
+            paths = [sink.readable_path for sink in sinks]
+            compare(
+                job,
+                paths,
+                limit=proof.limit,
+                threads=proof.workers,
+                progress=options.progress,
+                cancelled=options.cancelled,
+            )
+            report.verified = True
+        digests = [digest(sink.readable_path, part.layout) if options.sha256 else None
+                   for sink, part in zip(sinks, job.parts, strict=True)]  # fmt: skip
+        with options.stopwatch.time("sync"):
+            _publish(sinks)
+        texts = [manifest_text(part.path, part.layout, found)
+                 for part, found in zip(job.parts, digests, strict=True) if found]  # fmt: skip
+        texts += [places.modelfile.text] if places.modelfile else []
+        for place, text in zip(places.beside, texts, strict=True):
+            write_text(place, text, replaces=options.force)
+    report.outputs = [
+        Output(part.path, part.layout.nbytes, found.whole if found else None)
+        for part, found in zip(job.parts, digests, strict=True)
+    ]
+
+
+def _sinks(job: Job, places: _Places, options: RunOptions) -> Iterator[Sink]:
+    for part, place in zip(job.parts, places.outputs, strict=True):
+        yield Sink.create(
+            place, part.layout.nbytes, identity=job.identity(part), force=options.force, resume=options.resume
+        )
+
+
+def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOptions, report: Report) -> None:
+    """Every part's bytes, complete under its other name; what was found in them, in the report."""
+    advance = _progress(job, options)
+    tally: dict[str, codecs.Stats] = {}
+    for part, sink in zip(job.parts, sinks, strict=True):
+        report.resumed |= sink.resumed_nbytes > 0
+        report.warnings += sink.notes
+        counts = stream(
+            part.layout,
+            sink,
+            proof,
+            job.shards,
+            advance=advance,
+            cancelled=options.cancelled,
+            stopwatch=options.stopwatch,
+        )
+        with options.stopwatch.time("sync"):
+            sink.complete(state_of(counts))
+        tally |= counts
+    report.warnings += _non_finite(job, tally)
+
+
+def _publish(sinks: Sequence[Sink]) -> None:
+    """Part 1 gets its name last, and an old one goes first: loaders take a set from there, so none takes a mixture."""
+    first, *others = sinks
+    if others:
+        first.withdraw_old()
+    for sink in (*others, first):
+        sink.publish()
+
+
+def _progress(job: Job, options: RunOptions) -> Callable[[int], None]:
+    """What to tell of each chunk: the caller hears (bytes done, bytes in all)."""
+    total = sum(part.layout.nbytes for part in job.parts)
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if options.progress is not None:
+            options.progress(done, total)
+
+    return advance
+
+
+def _plan(job: Job) -> Iterator[PlannedTensor]:
+    for step in job.steps:
+        spec = step.tensor.spec
+        changed_by = job.changed_by.get(step.target, ())
+        yield PlannedTensor(step.sources, step.target, spec.shape, spec.type.name, step.nbytes, changed_by)
+
+
+def _memory(proof: MemoryProof) -> Mapping[str, int]:
+    return {
+        "limit": proof.limit,
+        "fixed": proof.base,
+        "slab": proof.slab + proof.chunk,
+        "workers": proof.workers,
+        "peak": proof.peak,
+    }
+
+
+def _non_finite(job: Job, tally: Mapping[str, codecs.Stats]) -> Iterator[Caution]:
+    for step in job.steps:
+        stats = tally.get(step.target)
+        if stats is not None:
+            where = "once the adapters are merged" if job.changed_by.get(step.target) else "in the source"
+            message = f"{stats.n_nan} NaN and {stats.n_inf} infinite values {where}"
+            yield Caution("non-finite", message, step.target)

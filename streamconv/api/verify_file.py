@@ -1,0 +1,81 @@
+"""`streamconv verify`: is this GGUF file, whoever wrote it, what its source says it should be?
+
+Owns: finding out what a file claims to be, and the report. Does not own: what it should hold (convert_model.py and
+convert_lora.py make its job), the comparison (check/tensors.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Unpack
+
+from streamconv.api.convert_lora import open_adapter_job
+from streamconv.api.convert_model import open_model_job
+from streamconv.budget import resident_nbytes
+from streamconv.check.tensors import compare
+from streamconv.engine.job import OutputOptions, RunOptions, WorkKeywords
+from streamconv.engine.layout import memory_failures
+from streamconv.errors import UsageError
+from streamconv.gguf.names import LLAMA_CPP
+from streamconv.gguf.reader import refuse
+from streamconv.gguf.splits import GGUFSet
+from streamconv.lora.merge import AdapterSpec
+from streamconv.report import Output, Report
+
+
+@memory_failures()
+def verify(
+    out: str | Path,
+    source: str | Path,
+    *,
+    adapters: Sequence[AdapterSpec] = (),
+    base: str | Path | None = None,
+    dialect: str = LLAMA_CPP,
+    scale: float | None = None,
+    pre: str | None = None,
+    **keywords: Unpack[WorkKeywords],
+) -> Report:
+    """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
+
+    out: a GGUF file of any tool, or the first of a split, its tensors in any order and in F32, F16, BF16 or Q8_0.
+    source: the checkpoint, with the `adapters` that were merged into it and the `pre` that it was converted with; or
+    the folder of an adapter that was written as one, with `base`, `dialect` and `scale` as `convert_adapter` had them.
+    """
+    options, wanted, started = RunOptions(**keywords), OutputOptions(dialect=dialect, pre=pre), time.monotonic()
+    outputs = _outputs(out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre})
+    with (
+        open_model_job(source, out, wanted, options.limit_nbytes, adapters)
+        if base is None
+        else open_adapter_job(source, base, out, wanted, options.limit_nbytes, scale)
+    ) as job:
+        cautions = compare(
+            job,
+            [output.path for output in outputs],
+            limit=options.limit_nbytes,
+            threads=options.n_threads,
+            progress=options.progress,
+            cancelled=options.cancelled,
+        )
+        report = job.report()
+    report.warnings += cautions
+    report.command, report.verified = "verify", True
+    report.output, report.outputs = Path(out), outputs
+    report.seconds = time.monotonic() - started
+    report.peak_rss_nbytes = resident_nbytes()[1]
+    return report
+
+
+def _outputs(out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object]) -> list[Output]:
+    """The files of the set at `out`; UsageError where an option is missing, or given and not for this kind of file."""
+    with GGUFSet.open(out) as found:
+        refuse(found.problems)
+        outputs = [Output(file.path, file.file.nbytes) for file in found.files]
+        is_adapter = found.files[0].scalar("general.type", str) == "adapter"
+    if is_adapter and of_adapters["--base"] is None:
+        raise UsageError("is an adapter, whose tensors follow from its base", file=out, hint="give --base")
+    for option, value in (of_models if is_adapter else of_adapters).items():
+        if value is not None:
+            raise UsageError(f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one", file=out)
+    return outputs

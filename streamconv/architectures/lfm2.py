@@ -1,0 +1,141 @@
+"""LFM2 and LFM2.5, dense: layers of short convolution or of attention, mixed.
+
+Sources: transformers' Lfm2Config and modeling_lfm2.py; LFM2Model in llama.cpp's conversion/lfm2.py, and lfm2.cpp.
+What is said to be beyond the run time was tried: it aborts, or makes no context (tests/unit/test_refusals.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamconv.recipe.language import F32, Claim, Config, Dim, Key, PerLayer, Recipe, Refusal, Tensor
+
+# Lfm2Config's defaults, and Lfm2MoeConfig's.
+ROPE_THETA, CONTEXT_LENGTH, RMS_EPSILON = 1_000_000.0, 128_000, 1e-5
+
+LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
+ATTENTION, CONV = "mixer=attention", "mixer=conv"
+
+
+def ffn_width(config: Config) -> int | None:
+    """The width of w1 as Lfm2MLP works it out; None where the config leaves a part of that to defaults."""
+    width = config.integer("block_ff_dim") or config.integer("intermediate_size")
+    adjust = config.flag("block_auto_adjust_ff_dim")
+    if width is None or not adjust:
+        return width if adjust is False else None
+    multiplier, multiple = config.number("block_ffn_dim_multiplier"), config.integer("block_multiple_of")
+    if multiplier is None or multiple is None:
+        return None
+    width = int(multiplier * int(2 * width / 3))
+    return multiple * ((width + multiple - 1) // multiple)
+
+
+def mixers_by_type(config: Config, n_layers: int) -> Sequence[str] | None:
+    names = {"full_attention": "attention"}
+    types = config.list_of("layer_types", str)
+    return None if types is None else [names.get(kind, kind) for kind in types]
+
+
+def mixers_by_index(config: Config, n_layers: int) -> Sequence[str] | None:
+    attending = config.list_of("full_attn_idxs", int)
+    if attending is None:
+        return None
+    if not set(attending) <= set(range(n_layers)):
+        raise config.wrong("full_attn_idxs", f"layers from 0 to {n_layers - 1}")
+    return ["attention" if i in attending else "conv" for i in range(n_layers)]
+
+
+DIMS = {
+    "L": Dim("num_hidden_layers"),
+    "V": Dim("vocab_size"),
+    "H": Dim("hidden_size"),
+    "F": Dim(ffn_width, rule="block_ff_dim with the auto-adjust rule"),
+    "A": Dim("num_attention_heads", "H/D"),
+    "K": Dim("num_key_value_heads", "A"),
+    "D": Dim("head_dim", "H/A"),
+    "C": Dim("conv_L_cache", 3),
+}
+
+EMBEDDING = Tensor("model.embed_tokens.weight", "token_embd.weight", "V H")
+
+MIXER = (
+    Tensor(LAYER + "operator_norm.weight", BLOCK + "attn_norm.weight", "H"),
+    Tensor(LAYER + "self_attn.q_proj.weight", BLOCK + "attn_q.weight", "A*D H", only=ATTENTION),
+    Tensor(LAYER + "self_attn.k_proj.weight", BLOCK + "attn_k.weight", "K*D H", only=ATTENTION),
+    Tensor(LAYER + "self_attn.v_proj.weight", BLOCK + "attn_v.weight", "K*D H", only=ATTENTION),
+    Tensor(LAYER + "self_attn.out_proj.weight", BLOCK + "attn_output.weight", "H A*D", only=ATTENTION),
+    Tensor(LAYER + "self_attn.q_layernorm.weight", BLOCK + "attn_q_norm.weight", "D", only=ATTENTION),
+    Tensor(LAYER + "self_attn.k_layernorm.weight", BLOCK + "attn_k_norm.weight", "D", only=ATTENTION),
+    Tensor(LAYER + "conv.conv.weight", BLOCK + "shortconv.conv.weight", "H 1 C", only=CONV),
+    Tensor(LAYER + "conv.in_proj.weight", BLOCK + "shortconv.in_proj.weight", "3*H H", only=CONV),
+    Tensor(LAYER + "conv.out_proj.weight", BLOCK + "shortconv.out_proj.weight", "H H", only=CONV),
+    Tensor(LAYER + "ffn_norm.weight", BLOCK + "ffn_norm.weight", "H"),
+)
+
+OUTPUT = (
+    # Logically the output norm; llama.cpp and Ollama look for it under this name (dialects.py has the older one).
+    Tensor("model.embedding_norm.weight", "token_embd_norm.weight", "H"),
+    Tensor("lm_head.weight", "output.weight", "V H", required=False),
+)
+
+KEYS = (
+    Key("{arch}.vocab_size", "V"),
+    Key("{arch}.block_count", "L"),
+    Key("{arch}.embedding_length", "H"),
+    Key("{arch}.feed_forward_length", "F"),
+    Key("{arch}.context_length", lambda model: model.config.integer("max_position_embeddings") or CONTEXT_LENGTH),
+    Key("{arch}.attention.head_count", "A"),
+    Key("{arch}.attention.head_count_kv", PerLayer("mixer", {"attention": "K", "conv": 0})),
+    Key("{arch}.attention.key_length", "D"),
+    Key("{arch}.attention.value_length", "D"),
+    Key("{arch}.attention.layer_norm_rms_epsilon", lambda model: model.config.positive("norm_eps") or RMS_EPSILON, F32),
+    Key("{arch}.rope.freq_base", lambda model: model.config.rope_base(ROPE_THETA), F32),
+    Key("{arch}.shortconv.l_cache", "C"),
+)
+
+MIXERS = ("attention", "conv")
+
+CLAIMS = (Claim("layer_types", "mixer", mixers_by_type), Claim("full_attn_idxs", "mixer", mixers_by_index))
+
+REFUSALS = (
+    Refusal(
+        "conv_bias is true, and the GGUF architecture has no place for it", lambda m: bool(m.config.flag("conv_bias"))
+    ),
+    Refusal(
+        "RoPE scaling {rope_type!r} has no place in the GGUF architecture", lambda m: m.config.rope_type != "default"
+    ),
+    Refusal(
+        "{A} heads of {D} do not make the hidden size {H}, as the run time takes it",
+        lambda m: m.dims["A"] * m.dims["D"] != m.dims["H"],
+    ),
+    Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0),
+    Refusal("heads of {D} have no two halves for RoPE to turn", lambda m: m.dims["D"] % 2 != 0),
+    Refusal("conv_L_cache is {C}, and the run time needs 2 or more", lambda m: m.dims["C"] < 2),
+    Refusal("no layer attends, and the run time needs one", lambda m: set(m.kinds["mixer"]) == {"conv"}),
+    Refusal("no layer is a convolution, and the run time needs one", lambda m: set(m.kinds["mixer"]) == {"attention"}),
+)
+
+TIE_KEYS = ("tie_embedding", "tie_word_embeddings")
+
+RECIPE = Recipe(
+    arch="lfm2",
+    description="LFM2 and LFM2.5, dense",
+    hf_names=("Lfm2ForCausalLM",),
+    model_type="lfm2",
+    dims=DIMS,
+    tensors=(
+        EMBEDDING,
+        *MIXER,
+        Tensor(LAYER + "feed_forward.w1.weight", BLOCK + "ffn_gate.weight", "F H"),
+        Tensor(LAYER + "feed_forward.w2.weight", BLOCK + "ffn_down.weight", "H F"),
+        Tensor(LAYER + "feed_forward.w3.weight", BLOCK + "ffn_up.weight", "F H"),
+        *OUTPUT,
+    ),
+    keys=KEYS,
+    axes={"mixer": MIXERS},
+    claims=CLAIMS,
+    refusals=REFUSALS,
+    tie_keys=TIE_KEYS,
+    tied_by_default=True,
+    default_pre="lfm2",
+)

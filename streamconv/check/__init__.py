@@ -1,0 +1,1 @@
+"""A finished file compared with its source: tensors and keys."""

@@ -1,0 +1,1 @@
+"""A Hugging Face folder: safetensors shards and their headers, index, config.json."""

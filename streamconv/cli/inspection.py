@@ -1,0 +1,152 @@
+"""An Inspection in lines that people read: keys, types, tensors, problems.
+
+Owns: columns and widths. Does not own: the facts (inspect.py), printing (cli/).
+Invariant: no line is wider than asked for, and of a stranger's file only visible characters reach a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from streamconv.api.inspect_file import Inspection, Total
+from streamconv.errors import printable
+from streamconv.lora.config import stated_base
+
+WIDTH: Final = 80
+MAX_NAME_WIDTH: Final = 44  # of a key; longer ones shift their row's value
+_UNITS: Final = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+def render(
+    found: Inspection, *, width: int | None = WIDTH, tensors: bool = False, head: int | None = None
+) -> Iterator[str]:
+    """Lines without newlines, at most `width` columns each (None: as long as they need to be, for a pipe).
+
+    tensors: a line for each tensor as well. head: at most so many keys and tensors.
+    """
+    for line in _lines(found, width, tensors, head):
+        yield line if width is None else _cut(line, width)
+
+
+def _lines(found: Inspection, width: int | None, tensors: bool, head: int | None) -> Iterator[str]:
+    yield printable(str(found.path))
+    arch = f", architecture {printable(found.architecture)}" if found.architecture else ""
+    yield f"{found.kind}: {found.form}{arch}"
+    nbytes = sum(row.nbytes or 0 for row in found.tensors)
+    yield f"{_tensors_of(len(found.tensors))}, {_short(found.n_parameters)} parameters, {_nbytes(nbytes)}"
+    yield from _section("metadata" if found.kind == "gguf" else "config", list(_keys(found)), head)
+    yield from _section("types", list(_totals(found.totals)))
+    if tensors:
+        yield from _section("tensors", list(_tensors(found, width)), head)
+    if found.conversion is not None:
+        made = found.conversion
+        yield from _section(f"converts to {made.architecture}, outtype {made.outtype}", list(_totals(made.totals)))
+    elif found.kind == "adapter" and not found.problems:
+        words = ("lora", str(found.path), "--base", stated_base(found.metadata) or "BASE", "--dry-run")
+        yield from ("", "what it converts to follows from its base:")
+        yield from _wrapped(f"streamconv {shlex.join(words)}", width)
+    if found.cautions:
+        yield from ("", f"warnings ({len(found.cautions)})")
+    for caution in found.cautions:
+        yield from _wrapped(f"{_where(caution.tensor)}{caution.message} [{caution.code}]", width)
+    if found.problems:
+        yield from ("", f"problems ({len(found.problems)})")
+    for problem in found.problems:
+        file = f"{problem.file.name}: " if problem.file != found.path else ""
+        yield from _wrapped(f"{file}{_where(problem.tensor)}{problem.message} [{problem.code}]", width)
+
+
+def _section(title: str, rows: list[str], head: int | None = None) -> Iterator[str]:
+    if not rows:
+        return
+    yield from ("", f"{title} ({len(rows):,})")
+    yield from rows[:head]
+    if head is not None and len(rows) > head:
+        yield f"  ... {len(rows) - head:,} more"
+
+
+def _keys(found: Inspection) -> Iterator[str]:
+    names = [printable(name) for name in found.metadata]
+    name_width = min(max(map(len, names), default=0), MAX_NAME_WIDTH)
+    type_width = max(map(len, found.metadata_types.values()), default=0)
+    for name, (key, value) in zip(names, found.metadata.items(), strict=True):
+        yield f"  {name:<{name_width}}  {found.metadata_types[key]:<{type_width}}  {printable(_value(value))}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and value.keys() == {"length", "first"}:
+        return f"{value['length']:,}: {_value(value['first'])[:-1]}, ...]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _totals(totals: Mapping[str, Total]) -> Iterator[str]:
+    for name, total in totals.items():
+        count, parameters = _tensors_of(total.n_tensors), f"{_short(total.n_parameters)} parameters"
+        yield f"  {name:<8}{count:>16}{parameters:>20}{_nbytes(total.nbytes):>11}"
+
+
+def _tensors(found: Inspection, width: int | None) -> Iterator[str]:
+    shapes = ["x".join(map(str, row.shape)) or "scalar" for row in found.tensors]
+    shape_width = max(map(len, shapes), default=0)
+    type_width = max((len(row.type) for row in found.tensors), default=0)
+    for row, shape in zip(found.tensors, shapes, strict=True):
+        nbytes = "?" if row.nbytes is None else _nbytes(row.nbytes)
+        start = f"  {row.type:<{type_width}}  {nbytes:>8}  {shape:>{shape_width}}  "
+        name = printable(row.name)
+        yield start + (name if width is None else _cut(name, max(width - len(start), 16), tail=True))
+
+
+def _where(tensor: str | None) -> str:
+    return f"{tensor}: " if tensor else ""
+
+
+def _wrapped(text: str, width: int | None) -> Iterator[str]:
+    text = printable(text)
+    if width is None:
+        yield f"  {text}"
+    else:
+        yield from textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+
+
+def _short(n: int) -> str:
+    """1,234,567 as "1.2 M"."""
+    for unit, letter in _UNITS:
+        if n >= unit:
+            return f"{n / unit:,.1f} {letter}"
+    return str(n)
+
+
+def _tensors_of(n: int) -> str:
+    return "1 tensor" if n == 1 else f"{n:,} tensors"
+
+
+def _nbytes(n: int) -> str:
+    return f"{_short(n)}B" if n >= _UNITS[-1][0] else f"{n} B"
+
+
+def _columns(text: str) -> int:
+    """How wide a terminal shows `text`, at most."""
+    if text.isascii():
+        return len(text)
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _cut(text: str, width: int, *, tail: bool = False) -> str:
+    """`text` in at most `width` columns; what is left out is at the end, or in the middle (`tail`)."""
+    if len(text) <= width // 2 or _columns(text) <= width:
+        return text
+    n_tail = (width - 3) // 2 if tail else 0
+    end = text[len(text) - n_tail :] if n_tail else ""
+    while _columns(end) > n_tail:
+        end = end[1:]
+    start = text[:width]
+    while _columns(start) > width - 3 - _columns(end):
+        start = start[:-1]
+    return f"{start}...{end}"

@@ -1,0 +1,200 @@
+"""A job: everything that decides the bytes of one output, be it one file or several; and how its run goes.
+
+Owns: what `convert` and `convert_adapter` hand to `run` and to `verify`. Does not own: doing it (api/).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from streamconv.budget import default_limit_nbytes, parse_size
+from streamconv.checkpoint.folder import Shard
+from streamconv.engine.layout import MAX_DEFAULT_WORKERS, Step
+from streamconv.engine.split import Part, SplitOptions
+from streamconv.errors import Caution, Interrupted, UsageError
+from streamconv.files.local import FileId, files_read
+from streamconv.ggml.policy import OUTTYPES, outtype_hint
+from streamconv.gguf.format import Buffer, KeyValue, PackedArray
+from streamconv.gguf.names import LLAMA_CPP, RENAMES
+from streamconv.report import Output, Report, TypeTotal
+from streamconv.timing import Profile, Stopwatch
+
+_MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer ones are told apart by their digests
+FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
+
+
+class WorkKeywords(TypedDict, total=False):
+    """How the work on all tensors goes, be it making or comparing them.
+
+    max_memory: bytes, or a text as "96MiB" or "1.5G", None for the default bound; threads: from 1, None for the cores,
+    at most 4; progress(done, total) in bytes, called from the calling thread: `done` grows up to `total`, and in a run
+    that verifies what it wrote once more, from 0 to what is compared; cancel(): asked between chunks, true stops the
+    work as an interrupt does.
+    """
+
+    max_memory: int | str | None
+    threads: int | None
+    progress: Callable[[int, int], None] | None
+    cancel: Callable[[], bool] | None
+
+
+class RunKeywords(WorkKeywords, total=False):
+    """How a run goes; nothing here changes a byte of the output."""
+
+    force: bool
+    resume: bool
+    dry_run: bool
+    sha256: bool
+    modelfile: bool
+    verify: bool
+    profile: Profile | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """RunKeywords with their defaults. UsageError on a bound or a number of threads that is none."""
+
+    max_memory: int | str | None = None
+    threads: int | None = None
+    force: bool = False
+    resume: bool = False
+    dry_run: bool = False
+    sha256: bool = False
+    modelfile: bool = False
+    verify: bool = False
+    progress: Callable[[int, int], None] | None = None
+    cancel: Callable[[], bool] | None = None
+    profile: Profile | None = None
+
+    def __post_init__(self) -> None:
+        limit = self.max_memory
+        if limit is None:  # settled now: it follows from what is resident before the run
+            limit = default_limit_nbytes()
+        elif isinstance(limit, str):
+            limit = parse_size(limit)
+        if not isinstance(limit, int):
+            raise UsageError(f"max_memory is {limit!r}", hint='a number of bytes, or a text as "96MiB"')
+        object.__setattr__(self, "max_memory", limit)
+        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
+            raise UsageError(f"threads is {self.threads!r}", hint="a whole number from 1, or None for the cores")
+
+    @property
+    def limit_nbytes(self) -> int:
+        assert isinstance(self.max_memory, int)
+        return self.max_memory
+
+    @property
+    def n_threads(self) -> int:
+        return min(MAX_DEFAULT_WORKERS, _n_cores()) if self.threads is None else self.threads
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        return self.profile or Stopwatch()
+
+    def cancelled(self) -> Interrupted | None:
+        """What to raise, where the caller wants the run to stop."""
+        if self.cancel is not None and self.cancel():
+            return Interrupted("cancelled", hint="run it again with --resume to go on")
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What of a call decides the output's bytes. UsageError where a word is none that there is."""
+
+    outtype: str = "auto"
+    dialect: str = LLAMA_CPP
+    name: str | None = None
+    pre: str | None = None
+    split: SplitOptions = field(default_factory=SplitOptions)
+
+    def __post_init__(self) -> None:
+        if self.outtype not in ("auto", *OUTTYPES):
+            what = f"{self.outtype!r} is none of auto, {', '.join(OUTTYPES)}"
+            raise UsageError(what, hint=outtype_hint(str(self.outtype)))
+        if self.dialect not in tuple(RENAMES):
+            raise UsageError(f"{self.dialect!r} is none of {', '.join(RENAMES)}")
+        for text in (self.name, self.pre):
+            if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
+                raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is")
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything that decides the bytes of one output, and what its report says. Made once all of it was read."""
+
+    command: str
+    keys: Sequence[KeyValue]
+    parts: Sequence[Part]
+    architecture: str
+    dialect: str
+    outtype: str
+    shards: Sequence[Shard]
+    options: Mapping[str, str]
+    cautions: list[Caution] = field(default_factory=list)
+    changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    base: Path | None = None  # of an adapter: the model it is for
+    sources: Mapping[FileId, Path] = field(default_factory=files_read)  # every file that was read, none to write over
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """The tensors of all parts."""
+        return (step for part in self.parts for step in part.layout.steps)
+
+    def identity(self, part: Part) -> dict[str, str]:
+        """What changes a part's bytes, item by item: a run resumes another only where all of it is the same."""
+        items = {"format": FORMAT_VERSION, "header": _digest(str(_infos(part)).encode())}
+        items |= {f"key {entry.key}": _shown(entry) for entry in part.keys}
+        items |= {f"option {name}": value for name, value in self.options.items()}
+        items |= {f"source {shard.path.name}": shard.fingerprint for shard in self.shards}
+        return items
+
+    def report(self) -> Report:
+        totals: dict[str, list[int]] = defaultdict(list)
+        for step in self.steps:
+            totals[step.tensor.spec.type.name].append(step.nbytes)
+        types = {name: TypeTotal(len(sizes), sum(sizes)) for name, sizes in sorted(totals.items())}
+        return Report(
+            command=self.command,
+            output=self.parts[0].path,
+            architecture=self.architecture,
+            dialect=self.dialect,
+            outtype=self.outtype,
+            n_tensors=sum(total.n_tensors for total in types.values()),
+            n_parameters=sum(step.tensor.spec.n_elements for step in self.steps),
+            types=types,
+            outputs=[Output(part.path, part.layout.nbytes) for part in self.parts],
+            warnings=list(self.cautions),
+        )
+
+
+def _n_cores() -> int:
+    """The cores that this process may run on; all of the machine's where the system, as macOS, does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _infos(part: Part) -> tuple[object, ...]:
+    """All that a header is made of, but for the keys' values."""
+    order = [(entry.key, int(entry.type)) for entry in part.keys]
+    steps = part.layout.steps
+    return order, [(step.target, step.tensor.spec.shape, int(step.tensor.spec.type), step.offset) for step in steps]
+
+
+def _shown(entry: KeyValue) -> str:
+    """A key's value, short enough for a journal and a message."""
+    if isinstance(entry.value, PackedArray):
+        return f"{int(entry.value.element)} {entry.value.length} {_digest(entry.value.payload)}"
+    text = str(entry.value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else _digest(text.encode())
+
+
+def _digest(data: Buffer) -> str:
+    return hashlib.sha256(data).hexdigest()

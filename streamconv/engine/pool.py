@@ -1,0 +1,240 @@
+"""Making an output file, chunk by chunk: any chunk is a function of the layout, so workers need no order among them.
+
+Owns: `fill_chunk` and the pool of workers. Does not own: the file (output/sink.py), the layout (engine/layout.py).
+Invariants: a thread holds one chunk, and scratch while it makes it, nothing else; the first failure in file order is
+the one reported; nothing is told to be done before its sources were checked to be what they were.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamconv.engine.layout import CHUNK_NBYTES, Layout, MemoryProof, Step
+from streamconv.errors import SourceError, StreamconvError
+from streamconv.ggml import encode as codecs
+from streamconv.lazy.node import Workspace, read
+from streamconv.lazy.scratch import Scratch, aligned_buffer
+from streamconv.threads import start_threads
+from streamconv.timing import Stopwatch
+
+RECORD_NBYTES = 128 << 20  # how much more must be written before it is made durable and recorded
+
+
+State = Mapping[str, list[int]]  # the tally as a journal keeps it: [NaNs, infinities] by target
+
+
+class Watched(Protocol):
+    """A source file that can tell whether it is still the one that was opened."""
+
+    def check_unchanged(self) -> None: ...
+
+
+class Writer(Protocol):
+    """Where chunks go (sink.Sink)."""
+
+    @property
+    def resumed_nbytes(self) -> int: ...
+    @property
+    def resumed_state(self) -> State: ...
+    def write(self, offset: int, view: NDArray[np.uint8]) -> None: ...
+    def record(self, prefix_nbytes: int, state: State) -> None: ...
+
+
+def fill_chunk(layout: Layout, start: int, out: NDArray[np.uint8], work: Workspace) -> None:
+    """Fill `out` with the file's bytes from `start` on. A row that a border cuts is made in full, on either side."""
+    end = start + out.nbytes
+    at = start
+    at += layout.header.fill(out, start)
+    index = max(0, bisect_right(layout.steps, at, key=lambda step: step.offset) - 1)
+    for step in layout.steps[index:]:
+        if step.offset >= end:
+            break
+        first, last = max(at, step.offset), min(end, step.offset + step.nbytes)
+        if first < last:
+            out[at - start : first - start] = 0  # padding
+            _fill_step(step, first - step.offset, out[first - start : last - start], work)
+            at = last
+    out[at - start :] = 0
+
+
+def _fill_step(step: Step, first: int, out: NDArray[np.uint8], work: Workspace) -> None:
+    """Bytes of one tensor from its byte `first` on: slabs of whole rows, and at either end perhaps a part of one."""
+    width = step.tensor.spec.row_nbytes
+    filled = 0
+    while filled < out.nbytes:
+        row, cut = divmod(first + filled, width)
+        if cut or out.nbytes - filled < width:
+            n = min(width - cut, out.nbytes - filled)
+            with work.scratch.frame():
+                whole = work.scratch.take(width).view(np.uint8)
+                work.counting = cut == 0  # the chunk that has a row's beginning counts it
+                _read(step, range(row, row + 1), whole, work)
+                work.counting = True
+                out[filled : filled + n] = whole[cut : cut + n]
+        else:
+            n_rows = min(step.slab_rows, (out.nbytes - filled) // width)
+            n = n_rows * width
+            _read(step, range(row, row + n_rows), out[filled : filled + n], work)
+        filled += n
+
+
+def _read(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> None:
+    try:
+        read(step.tensor, rows, out, work)
+    except codecs.EncodeError as error:
+        largest = f"{_largest(step, work):.6g}"
+        raise SourceError(
+            f"{error.reason}; its largest finite magnitude is {largest}",
+            tensor=step.target,
+            hint="--outtype bf16 or f32 holds it",
+        ) from None
+
+
+def _largest(step: Step, work: Workspace) -> float:
+    """The largest finite magnitude of a tensor that could not be encoded, read once more from its beginning."""
+    values = step.tensor.parents[0]
+    largest = 0.0
+    for start in range(0, values.spec.n_rows, step.slab_rows):
+        rows = range(start, min(start + step.slab_rows, values.spec.n_rows))
+        slab = np.empty(len(rows) * values.spec.row_nbytes, dtype=np.uint8)
+        read(values, rows, slab, work)
+        largest = max(largest, codecs.largest_finite(values.spec.type, slab))
+    return largest
+
+
+def state_of(tally: Mapping[str, codecs.Stats]) -> State:
+    return {name: [stats.n_nan, stats.n_inf] for name, stats in tally.items()}
+
+
+def stream(
+    layout: Layout,
+    sink: Writer,
+    proof: MemoryProof,
+    watched: Sequence[Watched],
+    *,
+    advance: Callable[[int], None],
+    cancelled: Callable[[], StreamconvError | None],
+    stopwatch: Stopwatch,
+) -> dict[str, codecs.Stats]:
+    """Write every chunk that `sink` does not have yet; the tally of non-finite values by target.
+
+    `advance` is told the bytes done, in this thread; `cancelled` is asked between chunks. Raises what a worker raised.
+    """
+    pool = _Pool(layout, sink, proof, watched, stopwatch)
+    try:
+        pool.start()
+        pool.collect(advance, cancelled)
+    finally:
+        pool.stop()
+    return pool.tally
+
+
+class _Pool:
+    """Workers that take the next chunk until there is none; the calling thread follows what they finish."""
+
+    def __init__(
+        self, layout: Layout, sink: Writer, proof: MemoryProof, watched: Sequence[Watched], stopwatch: Stopwatch
+    ) -> None:
+        self.layout, self.sink, self.proof, self.watched, self.stopwatch = layout, sink, proof, watched, stopwatch
+        self.tally = {name: codecs.Stats(*counts) for name, counts in sink.resumed_state.items()}
+        self._n_chunks = -(-layout.nbytes // proof.chunk)
+        whole = sink.resumed_nbytes >= layout.nbytes
+        self._first = self._n_chunks if whole else sink.resumed_nbytes // proof.chunk
+        self._next = self._first
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._finished: queue.SimpleQueue[tuple[int, dict[str, codecs.Stats] | BaseException]] = queue.SimpleQueue()
+        n_threads = min(proof.workers + proof.writing, max(1, self._n_chunks - self._first))
+        self._threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(n_threads)]
+        # A thread makes a chunk while it has one of these; while it writes, another has it.
+        self._workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+        for _ in range(min(proof.workers, n_threads)):
+            self._workspaces.put(Workspace(Scratch(proof.slab), stopwatch=stopwatch))
+
+    def start(self) -> None:
+        start_threads(self._threads)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def collect(self, advance: Callable[[int], None], cancelled: Callable[[], StreamconvError | None]) -> None:
+        """Follow the chunks to the end of the file, recording the durable prefix as it grows."""
+        prefix, recorded = self._first, min(self._first * self.proof.chunk, self.layout.nbytes)
+        ahead: dict[int, dict[str, codecs.Stats]] = {}
+        advance(recorded)
+        while prefix < self._n_chunks:
+            index, result = self._finished.get()
+            if isinstance(result, BaseException):
+                raise self._first_failure(index, result)
+            advance(min(self.proof.chunk, self.layout.nbytes - index * self.proof.chunk))
+            ahead[index] = result
+            while prefix in ahead:
+                self._count(ahead.pop(prefix))
+                prefix += 1
+            done = min(prefix * self.proof.chunk, self.layout.nbytes)
+            # Records lie on multiples of the largest chunk, so that a resumed run may use any.
+            if done - recorded >= RECORD_NBYTES and done % CHUNK_NBYTES[0] == 0 and done < self.layout.nbytes:
+                with self.stopwatch.time("sync"):
+                    self.sink.record(done, state_of(self.tally))
+                recorded = done
+            if (reason := cancelled()) is not None:
+                raise reason
+
+    def _count(self, counts: Mapping[str, codecs.Stats]) -> None:
+        for name, stats in counts.items():
+            self.tally[name] = self.tally.get(name, codecs.Stats(0, 0)) + stats
+
+    def _first_failure(self, index: int, error: BaseException) -> BaseException:
+        """Of the failures of all workers, that of the earliest chunk, so that the message does not depend on timing."""
+        self.stop()
+        while not self._finished.empty():
+            other, result = self._finished.get()
+            if isinstance(result, BaseException) and other < index:
+                index, error = other, result
+        return error
+
+    def _take(self) -> int | None:
+        with self._lock:
+            if self._stopping.is_set() or self._next >= self._n_chunks:
+                return None
+            self._next += 1
+            return self._next - 1
+
+    def _work(self) -> None:
+        index = -1
+        try:
+            buffer = aligned_buffer(self.proof.chunk)
+            while (taken := self._take()) is not None:
+                index = taken
+                start = index * self.proof.chunk
+                out = buffer[: min(self.proof.chunk, self.layout.nbytes - start)]
+                counts = self._fill(start, out)
+                for source in self.watched:
+                    source.check_unchanged()
+                with self.stopwatch.time("write"):
+                    self.sink.write(start, out)
+                self._finished.put((index, counts))
+        except BaseException as error:  # carried to the thread that collects
+            self._stopping.set()
+            self._finished.put((index, error))
+
+    def _fill(self, start: int, out: NDArray[np.uint8]) -> dict[str, codecs.Stats]:
+        """The tally of one chunk, which is made in `out` as soon as a workspace is free."""
+        with self.stopwatch.time("wait"):
+            work = self._workspaces.get()
+        try:
+            fill_chunk(self.layout, start, out, work)
+            return work.tally
+        finally:
+            work.tally = {}
+            self._workspaces.put(work)

@@ -1,0 +1,111 @@
+"""One model as several files: where the cuts are, and what each part is called and says of itself.
+
+Owns: the parts of an output. Does not own: their layout (engine/layout.py), reading such a set back (gguf_file/set.py).
+llama.cpp's rules, from GGUFWriter in gguf-py: a part is full when the next tensor would exceed either limit; part 1 has
+all keys, the others `split.*` alone; the tensor counts of all parts are summed in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf.constants import GGUFValueType
+
+from streamconv.engine.layout import Layout, PlacedTensor, make_layout
+from streamconv.errors import UsageError
+from streamconv.gguf.format import KeyValue, tensor_nbytes
+from streamconv.gguf.splits import part_name
+
+SPLIT_COUNT = "split.count"
+MAX_COUNT = 65_535  # it is a uint16
+
+
+@dataclass(frozen=True, slots=True)
+class SplitOptions:
+    """max_nbytes: of tensor data in a part; max_tensors: in a part; None: no limit. only_part: from 1."""
+
+    max_nbytes: int | None = None
+    max_tensors: int | None = None
+    only_part: int | None = None
+
+    def __post_init__(self) -> None:
+        for value in (self.max_nbytes, self.max_tensors, self.only_part):
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise UsageError("a split needs whole numbers of at least 1")
+        if self.only_part is not None and not self.is_split:
+            raise UsageError("--only-part is for splits", hint="give --split-max-size or --split-max-tensors too")
+
+    @property
+    def is_split(self) -> bool:
+        return self.max_nbytes is not None or self.max_tensors is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of an output. `number` counts from 1."""
+
+    number: int
+    path: Path
+    keys: Sequence[KeyValue]
+    layout: Layout
+
+    @property
+    def is_of_split(self) -> bool:
+        return any(entry.key == SPLIT_COUNT for entry in self.keys)
+
+
+def make_parts(
+    dst: Path, keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor], options: SplitOptions
+) -> tuple[Part, ...]:
+    """The files of one output: `dst` alone, or parts named after it. With `only_part`, that one of them.
+
+    The layout of a part that is not written is not made.
+    """
+    groups = list(_groups(tensors, options)) if options.is_split else [tensors]
+    count = len(groups)
+    if count > MAX_COUNT:
+        raise UsageError(f"{count} parts are more than a split can have", hint="allow larger parts")
+    if options.only_part is not None and options.only_part > count:
+        raise UsageError(f"there is no part {options.only_part}: the output has {count}")
+    if count == 1:
+        return (_part(1, dst, keys, groups[0]),)
+    numbers = range(1, count + 1) if options.only_part is None else [options.only_part]
+    stem = dst.name.removesuffix(".gguf")
+    return tuple(
+        _part(
+            number,
+            dst.with_name(part_name(stem, number, count)),
+            [*(keys if number == 1 else ()), *_split_keys(number, count, len(tensors))],
+            groups[number - 1],
+        )
+        for number in numbers
+    )
+
+
+def _part(number: int, path: Path, keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> Part:
+    return Part(number, path, keys, make_layout(keys, tensors))
+
+
+def _groups(tensors: Sequence[PlacedTensor], options: SplitOptions) -> Iterator[list[PlacedTensor]]:
+    group: list[PlacedTensor] = []
+    group_nbytes = 0
+    for tensor in tensors:
+        nbytes = tensor_nbytes(tensor.rows.spec.shape, tensor.type)
+        full = options.max_tensors is not None and len(group) >= options.max_tensors
+        large = options.max_nbytes is not None and group_nbytes + nbytes > options.max_nbytes
+        if group and (full or large):
+            yield group
+            group, group_nbytes = [], 0
+        group.append(tensor)
+        group_nbytes += nbytes
+    yield group
+
+
+def _split_keys(number: int, count: int, n_tensors: int) -> tuple[KeyValue, ...]:
+    return (
+        KeyValue("split.no", GGUFValueType.UINT16, number - 1),
+        KeyValue(SPLIT_COUNT, GGUFValueType.UINT16, count),
+        KeyValue.i32("split.tensors.count", n_tensors),
+    )

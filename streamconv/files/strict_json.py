@@ -1,0 +1,95 @@
+"""JSON files of strangers: one value per key, no NaN, bounded size and depth, and errors that name the file.
+
+Owns: reading small JSON files (configs, indexes, headers). Does not own: tokenizer.json, which is scanned, not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from streamconv.errors import SourceError
+from streamconv.files import sniff as magic
+from streamconv.files.local import read_start
+
+MAX_NBYTES = 64 << 20
+MAX_CONFIG_NBYTES = 1 << 20  # where no one has counted the memory; published configs have up to 60 KB
+# What json.loads may take for each byte of text. Measured on headers and configs: 3 to 9; deep arrays of arrays: 44.
+OBJECT_NBYTES_PER_BYTE = 45
+# And for each of its marks, of which there is one before every value. Measured: 132 for a member of an object whose
+# dict has just grown, while the list of its pairs is still there.
+_OBJECT_NBYTES_PER_MARK = 140
+_MARKS = (b",", b":", b"[", b"{")
+
+
+def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
+    """The JSON object in `text` (UTF-8). SourceError naming `file` on anything else."""
+    if len(text) > max_nbytes:
+        raise SourceError(f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file)
+    try:
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
+    except UnicodeDecodeError as error:
+        raise _malformed(text, file, f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise SourceError("JSON nested too deeply", file=file) from None
+    except ValueError as error:  # JSONDecodeError, or one of the hooks below
+        raise _malformed(text, file, f"malformed JSON: {error}", "download the file again") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"expected a JSON object, found {type(value).__name__}", file=file)
+    return value
+
+
+def objects_nbytes(pieces: Iterable[bytes | bytearray]) -> int:
+    """What `parse_object` takes at most for a text in pieces, the objects that it returns among it, not the text."""
+    nbytes = n_marks = 0
+    is_ascii = True
+    for piece in pieces:
+        nbytes += len(piece)
+        n_marks += sum(map(piece.count, _MARKS))
+        is_ascii &= piece.isascii()
+    width = 1 if is_ascii else 4  # of a character, decoded and once more in its string
+    return 2 * width * nbytes + _OBJECT_NBYTES_PER_MARK * n_marks
+
+
+def load_object(path: Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
+    """The JSON object in the file at `path`; SourceError where that has more than `max_nbytes`."""
+    return parse_object(read_start(path, max_nbytes + 1), path, max_nbytes)
+
+
+def load_object_if_present(path: Path) -> dict[str, Any]:
+    """As `load_object`; an empty object where there is no such file."""
+    return load_object(path) if path.exists() else {}
+
+
+def _malformed(text: bytes | bytearray, file: str | Path, problem: str, hint: str | None = None) -> SourceError:
+    """`problem`, unless the text is that of another kind of file, whose name says more."""
+    if other := magic.guess_other(bytes(text[: magic.HEAD_NBYTES]), magic.JSON):
+        problem, hint = f"malformed JSON: this is {other.what}", other.hint
+    return SourceError(problem, file=file, hint=hint)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"duplicate key {key!r}")
+            seen.add(key)
+    return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is beyond all numbers of 64 bits")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

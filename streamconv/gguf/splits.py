@@ -1,0 +1,131 @@
+"""A model's GGUF files taken together: one file, or the parts of a split in order.
+
+Owns: finding the parts of a split. Does not own: parsing one file (reader.py).
+Invariant: what the parts claim of each other is held against what they are, as llama.cpp's loader does: the first part
+says how many there are and how many tensors they hold, each says which one it is, no tensor is in two of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from streamconv.errors import SourceError
+from streamconv.gguf.reader import MAX_KEPT_NBYTES, FileProblem, GGUFFile, GGUFKey, StoredTensor
+
+_PART_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFSet:
+    """Files in the order of their parts, those that are missing left out; a context manager that holds them open."""
+
+    files: tuple[GGUFFile, ...]
+    tensors: dict[str, tuple[GGUFFile, StoredTensor]]
+    problems: tuple[FileProblem, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The file at `path` and, where it is the first part of a split, the other parts beside it.
+
+        SourceError where a file cannot be parsed. A part that is missing or does not belong is a listed problem.
+        """
+        files = [GGUFFile.open(path)]
+        try:
+            problems = list(_open_others(files))
+            tensors = dict[str, tuple[GGUFFile, StoredTensor]]()
+            for file in files:
+                problems += file.problems
+                for tensor in file.tensors.values():
+                    if tensors.setdefault(tensor.name, (file, tensor))[0] is not file:
+                        other = tensors[tensor.name][0].path.name
+                        problems.append(
+                            FileProblem("duplicate-tensor", f"is in {other} as well", file.path, tensor.name)
+                        )
+            problems += _check_total(files[0], len(tensors), len(files))
+        except BaseException:
+            _close(files)
+            raise
+        return cls(tuple(files), tensors, tuple(problems))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _close(self.files)
+
+    @property
+    def keys(self) -> dict[str, GGUFKey]:
+        """The first part's, which has the model's."""
+        return self.files[0].keys
+
+
+def _close(files: list[GGUFFile] | tuple[GGUFFile, ...]) -> None:
+    for file in files:
+        file.file.close()
+
+
+def part_name(prefix: str, number: int, count: int) -> str:
+    """llama.cpp's name of part `number` (from 1), as `prefix-00001-of-00003.gguf`."""
+    return f"{prefix}-{number:05d}-of-{count:05d}.gguf"
+
+
+def _integer(file: GGUFFile, key: str) -> int | None:
+    value = file.keys[key].value if key in file.keys else None
+    return value if isinstance(value, int) else None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
+
+
+def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
+    """Append the other parts of a set whose first file is given; what is wrong with the set, in order."""
+    first = files[0]
+    count, number = _integer(first, "split.count"), _integer(first, "split.no")
+    if count is None or count < 2:
+        return
+    match = _PART_NAME.fullmatch(first.path.name)
+    if number is None or match is None or (int(match["number"]), int(match["count"])) != (number + 1, count):
+        what = (
+            f"it is part {number + 1} of {count}" if number is not None else f"it has split.count {count}, no split.no"
+        )
+        yield FileProblem("split", f"{what}, which its name does not say: the other parts cannot be found", first.path)
+        return
+    if number > 0:
+        start = part_name(match["prefix"], 1, count)
+        yield FileProblem("split", f"it is part {number + 1} of {count}: loaders take a set from {start}", first.path)
+        return
+    missing = []
+    for i in range(1, count):
+        path = first.path.with_name(part_name(match["prefix"], i + 1, count))
+        if _exists(path):
+            files.append(part := GGUFFile.open(path))
+            yield from _check_part(part, i, count)
+            if sum(file.kept_nbytes for file in files) > MAX_KEPT_NBYTES:
+                raise SourceError(f"the parts up to {path.name} have too many names to keep in memory", file=first.path)
+        else:
+            missing.append(i + 1)
+    if missing:
+        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        yield FileProblem("split-missing", f"parts missing (or unreadable) beside it: {shown} of {count}", first.path)
+
+
+def _check_part(part: GGUFFile, number: int, count: int) -> Iterator[FileProblem]:
+    for key, expected in (("split.no", number), ("split.count", count)):
+        if (found := _integer(part, key)) != expected:
+            yield FileProblem("split", f"its {key} is {found}, as a part of this set it would be {expected}", part.path)
+
+
+def _check_total(first: GGUFFile, n_tensors: int, n_files: int) -> Iterator[FileProblem]:
+    expected = _integer(first, "split.tensors.count")
+    is_whole = n_files > 1 and n_files == _integer(first, "split.count")
+    if is_whole and expected != n_tensors:
+        yield FileProblem("split", f"split.tensors.count is {expected}, the parts hold {n_tensors} tensors", first.path)

@@ -1,0 +1,1 @@
+"""Lazy tensors: nodes that make rows on demand, and the scratch memory that they use."""

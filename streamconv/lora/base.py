@@ -1,0 +1,337 @@
+"""What an adapter needs to know of its base: which tensors there are, their shapes and heads. No weight is read.
+
+Owns: the facts of a base, from its GGUF (keys and tensor list) or its Hugging Face folder (config.json, and the headers
+of its weights where they are there). Does not own: adapters (resolve.py), parsing GGUF (gguf_file/reader.py).
+Invariant: both kinds of base are seen through the architecture's recipe, so an architecture that has one has adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.errors import Caution, SourceError
+from streamconv.files.hub import CONFIG, find_source, source_failures
+from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
+from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.gguf.reader import GGUFKey, Span, refuse
+from streamconv.gguf.splits import GGUFSet
+from streamconv.lora.config import Problem
+from streamconv.recipe.bind import MAX_LAYERS, bind
+from streamconv.recipe.dims import extents, match_name, parse_shape, solve_dims, stated_dims
+from streamconv.recipe.language import (
+    QUANTIZATION_KEYS,
+    Key,
+    Model,
+    PerLayer,
+    Recipe,
+    Tensor,
+    all_recipes,
+    find_recipe,
+    recipe_of,
+)
+
+COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
+N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
+
+# Tensors that llama.cpp's run time uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
+_IGNORED_TARGETS = {
+    "_norm.weight": "a norm, for which llama.cpp asks no adapter",
+    "shortconv.conv.weight": "a convolution, and LoRA of convolutions is not known here",
+}
+
+# MLX stacks the experts of a layer in one module (mlx-lm, models/switch_layers.py).
+_SWITCH = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\..+\.switch_mlp\.(gate_proj|up_proj|down_proj)")
+_SWITCH_TARGETS = {
+    "gate_proj": "blk.{i}.ffn_gate_exps.weight",
+    "up_proj": "blk.{i}.ffn_up_exps.weight",
+    "down_proj": "blk.{i}.ffn_down_exps.weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One matrix of the base that a pair of factors may change; of stacked experts one, or all where `expert` is None.
+
+    order: its place among the base's tensors. shape: row-major [out, in], None where the base does not tell. heads: how
+    many its rows are permuted in, 0 for none, None where the base does not tell. factor: what the recipe multiplies the
+    matrix by, None where the base does not tell.
+    """
+
+    target: str
+    order: tuple[int, int, int]
+    shape: tuple[int | None, int | None]
+    heads: int | None = 0
+    factor: float | None = 1.0
+    expert: int | None = None
+    n_experts: int = 0
+    is_embedding: bool = False
+    is_head: bool = False
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """A base as adapters see it.
+
+    targets: the names of its tensors in GGUF, None where it does not list them all. shapes: of those whose shapes it
+    tells itself; the others follow from `dims`. is_tied: None where the base does not tell.
+    """
+
+    path: Path
+    recipe: Recipe
+    dims: Mapping[str, int]
+    kinds: Mapping[str, Sequence[str]]
+    is_tied: bool | None
+    keys: Sequence[KeyValue]
+    targets: frozenset[str] | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    model: Model | None = None
+    cautions: list[Caution] = field(default_factory=list)
+
+    @property
+    def n_layers(self) -> int:
+        return self.dims[N_LAYERS]
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a tensor of this name in its checkpoint; a tied base's head counts."""
+        template, numbers = match_name(name)
+        rows = (row for row in self.recipe.tensors if row.source == template)
+        i, e = (*numbers, None, None)[:2]
+        return any(name == self.recipe.head or self._has(row, i, e) for row in rows)
+
+    def slot(self, module: str) -> Slot | Problem:
+        """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
+        absent = Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
+        rows = {row.source: (number, row) for number, row in enumerate(self.recipe.tensors)}
+        template, numbers = match_name(f"{module}.weight")
+        if switch := _SWITCH.fullmatch(module):
+            target, numbers = _SWITCH_TARGETS[switch[2]], (int(switch[1]),)
+            template = next((source for source, (_, row) in rows.items() if row.target == target), "")
+        if template not in rows:
+            return absent
+        number, row = rows[template]
+        i, e = (*numbers, None, None)[:2]
+        if row.source == self.recipe.head and self.is_tied:
+            return Problem("tied", "the base is tied: it has no head of its own that llama.cpp could adapt", (module,))
+        if not self._has(row, i, e):
+            return absent
+        reason = _no_matrix(row)
+        return Problem("no-matrix", reason, (module,)) if reason else self._slot(number, row, i, e)
+
+    def _has(self, row: Tensor, i: int | None, e: int | None) -> bool:
+        axis, _, kind = row.only.partition("=")
+        if (i is not None and i >= self.n_layers) or (e is not None and e >= self.dims.get(N_EXPERTS, 0)):
+            return False
+        if self.targets is not None:
+            return row.target.format(i=i) in self.targets
+        return i is None or axis not in self.kinds or self.kinds[axis][i] == kind
+
+    def _slot(self, number: int, row: Tensor, i: int | None, e: int | None) -> Slot:
+        target = row.target.format(i=i)
+        shape = [_extent(factors, self.dims) for factors in parse_shape(row.shape)]
+        n_out, n_in = self.shapes[target][-2:] if len(self.shapes.get(target, ())) > 1 else shape
+        return Slot(
+            target=target,
+            order=(-1 if i is None else i, number, -1 if e is None else e),
+            shape=(n_out, n_in),
+            heads=self.dims.get(row.rows.heads) if row.rows else 0,
+            factor=1.0 if row.scale is None else row.scale(self.model) if self.model else None,
+            expert=e,
+            n_experts=self.dims.get(N_EXPERTS, 0) if "{e}" in row.source else 0,
+            is_embedding=target == "token_embd.weight",
+            is_head=row.source == self.recipe.head,
+        )
+
+
+def _no_matrix(row: Tensor) -> str:
+    """Why a row of the recipe is nothing that a pair of factors could change; empty where it is."""
+    for ending, what in _IGNORED_TARGETS.items():
+        if row.target.endswith(ending):
+            return f"it is {what}"
+    return "" if len(parse_shape(row.shape)) == 2 and row.part is None else "it is no matrix"
+
+
+def _extent(factors: Sequence[str], dims: Mapping[str, int]) -> int | None:
+    found = extents("*".join(factors), dims)
+    return None if found is None else found[0]
+
+
+@source_failures()
+def open_base(path: Path, max_header_nbytes: int) -> BaseModel:
+    """The base at `path`: a GGUF file, or the first of a split, or a folder with a config.json.
+
+    SourceError where it cannot be read, or where its architecture has no recipe.
+    """
+    path = find_source(path)
+    if not path.is_dir():
+        return _from_gguf(path)
+    if not (path / CONFIG).is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"name the file itself, as {path / ggufs[0]}" if ggufs else "give the base's GGUF, or its folder"
+        raise SourceError(f"no {CONFIG}", file=path, hint=hint)
+    return _from_folder(path, max_header_nbytes)
+
+
+# ---------------------------------------------------------------- a GGUF
+
+
+def _from_gguf(path: Path) -> BaseModel:
+    with GGUFSet.open(path) as file:
+        refuse(file.problems, ignore=("truncated", "split-missing"))  # only names and shapes are needed
+        facts = _GGUFFacts(path, file.keys)
+        dims = facts.dims()
+        shapes = {name: tensor.shape for name, (_, tensor) in file.tensors.items()}
+        is_whole = bool(shapes) and not any(problem.code == "split-missing" for problem in file.problems)
+        head = next((row.target for row in facts.recipe.tensors if row.source == facts.recipe.head), None)
+        cautions = []
+        if not is_whole:
+            what = "some of its parts are missing" if shapes else "it lists no tensors"
+            cautions.append(Caution("base-metadata-only", f"{path.name}: {what}, shapes were taken from its keys"))
+        return BaseModel(
+            path=path,
+            recipe=facts.recipe,
+            dims=dims,
+            kinds=facts.kinds,
+            is_tied=head not in shapes if is_whole else None,
+            keys=tuple(facts.copied_keys()),
+            targets=frozenset(shapes) if is_whole else None,
+            shapes=shapes,
+            cautions=cautions,
+        )
+
+
+class _GGUFFacts:
+    """A recipe's keys read backwards: from the values in a file to dims and kinds of layers."""
+
+    def __init__(self, path: Path, keys: Mapping[str, GGUFKey]) -> None:
+        self.path, self.keys = path, keys
+        self.kinds: dict[str, list[str]] = {}
+        if self._value("general.type") == "adapter":
+            raise SourceError("is an adapter, not a base", file=path, hint="--base names the model it was trained on")
+        arch = self._value("general.architecture")
+        recipe = recipe_of(arch) if isinstance(arch, str) else None
+        if recipe is None:
+            supported = ", ".join(one.arch for one in all_recipes())
+            raise SourceError(f"architecture {arch!r} is not supported", file=path, hint=f"supported: {supported}")
+        self.recipe = recipe
+
+    def dims(self) -> dict[str, int]:
+        """The dims that the keys give, and their defaults; `kinds` is known then too."""
+        stated = {N_LAYERS: self._n_layers()}  # first, since a list for each layer must be as long
+        for key in self.recipe.keys:
+            values = self._integers(key) if isinstance(key.value, str | PerLayer) else []
+            if isinstance(key.value, PerLayer) and values:
+                self._read_per_layer(key, key.value, values, stated)
+            elif isinstance(key.value, str) and any(values):
+                if len(set(values)) > 1:
+                    raise self._wrong(key, "differs between layers, which this architecture's recipe does not know")
+                stated.setdefault(key.value, values[0])
+        if N_VOCAB not in stated and isinstance(tokens := self._value("tokenizer.ggml.tokens"), Span):
+            stated[N_VOCAB] = len(tokens)
+        return solve_dims(self.recipe, stated)
+
+    def _n_layers(self) -> int:
+        key = next(key for key in self.recipe.keys if key.value == N_LAYERS)
+        n_layers = (self._integers(key) or [0])[0]
+        if not 1 <= n_layers <= MAX_LAYERS:
+            raise self._wrong(key, f"is {n_layers}, no number of layers" if n_layers else "is missing")
+        return n_layers
+
+    def copied_keys(self) -> Iterator[KeyValue]:
+        """The head counts, as the base has them."""
+        for template in COPIED_KEYS:
+            key = self.keys.get(template.format(arch=self.recipe.arch))
+            if key is None:
+                continue
+            if isinstance(key.value, Span):
+                numbers = [value for value in key.value.first(MAX_LAYERS) if isinstance(value, int)]
+                yield KeyValue.array(key.name, PackedArray.of_numbers(key.value.element, numbers))
+            else:
+                yield KeyValue(key.name, key.type, key.value)
+
+    def _read_per_layer(self, key: Key, rule: PerLayer, values: list[int], stated: dict[str, int]) -> None:
+        """A layer's kind is the one whose fixed number it has, else the one whose number is a dim."""
+        fixed = {number: kind for kind, number in rule.by_kind.items() if not isinstance(number, str)}
+        free = [(kind, dim) for kind, dim in rule.by_kind.items() if isinstance(dim, str)]
+        values = values * stated[N_LAYERS] if len(values) == 1 else values
+        if len(values) != stated[N_LAYERS]:
+            raise self._wrong(key, f"lists {len(values)} of {stated[N_LAYERS]} layers")
+        others = set(values) - fixed.keys()
+        if len(free) != 1 or len(others) > 1:
+            raise self._wrong(key, "differs between layers, which this architecture's recipe does not know")
+        kind, dim = free[0]
+        for value in others:
+            stated.setdefault(dim, value)
+        self.kinds[rule.axis] = [fixed.get(value, kind) for value in values]
+
+    def _integers(self, key: Key) -> list[int]:
+        """The value of a recipe's key as a list: one number, or one for each layer. Empty where there is none."""
+        value = self._value(key.name.format(arch=self.recipe.arch))
+        values = value.first(MAX_LAYERS + 1) if isinstance(value, Span) else [] if value is None else [value]
+        integers = [v for v in values if type(v) is int and 0 <= v < 1 << 31]
+        if len(integers) < len(values):
+            raise self._wrong(key, "is no whole number")
+        return integers
+
+    def _value(self, name: str) -> object:
+        key = self.keys.get(name)
+        return None if key is None else key.value
+
+    def _wrong(self, key: Key, what: str) -> SourceError:
+        return SourceError(f"{key.name.format(arch=self.recipe.arch)} {what}", file=self.path)
+
+
+# ---------------------------------------------------------------- a Hugging Face folder
+
+
+def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
+    raw = load_object(path / CONFIG, MAX_CONFIG_NBYTES)
+    # A quantised base (as QLoRA trains on) has other shapes on disk; its config.json gives the real ones.
+    is_quantized = bool([key for key in QUANTIZATION_KEYS if raw.pop(key, None) is not None])
+    config = Config(raw, path / CONFIG)
+    recipe = find_recipe(config)
+    if any(path.glob("*.safetensors")) and not is_quantized:
+        with Checkpoint.open(path, max_header_nbytes=max_header_nbytes) as checkpoint:
+            model = bind(recipe, config, checkpoint.tensors)
+            targets = frozenset(target.name for target in model.targets)
+            return _of_model(path, model, recipe.head not in checkpoint.tensors, targets)
+    return _from_config(path, recipe, config)
+
+
+def _from_config(path: Path, recipe: Recipe, config: Config) -> BaseModel:
+    model = Model(recipe, config, solve_dims(recipe, stated_dims(recipe, config)))
+    if not 1 <= model.dims.get(N_LAYERS, 0) <= MAX_LAYERS:
+        name = recipe.dims[N_LAYERS].label
+        raise SourceError(f"{name} is {model.dims.get(N_LAYERS)}, no number of layers", file=config.file)
+    for claim in recipe.claims:
+        kinds = claim.kinds(config, model.n_layers)
+        if kinds is not None and len(kinds) != model.n_layers:
+            what = f"{claim.key} is of {len(kinds)} layers, and there are {model.n_layers}"
+            raise SourceError(what, file=config.file)
+        if kinds is not None and model.kinds.setdefault(claim.axis, list(kinds)) != list(kinds):
+            raise SourceError(f"{claim.key} contradicts the config's other word on the layers", file=config.file)
+    stated = next((flag for key in recipe.tie_keys if (flag := config.flag(key)) is not None), None)
+    return _of_model(path, model, recipe.tied_by_default if stated is None else stated, None)
+
+
+def _of_model(path: Path, model: Model, is_tied: bool, targets: frozenset[str] | None) -> BaseModel:
+    copied = tuple(key for key in model.recipe.keys if key.name in COPIED_KEYS and _has_value(key, model))
+    return BaseModel(
+        path=path,
+        recipe=model.recipe,
+        dims=model.dims,
+        kinds=model.kinds,
+        is_tied=is_tied,
+        keys=replace(model, recipe=replace(model.recipe, keys=copied)).keys(),
+        targets=targets,
+        model=model,
+    )
+
+
+def _has_value(key: Key, model: Model) -> bool:
+    """Whether a key can be written of a model whose weights were not seen."""
+    return key.value.axis in model.kinds if isinstance(key.value, PerLayer) else key.value in model.dims

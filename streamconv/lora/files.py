@@ -1,0 +1,166 @@
+"""An adapter on disk: its configuration, its one safetensors file, and which tensor is which factor of which module.
+
+Owns: finding the two files, and the spellings of tensor names. Does not own: what a base has (base_model.py), what the
+configuration means (config.py).
+Invariant: every tensor of the file is accounted for: a factor, something without effect, or a named problem.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.folder import Shard, SourceTensor
+from streamconv.errors import SourceError
+from streamconv.files import sniff as magic
+from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source, source_failures
+from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
+from streamconv.lora.config import Problem
+
+WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, MLX's
+NUMBERED = "*[0-9]_adapters.safetensors"  # MLX's checkpoints, as 0000100_adapters.safetensors
+
+A, B, UNUSED = "a", "b", "unused"
+
+_NAME = (
+    r"(?:\.[^.]+)?"  # an adapter's, as "default": PEFT leaves it out when it saves, a state dict saved by hand has it
+)
+
+# The ends of names, first match first.
+_ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (role, re.compile(pattern))
+    for role, pattern in (
+        (A, rf"(.+)\.(?:lora_A{_NAME}\.weight|lora_embedding_A{_NAME}|lora_a)"),
+        (B, rf"(.+)\.(?:lora_B{_NAME}\.weight|lora_embedding_B{_NAME}|lora_b)"),
+        # Copies of the frozen base that PEFT saves beside trained embeddings; what VeLoRA and MonteCLoRA train with.
+        (UNUSED, r"(.+)\.(?:base_layer\.weight|original_module\.weight|lora_velora_.+|lora_monteclora_sampler\..+)"),
+        ("dora", r"(.+)\.(?:lora_magnitude_vector(?:\..+)?|m)"),
+        ("lora-bias", rf"(.+)\.lora_B{_NAME}\.bias"),
+        ("kasa", r"(.+)\.lora_diag(?:\..+)?"),
+        ("tokens", r"(.+?)\.(?:token_adapter\..+|trainable_tokens_.+)"),
+        ("unknown", r"(.+\.lora_.+)"),
+        ("bias", r"(.+?)(?:\.base_layer)?\.bias"),
+        ("norm", r"((?:.+\.)?[^.]*norm)\.weight"),
+        ("weight", rf"(.+?)(?:\.modules_to_save{_NAME})?\.weight"),
+        ("unknown", r"(.+)"),
+    )
+)
+
+_REASONS: Mapping[str, str] = {
+    "dora": "DoRA has full rank: merge it while converting",
+    "lora-bias": "lora_bias, a trained bias of lora_B",
+    "kasa": "KaSA (lora_diag) computes more than B @ A",
+    "tokens": "trainable_token_indices: whole rows of the embedding were replaced",
+    "bias": "a trained bias",
+    "norm": "a trained norm, which llama.cpp ignores in adapters",
+    "weight": "a whole trained weight (modules_to_save, a resized vocabulary or a full fine-tune)",
+    "unknown": "a tensor of no known kind",
+}
+
+
+@dataclass(slots=True)
+class Factors:
+    """The two factors of one module as they are stored."""
+
+    a: SourceTensor | None = None
+    b: SourceTensor | None = None
+
+
+@dataclass(slots=True)
+class LoraFile:
+    """An adapter, its header read and nothing else. A context manager: it holds the file open."""
+
+    directory: Path
+    config: Config
+    shard: Shard
+    factors: dict[str, Factors] = field(default_factory=dict)  # by module
+    problems: list[Problem] = field(default_factory=list)
+
+    @classmethod
+    @source_failures()
+    def open(cls, path: Path, max_header_nbytes: int) -> Self:
+        """The adapter in the folder `path`, or the one safetensors file `path` with its configuration beside it.
+
+        SourceError where a file is missing or malformed.
+        """
+        path = find_source(path)
+        if not path.exists():
+            raise SourceError("no such adapter", file=path)
+        if path.is_file() and path.suffix != ".safetensors":
+            raise magic.misplaced(path, "safetensors file", ADAPTER_CONFIG)
+        directory = path if path.is_dir() else path.parent
+        weights = _find_weights(path) if path.is_dir() else path
+        if not (directory / ADAPTER_CONFIG).is_file():
+            raise SourceError(
+                f"no {ADAPTER_CONFIG}", file=directory, hint="it lies beside the weights of every adapter"
+            )
+        raw = load_object(directory / ADAPTER_CONFIG, MAX_CONFIG_NBYTES)
+        adapter = cls(directory, Config(raw, directory / ADAPTER_CONFIG), Shard(weights, max_header_nbytes))
+        adapter._sort()
+        return adapter
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shard.close()
+
+    def _sort(self) -> None:
+        others: dict[str, list[str]] = {}
+        for name, tensor in self.shard.tensors.items():
+            role, module = parse_name(name)
+            if role in (A, B):
+                factors = self.factors.setdefault(module, Factors())
+                if getattr(factors, role) is not None:
+                    self.problems.append(Problem("twice", f"has two tensors for lora_{role}", (module,)))
+                setattr(factors, role, tensor)
+            elif role != UNUSED:
+                others.setdefault(role, []).append(name if role == "unknown" else module)
+        self.problems += [Problem(role, _REASONS[role], tuple(names)) for role, names in others.items()]
+
+
+def parse_name(name: str) -> tuple[str, str]:
+    """(role, module) of a tensor: base_model.model.lm_head.lora_A.weight is ("a", "lm_head"), whatever its prefixes."""
+    while name.startswith("base_model.model."):
+        name = name.removeprefix("base_model.model.")
+    for role, pattern in _ROLES:
+        if match := pattern.fullmatch(name):
+            return role, match[1]
+    return "unknown", name
+
+
+def _find_weights(directory: Path) -> Path:
+    """The weights in a folder: the finished adapter, else the one numbered checkpoint."""
+    finished = [directory / name for name in WEIGHTS if (directory / name).is_file()]
+    if len(finished) > 1:
+        raise SourceError(f"{' and '.join(WEIGHTS)} are both there", file=directory, hint=f"name one, as {finished[0]}")
+    if finished:
+        return finished[0]
+    numbered = sorted(directory.glob(NUMBERED))
+    if len(numbered) == 1:
+        return numbered[0]
+    if numbered:
+        raise SourceError(
+            f"{len(numbered)} checkpoints and no {WEIGHTS[1]}", file=directory, hint=f"name one, as {numbered[-1]}"
+        )
+    raise SourceError("no adapter_model.safetensors or adapters.safetensors", file=directory, hint=_missing(directory))
+
+
+def _missing(directory: Path) -> str:
+    if (directory / "adapter_model.bin").exists():
+        return "adapter_model.bin is pickled, which is never loaded here: save it again with peft, as safetensors"
+    if (directory / CONFIG).is_file() and not (directory / ADAPTER_CONFIG).is_file():
+        return "this is a model: name the adapter's folder here, and the model as --base"
+    inside = next((child.parent for child in _grandchildren(directory)), None)
+    return f"there is one in {inside}" if inside else "name the folder that holds them"
+
+
+def _grandchildren(directory: Path) -> Iterator[Path]:
+    return (file for name in WEIGHTS for file in sorted(directory.glob(f"*/{name}")))

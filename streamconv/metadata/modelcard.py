@@ -1,0 +1,186 @@
+"""The `general.*` keys: what a file says of the model it holds, from its model card, its configs and its name.
+
+Owns: asking gguf's own heuristics and carrying their answer over with exact types. Does not own: the heuristics.
+Invariant: a model card is a stranger's text; whatever it holds gives keys or a caution, never a failed conversion.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
+
+from streamconv.errors import Caution
+from streamconv.files.hub import model_name
+from streamconv.files.local import read_start
+from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.lazy.node import TensorSpec
+
+MAX_CARD_NBYTES = 1 << 20
+MAX_FRONT_MATTER_NBYTES = 64 << 10  # YAML takes up to 340 bytes of memory for each; published ones have a few thousand
+
+# What a model card says of one model alone, and not of another that was made of it.
+_OWN_FIELDS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
+
+
+@dataclass(frozen=True, slots=True)
+class General:
+    """The general.* keys of a file, the stem of its conventional name (without type), and what to tell the user."""
+
+    keys: tuple[KeyValue, ...]
+    cautions: tuple[Caution, ...]
+    metadata: Any  # gguf.Metadata, for the naming convention
+
+    def file_name(self, outtype: str, kind: str | None = None) -> str:
+        """GGUF's naming convention: Name-1.2B-BF16.gguf, with `kind` "LoRA" for adapters."""
+        from gguf.utility import naming_convention
+
+        m = self.metadata
+        # A card may say 5, or a list, where a name is expected.
+        name, base, finetune, version, size = (
+            None if part is None else str(part) for part in (m.name, m.basename, m.finetune, m.version, m.size_label)
+        )
+        stem = naming_convention(name, base, finetune, version, size, outtype, kind)  # type: ignore[arg-type]
+        return "".join(c if c.isprintable() and c not in "/\\" else "-" for c in stem)[:200] + ".gguf"
+
+
+def read_general(
+    directory: Path,
+    *,
+    arch: str,
+    name: str | None,
+    specs: Iterable[tuple[str, TensorSpec]],
+    kind: str = "model",
+    merged: Sequence[Path] = (),
+) -> General:
+    """The keys as llama.cpp's converter writes them, general.architecture and general.type first.
+
+    `specs`: every target's logical name and spec, for the size label. `name` overrides what the card says. `merged`:
+    the folders of adapters that are merged into the model, which is then another one's fine-tune.
+    """
+    from gguf.metadata import Metadata
+    from gguf.utility import size_label
+
+    total, shared, expert, n_experts = count_parameters(specs)
+    label = size_label(total, shared, expert, n_experts) if total > 0 and kind == "model" else None
+    cautions = []
+    fallback = name or model_name(directory)
+    with _quiet("metadata"):
+        try:
+            # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
+            metadata = _read_cards(directory, merged, total if kind == "model" else -total)
+            if name:
+                metadata.name, metadata.basename = name, None if merged else metadata.basename
+            metadata.name = metadata.name or fallback
+            metadata.size_label = metadata.size_label or label
+            keys = tuple(_keys(metadata, arch))
+        except Exception as error:  # gguf and yaml raise whatever comes; the card is optional
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            cautions.append(Caution("model-card", f"the model card was left out: {what}"))
+            metadata = Metadata(name=fallback, size_label=label)
+            keys = tuple(_keys(metadata, arch))
+    head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
+    tail = (KeyValue.u32("general.quantization_version", GGML_QUANT_VERSION),)
+    return General((*head, *keys, *tail), tuple(cautions), metadata)
+
+
+def _read_cards(directory: Path, merged: Sequence[Path], n_parameters: int) -> Any:
+    """gguf's metadata of what is in `directory`, with adapters merged into it. ValueError where a card is too large."""
+    for folder in (directory, *merged):
+        _check_size(folder / "README.md")
+    metadata = _load(directory, n_parameters)
+    if merged:
+        _make_fine_tune(metadata, [_load(folder, -1) for folder in merged])
+    return metadata
+
+
+def _check_size(card: Path) -> None:
+    """ValueError where reading `card` would take more memory than the bound leaves for what nobody counts."""
+    if not card.is_file():
+        return
+    text = read_start(card, MAX_CARD_NBYTES + 1)
+    if len(text) > MAX_CARD_NBYTES:
+        raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES:,} bytes")
+    lines = text[:MAX_FRONT_MATTER_NBYTES].decode("utf-8", "replace").splitlines()
+    if len(text) > MAX_FRONT_MATTER_NBYTES and lines[0] == "---" and "---" not in lines[1:-1]:
+        raise ValueError(f"its front matter is larger than {MAX_FRONT_MATTER_NBYTES:,} bytes")
+
+
+def _load(directory: Path, n_parameters: int) -> Any:
+    """gguf's metadata of what is in `directory`; in the Hugging Face cache, with the repo's name for the folder's."""
+    from gguf.metadata import Metadata
+
+    path = directory.absolute()
+    metadata = Metadata.load(None, path, None, n_parameters)
+    if (name := model_name(path)) != path.name:
+        card, params = Metadata.load_model_card(path), Metadata.load_hf_parameters(path)
+        named = Metadata.apply_metadata_heuristic(Metadata(), card, params, Path(name), n_parameters)
+        for field in fields(metadata):
+            if not field.name.startswith("sampling_"):
+                setattr(metadata, field.name, getattr(named, field.name))
+    return metadata
+
+
+def _make_fine_tune(metadata: Any, adapters: Sequence[Any]) -> None:
+    """A base's metadata become those of a model that adapters were merged into."""
+    cards = [entry for adapter in adapters for entry in adapter.base_models or ()]
+    own = {field: value for field in _OWN_FIELDS if (value := getattr(metadata, field))}
+    names = [str(adapter.name) for adapter in adapters]
+    for field in _OWN_FIELDS:
+        setattr(metadata, field, None)
+    metadata.base_models = [(cards[0] if cards else {}) | own]
+    base = str(own.get("name", "model"))
+    metadata.basename = metadata.basename or base
+    metadata.name = " + ".join([base, *names])
+    metadata.finetune = " ".join(names)
+
+
+def count_parameters(specs: Iterable[tuple[str, TensorSpec]]) -> tuple[int, int, int, int]:
+    """(all, shared, of one expert, experts), as GGUFWriter.get_total_parameter_count in gguf counts them."""
+    total = shared = expert = n_experts = 0
+    for target, spec in specs:
+        total += spec.n_elements
+        if "_exps." in target and len(spec.shape) >= 3:
+            n_experts = spec.shape[-3]
+            expert += spec.n_elements // n_experts
+        else:
+            shared += spec.n_elements
+    return total, shared, expert, n_experts
+
+
+def _keys(metadata: Any, arch: str) -> Iterator[KeyValue]:
+    """What gguf would write of `metadata`, with exact types."""
+    from gguf.gguf_writer import GGUFWriter
+
+    writer = GGUFWriter("", arch)
+    metadata.set_gguf_meta_model(writer)
+    for key, entry in writer.kv_data[0].items():
+        if key in ("general.architecture", "general.type"):
+            continue
+        if entry.type == GGUFValueType.ARRAY:
+            yield KeyValue.array(key, PackedArray.of_strings([_utf8(item) for item in entry.value]))
+        elif entry.type == GGUFValueType.STRING:
+            yield KeyValue.string(key, _utf8(entry.value))
+        else:
+            yield KeyValue(key, entry.type, entry.value)
+
+
+def _utf8(value: object) -> str:
+    """`value` as text; half of a surrogate pair in a card, or a byte of a name that is no UTF-8, becomes "?"."""
+    return str(value).encode("utf-8", "replace").decode("utf-8")
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """A library that prints is made silent: its remarks on a model card are not ours to show."""
+    logger = logging.getLogger(logger_name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

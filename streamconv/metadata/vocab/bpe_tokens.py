@@ -1,0 +1,156 @@
+"""The token list of a tokenizer.json: byte-level BPE, and llama-style BPE that falls back to bytes.
+
+Owns: which ids and texts added tokens have, and scores that stand for merges. Does not own: what a list of tokens is
+(token_list.py).
+Invariant: a text gets the ids that the `tokenizers` library gives it; where GGUF cannot say so, a caution does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy as np
+from gguf.constants import TokenType
+
+from streamconv.errors import Caution, SourceError
+from streamconv.metadata.vocab.companions import TOKENIZER_CONFIG, Companions
+from streamconv.metadata.vocab.pretokenizers import is_byte_level
+from streamconv.metadata.vocab.token_list import TokenList, added_text, added_type
+from streamconv.metadata.vocab.tokenizer_json import AddedToken, Merges, TokenizerJson, shown
+
+NEVER_MERGED_SCORE = -1e6  # below that of every merge
+
+_BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
+
+
+def byte_level_tokens(tokenizer: TokenizerJson, companions: Companions, n_vocab: int) -> TokenList:
+    """For the tokenizer model `gpt2`: vocabulary and added tokens, no scores."""
+    tokens = TokenList.of(tokenizer.path, tokenizer.vocab, n_vocab)
+    decodes = is_byte_level(tokenizer.parts["decoder"])
+
+    def text_of(token: AddedToken) -> bytes:
+        # llama.cpp looks for the text itself, so its converter writes what the decoder makes of the token.
+        return _decoded(token.text) if decodes and not token.normalized else token.text
+
+    _place_added(tokens, _added_tokens(tokens, tokenizer, companions), text_of)
+    return tokens
+
+
+def byte_fallback_tokens(tokenizer: TokenizerJson, merges: Merges, companions: Companions, n_vocab: int) -> TokenList:
+    """For the tokenizer model `llama`, which joins the pair whose token has the best score: the rank of its merge."""
+    tokens = TokenList.of(tokenizer.path, tokenizer.vocab, n_vocab)
+    tokens.scores = np.where(merges.ranks < 0, NEVER_MERGED_SCORE, -merges.ranks).astype(np.float32)
+    if not merges.grouped or merges.lines.length != sum(_n_splits(text, tokens.ids) for text in tokens.ids):
+        message = (
+            "llama.cpp merges by one score a token, these merges have no such order: some texts may split otherwise"
+        )
+        tokens.cautions.append(Caution("merges-without-scores", message))
+    for text, id_ in tokens.ids.items():
+        if _BYTE.fullmatch(text):
+            tokens.types[id_] = TokenType.BYTE
+    _place_added(tokens, _added_tokens(tokens, tokenizer, companions), lambda token: token.text)
+    return tokens
+
+
+def _added_tokens(tokens: TokenList, tokenizer: TokenizerJson, companions: Companions) -> Iterator[AddedToken]:
+    """tokenizer.json's, with the flags that tokenizer_config.json has for them, then what only the latter has."""
+    configured = {token.text: token for token in companions.added_tokens()}
+    beyond = [token for token in configured.values() if token.id >= len(tokens.texts)]
+    if beyond:
+        message = f"{TOKENIZER_CONFIG} has {len(beyond)} tokens beyond the model's {len(tokens.texts):,} rows"
+        tokens.cautions.append(Caution("tokens-beyond-rows", f"{message}, such as {shown(beyond[0].text)}"))
+    for token in tokenizer.added:
+        flags = configured.pop(token.text, None)
+        yield replace(flags, id=token.id) if flags else token
+    for token in sorted(configured.values(), key=lambda token: token.id):
+        if token.id < len(tokens.texts):
+            yield token
+
+
+def _place_added(tokens: TokenList, added: Iterator[AddedToken], text_of: Callable[[AddedToken], bytes]) -> None:
+    placement = _Placement(tokens)
+    n_moved = n_spaced = 0
+    for token in added:
+        row = placement.row_of(token)
+        if row is None:
+            continue
+        text = text_of(token)
+        type_ = added_type(text, token.special)
+        tokens.put(row, added_text(text, type_), type_, NEVER_MERGED_SCORE)
+        n_moved += row != token.id
+        n_spaced += token.lstrip or token.rstrip or token.single_word
+    if n_moved:
+        message = f"{n_moved} added tokens have the ids that the tokenizers library gives them, not those of the file"
+        tokens.cautions.append(Caution("added-token-ids", message))
+    if n_spaced:
+        message = f"{n_spaced} added tokens take spaces beside them or stand alone (lstrip, rstrip, single_word)"
+        tokens.cautions.append(Caution("added-token-spaces", f"{message}; llama.cpp takes them as they are"))
+
+
+class _Placement:
+    """Finds the row that each added token has in use: the tokenizers library numbers those that the vocabulary does not
+    have, one after the other; the file's own number holds where that one is taken."""
+
+    def __init__(self, tokens: TokenList) -> None:
+        self.tokens = tokens
+        self.next_row = len(tokens.ids)
+        self.rows = np.full(len(tokens.texts), -1, dtype=np.int32)  # in use, by the file's ids
+        self.is_placed = np.zeros(len(tokens.texts), dtype=np.bool_)
+
+    def row_of(self, token: AddedToken) -> int | None:
+        """None for an entry that was there before. SourceError where two tokens share an id or one has two."""
+        texts, known, earlier = self.tokens.texts, self.tokens.ids.get(token.text), int(self.rows[token.id])
+        if earlier >= 0:
+            if known == earlier:
+                return None
+            self._fail_shared(texts[earlier], token)
+        if known is None:
+            if not self.is_placed[token.id]:
+                self._fail_shared(texts[token.id], token)
+            row = self.next_row if self.next_row < len(texts) and texts[self.next_row] is None else token.id
+            self._fail_shared(texts[row], token)
+        elif known == token.id:
+            row = known
+        else:
+            problem = f"token {shown(token.text)} has the id {known} and, as an added token, {token.id}"
+            raise SourceError(problem, file=self.tokens.file)
+        self.rows[token.id] = row
+        self.is_placed[row] = True
+        self.next_row = max(self.next_row, row + 1)
+        return row
+
+    def _fail_shared(self, held: bytes | None, token: AddedToken) -> None:
+        """SourceError if there is a token `held` already."""
+        if held is not None:
+            problem = f"tokens {shown(held)} and {shown(token.text)} both have the id {token.id}"
+            raise SourceError(problem, file=self.tokens.file)
+
+
+def _decoded(text: bytes) -> bytes:
+    """What a byte-level decoder makes of a token; the token itself where that is no text."""
+    try:
+        raw = bytes(map(_BYTE_OF_LETTER.__getitem__, text.decode("utf-8")))
+        raw.decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return text
+    return raw
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
+
+
+def _n_splits(text: bytes, ids: Mapping[bytes, int]) -> int:
+    """In how many ways two tokens make this one."""
+    letters = text.decode("utf-8")
+    ends = accumulate(len(letter.encode("utf-8")) for letter in letters[:-1])
+    return sum(text[:end] in ids and text[end:] in ids for end in ends)

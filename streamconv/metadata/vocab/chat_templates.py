@@ -1,0 +1,117 @@
+"""Chat templates as metadata: the default one and those with names. They are text here, and never run.
+
+Owns: where templates are found and which file wins, as for llama.cpp's converter. Does not own: Jinja.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import Keys
+
+from streamconv.errors import Caution, SourceError
+from streamconv.files.local import PositionedFile
+from streamconv.files.strict_json import load_object_if_present
+from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.metadata.vocab.companions import TOKENIZER_CONFIG, Companions
+from streamconv.metadata.vocab.tokenizer_json import shown
+
+TEMPLATE = "chat_template.jinja"
+OLD_TEMPLATE = "chat_template.json"
+NAMED_TEMPLATES = "additional_chat_templates"
+MAX_NBYTES = 1 << 20  # of all; published ones have up to 40 KB
+DEFAULT = "default"
+
+_NAME_LETTERS = frozenset(string.ascii_letters + string.digits)
+
+
+def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[Caution]]:
+    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for an empty template."""
+    templates, cautions = _find(companions)
+    named = sorted(name for name in templates if name != DEFAULT)
+    texts = {Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): templates[name] for name in named}
+    texts[Keys.Tokenizer.CHAT_TEMPLATE] = templates.get(DEFAULT, "")
+    keys = [KeyValue.string(key, text) for key, text in texts.items() if text]
+    if named:
+        keys.append(KeyValue.array(Keys.Tokenizer.CHAT_TEMPLATES, PackedArray.of_strings(named)))
+    return keys, cautions
+
+
+def template_files(directory: Path) -> list[Path]:
+    """The files that hold nothing but templates, the default one first, in the order of their names."""
+    named = sorted((directory / NAMED_TEMPLATES).glob("*.jinja"))
+    return [path for path in (directory / TEMPLATE, *named, directory / OLD_TEMPLATE) if path.exists()]
+
+
+def _find(companions: Companions) -> tuple[dict[str, str], list[Caution]]:
+    directory, cautions = companions.directory, []
+    in_files = _from_files(directory)
+    path = directory / TOKENIZER_CONFIG
+    in_config = _from_value(companions.tokenizer_config.get("chat_template"), path)
+    if in_config and in_files and in_config.get(DEFAULT) != in_files.get(DEFAULT):
+        message = f"{TOKENIZER_CONFIG} and {TEMPLATE} have different chat templates; the former is written"
+        cautions.append(Caution("chat-template-twice", message))
+    templates = in_config or in_files
+    if sum(map(len, templates.values())) > MAX_NBYTES:
+        raise SourceError(f"chat templates of more than {MAX_NBYTES:,} characters", file=path)
+    for name, text in templates.items():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            problem = f"chat template {shown(name)} has half of a surrogate pair, which is no character"
+            raise SourceError(problem, file=path) from None
+    return templates, cautions
+
+
+def _from_files(directory: Path) -> dict[str, str]:
+    """chat_template.jinja with its named companions, else the older chat_template.json."""
+    if (directory / TEMPLATE).exists():
+        named = [(DEFAULT if path.name == TEMPLATE else path.stem, path) for path in template_files(directory)]
+        return _by_name([(name, _read_text(path)) for name, path in named if path.suffix == ".jinja"], directory)
+    path = directory / OLD_TEMPLATE
+    return _from_value(load_object_if_present(path).get("chat_template"), path)
+
+
+def _from_value(value: Any, path: Path) -> dict[str, str]:
+    """One template as a string, or a list of them with names. SourceError for anything else but null."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {DEFAULT: value}
+    entries = value if isinstance(value, list) else [None]
+    pairs = [(e.get("name"), e.get("template")) for e in entries if isinstance(e, Mapping)]
+    named = [(name, text) for name, text in pairs if isinstance(name, str) and isinstance(text, str)]
+    if len(named) < len(entries):
+        raise SourceError("'chat_template' is a text, or a list of objects with 'name' and 'template'", file=path)
+    return _by_name(named, path)
+
+
+def _by_name(named: list[tuple[str, str]], file: Path) -> dict[str, str]:
+    """Templates by the names that keys can have; one without a letter is left out, as llama.cpp's converter does."""
+    result: dict[str, str] = {}
+    for name, text in named:
+        key = "".join(letter if letter in _NAME_LETTERS else "_" for letter in name)
+        if key in result:
+            raise SourceError(f"two chat templates would have the name {key!r}", file=file)
+        if key:
+            result[key] = text
+    return result
+
+
+def _read_text(path: Path) -> str:
+    file = PositionedFile(path)
+    try:
+        if file.nbytes > MAX_NBYTES:
+            raise SourceError(f"{file.nbytes:,} bytes, more than the {MAX_NBYTES:,} it may have", file=path)
+        raw = bytearray(file.nbytes)
+        file.read_into(0, raw)
+    finally:
+        file.close()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"not UTF-8 at byte {error.start}", file=path) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")

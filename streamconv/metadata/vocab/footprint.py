@@ -1,0 +1,100 @@
+"""What a vocabulary will cost in memory, from counts of its files' bytes, before anything of them is believed.
+
+Owns: the bound. Does not own: reading. Invariant: what read_vocabulary allocates stays under it, whatever the files
+hold; tests hold that for real shapes and for the worst that the grammar admits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamconv.files.local import PositionedFile
+from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE, objects_nbytes
+from streamconv.metadata.vocab.chat_templates import template_files
+from streamconv.metadata.vocab.companions import FILE_NAMES
+from streamconv.metadata.vocab.json_stream import MAX_STRING_NBYTES
+from streamconv.metadata.vocab.sentencepiece_model import FILE_NAME as SENTENCEPIECE_MODEL
+from streamconv.metadata.vocab.tokenizer_json import (
+    FIELDS,
+    MAX_ADDED_NBYTES,
+    MAX_FIELD_NBYTES,
+    MAX_NBYTES,
+    MAX_PART_NBYTES,
+    PARTS,
+)
+from streamconv.metadata.vocab.tokenizer_json import FILE_NAME as TOKENIZER_JSON
+
+_PIECE_NBYTES = 128 << 10
+_LENGTH_NBYTES = 8  # of a string in GGUF
+# How the tokenizers library indents tokens and merges, and the two texts of a merge. A string of JSON has no line break
+# in it, so nothing of this is text.
+_INDENT = b"\n" + b" " * 6
+_DEEPER = _INDENT + b" " * 2
+# A row of the header: the length of its text, its type, its score, and `[PADn]` where it has no text of its own.
+_ROW_NBYTES = 8 + 4 + 4 + 16
+# A row while it is read: its text as an object (48), its id as one (32), in a list (8) and in arrays (16).
+_ENTRY_NBYTES = 104
+# A dict has room for two thirds of a power of two, and 20 bytes for each of that (24 an entry, 4 an index). While it
+# grows there is half of it once more, for fewer rows.
+_DICT_NBYTES = 25
+# A window, a batch as text and as objects, and what it is packed by. Measured: 3 MiB.
+_WORKING_NBYTES = 4 << 20
+# The added tokens that are made of a companion's objects, for each of its bytes. Measured on the worst: 15.
+_ADDED_PER_BYTE = 20
+
+
+def vocabulary_nbytes(directory: Path, n_vocab: int) -> tuple[int, int]:
+    """(bytes of the keys, which stay; bytes on top of them while the files are read), each an upper bound.
+
+    SourceError where a file cannot be read.
+    """
+    tokenizer_json, model = _size(directory / TOKENIZER_JSON), _size(directory / SENTENCEPIECE_MODEL)
+    lengths, texts = _strings_nbytes(directory / TOKENIZER_JSON)
+    companions = [path for name in FILE_NAMES if _size(path := directory / name)]
+    n_companions = sum(map(_size, companions))
+    templates = sum(map(_size, template_files(directory)))
+    payload = max(lengths + texts, model * 11 // 6)  # a piece has at least 6 bytes, 3 of them text
+    kept = payload * 9 // 8 + n_vocab * _ROW_NBYTES + 4 * (n_companions + templates)  # it grows by an eighth at a time
+    extra = n_vocab * _ENTRY_NBYTES + _DICT_NBYTES * (1 << (n_vocab * 3 // 2).bit_length())
+    extra += max(texts, model // 6) + 2 * model + 8 * templates + _WORKING_NBYTES
+    extra += sum(objects_nbytes(_pieces(path)) for path in companions) + n_companions * (1 + _ADDED_PER_BYTE)
+    extra += min(tokenizer_json * OBJECT_NBYTES_PER_BYTE, len(PARTS) * MAX_PART_NBYTES + len(FIELDS) * MAX_FIELD_NBYTES)
+    return kept, extra + 2 * min(tokenizer_json, MAX_ADDED_NBYTES) + 4 * min(tokenizer_json, MAX_STRING_NBYTES)
+
+
+def _strings_nbytes(path: Path) -> tuple[int, int]:
+    """(bytes of the lengths, bytes of the texts) of all strings in a tokenizer.json as GGUF has them, at most.
+
+    Each string is in quotes, and a mark follows it; a space may become a letter of two bytes. An escaped quote counts
+    as half a string: its length is more than what it takes off the texts.
+    """
+    nbytes = n_quotes = n_spaces = 0
+    for piece in _pieces(path):
+        n_indents, n_deeper = piece.count(_INDENT), piece.count(_DEEPER)
+        nbytes += len(piece) - len(_INDENT) * n_indents - 2 * n_deeper
+        n_spaces += piece.count(b" ") - _INDENT.count(b" ") * n_indents - 2 * n_deeper
+        n_quotes += piece.count(b'"')
+    n_strings = n_quotes // 2
+    return _LENGTH_NBYTES * n_strings, max(0, nbytes + n_spaces - 3 * n_strings)
+
+
+def _pieces(path: Path) -> Iterator[bytearray]:
+    """The file's bytes, some at a time; nothing of one that is larger than a tokenizer.json may be, or not there."""
+    if not 0 < _size(path) <= MAX_NBYTES:
+        return
+    file = PositionedFile(path)
+    try:
+        for start in range(0, file.nbytes, _PIECE_NBYTES):
+            piece = bytearray(min(_PIECE_NBYTES, file.nbytes - start))
+            file.read_into(start, piece)
+            yield piece
+    finally:
+        file.close()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

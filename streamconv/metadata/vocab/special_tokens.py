@@ -1,0 +1,186 @@
+"""Which ids the special tokens have, and which of them stand around a text: `tokenizer.ggml.*_token_id`, `add_*_token`.
+
+Owns: the precedence among the files that name special tokens. Does not own: reading them (companions.py,
+tokenizer_json.py).
+Invariants: where gguf-py's SpecialVocab finds an answer, this one is the same; an id that is written is a row of the
+model. Source: gguf-py/gguf/vocab.py of the llama.cpp inside llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gguf.constants import Keys
+
+from streamconv.errors import Caution
+from streamconv.files.hub import CONFIG
+from streamconv.metadata.vocab.companions import GENERATION_CONFIG, TOKENIZER_CONFIG, Companions, token_id, token_text
+from streamconv.metadata.vocab.tokenizer_json import shown
+
+ID_KEYS = {
+    "bos": Keys.Tokenizer.BOS_ID,
+    "eos": Keys.Tokenizer.EOS_ID,
+    "unk": Keys.Tokenizer.UNK_ID,
+    "sep": Keys.Tokenizer.SEP_ID,
+    "pad": Keys.Tokenizer.PAD_ID,
+    "mask": Keys.Tokenizer.MASK_ID,
+    "eot": Keys.Tokenizer.EOT_ID,
+    "eom": Keys.Tokenizer.EOM_ID,
+}
+ADD_KEYS = {"bos": Keys.Tokenizer.ADD_BOS, "eos": Keys.Tokenizer.ADD_EOS, "sep": Keys.Tokenizer.ADD_SEP}
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_BY_TEXT = {"eot": "▁<EOT>"}  # Code Llama's end of an infilled part, which no file names and llama.cpp does not know
+
+Lookup = Callable[[str], int | None]
+
+
+@dataclass(slots=True)
+class Roles:
+    """The texts of special tokens by role, and whether each is added to a text, as far as the files say."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    add: dict[str, bool] = field(default_factory=dict)
+
+
+def find_roles(companions: Companions, post_processor: Any) -> Roles:
+    """What tokenizer_config.json and a tokenizer.json's post-processor say; the latter decides what is added."""
+    config = companions.tokenizer_config
+    roles = Roles({role: text for role in _ROLES if (text := token_text(config.get(f"{role}_token")))})
+    for role, stand_in in (("bos", "cls"), ("eos", "sep")):
+        if role not in roles.texts and stand_in in roles.texts:
+            roles.texts[role] = roles.texts[stand_in]
+    for processor in _flattened(post_processor):
+        match processor.get("type"):
+            case "ByteLevel":
+                roles.add.setdefault("bos", False)
+                roles.add.setdefault("eos", False)
+            case "RobertaProcessing":
+                _read_pair_processing(processor, roles)
+            case "TemplateProcessing":
+                _read_template(processor, roles)
+    for role in _ROLES:
+        adds = config.get(f"add_{role}_token")
+        if isinstance(adds, bool):
+            roles.add.setdefault(role, adds)
+    return roles
+
+
+def _flattened(processor: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(processor, Mapping):
+        inner = processor.get("processors")
+        yield from (part for part in inner if isinstance(part, Mapping)) if isinstance(inner, list) else (processor,)
+
+
+def _read_pair_processing(processor: Mapping[str, Any], roles: Roles) -> None:
+    roles.add.update(bos=True, eos=True, sep=True)
+    for role in ("cls", "sep"):
+        pair = processor.get(role)
+        if isinstance(pair, Sequence) and pair and isinstance(pair[0], str):
+            roles.texts.setdefault(role, pair[0])
+
+
+def _read_template(processor: Mapping[str, Any], roles: Roles) -> None:
+    """`single` is BOS, the text, EOS; `pair` has a separator between the texts. Either end may be missing."""
+    single, pair = _pieces(processor.get("single")), _pieces(processor.get("pair"))
+    texts, first, last = roles.texts, None, None
+    if len(single) > 1:
+        first, last = single[0].special, single[-1].special
+    if first is not None:
+        if first not in (texts.get("bos"), texts.get("cls")):
+            texts.setdefault("bos", first)
+            texts.setdefault("cls", first)
+        roles.add["bos"] = first in (texts.get("bos"), texts.get("cls"))
+    if last is not None:
+        if last != texts.get("eos") and "eos" in texts:
+            # What was the end of a sequence ends a turn, then.
+            texts["eom" if "eot" in texts else "eot"] = texts["eos"]
+        texts["eos"] = last
+        roles.add["eos"] = True
+    if pair and pair[0].special == first is not None:
+        pair = pair[1:]
+    if pair and pair[-1].special == last is not None:
+        pair = pair[:-1]
+    if len(pair) > 2 and (pair[0].sequence, pair[-1].sequence) == ("A", "B"):
+        ends = (texts.get("sep"), texts.get("eos"))
+        between = [piece.special in ends and piece.special is not None for piece in pair[1:-1]]
+        roles.add["sep"] = (between[0] and last is None) or (len(between) == 2 and between[1])
+        if roles.add["sep"] and "sep" not in texts and "eos" in texts:
+            texts["sep"] = texts["eos"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One piece of a template: a special token or one of the texts."""
+
+    special: str | None
+    sequence: str | None
+
+
+def _pieces(template: Any) -> list[_Piece]:
+    pieces = template if isinstance(template, list) else []
+    return [_Piece(_id_of(piece, "SpecialToken"), _id_of(piece, "Sequence")) for piece in pieces]
+
+
+def _id_of(piece: Any, kind: str) -> str | None:
+    inner = piece.get(kind) if isinstance(piece, Mapping) else None
+    value = inner.get("id") if isinstance(inner, Mapping) else None
+    return value if isinstance(value, str) else None
+
+
+def find_ids(
+    roles: Roles, companions: Companions, find_added: Lookup, find_any: Lookup, n_vocab: int
+) -> tuple[dict[str, int], list[Caution]]:
+    """Ids by role, and what the files disagree on. The lookups give an added token's id, and any token's."""
+    ids: dict[str, int] = {}
+    cautions: list[Caution] = []
+    for role in ID_KEYS:
+        candidates = list(_candidates(role, roles, companions, find_added, find_any))
+        inside = [(source, id_) for source, id_ in candidates if id_ < n_vocab]
+        for source, id_ in candidates:
+            if id_ >= n_vocab:
+                message = f"{source} names token {shown(id_)} as {role}, the model has {n_vocab:,} rows"
+                cautions.append(Caution("special-token-range", message))
+        if inside:
+            source, ids[role] = inside[0]
+            cautions += _disagreement(role, source, ids[role], companions, n_vocab)
+    return ids, cautions
+
+
+def _candidates(
+    role: str, roles: Roles, companions: Companions, find_added: Lookup, find_any: Lookup
+) -> Iterator[tuple[str, int]]:
+    """Sources and ids, the first one wins. The first two are SpecialVocab's."""
+    text = roles.texts.get(role) or _BY_TEXT.get(role)
+    mapped = token_text(companions.special_tokens_map.get(f"{role}_token"))
+    written = _config_id(role, companions)
+    found = (
+        (TOKENIZER_CONFIG, find_added(text) if text else None),
+        (CONFIG, None if isinstance(written, list) else token_id(written)),
+        (TOKENIZER_CONFIG, find_any(text) if text else None),
+        ("special_tokens_map.json", find_any(mapped) if mapped else None),
+        (GENERATION_CONFIG, token_id(companions.generation_config.get(f"{role}_token_id"))),
+        (CONFIG, token_id(written) if isinstance(written, list) else None),
+    )
+    yield from ((source, id_) for source, id_ in found if id_ is not None)
+
+
+def _config_id(role: str, companions: Companions) -> Any:
+    value, inner = companions.config.get(f"{role}_token_id"), companions.config.get("text_config")
+    return inner.get(f"{role}_token_id") if value is None and isinstance(inner, Mapping) else value
+
+
+def _disagreement(role: str, source: str, chosen: int, companions: Companions, n_vocab: int) -> Iterator[Caution]:
+    """A caution for each file that names another token for this role, and not this one among several."""
+    others = (
+        (CONFIG, _config_id(role, companions)),
+        (GENERATION_CONFIG, companions.generation_config.get(f"{role}_token_id")),
+    )
+    for name, value in others:
+        named = value if isinstance(value, list) else [value]
+        first = token_id(value)
+        if first is not None and first < n_vocab and chosen not in named:
+            message = f"{role} is token {chosen} by {source} and {shown(value)} by {name}; {chosen} is written"
+            yield Caution("special-token-disagreement", message)

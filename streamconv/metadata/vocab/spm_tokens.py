@@ -1,0 +1,83 @@
+"""The token list of a tokenizer.model: SentencePiece's pieces, and the tokens that files beside it add.
+
+Owns: which of those files wins, as in llama.cpp's converter. Does not own: what a list of tokens is (token_list.py).
+Invariant: a row that no file names stays empty; a token beyond the model's rows is left out with a caution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from gguf.constants import TokenType
+
+from streamconv.errors import Caution, SourceError
+from streamconv.metadata.vocab.companions import Companions
+from streamconv.metadata.vocab.sentencepiece_model import ModelType, PieceKind, SentencePieceModel
+from streamconv.metadata.vocab.token_list import ADDED_SCORE, PADDING_SCORE, TokenList, added_text, added_type
+from streamconv.metadata.vocab.tokenizer_json import AddedToken, shown
+
+
+def sentencepiece_tokens(
+    model: SentencePieceModel, companions: Companions, added: Iterable[AddedToken], n_vocab: int
+) -> TokenList:
+    """For the tokenizer model `llama`. `added` are tokenizer.json's, for rows that nothing else names."""
+    ids: dict[bytes, int] = {}
+    for index, text in enumerate(model.texts):
+        if ids.setdefault(text, index) != index:
+            problem = f"llama.cpp aborts on piece {shown(text)} standing twice, at {ids[text]} and {index}"
+            raise SourceError(problem, file=model.path)
+    tokens = TokenList.of(model.path, ids, n_vocab)
+    n_pieces = len(model.texts)
+    kinds = np.frombuffer(model.kinds, dtype=np.uint8)
+    # As llama.cpp's converter has them. Neither type does in llama.cpp what SentencePiece does.
+    tokens.types[:n_pieces] = np.where(kinds == PieceKind.USER_DEFINED, TokenType.NORMAL, kinds)
+    tokens.scores = np.full(n_vocab, PADDING_SCORE, dtype=np.float32)
+    tokens.scores[:n_pieces] = model.scores
+    _add(tokens, companions, added)
+    tokens.cautions += _faults(model)
+    return tokens
+
+
+def _add(tokens: TokenList, companions: Companions, added: Iterable[AddedToken]) -> None:
+    beyond: list[AddedToken] = []
+    for token in companions.old_added_tokens():
+        if token.id >= len(tokens.texts):
+            beyond.append(token)
+        elif tokens.ids.get(token.text) != token.id:
+            tokens.put(token.id, token.text, TokenType.USER_DEFINED, ADDED_SCORE)
+    for token in companions.added_tokens():
+        if token.id >= len(tokens.texts):
+            beyond.append(token)
+        else:
+            _put(tokens, token)
+    for token in added:
+        if tokens.texts[token.id] is None:
+            _put(tokens, token)
+    if beyond:
+        message = f"{len(beyond)} tokens are beyond the model's {len(tokens.texts):,} rows"
+        tokens.cautions.append(Caution("tokens-beyond-rows", f"{message}, such as {shown(beyond[0].text)}"))
+
+
+def _put(tokens: TokenList, token: AddedToken) -> None:
+    type_ = added_type(token.text, token.special)
+    tokens.put(token.id, added_text(token.text, type_), type_, ADDED_SCORE)
+
+
+def _faults(model: SentencePieceModel) -> list[Caution]:
+    faults = []
+    if model.model_type != ModelType.BPE:
+        message = (
+            "the SentencePiece model is not of type BPE; llama.cpp tokenizes it as if it were, some texts otherwise"
+        )
+        faults.append(Caution("sentencepiece-type", message))
+    n_own = model.kinds.count(PieceKind.USER_DEFINED)
+    if n_own:
+        message = (
+            f"SentencePiece finds {n_own} user-defined pieces before any merge, llama.cpp makes them of merges or not"
+        )
+        faults.append(Caution("sentencepiece-user-defined", message))
+    if model.remove_extra_whitespaces or model.has_character_map:
+        message = "the SentencePiece model normalizes texts (spaces or characters), and llama.cpp does not"
+        faults.append(Caution("normalizer-ignored", message))
+    return faults

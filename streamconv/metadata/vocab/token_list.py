@@ -1,0 +1,104 @@
+"""The token list as GGUF has it: a text, a type and, for SentencePiece, a score for each of the model's rows.
+
+Owns: which token stands at which id, which type it gets, what fills the rows that have none, and that no text stands
+twice, on which llama.cpp aborts. Does not own: reading the files.
+Invariant: the list is exactly as long as the embedding has rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGUFValueType, TokenType
+from numpy.typing import NDArray
+
+from streamconv.errors import Caution, SourceError
+from streamconv.gguf.format import PackedArray
+from streamconv.metadata.vocab.packing import encode_joined, joined
+from streamconv.metadata.vocab.tokenizer_json import shown
+
+ADDED_SCORE = -1000.0  # what llama.cpp's converter gives an added token, which is found before any merge
+PADDING_SCORE = -10000.0  # as llama.cpp's converter
+_BLOCK = 4096  # tokens that are packed at a time
+
+_SPM_SPACE = "▁".encode()
+# What llama.cpp's converter takes for a control token though its file does not say so (does_token_look_special).
+_CONTROL_TEXTS = frozenset((b"<pad>", b"<mask>", b"<2mass>", b"[@BOS@]"))
+_CONTROL_ENDS = tuple((a.encode(), b.encode()) for a, b in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">")))
+
+
+def added_type(text: bytes, special: bool) -> TokenType:
+    """The type of an added token, as llama.cpp's converter decides it."""
+    looks_special = text in _CONTROL_TEXTS or any(text.startswith(a) and text.endswith(b) for a, b in _CONTROL_ENDS)
+    return TokenType.CONTROL if special or looks_special else TokenType.USER_DEFINED
+
+
+def added_text(text: bytes, type_: TokenType) -> bytes:
+    """The text that llama.cpp looks for: of a user's own token with plain spaces."""
+    return text.replace(_SPM_SPACE, b" ") if type_ == TokenType.USER_DEFINED else text
+
+
+@dataclass(slots=True)
+class TokenList:
+    """Tokens by id, `ids` the other way round. Rows without a token are UNUSED and get a text in `packed`."""
+
+    file: Path
+    ids: dict[bytes, int]
+    texts: list[bytes | None]
+    types: NDArray[np.int32]
+    scores: NDArray[np.float32] | None = None
+    cautions: list[Caution] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, file: Path, ids: dict[bytes, int], n_vocab: int) -> TokenList:
+        """All of `ids` as NORMAL tokens. SourceError where two of them have one id."""
+        texts: list[bytes | None] = [None] * n_vocab
+        for text, id_ in ids.items():
+            texts[id_] = text
+        if n_vocab - texts.count(None) != len(ids):
+            first, second = next((text, texts[id_]) for text, id_ in ids.items() if texts[id_] != text)
+            raise SourceError(f"tokens {shown(first)} and {shown(second)} both have the id {ids[first]}", file=file)
+        types = np.full(n_vocab, TokenType.UNUSED, dtype=np.int32)
+        types[np.fromiter(ids.values(), np.int64, len(ids))] = TokenType.NORMAL
+        return cls(file, ids, texts, types)
+
+    def put(self, id_: int, text: bytes, type_: TokenType, score: float = ADDED_SCORE) -> None:
+        """Let row `id_` be this token, whatever it was."""
+        held = self.texts[id_]
+        if held != text:
+            if held is not None:
+                del self.ids[held]
+            if text in self.ids:
+                raise SourceError(f"token {shown(text)} would have two ids, {self.ids[text]} and {id_}", file=self.file)
+            self.ids[text] = id_
+            self.texts[id_] = text
+        self.types[id_] = type_
+        if self.scores is not None:
+            self.scores[id_] = score
+
+    def packed(self) -> tuple[PackedArray, PackedArray, PackedArray | None]:
+        """Texts, types and scores; rows without a token are `[PADn]`. SourceError for what llama.cpp would abort on."""
+        for id_ in [id_ for id_, text in enumerate(self.texts) if text is None]:
+            self.put(id_, b"[PAD%d]" % id_, TokenType.UNUSED, PADDING_SCORE)
+        payload = bytearray()
+        for start in range(0, len(self.texts), _BLOCK):
+            texts = [text for text in self.texts[start : start + _BLOCK] if text is not None]  # all of them
+            block = joined(texts)
+            if b"\0" in block:
+                self._check_cuts(start, texts)
+            payload += encode_joined(block)
+        return (
+            PackedArray(GGUFValueType.STRING, len(self.texts), payload),
+            PackedArray.of_numbers(GGUFValueType.INT32, self.types),
+            None if self.scores is None else PackedArray.of_numbers(GGUFValueType.FLOAT32, self.scores),
+        )
+
+    def _check_cuts(self, start: int, texts: list[bytes]) -> None:
+        """llama.cpp reads a text up to its first NUL: SourceError where that is another token."""
+        for id_, text in enumerate(texts, start):
+            cut = text.partition(b"\0")[0]
+            if cut and self.ids.setdefault(cut, id_) != id_:
+                problem = f"llama.cpp reads token {id_} as {shown(cut)}, which is token {self.ids[cut]} too"
+                raise SourceError(problem, file=self.file)

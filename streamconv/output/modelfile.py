@@ -1,0 +1,117 @@
+"""Ollama's Modelfile for a finished output: what to run, and the prompt's form where that is known for sure.
+
+Owns: the few chat templates that are recognised, and their form in Ollama's template language. Does not own: the GGUF.
+Invariant: a chat template is recognised by the whole of its text or not at all; of any other, Ollama makes what it can
+of the text in the GGUF. The forms are those of the templates for chats without tools; BOS is the tokenizer's to add.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.engine.split import Part
+from streamconv.errors import UsageError
+from streamconv.gguf.reader import Span
+from streamconv.gguf.splits import GGUFSet
+
+TEMPLATE_KEY = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's form in Go's template language, and the tokens that end an answer."""
+
+    template: str
+    stops: tuple[str, ...]
+
+
+CHATML = Prompt(
+    "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n",
+    ("<|im_start|>", "<|im_end|>"),
+)
+LLAMA_3 = Prompt(
+    "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
+
+# sha256 of a chat template, stripped, with line ends inside of it as \n: so they stand in tokenizer_config.json too.
+_KNOWN: Mapping[str, Prompt] = {
+    # ChatML: as transformers had it by default; with a default for add_generation_prompt; with the BOS token before it.
+    "fcf7a096fe99a48fd9ad2b250bf9237e96e8f48bffec1c7ea4d3f225176cd40e": CHATML,
+    "d7b5b8c7b58f7a6bf868aa46a5f73ee976d7292f40fcb9c3e7a1defd8d235cfb": CHATML,
+    "bbb11deafc46a882550f9757a6fb189cfe6c8a47c1ebacd37ca8f8cc20836a30": CHATML,
+    # LFM2's, of which this is the form without tools (LFM2.5-1.2B-Base's chat_template.jinja).
+    "dbdb865950da4567c1fbcf449414b82100f25a1cf52a29f38a877869ba41da7a": CHATML,
+    # Llama 3's first one, without tools (Meta-Llama-3-8B-Instruct's tokenizer_config.json).
+    "4f46ecd43418f216df8c26936c60e5d04bcc81db47db5d86fbe889f64212dd4c": LLAMA_3,
+}
+
+
+def find_prompt(chat_template: str) -> Prompt | None:
+    """The prompt of a chat template in Jinja, None where it is none of the known ones."""
+    text = chat_template.strip().replace("\n", "\\n")
+    return _KNOWN.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+
+
+def modelfile_path(output: Path) -> Path:
+    """LFM2-1.2B-Q8_0.Modelfile beside LFM2-1.2B-Q8_0.gguf."""
+    return output.with_name(f"{output.name.removesuffix('.gguf')}.Modelfile")
+
+
+@dataclass(frozen=True, slots=True)
+class Modelfile:
+    """All of it is known before the output is written."""
+
+    path: Path
+    text: str
+
+
+def plan_modelfile(output: Part, base: Path | None = None) -> Modelfile:
+    """The Modelfile beside `output`, for the model in it, or for the adapter in it on `base`.
+
+    UsageError where Ollama could not take it: a part of a split, an adapter whose base is no GGUF file.
+    """
+    if output.is_of_split:
+        raise UsageError("--modelfile is for one file: Ollama imports no split ones")
+    if base is not None and not base.is_file():
+        raise UsageError(
+            "--modelfile needs the base's GGUF, to which Ollama applies the adapter",
+            file=base,
+            hint="convert the base first and give its GGUF as --base",
+        )
+    path = modelfile_path(output.path)
+    model = output.path if base is None else base
+    lines = [f"# ollama create NAME -f {shlex.quote(path.name)}", f"FROM {_beside(model, path)}"]
+    if base is not None:
+        lines.append(f"ADAPTER {_beside(output.path, path)}")
+    prompt = find_prompt(_own_template(output) if base is None else _template_of(base))
+    if prompt is not None:
+        lines.append(f'TEMPLATE """{prompt.template}"""')
+        lines += [f'PARAMETER stop "{stop}"' for stop in prompt.stops]
+    return Modelfile(path, "\n".join(lines) + "\n")
+
+
+def _beside(target: Path, path: Path) -> str:
+    """`target` as seen from the Modelfile, with the ./ or ../ by which Ollama knows a path from a model's name."""
+    # Only between real folders does ../ lead from one to the other.
+    seen = os.path.relpath(Path(os.path.realpath(target.parent), target.name), os.path.realpath(path.parent))
+    if not seen.isprintable():
+        raise UsageError("a Modelfile cannot name this path", file=target)
+    return seen if seen.startswith("..") else f"./{seen}"
+
+
+def _own_template(output: Part) -> str:
+    return next((str(entry.value) for entry in output.keys if entry.key == TEMPLATE_KEY), "")
+
+
+def _template_of(base: Path) -> str:
+    with GGUFSet.open(base) as files:
+        key = files.keys.get(TEMPLATE_KEY)
+        value = next(iter(key.value.first(1)), "") if key and isinstance(key.value, Span) else key.value if key else ""
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,324 @@
+"""Holding a recipe against a checkpoint: every source tensor accounted for, or every disagreement listed at once.
+
+Owns: settling each layer's kind, choosing the sources of each target, and making its lazy tensor. Does not own: what a
+recipe says (language.py), how large its dims are (dims.py), what is done with the targets (engine/).
+Invariants: a source that no row takes is an error, and so is a row that finds nothing, a second source of one target, a
+shape that disagrees, a gap in {i} or {e}. A value that the config states must agree with the tensors; one that is
+absent or null yields to them. Work is bounded by the number of tensors stored, not by what a config claims.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from streamconv.errors import Caution, SourceError
+from streamconv.lazy import node as graph
+from streamconv.recipe.dims import Equation, extents, match_name, parse_shape, solve_dims, stated_dims
+from streamconv.recipe.language import Computed, Config, Model, Recipe, Target, Tensor
+
+MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
+NONE = -1  # the layer or expert of a name that has no such number
+MAX_NAMES_SHOWN = 4
+MAX_PROBLEMS_SHOWN = 12
+
+
+class Stored(Protocol):
+    """What bind needs to know of a tensor on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def lazy(self) -> graph.LazyTensor: ...
+
+
+def bind(recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> Model:
+    """The recipe with every dim, kind and tensor of a checkpoint; SourceError listing all disagreements at once."""
+    return _Binding(recipe, config, stored).bind()
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """How one target will be made: the row that gives it, and the sources it takes."""
+
+    name: str
+    row: Tensor | Computed
+    sources: tuple[str, ...]
+
+
+class _Binding:
+    """One run of `bind`; exists to collect problems."""
+
+    def __init__(self, recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> None:
+        self.recipe, self.config, self.stored = recipe, config, stored
+        self.problems: list[str] = []
+        self.missing: list[str] = []
+        self.forbidden: dict[str, list[str]] = {}  # flag of the config -> tensors that it denies
+        self.unsaid: dict[str, list[str]] = {}  # flag that the config lacks -> tensors that it would ask for
+        self.dims: dict[str, int] = {}
+        # template -> layer -> expert -> source name; what a name has no number for is NONE
+        self.found: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+        self.rows_of: dict[str, list[Tensor]] = defaultdict(list)
+        for row in recipe.tensors:
+            self.rows_of[row.source].append(row)
+
+    def bind(self) -> Model:
+        self._match_names()
+        self._solve()
+        model = Model(self.recipe, self.config, self.dims)
+        self._settle_kinds(model)
+        choices = list(self._choices(model))
+        self._check_accounts(choices)
+        self._check_head(model)
+        for flag, names in self.unsaid.items():
+            what = f"no {flag} in config.json, and there are {_listed(names)}: written, where transformers ignores them"
+            model.cautions.append(Caution("flag-missing", what))
+        refusals = []
+        if model.dims.keys() >= self.recipe.dims.keys():
+            refusals = [told for refusal in self.recipe.refusals if (told := refusal.of(model))]
+        if self.problems or refusals:
+            raise self._error(refusals)
+        model.targets += [Target(c.name, tensor, c.row) for c in choices if (tensor := self._make(model, c))]
+        return model
+
+    def _match_names(self) -> None:
+        drops = {drop.source for drop in self.recipe.drops}
+        unknown = []
+        for name in self.stored:
+            template, numbers = match_name(name)
+            if template in self.rows_of:
+                layer, expert = (*numbers, NONE, NONE)[:2]
+                self.found[template][layer][expert] = name
+            elif template not in drops:
+                unknown.append(name)
+        if unknown:
+            self.problems.append(f"unknown tensors: {_listed(unknown)}")
+
+    # -- dims
+
+    def _solve(self) -> None:
+        """All dims, layers and experts counted; where config and shapes disagree is a problem."""
+        stated = stated_dims(self.recipe, self.config)
+        counted = dict(stated)
+        counted.setdefault("L", 1 + max((i for by in self.found.values() for i in by), default=NONE))
+        if n_experts := 1 + max((e for by in self.found.values() for es in by.values() for e in es), default=NONE):
+            counted.setdefault("E", n_experts)
+        if not 1 <= counted["L"] <= MAX_LAYERS:
+            raise SourceError(f"{counted['L']} layers are no model", file=self.config.file.parent)
+        self.dims = solve_dims(self.recipe, counted, self._equations())
+        for name, dim in self.recipe.dims.items():
+            if name not in self.dims:
+                self.problems.append(f"{dim.label} is not in config.json and does not follow from the tensors")
+        for template in self.found:
+            self._check_shapes(self.rows_of[template], list(self._names(template)), stated)
+
+    def _names(self, template: str) -> Iterator[str]:
+        return (name for by_expert in self.found[template].values() for name in by_expert.values())
+
+    def _equations(self) -> Iterator[Equation]:
+        for template in self.found:
+            for row in self.rows_of[template]:
+                factors = parse_shape(row.shape)
+                for shape in dict.fromkeys(self.stored[name].shape for name in self._names(template)):
+                    if len(shape) == len(factors):
+                        yield from map(Equation, factors, shape)
+
+    def _check_shapes(self, rows: Sequence[Tensor], names: Sequence[str], stated: Mapping[str, int]) -> None:
+        """The rows of one source against all tensors of its name; the first that disagrees stands for all."""
+        for row in rows:
+            expected = extents(row.shape, self.dims)
+            if expected is None:
+                continue
+            wrong = [name for name in names if self.stored[name].shape != expected]
+            if wrong:
+                used = dict.fromkeys(f for factors in parse_shape(row.shape) for f in factors if f in stated)
+                origin = ", ".join(f"{self.recipe.dims[f].label}={stated[f]}" for f in used)
+                self.problems.append(
+                    f"{wrong[0]} has shape {list(self.stored[wrong[0]].shape)}, expected {list(expected)}"
+                    + (f" from {origin}" if origin else "")
+                    + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
+                )
+                return
+            if row.rows is not None and expected[0] % (2 * self.dims[row.rows.heads]):
+                self.problems.append(f"{names[0]} has no heads of two halves: {expected[0]} rows")
+                return
+
+    # -- kinds
+
+    def _settle_kinds(self, model: Model) -> None:
+        """Each layer's kind on each axis, by the tensors it has; checked against what the config claims."""
+        for axis, kinds in self.recipe.axes.items():
+            evidence: dict[str, set[int]] = {kind: set() for kind in kinds}
+            for row in self.recipe.tensors:
+                if row.only.startswith(f"{axis}="):
+                    evidence[row.only.partition("=")[2]].update(self.found.get(row.source, ()))
+            present = [[kind for kind in kinds if i in evidence[kind]] for i in range(model.n_layers)]
+            self._report_layers([i for i, p in enumerate(present) if not p], f"no tensors of {' or '.join(kinds)}")
+            self._report_layers([i for i, p in enumerate(present) if len(p) > 1], f"tensors of {' and '.join(kinds)}")
+            settled = [p[0] if p else "" for p in present]
+            model.kinds[axis] = settled
+        for claim in self.recipe.claims:
+            if (claimed := claim.kinds(self.config, model.n_layers)) is not None:
+                self._check_claim(claim.key, claimed, model.kinds[claim.axis])
+
+    def _report_layers(self, layers: Sequence[int], what: str) -> None:
+        if layers:
+            self.problems.append(f"layer{'s' if len(layers) > 1 else ''} {_listed(layers)} with {what}")
+
+    def _check_claim(self, key: str, claimed: Sequence[str], settled: Sequence[str]) -> None:
+        if len(claimed) != len(settled):
+            self.problems.append(f"{key} in config.json is of {len(claimed)} layers, and there are {len(settled)}")
+        wrong = [i for i, (theirs, ours) in enumerate(zip(claimed, settled, strict=False)) if ours and theirs != ours]
+        if wrong:
+            i = wrong[0]
+            self.problems.append(
+                f"{key} in config.json makes layer {i} {claimed[i]!r}, its tensors are those of {settled[i]!r}"
+                + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
+            )
+
+    # -- targets
+
+    def _choices(self, model: Model) -> Iterator[_Choice]:
+        """What makes each target, in the recipe's order; targets of the layers that stand together layer by layer."""
+        by_target: dict[str, list[Tensor | Computed]] = {}
+        rows: tuple[Tensor | Computed, ...] = (*self.recipe.tensors, *self.recipe.computed)
+        for row in rows:
+            by_target.setdefault(row.target, []).append(row)
+        run: list[str] = []
+        for target in by_target:
+            if "{i}" in target:
+                run.append(target)
+                continue
+            yield from self._choices_of_layers(model, run, by_target)
+            run = []
+            yield from self._choose(by_target[target], None)
+        yield from self._choices_of_layers(model, run, by_target)
+
+    def _choices_of_layers(
+        self, model: Model, targets: Sequence[str], by_target: Mapping[str, Sequence[Tensor | Computed]]
+    ) -> Iterator[_Choice]:
+        layers_of = {row: set(model.layers(row.only)) for target in targets for row in by_target[target]}
+        for i in range(model.n_layers):
+            for target in targets:
+                yield from self._choose([row for row in by_target[target] if i in layers_of[row]], i)
+
+    def _choose(self, rows: Sequence[Tensor | Computed], i: int | None) -> Iterator[_Choice]:
+        """The one row that gives a target (of layer `i`); more than one, or none where one must, is a problem."""
+        tensors = [row for row in rows if isinstance(row, Tensor)]
+        stored = [
+            (row, names) for row in tensors if (names := self.found.get(row.source, {}).get(NONE if i is None else i))
+        ]
+        if len(stored) > 1:
+            firsts = _listed([next(iter(names.values())) for _, names in stored])
+            self.problems.append(f"{rows[0].target.format(i=i)} has {len(stored)} sources: {firsts}")
+        if stored:
+            row, names = stored[0]
+            yield _Choice(row.target.format(i=i), row, self._in_order(row, i, names))
+            return
+        if tensors and self._is_due(tensors[0]):
+            self.missing.append(tensors[0].source.format(i=i, e=0))
+        for computed in rows:
+            if isinstance(computed, Computed):
+                yield _Choice(computed.target.format(i=i), computed, ())
+
+    def _is_due(self, row: Tensor) -> bool:
+        return self.config.flag(row.required) is True if isinstance(row.required, str) else row.required
+
+    def _in_order(self, row: Tensor, i: int | None, by_expert: Mapping[int, str]) -> tuple[str, ...]:
+        """The sources of one target, experts by number; a gap between them is noted."""
+        if isinstance(row.required, str):
+            self._check_flag(row.required, list(by_expert.values()))
+        n_experts = self.dims.get("E", 0) if "{e}" in row.source else 0
+        present = {e: name for e, name in sorted(by_expert.items()) if e < n_experts or not n_experts}
+        if len(present) < n_experts:
+            gap = next((e for e, found in enumerate(present) if e != found), len(present))
+            self.missing.append(row.source.format(i=i, e=gap))
+        return tuple(present.values())
+
+    def _check_flag(self, flag: str, names: Sequence[str]) -> None:
+        """Note tensors that a flag of the config denies, and those that transformers would leave out for want of it."""
+        stated = self.config.flag(flag)
+        if stated is False:
+            self.forbidden.setdefault(flag, []).extend(names)
+        elif stated is None and self.recipe.flags.get(flag) is False:
+            self.unsaid.setdefault(flag, []).extend(names)
+
+    def _check_accounts(self, choices: Sequence[_Choice]) -> None:
+        """Every tensor found is taken by a target, and every tensor that must be there was found."""
+        if self.missing:
+            self.problems.append(f"missing tensors: {_listed(self.missing)}")
+        for flag, names in self.forbidden.items():
+            self.problems.append(f"config.json says that {flag} is false, and there are {_listed(names)}")
+        taken = {source for choice in choices for source in choice.sources}
+        left = [name for template in self.found for name in self._names(template) if name not in taken]
+        if left:
+            counts = [
+                f"{dim.label}={self.dims[n]}" for n, dim in self.recipe.dims.items() if n in "LE" and n in self.dims
+            ]
+            self.problems.append(f"tensors with no place in the model ({', '.join(counts)}): {_listed(left)}")
+
+    def _check_head(self, model: Model) -> None:
+        """A head that is stored is always written; a config that promises one must have it."""
+        has_head = self.recipe.head in self.stored
+        stated = next((flag for key in self.recipe.tie_keys if (flag := self.config.flag(key)) is not None), None)
+        tied = self.recipe.tied_by_default if stated is None else stated
+        if not has_head and not tied and stated is not None:
+            self.problems.append(f"the config says untied and there is no {self.recipe.head}: an incomplete checkpoint")
+        elif not has_head and not tied:
+            model.cautions.append(
+                Caution("head-missing", f"no {self.recipe.head} in the checkpoint: written as a tied model")
+            )
+        elif has_head and stated:
+            model.cautions.append(
+                Caution("head-on-tied", "the config says tied and a head is stored: it is written", self.recipe.head)
+            )
+
+    def _make(self, model: Model, choice: _Choice) -> graph.LazyTensor | None:
+        """The node chain of one target; None where a computed one has no value."""
+        if isinstance(choice.row, Computed):
+            array = choice.row.value(model)
+            return None if array is None else graph.Resident(array)
+        lazy = [self.stored[name].lazy() for name in choice.sources]
+        if "{e}" not in choice.row.source:
+            return apply_row(model, choice.row, lazy[0])
+        if len({tensor.spec.type for tensor in lazy}) > 1:
+            lazy = [graph.Widen(tensor) for tensor in lazy]
+        return apply_row(model, choice.row, graph.Stack(lazy))
+
+    def _error(self, refusals: Sequence[str]) -> SourceError:
+        problems = [*refusals, *self.problems]
+        shown = "; ".join(problems[:MAX_PROBLEMS_SHOWN])
+        if len(problems) > MAX_PROBLEMS_SHOWN:
+            shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
+        return SourceError(
+            f"cannot be converted as {self.recipe.arch}: {shown}",
+            file=self.config.file.parent,
+            hint="checkpoint and config.json must belong together"
+            if self.problems
+            else "no GGUF file can make llama.cpp run this model: run it with transformers",
+        )
+
+
+def _listed(items: Sequence[object]) -> str:
+    """A few of the items, and how many more there are."""
+    more = f" and {len(items) - MAX_NAMES_SHOWN} more" if len(items) > MAX_NAMES_SHOWN else ""
+    return ", ".join(map(str, items[:MAX_NAMES_SHOWN])) + more
+
+
+def apply_row(model: Model, row: Tensor, tensor: graph.LazyTensor) -> graph.LazyTensor:
+    """The nodes that a row asks for on top of its (stacked) source: squeeze, part, permutation, scale."""
+    factors = parse_shape(row.shape)
+    if ("1",) in factors and len(tensor.spec.shape) == len(factors):
+        kept = tuple(n for f, n in zip(factors, tensor.spec.shape, strict=True) if f != ("1",))
+        tensor = graph.Reshape(tensor, kept)
+    if row.part is not None:
+        period = tensor.spec.shape[-2]
+        size = period // row.part.count
+        tensor = graph.RowBlocks(tensor, period, row.part.index * size, size)
+    if row.rows is not None:
+        tensor = graph.PairHalves(tensor, model.dims[row.rows.heads])
+    if row.scale is not None and (factor := row.scale(model)) != 1.0:
+        tensor = graph.Scale(tensor, factor)
+    return tensor
