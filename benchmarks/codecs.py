@@ -10,7 +10,6 @@ other, the interpreter lock above all.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import multiprocessing
 import statistics
@@ -43,28 +42,30 @@ def weights(source: GGMLQuantizationType) -> NDArray[np.uint8]:
     return slab
 
 
-def rates(pair: Pair, seconds: float, start: Callable[[], object] = lambda: None) -> list[float]:
+def rates(pair: Pair, seconds: float, kernel: codecs.Kernel, start: Callable[[], object] = lambda: None) -> list[float]:
     """GB/s of source bytes, of each call within `seconds`; one type to itself stays in place, as in a conversion."""
     source, target = pair
     slab = weights(source)
     out = slab if source == target else aligned_buffer(N_ROWS * row_nbytes(N_COLUMNS, target))
     scratch = Scratch(codecs.encode_scratch_nbytes(source, target, N_ROWS, N_COLUMNS))
-    codecs.encode(source, target, slab, out, scratch, N_COLUMNS)
+    codecs.encode(source, target, slab, out, scratch, N_COLUMNS, kernel)
     start()
     found = []
     end = time.perf_counter() + seconds
     while (begin := time.perf_counter()) < end:
-        codecs.encode(source, target, slab, out, scratch, N_COLUMNS)
+        codecs.encode(source, target, slab, out, scratch, N_COLUMNS, kernel)
         found.append(slab.nbytes / (time.perf_counter() - begin) / 1e9)
     return found
 
 
-def two_threads(pair: Pair, seconds: float) -> float:
+def two_threads(pair: Pair, seconds: float, kernel: codecs.Kernel) -> float:
     """GB/s of both together."""
     together = threading.Barrier(2)
     found: list[float] = []
     threads = [
-        threading.Thread(target=lambda: found.append(statistics.harmonic_mean(rates(pair, seconds, together.wait))))
+        threading.Thread(
+            target=lambda: found.append(statistics.harmonic_mean(rates(pair, seconds, kernel, together.wait)))
+        )
         for _ in range(2)
     ]
     for thread in threads:
@@ -74,14 +75,14 @@ def two_threads(pair: Pair, seconds: float) -> float:
     return sum(found)
 
 
-def two_processes(pair: Pair, seconds: float) -> float:
+def two_processes(pair: Pair, seconds: float, kernel: codecs.Kernel) -> float:
     """GB/s of both together."""
     context = multiprocessing.get_context("fork")
     together = context.Barrier(2)
     results = context.SimpleQueue()
 
     def work() -> None:
-        results.put(statistics.harmonic_mean(rates(pair, seconds, together.wait)))
+        results.put(statistics.harmonic_mean(rates(pair, seconds, kernel, together.wait)))
 
     processes = [context.Process(target=work) for _ in range(2)]
     for process in processes:
@@ -92,10 +93,10 @@ def two_processes(pair: Pair, seconds: float) -> float:
     return sum(found)
 
 
-def kernels() -> Iterator[tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]]:
-    if codecs.kernel_name() == "c":
-        yield "c", contextlib.nullcontext
-    yield "numpy", codecs.reference_kernels
+def kernels() -> Iterator[codecs.Kernel]:
+    if (best := codecs.best_kernel()) is not codecs.REFERENCE:
+        yield best
+    yield codecs.REFERENCE
 
 
 def main() -> None:
@@ -106,15 +107,16 @@ def main() -> None:
         f"{'':14}{'kernel':8}{'best':>7}{'median':>8}{'2 threads':>11}{'2 processes':>13}{'ratio':>7}   GB/s of source"
     )
     for pair in itertools.product((BF16, F16, F32), (F32, F16, BF16, Q8_0)):
-        for name, chosen in kernels():
-            with chosen():
-                single = [rate for _ in range(N_ROUNDS) for rate in rates(pair, seconds)]
-                double = [(two_threads(pair, seconds), two_processes(pair, seconds)) for _ in range(N_ROUNDS)]
+        for kernel in kernels():
+            single = [rate for _ in range(N_ROUNDS) for rate in rates(pair, seconds, kernel)]
+            double = [
+                (two_threads(pair, seconds, kernel), two_processes(pair, seconds, kernel)) for _ in range(N_ROUNDS)
+            ]
             threads, processes = (statistics.median(side) for side in zip(*double, strict=True))
             ratio = statistics.median(a / b for a, b in double)
             print(
-                f"{pair[0].name:>5} -> {pair[1].name:5}{name:8}{max(single):7.2f}{statistics.median(single):8.2f}"
-                f"{threads:11.2f}{processes:13.2f}{ratio:7.2f}",
+                f"{pair[0].name:>5} -> {pair[1].name:5}{kernel.name:8}{max(single):7.2f}"
+                f"{statistics.median(single):8.2f}{threads:11.2f}{processes:13.2f}{ratio:7.2f}",
                 flush=True,
             )
 

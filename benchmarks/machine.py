@@ -208,9 +208,9 @@ def _commit() -> str:
 
 
 def _kernels() -> str:
-    from streamconv.ggml.encode import kernel_name
+    from streamconv.ggml.encode import best_kernel
 
-    return kernel_name()
+    return best_kernel().name
 
 
 def _peer_versions(python: Path) -> dict[str, str]:

@@ -69,9 +69,9 @@ def compiled(flags: str = "") -> ModuleType:
         return module
 
 
-def named(name: str) -> ModuleType | None:
-    """What codecs._kernels is to be for `name`, one of NAMES."""
-    return compiled(FLAGS[name]) if name in FLAGS else None
+def named(name: str) -> codecs.Kernel:
+    """The kernel of that name, one of NAMES."""
+    return codecs.compiled_kernel(compiled(FLAGS[name])) if name in FLAGS else codecs.REFERENCE
 
 
 def values(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.float32]:
@@ -113,7 +113,9 @@ def encode(
     scratch = Scratch(codecs.encode_scratch_nbytes(source, target, n_rows, n_columns))
     with scratch.frame():
         scratch.take(scratch.nbytes)[:] = 0x7F  # as an earlier call may leave it: huge, read as whatever
-    stats = codecs.encode(source, target, slab, buffer[offset : offset + nbytes], scratch, n_columns)
+    stats = codecs.encode(
+        source, target, slab, buffer[offset : offset + nbytes], scratch, n_columns, codecs.best_kernel()
+    )
     assert np.array_equal(slab, kept), "the source was changed"
     assert (buffer[:offset] == GUARD).all() and (buffer[offset + nbytes :] == GUARD).all(), "written beyond the rows"
     return stats, buffer[offset : offset + nbytes]

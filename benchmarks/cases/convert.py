@@ -21,7 +21,7 @@ from benchmarks.converters import STREAMCONV, STREAMCONV_NUMPY
 from benchmarks.machine import Unavailable
 from benchmarks.shapes import SHAPES
 from benchmarks.summary import MIB, Row, highest, middle, ratios
-from streamconv.ggml.encode import kernel_name
+from streamconv.ggml.encode import best_kernel
 
 NAME: Final = "convert"
 BAR_MODEL: Final = "1.2b"
@@ -39,7 +39,7 @@ def measure(bench: Bench) -> None:
     plans: tuple[tuple[Cache, int], ...] = (("warm", settings.n_pairs), ("cold", settings.n_few_pairs))
     if not settings.dense:
         bench.skip(NAME, "no model without holes")
-    compiled = kernel_name() != "numpy"
+    compiled = best_kernel().name != "numpy"
     if not compiled:
         bench.skip(f"{NAME} {STREAMCONV.name}", "no compiled kernels here, so it is streamconv-numpy")
     for model in settings.dense:

@@ -15,7 +15,7 @@ from typing import Final
 from benchmarks.bench import Bench, Sample
 from benchmarks.converters import STREAMCONV, STREAMCONV_NUMPY
 from benchmarks.summary import MIB, Row, highest
-from streamconv.ggml.encode import kernel_name
+from streamconv.ggml.encode import best_kernel
 
 NAME: Final = "memory"
 FLAT_BAR_MIB: Final = 8
@@ -23,7 +23,7 @@ FLAT_BAR_MIB: Final = 8
 
 def measure(bench: Bench) -> None:
     settings = bench.settings
-    converters = (STREAMCONV,) if kernel_name() == "numpy" else (STREAMCONV, STREAMCONV_NUMPY)
+    converters = (STREAMCONV,) if best_kernel().name == "numpy" else (STREAMCONV, STREAMCONV_NUMPY)
     for model in settings.models:
         src = bench.source(model, sparse=model in settings.sparse)
         for outtype in settings.outtypes:

@@ -63,7 +63,6 @@ def compare(
     not what a strict loader takes; BudgetError where one thread is too many.
     """
     with ExitStack() as stack:
-        stack.enter_context(codecs.reference_kernels())
         files = [stack.enter_context(GGUFFile.open(path)) for path in paths]
         for file in files:
             refuse(file.problems)
@@ -154,7 +153,7 @@ class _Comparison:
 
     def work(self) -> None:
         """One thread's share."""
-        workspace = Workspace(Scratch(self._scratch_nbytes))
+        workspace = Workspace(Scratch(self._scratch_nbytes), codecs.REFERENCE)
         while not self.stop.is_set():
             with self._lock:
                 item = next(self._todo, None)

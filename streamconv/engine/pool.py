@@ -155,8 +155,9 @@ class _Pool:
         self._threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(n_threads)]
         # A thread makes a chunk while it has one of these; while it writes, another has it.
         self._workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+        kernel = codecs.best_kernel()
         for _ in range(min(proof.workers, n_threads)):
-            self._workspaces.put(Workspace(Scratch(proof.slab), stopwatch=stopwatch))
+            self._workspaces.put(Workspace(Scratch(proof.slab), kernel, stopwatch=stopwatch))
 
     def start(self) -> None:
         start_threads(self._threads)

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Final
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.ggml import reference as kernels
+from streamconv.ggml import reference
 from streamconv.ggml.reference import F16, FLOATS
 from streamconv.gguf.format import row_nbytes
 from streamconv.lazy.scratch import Scratch, padded_nbytes
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,32 +52,44 @@ class EncodeError(ValueError):
         self.largest = largest
 
 
-def _compiled() -> ModuleType | None:
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The arithmetic that one call of the library uses: `c` or `numpy`, with the same bytes.
+
+    A call chooses one and hands it on (`Workspace.kernel`), so that what another call does at the same time, or did
+    before, changes nothing.
+
+    Attributes:
+        name: `c` or `numpy`.
+        encode: (source, target, slab, out, scratch) -> (number of NaNs, number of infinities, whether all values fit).
+        add_product: (left, right, scale, out, scratch), see the function of that name.
+    """
+
+    name: str
+    encode: Callable[[GGMLQuantizationType, GGMLQuantizationType, Bytes, Bytes, Scratch], tuple[int, int, bool]]
+    add_product: Callable[[Floats, Floats, np.float32, Floats, Scratch], None]
+
+
+REFERENCE: Final = Kernel("numpy", reference.encode, reference.add_product)  # what fast paths are checked against
+
+
+def compiled_kernel(module: ModuleType) -> Kernel:
+    """The kernel of a compiled extension, which needs no scratch."""
+    return Kernel(
+        "c",
+        lambda source, target, slab, out, _: module.encode(source, target, slab, out),
+        lambda left, right, scale, out, _: module.add_product(left, right, len(right), scale, out),
+    )
+
+
+def best_kernel() -> Kernel:
+    """The compiled kernel where it was built and the environment's STREAMCONV_KERNELS is not 0, else numpy's."""
     if os.environ.get("STREAMCONV_KERNELS") == "0":
-        return None
+        return REFERENCE
     try:
-        return importlib.import_module("streamconv.ggml._kernels")
+        return compiled_kernel(importlib.import_module("streamconv.ggml._kernels"))
     except ImportError:  # the extension is optional: an install without a compiler has none
-        return None
-
-
-_kernels = _compiled()
-
-
-@contextmanager
-def reference_kernels() -> Iterator[None]:
-    """Inside, every thread of the process encodes with numpy: what fast paths are checked against."""
-    global _kernels
-    before, _kernels = _kernels, None
-    try:
-        yield
-    finally:
-        _kernels = before
-
-
-def kernel_name() -> str:
-    """`c` where the compiled kernel is there and STREAMCONV_KERNELS is not 0, else `numpy`."""
-    return "numpy" if _kernels is None else "c"
+        return REFERENCE
 
 
 def encode_scratch_nbytes(
@@ -84,17 +99,18 @@ def encode_scratch_nbytes(
 
     Alike for both kernels (the compiled one takes none), so that a plan does not hang on which of them serves.
     """
-    arrays = kernels.temporaries(source, n_rows * n_columns)
+    arrays = reference.temporaries(source, n_rows * n_columns)
     return sum(padded_nbytes(n_elements * dtype.itemsize) for n_elements, dtype in arrays)
 
 
 def encode(
     source: GGMLQuantizationType,
     target: GGMLQuantizationType,
-    slab: NDArray[np.uint8],
-    out: NDArray[np.uint8],
+    slab: Bytes,
+    out: Bytes,
     scratch: Scratch,
     n_columns: int,
+    kernel: Kernel,
 ) -> Stats:
     """The NaNs and infinities among the rows in `slab`; `out` is filled with the same rows, encoded.
 
@@ -108,10 +124,7 @@ def encode(
         what = f"{slab.nbytes} bytes of {source.name} in rows of {n_columns}"
         raise ValueError(f"{what} do not make {out.nbytes} bytes of {target.name}")
     slab, out = slab.reshape(-1), out.reshape(-1)
-    if _kernels is None:
-        n_nan, n_inf, fits = kernels.encode(source, target, slab, out, scratch)
-    else:
-        n_nan, n_inf, fits = _kernels.encode(source, target, slab, out)
+    n_nan, n_inf, fits = kernel.encode(source, target, slab, out, scratch)
     if not fits:
         raise _refusal(source, target, slab)
     return Stats(n_nan, n_inf)
@@ -119,21 +132,16 @@ def encode(
 
 def product_scratch_nbytes(n_rows: int, n_columns: int) -> int:
     """The scratch that `add_product` takes for `n_rows` rows of `n_columns` elements."""
-    return 2 * padded_nbytes(4 * kernels.product_temporaries(n_rows, n_columns))
+    return 2 * padded_nbytes(4 * reference.product_temporaries(n_rows, n_columns))
 
 
-def add_product(
-    left: NDArray[np.float32], right: NDArray[np.float32], scale: np.float32, out: NDArray[np.float32], scratch: Scratch
-) -> None:
+def add_product(left: Floats, right: Floats, scale: np.float32, out: Floats, scratch: Scratch, kernel: Kernel) -> None:
     """Add scale * left @ right to `out`, all F32 and contiguous: left [n, r], right [r, c], out [n, c].
 
     The same bits whatever the kernel, the machine and the rows done together.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        if _kernels is None:
-            kernels.add_product(left, right, scale, out, scratch)
-        else:
-            _kernels.add_product(left, right, len(right), scale, out)
+        kernel.add_product(left, right, scale, out, scratch)
 
 
 def largest_finite(source: GGMLQuantizationType, slab: NDArray[np.uint8]) -> float:
@@ -154,6 +162,6 @@ def _refusal(source: GGMLQuantizationType, target: GGMLQuantizationType, slab: N
     largest = largest_finite(source, slab)
     if target == F16:
         return EncodeError(f"{largest:.9g} is beyond F16, whose largest number is 65504", largest)
-    if kernels.largest_magnitude(slab.view(fmt.bits)) >= fmt.infinity:
+    if reference.largest_magnitude(slab.view(fmt.bits)) >= fmt.infinity:
         return EncodeError(f"{target.name} cannot hold a NaN or an infinity", largest)
     return EncodeError(f"{target.name} cannot hold {largest:.9g}: the scale of its block is beyond F16", largest)

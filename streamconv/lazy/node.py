@@ -70,9 +70,10 @@ class TensorSpec:
 
 @dataclass(slots=True)
 class Workspace:
-    """What one worker has: scratch memory, a tally of what it saw, and a stopwatch."""
+    """What one worker has: scratch memory, a kernel, a tally of what it saw, and a stopwatch."""
 
     scratch: Scratch
+    kernel: codecs.Kernel = field(default_factory=codecs.best_kernel)
     tally: dict[str, codecs.Stats] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     counting: bool = True  # off while a row is made a second time, for the next chunk
@@ -345,7 +346,7 @@ class Widen(LazyTensor):
 
     def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
         if not self.in_place:
-            codecs.encode(self.parents[0].spec.type, F32, slab, out, work.scratch, self.spec.n_columns)
+            codecs.encode(self.parents[0].spec.type, F32, slab, out, work.scratch, self.spec.n_columns, work.kernel)
 
 
 class Scale(Widen):
@@ -382,6 +383,6 @@ class Encode(LazyTensor):
     def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
         source = self.parents[0].spec.type
         with work.stopwatch.time("encode"):
-            stats = codecs.encode(source, self.spec.type, slab, out, work.scratch, self.spec.n_columns)
+            stats = codecs.encode(source, self.spec.type, slab, out, work.scratch, self.spec.n_columns, work.kernel)
         if work.counting and (stats.n_nan or stats.n_inf):
             work.tally[self.target] = work.tally.get(self.target, codecs.Stats(0, 0)) + stats

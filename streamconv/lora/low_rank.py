@@ -130,7 +130,7 @@ class AddProduct(InPlace):
             left = _read(self.left, rows, work)
             right = _read(self.right, range(self.right.spec.n_rows), work)
             with work.stopwatch.time("merge"):
-                codecs.add_product(left, right, self.scale, self._values(out), work.scratch)
+                codecs.add_product(left, right, self.scale, self._values(out), work.scratch, work.kernel)
 
 
 def _read(tensor: LazyTensor, rows: range, work: Workspace) -> Floats:

@@ -49,7 +49,7 @@ def rows(draw: st.DrawFn, source: GGMLQuantizationType, target: GGMLQuantization
 @pytest.fixture(params=kernels.NAMES, autouse=True, scope="module")
 def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codecs, "_kernels", kernels.named(request.param))
+        patch.setattr(codecs, "best_kernel", lambda: kernels.named(request.param))
         patch.setattr(reference, "PIECE", PIECE)
         yield
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamconv.ggml import _kernels
 from streamconv.ggml import encode as codecs
 from streamconv.lazy import node as graph
 from streamconv.lazy.node import LazyTensor, PairHalves, Reshape, Source, Stack, TensorSpec, Transpose, Workspace
@@ -124,11 +125,12 @@ def test_any_partition_gives_the_bits_of_the_whole(make: Maker, seed: int, cuts:
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_numpy_gives_the_bits_of_the_compiled_kernel(make: Maker) -> None:
-    assert codecs.kernel_name() == "c"
+def test_numpy_gives_the_bits_of_the_compiled_kernel(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert codecs.best_kernel().name == "c"
     compiled = whole(make(3)[0])
-    with codecs.reference_kernels():
-        assert np.array_equal(whole(make(3)[0]).view(np.uint32), compiled.view(np.uint32))
+    monkeypatch.setenv("STREAMCONV_KERNELS", "0")
+    assert codecs.best_kernel().name == "numpy"
+    assert np.array_equal(whole(make(3)[0]).view(np.uint32), compiled.view(np.uint32))
 
 
 @pytest.mark.parametrize("wide", [AddProduct, RowMagnitudes, ColumnMagnitudes])
@@ -139,13 +141,12 @@ def test_traced_memory_stays_within_what_is_declared(wide: type[LazyTensor]) -> 
         tensor = RowMagnitudes(tensor, stored((64,), F32, 4)[0])
     elif wide is ColumnMagnitudes:
         tensor = ColumnMagnitudes(tensor, stored((32768,), F32, 4)[0])
-    work = Workspace(Scratch(graph.peak_nbytes(tensor, 16)))
+    work = Workspace(Scratch(graph.peak_nbytes(tensor, 16)), codecs.REFERENCE)
     out = np.zeros(16 * tensor.spec.row_nbytes, dtype=np.uint8)
-    with codecs.reference_kernels():
-        tracemalloc.start()
-        graph.read(tensor, range(16), out, work)
-        traced = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+    tracemalloc.start()
+    graph.read(tensor, range(16), out, work)
+    traced = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert traced <= OVERHEAD_NBYTES
 
 
@@ -162,7 +163,7 @@ def test_products_are_summed_in_order_and_each_rounded(shape: tuple[int, int, in
         total = total + left[:, k : k + 1] * right[k]
     out = before.copy()
     scratch = Scratch(codecs.product_scratch_nbytes(n_rows, n_columns))
-    codecs.add_product(left, right, np.float32(0.3), out, scratch)
+    codecs.add_product(left, right, np.float32(0.3), out, scratch, codecs.best_kernel())
     assert np.array_equal(out, before + np.float32(0.3) * total)
 
 
@@ -189,4 +190,4 @@ def test_factors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="magnitudes"):
         ColumnMagnitudes(w, stored((N,), F32, 1)[0])
     with pytest.raises(ValueError, match="do not make"):
-        codecs._kernels.add_product(bytes(8), bytes(8), 3, 1.0, bytearray(8))  # type: ignore[union-attr]
+        _kernels.add_product(bytes(8), bytes(8), 3, 1.0, bytearray(8))
