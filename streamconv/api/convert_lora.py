@@ -24,7 +24,7 @@ from streamconv.engine.split import make_parts
 from streamconv.errors import Caution, UsageError
 from streamconv.files.hub import source_failures
 from streamconv.files.local import noting_files
-from streamconv.ggml.policy import choose_type
+from streamconv.ggml.policy import StoredTypes, choose_type
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.lazy.node import sources
@@ -75,20 +75,27 @@ def open_adapter_job(
     wanted: OutputOptions,
     limit_nbytes: int,
     scale: float | None = None,
+    stored: StoredTypes | None = None,
 ) -> Iterator[Job]:
     """The job of an adapter as a file of its own, while its weights are open."""
     room = headroom_nbytes(limit_nbytes)
     with LoraFile.open(Path(adapter), room) as source:
-        yield plan_adapter(source, open_base(Path(base), room), dst, wanted, scale)
+        yield plan_adapter(source, open_base(Path(base), room), dst, wanted, scale, stored)
 
 
 @source_failures()
 def plan_adapter(
-    source: LoraFile, base: BaseModel, dst: str | Path | None, wanted: OutputOptions, scale: float | None
+    source: LoraFile,
+    base: BaseModel,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    scale: float | None,
+    stored: StoredTypes | None = None,
 ) -> Job:
     """Everything that decides the output's bytes; factors are read only to see whether folding a scale is exact.
 
-    SourceError with all that cannot be carried, UsageError on options that do not go together.
+    SourceError with all that cannot be carried, UsageError on options that do not go together. stored: the types of the
+    file that the job is compared with, in place of an outtype.
     """
     _check_legacy(wanted.dialect, {"--scale": scale})
     if scale is not None and not abs(scale) <= MAX_SCALE:
@@ -96,8 +103,8 @@ def plan_adapter(
     config = read_lora_config(source.config, scale)
     resolved = resolve(source, base, config)
     if wanted.dialect == OLLAMA_LEGACY:
-        return _plan_legacy(source, base, resolved, dst, wanted)
-    return _plan(source, base, resolved, dst, wanted, config.invocation_tokens)
+        return _plan_legacy(source, base, resolved, dst, wanted, stored)
+    return _plan(source, base, resolved, dst, wanted, stored, config.invocation_tokens)
 
 
 def _plan(
@@ -106,6 +113,7 @@ def _plan(
     resolved: Resolved,
     dst: str | Path | None,
     wanted: OutputOptions,
+    stored: StoredTypes | None,
     invocation_tokens: Sequence[int],
 ) -> Job:
     folded = fold(resolved.sound)
@@ -113,9 +121,8 @@ def _plan(
     # gguf counts the matrices that an adapter changes, for the heuristics that read names like my-1B-lora.
     specs = [(pair.target, pair.changed) for pair in folded.pairs]
     general = read_general(source.directory, arch=base.recipe.arch, name=wanted.name, specs=specs, kind="adapter")
-    tensors = [tensor for pair in folded.pairs for tensor in _tensors(pair, wanted.outtype)]
-    types = sorted({tensor.type.name.lower() for tensor in tensors})
-    outtype = wanted.outtype if wanted.outtype != "auto" else types[0] if len(types) == 1 else "mixed"
+    tensors = [tensor for pair in folded.pairs for tensor in _tensors(pair, wanted.outtype, stored)]
+    outtype = wanted.outtype if wanted.outtype != "auto" else _outtype(tensors)
     path = output_path(dst, general.file_name(outtype, "LoRA"))
     keys = [*general.keys, *_adapter_keys(folded.alpha, invocation_tokens), *base.keys]
     return Job(
@@ -138,12 +145,18 @@ def _plan_legacy(
     resolved: Resolved,
     dst: str | Path | None,
     wanted: OutputOptions,
+    stored: StoredTypes | None,
 ) -> Job:
     """The job of an ollama-legacy file, which takes nothing but Ollama's own choices."""
     refuse([*resolved.problems, *legacy_problems(base, resolved.sound, source.config)], source, base)
     legacy = legacy_adapter(base, resolved.modules, source.factors, source.config)
     general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
-    tensors = [PlacedTensor(one.target, one.tensor, (one.source,), one.type) for one in legacy.tensors]
+    tensors = [
+        PlacedTensor(
+            one.target, one.tensor, (one.source,), stored.choose(one.target, one.tensor) if stored else one.type
+        )
+        for one in legacy.tensors
+    ]
     path = output_path(dst, general.file_name("f16", "LoRA"))
     return Job(
         command="lora",
@@ -151,7 +164,7 @@ def _plan_legacy(
         parts=make_parts(path, legacy.keys, tensors, wanted.split),
         architecture=base.recipe.arch,
         dialect=OLLAMA_LEGACY,
-        outtype="f16",
+        outtype=_outtype(tensors) if stored else "f16",
         shards=(source.shard,),
         base=base.path,
         options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A"))},
@@ -166,12 +179,21 @@ def _check_legacy(dialect: str, options: Mapping[str, object]) -> None:
         raise UsageError(f"{given[0]} has no place with --dialect {OLLAMA_LEGACY}: the file is what Ollama wrote")
 
 
-def _tensors(pair: Pair, outtype: str) -> Iterator[PlacedTensor]:
+def _outtype(tensors: Sequence[PlacedTensor]) -> str:
+    """The one type of all tensors, or "mixed"."""
+    types = {tensor.type.name.lower() for tensor in tensors}
+    return types.pop() if len(types) == 1 else "mixed"
+
+
+def _tensors(pair: Pair, outtype: str, stored: StoredTypes | None) -> Iterator[PlacedTensor]:
     for target, tensor, own_type in (
         (f"{pair.target}.lora_a", pair.a, pair.a_type),
         (f"{pair.target}.lora_b", pair.b, pair.b_type),
     ):
-        type_ = own_type if outtype == "auto" else choose_type(target, tensor.spec.shape, outtype)
+        if stored is not None:
+            type_ = stored.choose(target, tensor)
+        else:
+            type_ = own_type if outtype == "auto" else choose_type(target, tensor.spec.shape, outtype)
         yield PlacedTensor(target, tensor, tuple(source.name for source in sources(tensor)), type_)
 
 

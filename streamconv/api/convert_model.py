@@ -19,7 +19,7 @@ from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_wo
 from streamconv.engine.split import SplitOptions, make_parts
 from streamconv.files.hub import find_source, source_failures
 from streamconv.files.local import noting_files
-from streamconv.ggml.policy import FILE_TYPES, OUTTYPES, resolve_auto, type_of
+from streamconv.ggml.policy import PlainTypes, StoredTypes, TypePolicy, resolve_auto
 from streamconv.gguf.format import KeyValue
 from streamconv.gguf.names import LLAMA_CPP, written_name
 from streamconv.lazy.node import sources
@@ -67,13 +67,14 @@ def open_model_job(
     wanted: OutputOptions,
     limit_nbytes: int,
     adapters: Sequence[AdapterSpec] = (),
+    stored: StoredTypes | None = None,
 ) -> Iterator[Job]:
     """The job of a checkpoint and the adapters merged into it, while their files are open."""
     with (
         open_adapters(adapters, headroom_nbytes(limit_nbytes)) as opened,
         Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit_nbytes)) as source,
     ):
-        yield plan_model(source, dst, wanted, limit_nbytes, opened)
+        yield plan_model(source, dst, wanted, limit_nbytes, opened, stored)
 
 
 @source_failures()
@@ -83,15 +84,18 @@ def plan_model(
     wanted: OutputOptions,
     limit_nbytes: int,
     adapters: Sequence[Adapter] = (),
+    stored: StoredTypes | None = None,
 ) -> Job:
-    """Everything that decides the output's bytes; headers and vocabulary are read, and no weight."""
+    """Everything that decides the output's bytes; headers and vocabulary are read, and no weight.
+
+    stored: the types of the file that the job is compared with, in place of an outtype.
+    """
     config = checkpoint.config
-    merged = merge(checkpoint, bind(find_recipe(config), config, checkpoint.tensors), adapters)
+    bound = bind(find_recipe(config), config, checkpoint.tensors)
+    merged = merge(checkpoint, bound, adapters)
     model = merged.model
-    outtype = wanted.outtype
-    if outtype == "auto":
-        outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
-    tensors = _place(model, wanted.dialect, outtype)
+    policy = stored or PlainTypes(auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype)
+    tensors = _place(model, wanted.dialect, policy)
     general = read_general(
         checkpoint.directory,
         arch=model.recipe.arch,
@@ -100,30 +104,36 @@ def plan_model(
         merged=merged.directories,
     )
     vocabulary = _bounded_vocabulary(merged, wanted.pre, tensors, limit_nbytes)
-    file_type = KeyValue.u32("general.file_type", FILE_TYPES[OUTTYPES[outtype]])
+    file_type = KeyValue.u32("general.file_type", policy.file_type)
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
     return Job(
         command="convert",
         keys=keys,
-        parts=make_parts(output_path(dst, general.file_name(outtype)), keys, tensors, wanted.split),
+        parts=make_parts(output_path(dst, general.file_name(policy.outtype)), keys, tensors, wanted.split),
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
-        outtype=outtype,
+        outtype=policy.outtype,
         shards=(*checkpoint.shards, *merged.shards),
-        options={"outtype": outtype, "dialect": wanted.dialect, **merged.options},
+        options={"outtype": policy.outtype, "dialect": wanted.dialect, **merged.options},
         cautions=[*model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
 
 
-def _place(model: Model, dialect: str, outtype: str) -> list[PlacedTensor]:
+def auto_outtype(checkpoint: Checkpoint, model: Model) -> str:
+    """The outtype that `auto` stands for: tensors that the recipe drops have no say in it."""
+    used = {source.name for target in model.targets for source in sources(target.tensor)}
+    return resolve_auto(tensor.lazy().spec for name, tensor in checkpoint.tensors.items() if name in used)
+
+
+def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]:
     """The model's tensors under the names, and of the types, that the file will have."""
     return [
         PlacedTensor(
             written_name(target.name, dialect),
             target.tensor,
             tuple(source.name for source in sources(target.tensor)),
-            type_of(target.name, target.tensor, outtype),
+            policy.choose(target.name, target.tensor),
         )
         for target in model.targets
     ]

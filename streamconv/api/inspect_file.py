@@ -18,13 +18,14 @@ from typing import Any, Final, Literal
 import numpy as np
 from gguf.constants import GGUFValueType
 
+from streamconv.api.convert_model import auto_outtype
 from streamconv.budget import default_limit_nbytes
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint, Shard, SourceTensor
 from streamconv.errors import Caution, SourceError
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source
 from streamconv.files.strict_json import load_object
-from streamconv.ggml.policy import choose_type, resolve_auto
+from streamconv.ggml.policy import choose_type
 from streamconv.gguf.format import Scalar, tensor_nbytes
 from streamconv.gguf.reader import FileProblem, GGUFKey, Span
 from streamconv.gguf.splits import GGUFSet
@@ -245,7 +246,7 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     recipe = find_recipe(config)
     found.architecture = recipe.arch
     model = bind(recipe, config, checkpoint.tensors)
-    outtype = resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
+    outtype = auto_outtype(checkpoint, model)
     totals: dict[str, Total] = {}
     for target in model.targets:
         shape = target.tensor.spec.shape

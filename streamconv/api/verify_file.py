@@ -7,6 +7,7 @@ convert_lora.py make its job), the comparison (check/tensors.py).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -18,6 +19,7 @@ from streamconv.check.tensors import compare
 from streamconv.engine.job import OutputOptions, RunOptions, WorkKeywords
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import UsageError
+from streamconv.ggml.policy import StoredTypes, stored_outtype
 from streamconv.gguf.names import LLAMA_CPP
 from streamconv.gguf.reader import refuse
 from streamconv.gguf.splits import GGUFSet
@@ -44,11 +46,11 @@ def verify(
     the folder of an adapter that was written as one, with `base`, `dialect` and `scale` as `convert_adapter` had them.
     """
     options, wanted, started = RunOptions(**keywords), OutputOptions(dialect=dialect, pre=pre), time.monotonic()
-    outputs = _outputs(out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre})
+    outputs, stored = _read(out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre})
     with (
-        open_model_job(source, out, wanted, options.limit_nbytes, adapters)
+        open_model_job(source, out, wanted, options.limit_nbytes, adapters, stored)
         if base is None
-        else open_adapter_job(source, base, out, wanted, options.limit_nbytes, scale)
+        else open_adapter_job(source, base, out, wanted, options.limit_nbytes, scale, stored)
     ) as job:
         cautions = compare(
             job,
@@ -67,15 +69,32 @@ def verify(
     return report
 
 
-def _outputs(out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object]) -> list[Output]:
-    """The files of the set at `out`; UsageError where an option is missing, or given and not for this kind of file."""
+def _read(
+    out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object]
+) -> tuple[list[Output], StoredTypes]:
+    """The files of the set at `out`, and the types of its tensors.
+
+    UsageError where an option is missing, or given and not for this kind of file.
+    """
     with GGUFSet.open(out) as found:
         refuse(found.problems)
         outputs = [Output(file.path, file.file.nbytes) for file in found.files]
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"
+        stored = _types(found)
     if is_adapter and of_adapters["--base"] is None:
         raise UsageError("is an adapter, whose tensors follow from its base", file=out, hint="give --base")
     for option, value in (of_models if is_adapter else of_adapters).items():
         if value is not None:
             raise UsageError(f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one", file=out)
-    return outputs
+    return outputs, stored
+
+
+def _types(found: GGUFSet) -> StoredTypes:
+    tensors = [tensor for _, tensor in found.tensors.values()]
+    nbytes = Counter[str]()
+    for tensor in tensors:
+        nbytes[tensor.type_name] += tensor.nbytes or 0
+    entry = found.files[0].keys.get("general.file_type")
+    file_type = entry.value if entry is not None and isinstance(entry.value, int) else -1
+    types = {tensor.name: (tensor.shape, tensor.type) for tensor in tensors if tensor.type is not None}
+    return StoredTypes(stored_outtype(file_type, nbytes), max(file_type, 0), types)

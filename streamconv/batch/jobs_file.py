@@ -187,14 +187,17 @@ def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
 
 def _resolved(source: Path) -> str:
     """What auto means for a checkpoint; "auto" where it cannot be read, which its job will report."""
+    from streamconv.api.convert_model import auto_outtype
     from streamconv.checkpoint.folder import Checkpoint
     from streamconv.errors import StreamconvError
     from streamconv.files.hub import find_source
-    from streamconv.ggml.policy import resolve_auto
+    from streamconv.recipe.bind import bind
+    from streamconv.recipe.language import find_recipe
 
     try:
         with Checkpoint.open(find_source(source)) as checkpoint:
-            return resolve_auto(tensor.spec for tensor in checkpoint.lazy_tensors())
+            config = checkpoint.config
+            return auto_outtype(checkpoint, bind(find_recipe(config), config, checkpoint.tensors))
     except (StreamconvError, OSError):
         return "auto"
 

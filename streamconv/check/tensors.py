@@ -26,7 +26,7 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
 from streamconv.errors import Caution, VerifyError
 from streamconv.ggml import encode as codecs
-from streamconv.gguf.names import RENAMES
+from streamconv.gguf.names import spellings
 from streamconv.gguf.reader import GGUFFile, StoredTensor, refuse
 from streamconv.lazy.node import Encode, Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
@@ -99,8 +99,7 @@ def _match(job: Job, files: Sequence[GGUFFile]) -> Iterator[_Pair]:
     unclaimed = {name: (file, tensor) for file in files for name, tensor in file.tensors.items()}
     missing = []
     for step in job.steps:
-        names = [step.target, *_aliases(step.target)]
-        name = next((name for name in names if name in unclaimed), None)
+        name = next((name for name in spellings(step.target) if name in unclaimed), None)
         if name is None:
             missing.append(step.target)
             continue
@@ -120,15 +119,6 @@ def _match(job: Job, files: Sequence[GGUFFile]) -> Iterator[_Pair]:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise VerifyError(f"the file {what} {names[0]}{more}", file=files[0].path, tensor=names[0])
-
-
-def _aliases(target: str) -> Iterator[str]:
-    for renames in RENAMES.values():
-        for ours, theirs in renames.items():
-            if target == ours:
-                yield theirs
-            if target == theirs:
-                yield ours
 
 
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:

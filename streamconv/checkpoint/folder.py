@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -227,10 +227,6 @@ class Checkpoint:
                 shard.close()
             raise
         return cls(directory, config, tuple(shards), tensors)
-
-    def lazy_tensors(self) -> Iterator[Source]:
-        """Every stored tensor as a source, in the files' own order."""
-        return (tensor.lazy() for tensor in self.tensors.values())
 
     def __enter__(self) -> Self:
         return self

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Final
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from streamconv.errors import SourceError
 from streamconv.gguf.format import block_size
+from streamconv.gguf.names import spellings
 from streamconv.lazy.node import LazyTensor, Scale, TensorSpec
 
 F32, F16, BF16, Q8_0 = (
@@ -69,6 +72,64 @@ def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuanti
     if shape[-1] % block_size(wanted)[0]:
         return F16
     return wanted
+
+
+class TypePolicy(Protocol):
+    """Which type each tensor of a file gets.
+
+    Attributes:
+        outtype: the file's type in llama-quantize's words, in lower case.
+        file_type: general.file_type.
+    """
+
+    @property
+    def outtype(self) -> str: ...
+    @property
+    def file_type(self) -> int: ...
+    def choose(self, target: str, tensor: LazyTensor) -> GGMLQuantizationType:
+        """The type of the tensor that llama.cpp calls `target`. SourceError where that cannot hold it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainTypes:
+    """One of OUTTYPES for all weight matrices, as llama.cpp's converter does."""
+
+    outtype: str
+
+    @property
+    def file_type(self) -> int:
+        return FILE_TYPES[OUTTYPES[self.outtype]]
+
+    def choose(self, target: str, tensor: LazyTensor) -> GGMLQuantizationType:
+        return type_of(target, tensor, self.outtype)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTypes:
+    """The types that the tensors of a finished file have, so that a job can be compared with it whatever made it.
+
+    A tensor that the file lacks, or has in another shape or in a type that cannot be made here, is F32: the comparison
+    names it.
+    """
+
+    outtype: str
+    file_type: int
+    types: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType]]
+
+    def choose(self, target: str, tensor: LazyTensor) -> GGMLQuantizationType:
+        found = (self.types[name] for name in spellings(target) if name in self.types)
+        shape, type_ = next(found, ((), F32))
+        return type_ if shape == tensor.spec.shape and type_ in FILE_TYPES else F32
+
+
+def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
+    """The outtype of a file with `nbytes` of tensors by type: what it says where that is so, else its largest type."""
+    with suppress(ValueError):
+        said = LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        if any(said.startswith(name) for name in nbytes if name != "F32"):  # which all files have
+            return said.lower()
+    return max(nbytes, key=lambda name: nbytes[name], default="f32").lower()
 
 
 def type_of(target: str, tensor: LazyTensor, outtype: str) -> GGMLQuantizationType:

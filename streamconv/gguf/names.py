@@ -6,7 +6,7 @@ One name differs. llama.cpp (all versions since LFM2.5) and today's Ollama read 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 LLAMA_CPP = "llama.cpp"
@@ -21,3 +21,12 @@ RENAMES: Final[Mapping[str, Mapping[str, str]]] = {
 def written_name(target: str, dialect: str) -> str:
     """The name of the tensor `target` in a file of `dialect`."""
     return RENAMES[dialect].get(target, target)
+
+
+def spellings(name: str) -> Iterator[str]:
+    """`name`, then the names that other dialects have for the same tensor."""
+    yield name
+    for renames in RENAMES.values():
+        for one, other in renames.items():
+            if name in (one, other):
+                yield other if name == one else one
