@@ -26,6 +26,7 @@ from streamconv.errors import (
 if TYPE_CHECKING:
     from streamconv.api.convert_lora import convert_adapter
     from streamconv.api.convert_model import convert
+    from streamconv.api.inspect_file import inspect
     from streamconv.api.verify_file import verify
     from streamconv.engine.split import SplitOptions
     from streamconv.report import Report
@@ -45,6 +46,7 @@ __all__ = [
     "VerifyError",
     "convert",
     "convert_adapter",
+    "inspect",
     "verify",
 ]
 
@@ -52,6 +54,7 @@ __all__ = [
 _HOMES = {
     "convert": "streamconv.api.convert_model",
     "convert_adapter": "streamconv.api.convert_lora",
+    "inspect": "streamconv.api.inspect_file",
     "Report": "streamconv.report",
     "SplitOptions": "streamconv.engine.split",
     "verify": "streamconv.api.verify_file",

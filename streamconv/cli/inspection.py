@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from shutil import get_terminal_size
 from typing import Any, Final
 
 from streamconv.api.inspect_file import Inspection, Total
@@ -18,28 +20,41 @@ from streamconv.errors import printable
 from streamconv.lora.config import stated_base
 
 WIDTH: Final = 80
+PIPE_WIDTH: Final = 120
+MIN_WIDTH: Final = 20
+MIN_VALUE_WIDTH: Final = 24
 MAX_NAME_WIDTH: Final = 44  # of a key; longer ones shift their row's value
 _UNITS: Final = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
-def render(
-    found: Inspection, *, width: int | None = WIDTH, tensors: bool = False, head: int | None = None
-) -> Iterator[str]:
-    """Lines without newlines, at most `width` columns each (None: as long as they need to be, for a pipe).
+def terminal_width() -> int:
+    """The columns of the terminal, where stdout is one; at most PIPE_WIDTH elsewhere. COLUMNS overrides either."""
+    width = max(get_terminal_size((PIPE_WIDTH, 24)).columns, MIN_WIDTH)
+    return width if sys.stdout.isatty() else min(width, PIPE_WIDTH)
 
-    tensors: a line for each tensor as well. head: at most so many keys and tensors.
+
+def render(found: Inspection, *, width: int = WIDTH, tensors: bool = False, head: int | None = None) -> Iterator[str]:
+    """An inspection in lines.
+
+    Args:
+        width: columns that no line exceeds. A value that does not fit is cut, and its length is given.
+        tensors: a line for each tensor as well.
+        head: at most this many keys and tensors.
+
+    Returns:
+        Lines without newlines.
     """
     for line in _lines(found, width, tensors, head):
-        yield line if width is None else _cut(line, width)
+        yield _cut(line, width)
 
 
-def _lines(found: Inspection, width: int | None, tensors: bool, head: int | None) -> Iterator[str]:
+def _lines(found: Inspection, width: int, tensors: bool, head: int | None) -> Iterator[str]:
     yield printable(str(found.path))
     arch = f", architecture {printable(found.architecture)}" if found.architecture else ""
     yield f"{found.kind}: {found.form}{arch}"
     nbytes = sum(row.nbytes or 0 for row in found.tensors)
     yield f"{_tensors_of(len(found.tensors))}, {_short(found.n_parameters)} parameters, {_nbytes(nbytes)}"
-    yield from _section("metadata" if found.kind == "gguf" else "config", list(_keys(found)), head)
+    yield from _section("metadata" if found.kind == "gguf" else "config", list(_keys(found, width)), head)
     yield from _section("types", list(_totals(found.totals)))
     if tensors:
         yield from _section("tensors", list(_tensors(found, width)), head)
@@ -70,20 +85,55 @@ def _section(title: str, rows: list[str], head: int | None = None) -> Iterator[s
         yield f"  ... {len(rows) - head:,} more"
 
 
-def _keys(found: Inspection) -> Iterator[str]:
+def _keys(found: Inspection, width: int) -> Iterator[str]:
     names = [printable(name) for name in found.metadata]
     name_width = min(max(map(len, names), default=0), MAX_NAME_WIDTH)
     type_width = max(map(len, found.metadata_types.values()), default=0)
     for name, (key, value) in zip(names, found.metadata.items(), strict=True):
-        yield f"  {name:<{name_width}}  {found.metadata_types[key]:<{type_width}}  {printable(_value(value))}"
+        kind = found.metadata_types[key]
+        start = f"  {name:<{name_width}}  {kind:<{type_width}}  "
+        yield start + _value(value, kind, max(width - _columns(start), MIN_VALUE_WIDTH))
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, kind: str, width: int) -> str:
+    """The value in at most `width` columns: whole, or its beginning and its length."""
     if isinstance(value, str):
-        return value
+        return _text(value, f"{len(value):,} characters", width)
     if isinstance(value, Mapping) and value.keys() == {"length", "first"}:
-        return f"{value['length']:,}: {_value(value['first'])[:-1]}, ...]"
-    return json.dumps(value, ensure_ascii=False)
+        if kind == "string":
+            return _text(f"{value['first'][0]}...", f"{value['length']:,} bytes", width, is_whole=False)
+        return _items([_json(item) for item in value["first"]], value["length"], "[]", width)
+    whole = _json(value)
+    if _columns(whole) <= width or not isinstance(value, list | Mapping):
+        return _cut(whole, width)
+    if isinstance(value, Mapping):
+        return _items([f"{_json(name)}: {_json(item)}" for name, item in value.items()], len(value), "{}", width)
+    return _items([_json(item) for item in value], len(value), "[]", width)
+
+
+def _text(text: str, length: str, width: int, *, is_whole: bool = True) -> str:
+    shown = printable(text)
+    if is_whole and _columns(shown) <= width:
+        return shown
+    end = f" ({length})"
+    return _cut(shown, width - len(end)) + end
+
+
+def _items(items: Sequence[str], length: int, brackets: str, width: int) -> str:
+    """As many of the first items as fit between the brackets, and how many there are."""
+    start, end = f"{length:,}: {brackets[0]}", f"...{brackets[1]}"
+    room = width - len(start) - len(end)
+    shown = ""
+    for item in items:
+        room -= _columns(item) + 2
+        if room < 0:
+            break
+        shown += f"{item}, "
+    return start + shown + end
+
+
+def _json(value: Any) -> str:
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def _totals(totals: Mapping[str, Total]) -> Iterator[str]:
@@ -92,7 +142,7 @@ def _totals(totals: Mapping[str, Total]) -> Iterator[str]:
         yield f"  {name:<8}{count:>16}{parameters:>20}{_nbytes(total.nbytes):>11}"
 
 
-def _tensors(found: Inspection, width: int | None) -> Iterator[str]:
+def _tensors(found: Inspection, width: int) -> Iterator[str]:
     shapes = ["x".join(map(str, row.shape)) or "scalar" for row in found.tensors]
     shape_width = max(map(len, shapes), default=0)
     type_width = max((len(row.type) for row in found.tensors), default=0)
@@ -100,19 +150,16 @@ def _tensors(found: Inspection, width: int | None) -> Iterator[str]:
         nbytes = "?" if row.nbytes is None else _nbytes(row.nbytes)
         start = f"  {row.type:<{type_width}}  {nbytes:>8}  {shape:>{shape_width}}  "
         name = printable(row.name)
-        yield start + (name if width is None else _cut(name, max(width - len(start), 16), tail=True))
+        yield start + _cut(name, max(width - len(start), 16), tail=True)
 
 
 def _where(tensor: str | None) -> str:
     return f"{tensor}: " if tensor else ""
 
 
-def _wrapped(text: str, width: int | None) -> Iterator[str]:
-    text = printable(text)
-    if width is None:
-        yield f"  {text}"
-    else:
-        yield from textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+def _wrapped(text: str, width: int) -> Iterator[str]:
+    wrapper = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    yield from wrapper.wrap(printable(text))
 
 
 def _short(n: int) -> str:

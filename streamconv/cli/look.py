@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_verbose, positive, src_path
@@ -53,17 +52,14 @@ def add_draft(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from shutil import get_terminal_size
-
     from streamconv.api.inspect_file import inspect
-    from streamconv.cli.inspection import render
+    from streamconv.cli.inspection import render, terminal_width
 
     found = inspect(options.path)
     if options.json:
         say(json.dumps(found.to_json()))
         return 0
-    width = get_terminal_size().columns if sys.stdout.isatty() else None
-    for line in render(found, width=width, tensors=options.tensors, head=options.head):
+    for line in render(found, width=terminal_width(), tensors=options.tensors, head=options.head):
         say(line)
     return 0
 
