@@ -115,7 +115,7 @@ def plan_model(
         outtype=policy.outtype,
         shards=(*checkpoint.shards, *merged.shards),
         options={"outtype": policy.outtype, "dialect": wanted.dialect, **merged.options},
-        cautions=[*model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
+        cautions=[*checkpoint.cautions, *model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
 

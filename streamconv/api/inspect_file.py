@@ -22,6 +22,7 @@ from streamconv.api.convert_model import auto_outtype
 from streamconv.budget import default_limit_nbytes
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint, Shard, SourceTensor
+from streamconv.checkpoint.weight_sets import INDEX_ENDING
 from streamconv.errors import Caution, SourceError
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source
 from streamconv.files.strict_json import load_object
@@ -155,7 +156,7 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _reader_of(path: Path) -> Callable[[Path], Inspection]:
-    if not path.is_dir() and path.suffix != ".safetensors":
+    if not path.is_dir() and path.suffix != ".safetensors" and not path.name.endswith(INDEX_ENDING):
         return _gguf
     folder = path if path.is_dir() else path.parent
     if not any(folder.glob("*.safetensors")) and (ggufs := sorted(file.name for file in folder.glob("*.gguf"))):
@@ -235,6 +236,7 @@ def _checkpoint(path: Path) -> Inspection:
         found.form = f"safetensors, {len(checkpoint.shards)} file{'s' if len(checkpoint.shards) > 1 else ''}"
         _add_config(found, checkpoint.config.raw)
         _add_tensors(found, checkpoint.tensors.values())
+        found.cautions += checkpoint.cautions
         with _listing(found):
             _add_conversion(found, checkpoint)
     return found
@@ -295,7 +297,7 @@ def _read_apart(found: Inspection, config_name: str) -> Config:
         with _listing(found):
             config = load_object(folder / config_name)
     _add_config(found, config)
-    for file in sorted(folder.glob("*.safetensors")) if found.path.is_dir() else [found.path]:
+    for file in [found.path] if found.path.suffix == ".safetensors" else sorted(folder.glob("*.safetensors")):
         with _listing(found):
             shard = Shard(file, default_limit_nbytes())
             shard.close()

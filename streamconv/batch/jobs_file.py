@@ -78,7 +78,7 @@ def read_jobs(path: Path) -> list[JobSpec]:
             raw = file.read(MAX_FILE_NBYTES + 1)
         if len(raw) > MAX_FILE_NBYTES:
             raise UsageError(f"larger than {MAX_FILE_NBYTES >> 20} MiB", file=path)
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read: {getattr(error, 'strerror', error)}", file=path) from None
     entries = list(_toml_entries(text, path) if path.suffix == ".toml" else _json_entries(text, path))

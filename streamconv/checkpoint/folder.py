@@ -12,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -26,26 +25,24 @@ from safetensors import SafetensorError, safe_open
 
 from streamconv.budget import MIB, resident_nbytes
 from streamconv.checkpoint.config import Config
-from streamconv.errors import BudgetError, SourceError
+from streamconv.checkpoint.weight_sets import INDEX, INDEX_ENDING, Choice, choose_weights, indexed_set, named_set
+from streamconv.errors import BudgetError, Caution, SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, source_failures
 from streamconv.files.local import PositionedFile
-from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE, load_object, load_object_if_present, parse_object
+from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE, load_object, parse_object
 from streamconv.lazy.node import Source, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
 # What a parsed header takes for each of its bytes, safetensors' own copy included. Measured: 15 on names as models have
 # them, 25 on the shortest.
 HEADER_OBJECT_NBYTES = 28
-INDEX = "model.safetensors.index.json"
 
 FLOAT_TYPES = {
     "F32": GGMLQuantizationType.F32,
     "F16": GGMLQuantizationType.F16,
     "BF16": GGMLQuantizationType.BF16,
 }
-_FILE_NAME = re.compile(rb"[^\0/\\]{1,255}")  # longer ones no filesystem takes
-_NUMBERED_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,46 +184,47 @@ class Checkpoint:
     config: Config
     shards: tuple[Shard, ...]
     tensors: Mapping[str, SourceTensor] = field(repr=False)
+    cautions: Sequence[Caution] = ()
 
     @classmethod
     @source_failures()
     def open(cls, src: Path, *, max_header_nbytes: int = MAX_HEADER_NBYTES * HEADER_OBJECT_NBYTES) -> Checkpoint:
-        """The checkpoint in the directory `src`, or the single file `src` with its config.json beside it.
+        """The checkpoint in the directory `src`, or that of the one file, the first shard or the index `src`.
 
-        SourceError on anything missing or malformed, and on one shard of several; BudgetError, before it is parsed,
+        SourceError on anything missing or malformed, and on a later shard; BudgetError, before it is parsed,
         where config, index and headers would take more than `max_header_nbytes` of memory together.
         """
-        directory = src.parent if src.suffix == ".safetensors" and src.is_file() else src
+        is_index = src.name.endswith(INDEX_ENDING)
+        directory = src.parent if (src.suffix == ".safetensors" or is_index) and src.is_file() else src
         if not directory.is_dir():
             if src.exists():
                 raise magic.misplaced(src, "checkpoint directory and no .safetensors file", CONFIG)
             raise SourceError("no such checkpoint directory", file=src)
         if not (directory / CONFIG).is_file():
             raise _without_config(directory)
-        if directory != src:
-            _refuse_shard(src)
-        alone = directory != src or (directory / "model.safetensors").is_file()
+        named = Choice(named_set(src)) if directory != src and not is_index else None
+        index_file = src if is_index else directory / INDEX
         left = max_header_nbytes
-        for path in (directory / CONFIG, *(() if alone else (directory / INDEX,))):
+        for path in (directory / CONFIG, *(() if named else (index_file,))):
             size = path.stat().st_size if path.is_file() else 0
             _check_affordable(path, f"its {size:,} bytes", size * OBJECT_NBYTES_PER_BYTE, left)
             left -= size * OBJECT_NBYTES_PER_BYTE
         config = Config(load_object(directory / CONFIG), directory / CONFIG)
-        index = {} if alone else load_object_if_present(directory / INDEX)
-        paths = [src] if directory != src else _find_shards(directory, index)
+        choice = named or _choose(index_file, left, is_named=is_index)
         shards: list[Shard] = []
         try:
-            for path in paths:
+            for path in choice.chosen.paths:
                 if not path.exists():
-                    raise SourceError("the shard is missing", file=path, hint="download it again")
+                    hint = "download it again"
+                    raise SourceError("the shard is missing", file=path, hint=hint, code="shard-missing")
                 shards.append(Shard(path, left))
                 left -= shards[-1].parsed_nbytes
-            tensors = _merge_tables(shards, index, directory)
+            tensors = _merge_tables(shards, choice.index, index_file)
         except BaseException:
             for shard in shards:
                 shard.close()
             raise
-        return cls(directory, config, tuple(shards), tensors)
+        return cls(directory, config, tuple(shards), tensors, choice.cautions)
 
     def __enter__(self) -> Self:
         return self
@@ -245,14 +243,6 @@ def _without_config(directory: Path) -> SourceError:
         return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint)
     what = "the directory is empty" if not any(directory.iterdir()) else f"no {CONFIG}"
     return SourceError(what, file=directory, hint=f"name the folder that holds {CONFIG} and *.safetensors")
-
-
-def _refuse_shard(file: Path) -> None:
-    """SourceError where `file`, by its name, is one shard of several."""
-    match = _NUMBERED_SHARD.fullmatch(file.name)
-    if match and int(match[3]) > 1:
-        what = f"is shard {int(match[2])} of {int(match[3])}, and no whole checkpoint"
-        raise SourceError(what, file=file, hint=f"name the folder, {file.parent}")
 
 
 def _sparse_copy(head: bytes, nbytes: int) -> int | None:
@@ -285,47 +275,24 @@ def _check_name(name: str, file: Path) -> None:
         raise SourceError(f"tensor name {name!r} holds what no tensor name holds", file=file)
 
 
-def _find_shards(directory: Path, index: Mapping[str, Any]) -> list[Path]:
-    """The files that hold the weights, in the order transformers looks for them: one file, an index, numbered parts."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if index:
-        return [directory / name for name in _indexed_names(index, directory / INDEX)]
-    candidates = sorted(directory.glob("*.safetensors"))
-    numbered = [match for path in candidates if (match := _NUMBERED_SHARD.fullmatch(path.name))]
-    if numbered:
-        prefix, count = numbered[0][1], numbered[0][3]
-        return [directory / f"{prefix}-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
-    if len(candidates) == 1:
-        return candidates
-    if candidates:
-        raise SourceError(
-            f"{len(candidates)} .safetensors files and no {INDEX}", file=directory, hint="name the one file to convert"
-        )
-    if any(directory.glob("pytorch_model*.bin")) or any(directory.glob("*.pth")):
-        raise SourceError(
-            "only pickled weights (pytorch_model.bin), which are never loaded here",
-            file=directory,
-            hint="get the safetensors version, or save it with transformers: model.save_pretrained(folder)",
-        )
-    raise SourceError("no .safetensors file", file=directory, hint="download the weights as well")
+def _choose(index_file: Path, max_header_nbytes: int, *, is_named: bool) -> Choice:
+    """The weights in the folder of `index_file`, which need not exist unless it was named as the source."""
+
+    def names_of(path: Path) -> Collection[str]:
+        try:
+            shard = Shard(path, max_header_nbytes)
+        except SourceError:
+            return ()
+        shard.close()
+        return shard.tensors
+
+    index = load_object(index_file) if index_file.exists() else None
+    if is_named and index is not None:
+        return indexed_set(index, index_file)
+    return choose_weights(index_file.parent, index, names_of)
 
 
-def _indexed_names(index: Mapping[str, Any], file: Path) -> list[str]:
-    """The shards' file names in an index, sorted; SourceError on one that leaves the directory."""
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError("the index has no weight_map", file=file, hint="download it again")
-    names = set()
-    for tensor, name in weight_map.items():
-        raw = name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b""
-        if not _FILE_NAME.fullmatch(raw) or name in (".", ".."):
-            raise SourceError(f"the index names {name!r:.80}, which is no file beside it", file=file, tensor=tensor)
-        names.add(name)
-    return sorted(names)
-
-
-def _merge_tables(shards: list[Shard], index: Mapping[str, Any], directory: Path) -> dict[str, SourceTensor]:
+def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file: Path) -> dict[str, SourceTensor]:
     """All shards' tensors under one roof; SourceError where shards and index disagree."""
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:
@@ -334,12 +301,11 @@ def _merge_tables(shards: list[Shard], index: Mapping[str, Any], directory: Path
                 other = tensors[name].shard.path.name
                 raise SourceError(f"the tensor is in {other} as well", file=shard.path, tensor=name)
             tensors[name] = tensor
-    weight_map: Mapping[str, str] = index.get("weight_map", {})
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].shard.path.name != file_name:
             raise SourceError(
                 f"the index promises a tensor that {file_name} does not hold",
-                file=directory / INDEX,
+                file=index_file,
                 tensor=name,
                 hint="download the index and its shards again, from the same revision",
             )

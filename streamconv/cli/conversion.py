@@ -42,7 +42,8 @@ def add_convert(commands: Any) -> None:
         "src",
         metavar="SRC",
         type=src_path,
-        help="the checkpoint: the folder of config.json and *.safetensors, one such file, or a repo id in the cache",
+        help="the checkpoint: the folder of config.json and *.safetensors, one such file (of shards the first), "
+        "an index, or a repo id in the cache",
     )
     parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
     add_adapter_option(parser, "merge this LoRA or DoRA adapter into the weights; may be repeated")

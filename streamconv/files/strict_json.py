@@ -26,12 +26,12 @@ _MARKS = (b",", b":", b"[", b"{")
 
 
 def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
-    """The JSON object in `text` (UTF-8). SourceError naming `file` on anything else."""
+    """The JSON object in `text`: UTF-8, a byte-order mark or none. SourceError naming `file` on anything else."""
     if len(text) > max_nbytes:
         raise SourceError(f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file)
     try:
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+            text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except UnicodeDecodeError as error:
         raise _malformed(text, file, f"not UTF-8 at byte {error.start}") from None

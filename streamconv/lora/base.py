@@ -298,7 +298,9 @@ def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
         with Checkpoint.open(path, max_header_nbytes=max_header_nbytes) as checkpoint:
             model = bind(recipe, config, checkpoint.tensors)
             targets = frozenset(target.name for target in model.targets)
-            return _of_model(path, model, recipe.head not in checkpoint.tensors, targets)
+            base = _of_model(path, model, recipe.head not in checkpoint.tensors, targets)
+            base.cautions += checkpoint.cautions
+            return base
     return _from_config(path, recipe, config)
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 
 from streamconv.errors import Caution
-from streamconv.files.hub import model_name
+from streamconv.files.hub import CONFIG, model_name
 from streamconv.files.local import read_start
+from streamconv.files.strict_json import load_object_if_present
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.lazy.node import TensorSpec
 
@@ -112,17 +113,20 @@ def _check_size(card: Path) -> None:
 
 
 def _load(directory: Path, n_parameters: int) -> Any:
-    """gguf's metadata of what is in `directory`; in the Hugging Face cache, with the repo's name for the folder's."""
+    """gguf's metadata of what is in `directory`; in the Hugging Face cache, with the repo's name for the folder's.
+
+    As gguf's Metadata.load, which takes JSON with a byte-order mark for malformed.
+    """
     from gguf.metadata import Metadata
 
-    path = directory.absolute()
-    metadata = Metadata.load(None, path, None, n_parameters)
-    if (name := model_name(path)) != path.name:
-        card, params = Metadata.load_model_card(path), Metadata.load_hf_parameters(path)
-        named = Metadata.apply_metadata_heuristic(Metadata(), card, params, Path(name), n_parameters)
-        for field in fields(metadata):
-            if not field.name.startswith("sampling_"):
-                setattr(metadata, field.name, getattr(named, field.name))
+    card, params = Metadata.load_model_card(directory), load_object_if_present(directory / CONFIG)
+    name = Path(model_name(directory.absolute()))
+    metadata = Metadata.apply_metadata_heuristic(Metadata(), card, params, name, n_parameters)
+    sampling = load_object_if_present(directory / "generation_config.json")
+    for field in fields(metadata):
+        what = field.name.removeprefix("sampling_")
+        if what != field.name:
+            setattr(metadata, field.name, sampling.get("temperature" if what == "temp" else what))
     return metadata
 
 

@@ -59,9 +59,9 @@ def noise(name: str, shape: Sequence[int], std: float, seed: int = 1) -> Float:
     return ((stream.random_sample(tuple(shape)) * 2 - 1) * (std * math.sqrt(3))).astype(np.float32)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = NOTHING) -> None:
     """A safetensors file with its tensors in the order of their names."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata)}
     end = 0
     for name, tensor in sorted(tensors.items()):
         start, end = end, end + len(tensor.data)
@@ -92,7 +92,9 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_shards(directory: Path, tensors: Mapping[str, Tensor], n_shards: int = 1) -> None:
+def write_shards(
+    directory: Path, tensors: Mapping[str, Tensor], n_shards: int = 1, *, prefix: str = "model", index: bool = True
+) -> None:
     """model.safetensors, or `n_shards` of about equal counts with their index."""
     if n_shards == 1:
         write_safetensors(directory / "model.safetensors", tensors)
@@ -100,10 +102,12 @@ def write_shards(directory: Path, tensors: Mapping[str, Tensor], n_shards: int =
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(n_shards):
-        file = f"model-{shard + 1:05}-of-{n_shards:05}.safetensors"
+        file = f"{prefix}-{shard + 1:05}-of-{n_shards:05}.safetensors"
         part = names[len(names) * shard // n_shards : len(names) * (shard + 1) // n_shards]
         write_safetensors(directory / file, {name: tensors[name] for name in part})
         weight_map |= dict.fromkeys(part, file)
+    if not index:
+        return
     total = sum(len(tensor.data) for tensor in tensors.values())
     write_json(
         directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -356,9 +356,9 @@ def test_what_cannot_be_converted_is_refused(
 def test_a_shard_is_not_taken_for_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tiny.lfm2(tmp_path / "src", n_shards=3), tmp_path / "out.gguf"
     shard = source / "model-00002-of-00003.safetensors"
-    said = f"streamconv: {shard}: is shard 2 of 3, and no whole checkpoint (name the folder, {source})\n"
     assert main(["convert", str(shard), "-o", str(out)]) == 3
-    assert capsys.readouterr().err == said and not out.exists()
+    said = capsys.readouterr().err
+    assert said.startswith(f"streamconv: {shard}: ") and str(source) in said and not out.exists()
     streamconv.convert(source, out)
     assert main(["verify", str(out), "--source", str(shard)]) == 3
     assert capsys.readouterr().err == said

@@ -157,7 +157,8 @@ def test_an_oversized_value_is_passed_over_or_refused(tmp_path: Path) -> None:
         ("9" * 5000, "malformed"),
         (b"\xff", "not UTF-8|expected"),
         (b'"\xc3"', "not UTF-8"),
-        (b"\xef\xbb\xbf1", "malformed|expected"),
+        (b" \xef\xbb\xbf1", "malformed|expected"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf1", "malformed|expected"),
     ],
 )
 def test_malformed_values(text: str | bytes, problem: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ that end.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,9 @@ class JsonStream:
         if self._file.nbytes > max_nbytes:
             self.close()
             raise SourceError(f"{self._file.nbytes:,} bytes, more than the {max_nbytes:,} it may have", file=path)
+        self._fill(len(codecs.BOM_UTF8))
+        self._start = len(codecs.BOM_UTF8) if self._window.startswith(codecs.BOM_UTF8) else 0
+        self._at = self._start
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +145,7 @@ class JsonStream:
         """The error for bytes that the grammar does not have here, showing the first of them."""
         self.peek()
         self._fill(magic.HEAD_NBYTES)
-        if not self.position and (other := magic.guess_other(self._window[: magic.HEAD_NBYTES], magic.JSON)):
+        if self.position == self._start and (other := magic.guess_other(self._window[: magic.HEAD_NBYTES], magic.JSON)):
             raise SourceError(f"malformed JSON: this is {other.what}", file=self._file.path, hint=other.hint)
         found = self._window[self._at : self._at + 40].decode("utf-8", "replace")
         self.fail(f"expected {what}, found {found!r}" if found else f"the file ends where {what} should come")
