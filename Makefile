@@ -1,7 +1,9 @@
-# `make` lists the targets. Each target makes the environment it needs; nothing is installed outside this folder.
+# `make` lists the targets. Each target makes the environment it needs; nothing is installed outside this folder. One rule
+# makes an environment, with all that any target wants of it: a target that passes does so in a fresh clone, too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CONVERSIONS := tests/golden tests/unit
 TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -14,10 +16,6 @@ $(VENV)/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
 	$(BIN)/pip install --quiet -e ".[test,dev]"
 	touch $@
 
-$(VENV)/.bench-ready: $(VENV)/.ready
-	$(BIN)/pip install --quiet -e ".[bench]"
-	touch $@
-
 .venv-demo/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --quiet -e .
@@ -27,6 +25,10 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/pip install --quiet "$(TORCH)"
 	.venv-parity/bin/pip install --quiet -e ".[test,parity]"
+	touch $@
+
+.venv-lowest/.ready .venv-newest/.ready: .venv-%/.ready: pyproject.toml streamconv/ggml/kernels/floats.c $(VENV)/.ready
+	$(BIN)/python -m tests.tools.environment $* .venv-$*
 	touch $@
 
 demo: .venv-demo/.ready ## a small LFM2 checkpoint becomes BF16 and Q8_0 files; shows what is in them and what it cost
@@ -55,20 +57,26 @@ check: $(VENV)/.ready ## formatter, linter, types, import rules, generated docs
 	$(BIN)/pytest -q tests/unit/test_imports.py tests/unit/test_docs_json.py \
 	  tests/unit/test_cli.py::test_the_page_is_what_the_parser_says
 
+lowest: .venv-lowest/.ready ## the conversions with the oldest Python here and the lowest versions that pyproject.toml admits
+	.venv-lowest/bin/pytest -q $(CONVERSIONS)
+
+newest: .venv-newest/.ready ## the conversions with the newest Python here and the newest version of everything
+	.venv-newest/bin/pytest -q $(CONVERSIONS)
+
 docs: $(VENV)/.ready ## docs/cli.md, made of the parser
 	$(BIN)/python -m tests.tools.cli_docs
 
 package-check: $(VENV)/.ready ## wheel and sdist install and run in fresh environments, on every Python that is here
 	$(BIN)/python -m tests.tools.package_check
 
-bench: $(VENV)/.bench-ready ## speed and memory: MODELS="350m 1.2b 2.6b 8b-a1b" OUTTYPES="bf16 f16 q8_0" LLAMA_CPP=FOLDER PAIRS=9
+bench: $(VENV)/.ready ## speed and memory: MODELS="350m 1.2b 2.6b 8b-a1b" OUTTYPES="bf16 f16 q8_0" LLAMA_CPP=FOLDER PAIRS=9
 	$(BIN)/python -m benchmarks.run
 
-bench-smoke: $(VENV)/.bench-ready ## the benchmark in seconds, so that it cannot rot
+bench-smoke: $(VENV)/.ready ## the benchmark in seconds, so that it cannot rot
 	$(BIN)/python -m benchmarks.run --smoke
 
 clean: ## remove environments and made files
-	rm -rf $(VENV) .venv-demo .venv-parity .demo .cache build dist *.egg-info
+	rm -rf $(VENV) .venv-demo .venv-parity .venv-lowest .venv-newest .demo .cache build dist *.egg-info
 
-.PHONY: help demo test fuzz kills check docs package-check bench bench-smoke clean test-all parity
+.PHONY: help demo test fuzz kills check docs package-check bench bench-smoke clean test-all parity lowest newest
 .DEFAULT_GOAL := help

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 
 import streamconv
 from tests import cases
+from tests.extras import tokenizers
 from tests.golden.conftest import Workshop
 from tests.oracles import ggufs, runtime
 

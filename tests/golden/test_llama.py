@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
 
 from tests import cases
+from tests.extras import sentencepiece, tokenizers
 from tests.golden.conftest import Workshop
 from tests.oracles import ggufs, runtime
 
@@ -83,14 +82,14 @@ def test_llama3s_factors_are_a_tensor(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BUILT if name != "llama-spm"])
 def test_run_time_tokenizes_as_the_reference_does(workshop: Workshop, name: str) -> None:
-    reference = Tokenizer.from_file(str(workshop.source(name) / "tokenizer.json"))
+    reference = tokenizers.Tokenizer.from_file(str(workshop.source(name) / "tokenizer.json"))
     with runtime.Runtime(workshop.gguf(name)) as model:
         for text in cases.TEXTS:
             assert model.tokenize(text) == reference.encode(text, add_special_tokens=False).ids, text
 
 
 def test_run_time_tokenizes_as_sentencepiece_does(workshop: Workshop) -> None:
-    reference = SentencePieceProcessor(model_file=str(workshop.source("llama-spm") / "tokenizer.model"))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(workshop.source("llama-spm") / "tokenizer.model"))
     with runtime.Runtime(workshop.gguf("llama-spm")) as model:
         for text in cases.SPM_TEXTS:
             assert model.tokenize(text, parse_special=False) == reference.encode(text), text

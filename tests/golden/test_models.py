@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import sentencepiece
-import tokenizers
 
 from tests import cases
+from tests.extras import sentencepiece, tokenizers
 from tests.golden.conftest import Workshop
 from tests.oracles import ggufs, runtime
 

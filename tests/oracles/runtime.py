@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import xllamacpp  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
+
+from tests.extras import xllamacpp
 
 Adapters = Iterable[tuple[Path | str, float]]
 

@@ -14,14 +14,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests import tiny
+from tests.tools import pythons
 
 ROOT = Path(__file__).parents[2]
-VERSIONS = ("3.11", "3.12", "3.13", "3.14")
-NEEDED = "import ensurepip, ssl, venv, zlib"  # Debian's Python has venv, and no ensurepip without python3-venv
 
 
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> str:
@@ -36,17 +34,6 @@ def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = Non
     )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
     return done.stdout
-
-
-def pythons() -> Iterator[tuple[str, str]]:
-    """(version, path) of the interpreters that are here and work."""
-    for version in VERSIONS:
-        places = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-        own = [sys.executable] if sys.version.startswith(f"{version}.") else []  # it need not be on the PATH
-        for candidate in (shutil.which(f"python{version}"), *map(str, places), *own):
-            if candidate and subprocess.run([candidate, "-c", NEEDED], capture_output=True).returncode == 0:
-                yield version, candidate
-                break
 
 
 def build(out: Path, *options: str, env: dict[str, str] | None = None) -> None:
@@ -100,12 +87,12 @@ def main() -> int:
         check_contents(wheel, sdist)
         print(f"{wheel.name}, {sdist.name}: complete")
         tiny.lfm2(folder / "model")
-        found = list(pythons())
+        found = pythons.installed()
         made = {}
-        for version, python in found:
+        for version, python in found.items():
             made[f"wheel on Python {version}"] = try_out(python, wheel, folder / version, has_kernels=True)
-        python = found[0][1]
-        made[f"sdist on Python {found[0][0]}"] = try_out(python, sdist, folder / "sdist", has_kernels=True)
+        oldest, python = next(iter(found.items()))
+        made[f"sdist on Python {oldest}"] = try_out(python, sdist, folder / "sdist", has_kernels=True)
         shutil.unpack_archive(sdist, folder / "tree")  # in ours, build/ may have the kernels of an earlier build
         (tree,) = (folder / "tree").iterdir()
         build(folder / "plain", "--wheel", str(tree), env={"CC": "false"})

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client
 
 import streamconv
 from tests import tiny
+from tests.extras import distributed
 from tests.holding import await_end, held_output, held_processes, hold
 
 
@@ -48,7 +48,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
         while (address := read_address(tmp_path)) is None:
             assert processes[0].poll() is None, (tmp_path / "dask.log").read_text()
             time.sleep(0.01)
-        with Client(address) as client:
+        with distributed.Client(address) as client:
             client.wait_for_workers(2, timeout=60)
         yield address
     finally:

@@ -18,7 +18,6 @@ from unittest.mock import MagicMock
 import psutil
 import pytest
 from safetensors import safe_open
-from tokenizers import Tokenizer
 
 from benchmarks import cases, machine, plots, run, summary, vocabulary
 from benchmarks import sample as sample_module
@@ -28,6 +27,7 @@ from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, startup
 from benchmarks.converters import Converter
 from benchmarks.sample import Point, measure
 from benchmarks.shapes import SHAPES, checkpoint, shard_paths, tensors_of
+from tests.extras import tokenizers
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_a_tokenizer_has_its_counts_and_works(tmp_path: Path, counts: vocabulary
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
     assert len(model["merges"]) == len({tuple(merge) for merge in model["merges"]}) == counts.n_merges
     assert all({head, tail, head + tail} <= model["vocab"].keys() for head, tail in model["merges"])
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == counts.n_tokens
     ids = tokenizer.encode("<|im_start|>the ocean, 17 islands\n").ids
     assert ids[0] == 6

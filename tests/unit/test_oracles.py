@@ -10,11 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import sentencepiece
-import tokenizers
 from numpy.typing import NDArray
 
 from tests import cases, tiny
+from tests.extras import sentencepiece, tokenizers
 from tests.oracles import deltas, ggufs, runtime
 
 BASE = cases.GIVEN / "llama-given.base.gguf"

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
-from tokenizers import Tokenizer
 
 from streamconv.gguf.format import KeyValue
 from streamconv.metadata.vocab.pretokenizers import DIGITS, GPT2, NAMES, PRE_TOKENIZERS, Runtime, Steps
 from tests import cases, vocab_cases, vocab_keys
+from tests.extras import sentencepiece, tokenizers
 from tests.oracles import runtime
 from tests.tiny import tokenizer as tiny
 
@@ -91,7 +90,7 @@ def test_each_name_splits_as_its_structure_does(steps: Steps, row: Runtime, tmp_
     n_vocab = write_pairs_tokenizer(tmp_path, steps, row.ignore_merges, texts)
     vocabulary = vocab_keys.read(tmp_path, n_vocab, default_pre=row.name)
     assert vocab_keys.values(vocabulary)["tokenizer.ggml.pre"] == row.name
-    reference = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     wrong = differing(tmp_path, vocabulary.keys, n_vocab, lambda text: reference.encode(text).ids)(texts)
     if row.differs is None:
         assert wrong == []
@@ -107,7 +106,7 @@ WITH_SPECIALS = ("<|im_start|>user\nhi <tool> the<tool>the<|im_end|>\n", "a<|end
 def test_byte_level(name: str, tmp_path: Path) -> None:
     vocab_cases.CASES[name](tmp_path)
     vocabulary = vocab_keys.read(tmp_path)
-    reference = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     n_vocab = tiny.N_BPE_TOKENS + vocab_cases.N_SPARE
     wrong = differing(tmp_path, vocabulary.keys, n_vocab, lambda text: reference.encode(text).ids)
     # In the other cases tokenizer_config.json alone asks for BOS, which transformers adds and `tokenizers` does not.
@@ -120,7 +119,7 @@ def test_sentencepiece(fast: bool, tmp_path: Path) -> None:
     vocabulary = vocab_keys.read(tmp_path, tiny.N_SPM_TOKENS)
     assert vocabulary.cautions == ()
     if fast:
-        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         ids = differing(tmp_path, vocabulary.keys, tiny.N_SPM_TOKENS, lambda text: tokenizer.encode(text).ids)
     else:
         model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -137,7 +136,7 @@ def test_metaspace_differs_where_its_caution_says(scheme: str, others: list[str]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     value = json.loads(path.read_text(encoding="utf-8")) | {"normalizer": None, "pre_tokenizer": metaspace}
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    reference = Tokenizer.from_file(str(path))
+    reference = tokenizers.Tokenizer.from_file(str(path))
     keys = vocab_keys.read(tmp_path, tiny.N_SPM_TOKENS).keys
     ids = differing(
         tmp_path, keys, tiny.N_SPM_TOKENS, lambda text: reference.encode(text, add_special_tokens=False).ids
@@ -164,6 +163,6 @@ def test_llama_cpp_refuses_other_names(tmp_path: Path) -> None:
 def test_lfm2_given(tmp_path: Path) -> None:
     source = cases.GIVEN / "lfm2-given"
     vocabulary = vocab_keys.read(source, default_pre="lfm2")
-    reference = Tokenizer.from_file(str(source / "tokenizer.json"))
+    reference = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     wrong = differing(tmp_path, vocabulary.keys, 320, lambda text: reference.encode(text).ids)
     assert wrong((*PLAIN, *MARKS, *SPACES, *cases.TEXTS, *WITH_SPECIALS)) == []

@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from streamconv.metadata.vocab.sentencepiece_model import (
     read_sentencepiece_model,
 )
 from tests import vocab_keys
+from tests.extras import sentencepiece
 from tests.tiny import tokenizer as tiny
 from tests.tiny.tokenizer import _field, _number, _varint
 
