@@ -91,6 +91,10 @@ SHAPES: Final = {
         Shape("1.2b", 2048, 8192, 16, 32, 8, _SIXTEEN, n_shards=3),
         Shape("2.6b", 2048, 10752, 30, 32, 8, (2, 5, 9, 13, 17, 21, 24, 27), n_shards=2),
         Shape("8b-a1b", 2048, 7168, 24, 32, 8, (2, 6, 10, 14, 18, 21), n_shards=4, experts=Experts(32, 4, 2, 1792)),
+        # As many tensors, of such sizes, as DeepSeek-V3 has; for plans alone, with holes for weights.
+        Shape(
+            "671b", 7168, 18432, 61, 128, 128, tuple(range(1, 61, 3)), n_shards=156, experts=Experts(256, 8, 3, 2048)
+        ),
         replace(_350M, name="350m-128k", vocabulary=vocabulary.LLAMA_3),
         replace(_TINY, name="tiny-128k", vocabulary=vocabulary.LLAMA_3),
         # The same bytes in ten times as many tensors: what a tensor costs beside its bytes.

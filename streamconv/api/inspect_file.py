@@ -21,7 +21,8 @@ from gguf.constants import GGUFValueType
 from streamconv.api.convert_model import auto_outtype
 from streamconv.budget import default_limit_nbytes
 from streamconv.checkpoint.config import Config
-from streamconv.checkpoint.folder import Checkpoint, Shard, SourceTensor
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.checkpoint.weight_sets import INDEX_ENDING
 from streamconv.errors import Caution, SourceError
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source

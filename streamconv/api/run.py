@@ -140,7 +140,6 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
             part.layout,
             sink,
             proof,
-            job.shards,
             advance=advance,
             cancelled=options.cancelled,
             stopwatch=options.stopwatch,
@@ -148,6 +147,8 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
         with options.stopwatch.time("sync"):
             sink.complete(state_of(counts))
         tally |= counts
+    for shard in job.shards:  # chunks checked what they read; something may have been read before
+        shard.check_unchanged()
     report.warnings += _non_finite(job, tally)
 
 

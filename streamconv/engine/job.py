@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from streamconv.budget import default_limit_nbytes, parse_size
-from streamconv.checkpoint.folder import Shard
+from streamconv.checkpoint.safetensors import Shard
 from streamconv.engine.layout import MAX_DEFAULT_WORKERS, Step
 from streamconv.engine.split import Part, SplitOptions
 from streamconv.errors import Caution, Interrupted, UsageError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from streamconv.engine.layout import CHUNK_NBYTES, Layout, MemoryProof, Step
 from streamconv.errors import SourceError, StreamconvError
 from streamconv.ggml import encode as codecs
-from streamconv.lazy.node import Workspace, read
+from streamconv.lazy.node import Readable, Workspace, read
 from streamconv.lazy.scratch import Scratch, aligned_buffer
 from streamconv.threads import start_threads
 from streamconv.timing import Stopwatch
@@ -28,12 +28,6 @@ RECORD_NBYTES = 128 << 20  # how much more must be written before it is made dur
 
 
 State = Mapping[str, list[int]]  # the tally as a journal keeps it: [NaNs, infinities] by target
-
-
-class Watched(Protocol):
-    """A source file that can tell whether it is still the one that was opened."""
-
-    def check_unchanged(self) -> None: ...
 
 
 class Writer(Protocol):
@@ -117,7 +111,6 @@ def stream(
     layout: Layout,
     sink: Writer,
     proof: MemoryProof,
-    watched: Sequence[Watched],
     *,
     advance: Callable[[int], None],
     cancelled: Callable[[], StreamconvError | None],
@@ -127,7 +120,7 @@ def stream(
 
     `advance` is told the bytes done, in this thread; `cancelled` is asked between chunks. Raises what a worker raised.
     """
-    pool = _Pool(layout, sink, proof, watched, stopwatch)
+    pool = _Pool(layout, sink, proof, stopwatch)
     try:
         pool.start()
         pool.collect(advance, cancelled)
@@ -139,10 +132,8 @@ def stream(
 class _Pool:
     """Workers that take the next chunk until there is none; the calling thread follows what they finish."""
 
-    def __init__(
-        self, layout: Layout, sink: Writer, proof: MemoryProof, watched: Sequence[Watched], stopwatch: Stopwatch
-    ) -> None:
-        self.layout, self.sink, self.proof, self.watched, self.stopwatch = layout, sink, proof, watched, stopwatch
+    def __init__(self, layout: Layout, sink: Writer, proof: MemoryProof, stopwatch: Stopwatch) -> None:
+        self.layout, self.sink, self.proof, self.stopwatch = layout, sink, proof, stopwatch
         self.tally = {name: codecs.Stats(*counts) for name, counts in sink.resumed_state.items()}
         self._n_chunks = -(-layout.nbytes // proof.chunk)
         whole = sink.resumed_nbytes >= layout.nbytes
@@ -219,9 +210,9 @@ class _Pool:
                 index = taken
                 start = index * self.proof.chunk
                 out = buffer[: min(self.proof.chunk, self.layout.nbytes - start)]
-                counts = self._fill(start, out)
-                for source in self.watched:
-                    source.check_unchanged()
+                counts, files = self._fill(start, out)
+                for file in files:
+                    file.check_unchanged()
                 with self.stopwatch.time("write"):
                     self.sink.write(start, out)
                 self._finished.put((index, counts))
@@ -229,13 +220,13 @@ class _Pool:
             self._stopping.set()
             self._finished.put((index, error))
 
-    def _fill(self, start: int, out: NDArray[np.uint8]) -> dict[str, codecs.Stats]:
-        """The tally of one chunk, which is made in `out` as soon as a workspace is free."""
+    def _fill(self, start: int, out: NDArray[np.uint8]) -> tuple[dict[str, codecs.Stats], set[Readable]]:
+        """The tally of one chunk, made in `out` as soon as a workspace is free, and the files that were read for it."""
         with self.stopwatch.time("wait"):
             work = self._workspaces.get()
         try:
             fill_chunk(self.layout, start, out, work)
-            return work.tally
+            return work.tally, work.files
         finally:
-            work.tally = {}
+            work.tally, work.files = {}, set()
             self._workspaces.put(work)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,9 +56,18 @@ def objects_nbytes(pieces: Iterable[bytes | bytearray]) -> int:
     return 2 * width * nbytes + _OBJECT_NBYTES_PER_MARK * n_marks
 
 
-def load_object(path: Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
-    """The JSON object in the file at `path`; SourceError where that has more than `max_nbytes`."""
-    return parse_object(read_start(path, max_nbytes + 1), path, max_nbytes)
+def load_object(
+    path: Path, max_nbytes: int = MAX_NBYTES, *, afford: Callable[[int], None] = lambda nbytes: None
+) -> dict[str, Any]:
+    """The JSON object in the file at `path`; SourceError where that has more than `max_nbytes`.
+
+    `afford` is called with the bytes of memory that reading will take, then with those of reading and parsing, each
+    before they are taken; it may raise.
+    """
+    afford(min(path.stat().st_size, max_nbytes + 1))
+    text = read_start(path, max_nbytes + 1)
+    afford(len(text) + objects_nbytes([text]))
+    return parse_object(text, path, max_nbytes)
 
 
 def load_object_if_present(path: Path) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Workspace:
     tally: dict[str, codecs.Stats] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     counting: bool = True  # off while a row is made a second time, for the next chunk
+    files: set[Readable] = field(default_factory=set)  # that were read
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +160,13 @@ def sources(tensor: LazyTensor) -> Iterator[Source]:
 
 
 class Readable(Protocol):
-    """A file that fills a buffer from an offset, or raises SourceError."""
+    """A file that fills a buffer from an offset, and can say whether it is still the one that was opened.
+
+    Both raise SourceError.
+    """
 
     def read_into(self, offset: int, out: Bytes) -> None: ...
+    def check_unchanged(self) -> None: ...
 
 
 class Source(LazyTensor):
@@ -174,6 +179,7 @@ class Source(LazyTensor):
         return iter(())
 
     def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
+        work.files.add(self.file)
         with work.stopwatch.time("read"):
             self.file.read_into(self.offset + rows.start * self.spec.row_nbytes, out)
 

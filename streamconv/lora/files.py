@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from streamconv.checkpoint.config import Config
-from streamconv.checkpoint.folder import Shard, SourceTensor
+from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.errors import SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source, source_failures

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamconv.checkpoint.config import MAX_NUMBER
-from streamconv.checkpoint.folder import Checkpoint, Shard, SourceTensor
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.errors import Caution, SourceError
 from streamconv.lazy.node import LazyTensor, Transpose, sources
 from streamconv.lora.base import N_EXPERTS, N_VOCAB, BaseModel

@@ -20,7 +20,7 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from streamconv.checkpoint.config import Config
-from streamconv.checkpoint.folder import SourceTensor
+from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import Caution
 from streamconv.gguf.format import KeyValue
 from streamconv.lazy.node import Bytes, LazyTensor, PairHalves, Piece, Scale, TensorSpec, Transpose, Workspace

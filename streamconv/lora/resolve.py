@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from streamconv.checkpoint.folder import SourceTensor
+from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import Caution, SourceError
 from streamconv.lazy.node import LazyTensor, Transpose
 from streamconv.lora.base import BaseModel, Slot

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streamconv.checkpoint.folder import SourceTensor
+from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.lora.specs import Adapter
 from streamconv.recipe.dims import extents, match_name
 from streamconv.recipe.language import Model

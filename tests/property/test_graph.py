@@ -46,6 +46,9 @@ class BytesFile:
     def __init__(self, data: bytes) -> None:
         self.data = np.frombuffer(data, dtype=np.uint8)
 
+    def check_unchanged(self) -> None:
+        pass
+
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         assert offset >= 0 and offset + out.nbytes <= self.data.nbytes
         out[:] = self.data[offset : offset + out.nbytes]

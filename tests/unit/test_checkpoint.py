@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from streamconv.checkpoint.folder import INDEX, Checkpoint, Shard
+from streamconv.checkpoint.folder import INDEX, Checkpoint
+from streamconv.checkpoint.safetensors import Shard
 from streamconv.errors import BudgetError, SourceError
-from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE
+from streamconv.files.strict_json import objects_nbytes
 
 RNG = np.random.default_rng(20)
 
@@ -228,20 +230,44 @@ def test_what_is_too_large_for_the_bound_is_not_parsed(checkpoint: Path, name: s
         path.write_bytes(struct.pack("<Q", n) + b"{" * n)  # parsing would say that it is malformed
     else:
         path.write_bytes(b"{" * 100_000)
-    with pytest.raises(BudgetError, match=r"100,000 bytes may take [35] MiB to parse, 1 MiB are left") as caught:
+    with pytest.raises(BudgetError) as caught:
         Checkpoint.open(checkpoint, max_header_nbytes=2_000_000)
-    assert caught.value.file == str(path) and caught.value.hint is not None
+    assert caught.value.file == str(path) and caught.value.code == "memory-parsing"
 
 
-def test_the_headers_of_all_shards_are_counted_together(checkpoint: Path) -> None:
+def test_the_memory_of_headers_is_bounded_closely(tmp_path: Path) -> None:
+    """What `Shard` says that its table takes is more than it takes, and not twice as much; parsing is bounded, too."""
+    names = [f"model.layers.{n // 900}.feed_forward.experts.{n // 3}.w{n % 3 + 1}.weight" for n in range(3000)]
+    header = {name: entry("BF16", [128, 64], n * 16384, (n + 1) * 16384) for n, name in enumerate(names)}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw_shard(header))
+    os.truncate(path, path.stat().st_size + len(names) * 16384)
+    text = json.dumps(header).encode()
+    tracemalloc.start()
+    shard = Shard(path, len(text) + objects_nbytes([text]))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < shard.parsed_nbytes < 2 * kept
+    assert peak < len(text) + objects_nbytes([text]) < 3 * peak
+    with pytest.raises(BudgetError):
+        Shard(path, len(text) + objects_nbytes([text]) - 1)
+    shard.close()
+
+
+def test_the_tables_of_all_shards_are_counted_together(checkpoint: Path) -> None:
+    """With room for either shard's header and table, and not for the second beside the first's, that is refused."""
+    _, second = sorted(checkpoint.glob("*.safetensors"))
     with Checkpoint.open(checkpoint) as found:
-        nbytes = [shard.parsed_nbytes for shard in found.shards]
-    files = [checkpoint / "config.json", checkpoint / INDEX]
-    rest = sum(path.stat().st_size * OBJECT_NBYTES_PER_BYTE for path in files)
-    Checkpoint.open(checkpoint, max_header_nbytes=sum(nbytes) + rest).__exit__(None, None, None)
-    with pytest.raises(BudgetError, match="header") as caught:
-        Checkpoint.open(checkpoint, max_header_nbytes=sum(nbytes) + rest - 1)
-    assert caught.value.file is not None and caught.value.file.endswith("00002-of-00002.safetensors")
+        tables = [shard.parsed_nbytes for shard in found.shards]
+    header = second.read_bytes()[8 : -14 * 4]
+    jsons = sum(
+        len(text := (checkpoint / name).read_bytes()) + objects_nbytes([text]) for name in ("config.json", INDEX)
+    )
+    needed = jsons + tables[0] + len(header) + objects_nbytes([header])
+    Checkpoint.open(checkpoint, max_header_nbytes=needed).__exit__(None, None, None)
+    with pytest.raises(BudgetError) as caught:
+        Checkpoint.open(checkpoint, max_header_nbytes=needed - 1)
+    assert caught.value.file == str(second)
 
 
 def test_a_dtype_that_does_not_convert(tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""One safetensors file: its header, validated before anything of it is believed, and where each tensor's bytes lie.
+
+The header is judged here and not by safetensors' own reader, which maps the whole file: under a limit on addresses
+(`ulimit -v`) it can open no file that is larger. What is accepted here, that reader accepts; a test compares both.
+
+Format: https://github.com/huggingface/safetensors#format; its reader's rules: safetensors/src/tensor.rs there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeGuard
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from streamconv.budget import MIB, resident_nbytes
+from streamconv.errors import BudgetError, SourceError
+from streamconv.files import sniff as magic
+from streamconv.files.local import PositionedFile
+from streamconv.files.strict_json import objects_nbytes, parse_object
+from streamconv.lazy.node import Source, TensorSpec
+
+MAX_HEADER_NBYTES: Final = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
+MAX_EXTENT: Final = (1 << 64) - 1  # its numbers are usize
+METADATA: Final = "__metadata__"  # the entry of a header that is not a tensor
+
+# Bits of an element (tensor.rs, Dtype::bitsize).
+DTYPE_BITS: Final = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+FLOAT_TYPES: Final = {
+    "F32": GGMLQuantizationType.F32,
+    "F16": GGMLQuantizationType.F16,
+    "BF16": GGMLQuantizationType.BF16,
+}
+
+# What an entry of `Shard.tensors` takes, and each of its extents, beside its name's letters. Measured: 300 and 36.
+_TENSOR_NBYTES: Final = 340
+_EXTENT_NBYTES: Final = 40
+_LETTER_NBYTES: Final = 4  # at most
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A stored tensor: its dtype as safetensors names it, row-major shape, and place in its shard."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: Shard
+    offset: int  # from the start of the file
+    nbytes: int
+
+    def lazy(self) -> Source:
+        """The tensor as a graph's source; SourceError where its dtype is none that converts."""
+        if self.dtype not in FLOAT_TYPES:
+            raise SourceError(
+                f"dtype {self.dtype} cannot be converted",
+                file=self.shard.path,
+                tensor=self.name,
+                hint="streamconv reads F32, F16 and BF16: save the checkpoint in one of them",
+                code="dtype-unsupported",
+            )
+        return Source(self.name, self.shard, self.offset, TensorSpec(self.shape, FLOAT_TYPES[self.dtype]))
+
+
+class Shard:
+    """One safetensors file, open for positioned reads. `tensors` is its validated table, in the header's order.
+
+    Raises:
+        SourceError: the file is malformed, truncated, or of another kind.
+        BudgetError: parsing the header would take more than `max_header_nbytes`; nothing of it was parsed.
+    """
+
+    def __init__(self, path: Path, max_header_nbytes: int) -> None:
+        self.path = path
+        self.file = PositionedFile(path)
+        try:
+            header = self._read_header(max_header_nbytes)
+            self.header_sha256 = hashlib.sha256(header).hexdigest()
+            self.tensors = self._parse(header)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        return self.file.nbytes
+
+    @property
+    def parsed_nbytes(self) -> int:
+        """An upper bound of the memory that `tensors` takes."""
+        return sum(
+            _TENSOR_NBYTES + _EXTENT_NBYTES * len(tensor.shape) + _LETTER_NBYTES * len(tensor.name)
+            for tensor in self.tensors.values()
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the bytes without reading them all: size, time and the header's digest."""
+        return f"{self.nbytes} {self.file.identity.mtime_ns} {self.header_sha256}"
+
+    def close(self) -> None:
+        self.file.close()
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` from `offset`. SourceError where the file ends early or the disk fails."""
+        self.file.read_into(offset, out)
+
+    def check_unchanged(self) -> None:
+        """SourceError if the file under this path is no longer the one that was opened, as it was then."""
+        self.file.check_unchanged()
+
+    def _read_header(self, max_nbytes: int) -> bytearray:
+        """The header's JSON text, once it is certain that parsing it fits into `max_nbytes`."""
+        if self.nbytes < 8:
+            raise self._malformed(f"{self.nbytes} bytes are no safetensors file")
+        prefix = bytearray(8)
+        self.file.read_into(0, prefix)
+        length = int.from_bytes(prefix, "little")
+        if length > min(MAX_HEADER_NBYTES, self.nbytes - 8):
+            claim = f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}"
+            raise self._malformed(f"{claim}: truncated or no safetensors")
+        what = f"its header of {length:,} bytes"
+        check_affordable(self.path, what, length, max_nbytes)
+        text = bytearray(length)
+        self.file.read_into(8, text)
+        check_affordable(self.path, what, length + objects_nbytes([text]), max_nbytes)
+        return text
+
+    def _parse(self, header: bytearray) -> dict[str, SourceTensor]:
+        """The table that the header describes, which covers the file's data without a hole or an overlap."""
+        try:
+            if header[:1] != b"{":
+                raise SourceError("the header does not begin with {")
+            entries = parse_object(header, self.path, MAX_HEADER_NBYTES)
+            _check_metadata(entries.pop(METADATA, None))
+            infos = {name: _read_entry(name, entry) for name, entry in entries.items()}
+        except SourceError as error:
+            raise self._malformed(f"not a valid safetensors file: {error.message}", error.tensor) from None
+        for name in infos:
+            _check_name(name, self.path)
+        self._check_cover(infos, 8 + len(header))
+        start = 8 + len(header)
+        return {
+            name: SourceTensor(name, dtype, shape, self, start + first, last - first)
+            for name, (dtype, shape, first, last) in infos.items()
+        }
+
+    def _check_cover(self, infos: Mapping[str, _Info], start: int) -> None:
+        """SourceError unless the tensors lie one behind the other from `start` to the file's end."""
+        end, largest = 0, max((last for *_, last in infos.values()), default=0)
+        for name, (_, _, first, last) in sorted(infos.items(), key=lambda item: item[1][2:]):
+            if start + last > self.nbytes:
+                raise SourceError(
+                    f"truncated: the file has {self.nbytes:,} bytes, its header describes {start + largest:,}",
+                    file=self.path,
+                    tensor=name,
+                    hint="download the file again",
+                    code="shard-truncated",
+                )
+            if first != end:
+                raise self._malformed(
+                    f"not a valid safetensors file: its data begins at byte {first:,} of all data, expected {end:,}",
+                    name,
+                )
+            end = last
+        if start + end != self.nbytes:
+            what = f"{self.nbytes - start - end:,} bytes follow the last tensor"
+            raise self._malformed(f"not a valid safetensors file: {what}")
+
+    def _malformed(self, message: str, tensor: str | None = None) -> SourceError:
+        """`message`, unless the file is of another kind, whose name says more."""
+        head = bytearray(min(magic.HEAD_NBYTES, self.nbytes))
+        self.file.read_into(0, head)
+        if other := magic.guess_other(bytes(head), magic.SAFETENSORS):
+            what = f"no safetensors file: this is {other.what}"
+            return SourceError(what, file=self.path, hint=other.hint, code="not-safetensors")
+        hint = "download the file again, or save it anew"
+        return SourceError(message, file=self.path, tensor=tensor, hint=hint, code="malformed-safetensors")
+
+
+_Info = tuple[str, tuple[int, ...], int, int]  # dtype, shape, first byte and end in the data
+
+
+def _read_entry(name: str, entry: Any) -> _Info:
+    """What a header says of a tensor; SourceError where its dtype, shape and bytes do not fit together."""
+    if not isinstance(entry, dict):
+        raise SourceError("its entry is not an object", tensor=name)
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise SourceError(f"dtype {repr(dtype)[:40]} is not known", tensor=name)
+    if not _is_numbers(shape):
+        raise SourceError("its shape is not a list of whole numbers", tensor=name)
+    if not _is_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise SourceError("its data_offsets are not a first byte and an end", tensor=name)
+    n_elements = 1
+    for extent in shape:
+        n_elements *= extent
+        if n_elements > MAX_EXTENT:
+            raise SourceError("its shape has more elements than can be counted in 64 bits", tensor=name)
+    n_bits = n_elements * DTYPE_BITS[dtype]
+    if n_bits > MAX_EXTENT or n_bits % 8 or n_bits // 8 != offsets[1] - offsets[0]:
+        what = f"shape {shape} of {dtype} has {n_bits / 8:,.15g} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+        raise SourceError(what, tensor=name)
+    return sys.intern(dtype), tuple(shape), offsets[0], offsets[1]
+
+
+def _is_numbers(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number <= MAX_EXTENT for number in value)
+
+
+def _check_metadata(value: Any) -> None:
+    """SourceError unless the `__metadata__` of a header is absent, null or a map of texts."""
+    texts = [*value, *value.values()] if isinstance(value, dict) else [] if value is None else [None]
+    if not all(map(_is_unicode, texts)):
+        raise SourceError(f"{METADATA} is not a map of texts")
+
+
+def _is_unicode(text: Any) -> bool:
+    """Whether `text` is one, and has no half of a surrogate pair, which JSON can write."""
+    return isinstance(text, str) and text == text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _check_name(name: str, file: Path) -> None:
+    if not name or not name.isprintable() or "/" in name or "\\" in name:
+        raise SourceError(f"tensor name {name!r} holds what no tensor name holds", file=file, code="tensor-name")
+
+
+def check_affordable(path: Path, what: str, nbytes: int, left: int) -> None:
+    """BudgetError where parsing takes `nbytes` of memory and `left` is left."""
+    if nbytes > left:
+        bound = -(-(resident_nbytes()[0] + nbytes) // MIB)
+        raise BudgetError(
+            f"{what} may take {-(-nbytes // MIB)} MiB to parse, {max(left, 0) // MIB} MiB are left of the bound",
+            file=path,
+            hint=f"--max-memory {bound}MiB, and what the conversion needs on top",
+            code="memory-parsing",
+        )
