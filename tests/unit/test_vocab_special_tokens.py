@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from streamconv.metadata.vocab.companions import Companions, token_id, token_text
-from streamconv.metadata.vocab.special_tokens import find_ids, find_roles
+from streamconv.metadata.vocab.special_tokens import Tokens, find_ids, find_roles
 from tests import vocab_cases, vocab_keys
 from tests.tiny import tokenizer as tiny
 from tests.vocab_cases import BOS, END, EOS, TURN, sequence, special, template
@@ -26,7 +26,7 @@ def companions(**files: Any) -> Companions:
 
 def ids_of(n_vocab: int = 40, post_processor: Any = None, **files: Any) -> tuple[dict[str, int], list[str]]:
     beside = companions(**files)
-    ids, cautions = find_ids(find_roles(beside, post_processor), beside, ADDED.get, WORDS.get, n_vocab)
+    ids, cautions = find_ids(find_roles(beside, post_processor), beside, Tokens(n_vocab, ADDED.get, WORDS.get))
     return ids, [caution.code for caution in cautions]
 
 
@@ -88,7 +88,7 @@ def test_an_id_beyond_the_rows_is_left_out() -> None:
 def test_code_llama_s_end_of_infill() -> None:
     words = WORDS | {"▁<EOT>": 33}
     beside = companions()
-    ids, _ = find_ids(find_roles(beside, None), beside, ADDED.get, words.get, 40)
+    ids, _ = find_ids(find_roles(beside, None), beside, Tokens(40, ADDED.get, words.get))
     assert ids == {"eot": 33}
 
 

@@ -270,8 +270,6 @@ def added_edit(**fields: Any) -> Edit:
         (lambda value: value["model"].update(vocab=3), "merge of 'a' and 'b' names 'a', which is no token"),
         (lambda value: value.update(model=[]), "expected '{'"),
         (lambda value: value.pop("model"), "the file has no 'model'"),
-        (added_edit(id=N_VOCAB), "added token 'a' has the id 40, the model has 40 rows"),
-        (added_edit(id=10**12), "added token 'a' has the id 1000000000000, the model has 40 rows"),
         (added_edit(id=-1), "added token 'a' has the id -1, which is no whole number from 0 on"),
         (added_edit(id=1.0), "has the id 1.0, which is no whole number"),
         (added_edit(id=True), "has the id True, which is no whole number"),

@@ -18,6 +18,7 @@ from gguf.constants import Keys, TokenType
 
 from streamconv.errors import Caution, SourceError
 from streamconv.gguf.format import KeyValue
+from streamconv.metadata.vocab.agreement import FastTokens
 from streamconv.metadata.vocab.bpe_tokens import byte_fallback_tokens, byte_level_tokens
 from streamconv.metadata.vocab.chat_templates import chat_template_keys
 from streamconv.metadata.vocab.companions import Companions
@@ -25,7 +26,7 @@ from streamconv.metadata.vocab.footprint import vocabulary_nbytes
 from streamconv.metadata.vocab.pretokenizers import check_name, identify, is_byte_level, space_fault, space_prefix
 from streamconv.metadata.vocab.sentencepiece_model import FILE_NAME as SENTENCEPIECE_MODEL
 from streamconv.metadata.vocab.sentencepiece_model import read_sentencepiece_model
-from streamconv.metadata.vocab.special_tokens import ADD_KEYS, ID_KEYS, find_ids, find_roles
+from streamconv.metadata.vocab.special_tokens import ADD_KEYS, ID_KEYS, Tokens, find_ids, find_roles
 from streamconv.metadata.vocab.spm_tokens import sentencepiece_tokens
 from streamconv.metadata.vocab.token_list import TokenList
 from streamconv.metadata.vocab.tokenizer_json import FILE_NAME as TOKENIZER_JSON
@@ -91,14 +92,38 @@ def _read_source(directory: Path, companions: Companions, n_vocab: int) -> _Sour
         # A byte-level tokenizer beside a tokenizer.model is Llama 3's, whose tokenizer.model is no SentencePiece.
         tokenizer = read_tokenizer_json(path, n_vocab, tokens=False) if path.exists() else None
         if tokenizer is None or not _is_byte_level(tokenizer):
+            fast = FastTokens(read_tokenizer_json(path, n_vocab, merges=False), n_vocab) if tokenizer else None
             model = read_sentencepiece_model(model_path, n_vocab)
             added = tokenizer.added if tokenizer else ()
             tokens = sentencepiece_tokens(model, companions, added, n_vocab)
-            return _Source("llama", tokens, tokenizer, model.add_dummy_prefix)
+            difference = fast.difference(tokens, len(model.texts)) if fast and fast.has_tokens else None
+            if difference is None:
+                return _Source("llama", tokens, tokenizer, model.add_dummy_prefix)
+            del model, tokens
+            return _read_fast(path, companions, n_vocab, difference)
     if not path.exists():
         problem = f"no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL}"
         hint = "download the tokenizer's files too; a slow tokenizer's become tokenizer.json by save_pretrained"
         raise SourceError(problem, file=directory, hint=hint)
+    return _read_fast(path, companions, n_vocab)
+
+
+def _read_fast(path: Path, companions: Companions, n_vocab: int, difference: str | None = None) -> _Source:
+    """The tokenizer in a tokenizer.json. `difference`: from the tokenizer.model beside it, which is then left out."""
+    if difference is None:
+        return _read_json(path, companions, n_vocab)
+    try:
+        source = _read_json(path, companions, n_vocab)
+    except SourceError as error:
+        problem = f"the two tokenizers differ: {difference}; {error.message}"
+        hint = f"remove the one that the model was not trained with; transformers reads {TOKENIZER_JSON}"
+        raise SourceError(problem, file=path, hint=hint, code="tokenizers-differ") from None
+    message = f"{SENTENCEPIECE_MODEL} was left out, as transformers reads {TOKENIZER_JSON}: {difference}"
+    source.tokens.cautions.append(Caution("tokenizers-differ", message))
+    return source
+
+
+def _read_json(path: Path, companions: Companions, n_vocab: int) -> _Source:
     tokenizer = read_tokenizer_json(path, n_vocab)
     merges = _check_supported(tokenizer)
     if _is_byte_level(tokenizer):
@@ -178,7 +203,8 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int) -> list
         raw = _encoded(text)
         return tokens.ids.get(raw, added[raw]) if raw in added else None
 
-    ids, cautions = find_ids(roles, companions, find_added, find_any, n_vocab)
+    lookups = Tokens(n_vocab, find_added, find_any, lambda id_: tokens.texts[id_] is not None)
+    ids, cautions = find_ids(roles, companions, lookups)
     tokens.cautions += cautions
     adds = roles.add
     if source.model == "gpt2" or (tokenizer is not None and tokenizer.vocab):

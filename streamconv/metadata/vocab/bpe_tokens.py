@@ -16,12 +16,14 @@ import numpy as np
 from gguf.constants import TokenType
 
 from streamconv.errors import Caution, SourceError
-from streamconv.metadata.vocab.companions import TOKENIZER_CONFIG, Companions
+from streamconv.metadata.vocab.companions import Companions
 from streamconv.metadata.vocab.pretokenizers import is_byte_level
 from streamconv.metadata.vocab.token_list import TokenList, added_text, added_type
 from streamconv.metadata.vocab.tokenizer_json import AddedToken, Merges, TokenizerJson, shown
 
 NEVER_MERGED_SCORE = -1e6  # below that of every merge
+
+MAX_NAMES_SHOWN = 4
 
 _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 
@@ -58,21 +60,16 @@ def byte_fallback_tokens(tokenizer: TokenizerJson, merges: Merges, companions: C
 def _added_tokens(tokens: TokenList, tokenizer: TokenizerJson, companions: Companions) -> Iterator[AddedToken]:
     """tokenizer.json's, with the flags that tokenizer_config.json has for them, then what only the latter has."""
     configured = {token.text: token for token in companions.added_tokens()}
-    beyond = [token for token in configured.values() if token.id >= len(tokens.texts)]
-    if beyond:
-        message = f"{TOKENIZER_CONFIG} has {len(beyond)} tokens beyond the model's {len(tokens.texts):,} rows"
-        tokens.cautions.append(Caution("tokens-beyond-rows", f"{message}, such as {shown(beyond[0].text)}"))
     for token in tokenizer.added:
         flags = configured.pop(token.text, None)
         yield replace(flags, id=token.id) if flags else token
-    for token in sorted(configured.values(), key=lambda token: token.id):
-        if token.id < len(tokens.texts):
-            yield token
+    yield from sorted(configured.values(), key=lambda token: token.id)
 
 
 def _place_added(tokens: TokenList, added: Iterator[AddedToken], text_of: Callable[[AddedToken], bytes]) -> None:
     placement = _Placement(tokens)
-    n_moved = n_spaced = 0
+    moved: list[str] = []
+    n_spaced = 0
     for token in added:
         row = placement.row_of(token)
         if row is None:
@@ -80,19 +77,27 @@ def _place_added(tokens: TokenList, added: Iterator[AddedToken], text_of: Callab
         text = text_of(token)
         type_ = added_type(text, token.special)
         tokens.put(row, added_text(text, type_), type_, NEVER_MERGED_SCORE)
-        n_moved += row != token.id
+        if row != token.id:
+            moved.append(f"{shown(token.text)} {row} in place of {token.id}")
         n_spaced += token.lstrip or token.rstrip or token.single_word
-    if n_moved:
-        message = f"{n_moved} added tokens have the ids that the tokenizers library gives them, not those of the file"
-        tokens.cautions.append(Caution("added-token-ids", message))
+    if moved:
+        message = (
+            f"{len(moved)} added tokens have the ids that the tokenizers library gives them, not those of the file"
+        )
+        tokens.cautions.append(Caution("added-token-ids", f"{message}: {', '.join(moved[:MAX_NAMES_SHOWN])}"))
+    tokens.warn_of_left_out()
     if n_spaced:
         message = f"{n_spaced} added tokens take spaces beside them or stand alone (lstrip, rstrip, single_word)"
         tokens.cautions.append(Caution("added-token-spaces", f"{message}; llama.cpp takes them as they are"))
 
 
 class _Placement:
-    """Finds the row that each added token has in use: the tokenizers library numbers those that the vocabulary does not
-    have, one after the other; the file's own number holds where that one is taken."""
+    """Finds the row that each added token has in use.
+
+    The tokenizers library numbers those that the vocabulary does not have, one after the other; the file's own number
+    holds where that one is taken. A token whose own number is beyond the model's rows is left out: no prompt can hold
+    it.
+    """
 
     def __init__(self, tokens: TokenList) -> None:
         self.tokens = tokens
@@ -102,7 +107,10 @@ class _Placement:
 
     def row_of(self, token: AddedToken) -> int | None:
         """None for an entry that was there before. SourceError where two tokens share an id or one has two."""
-        texts, known, earlier = self.tokens.texts, self.tokens.ids.get(token.text), int(self.rows[token.id])
+        texts, known = self.tokens.texts, self.tokens.ids.get(token.text)
+        if token.id >= len(texts):
+            return self._row_of_beyond(token, known)
+        earlier = int(self.rows[token.id])
         if earlier >= 0:
             if known == earlier:
                 return None
@@ -121,6 +129,16 @@ class _Placement:
         self.is_placed[row] = True
         self.next_row = max(self.next_row, row + 1)
         return row
+
+    def _row_of_beyond(self, token: AddedToken, known: int | None) -> int | None:
+        """The row of a token whose own id is beyond the rows: that of the vocabulary, where it stands there as well."""
+        if known is None and token.text not in self.tokens.left_out:
+            self.tokens.left_out[token.text] = token.id
+            self.next_row += 1
+        if known is None or self.is_placed[known]:
+            return None
+        self.is_placed[known] = True
+        return known
 
     def _fail_shared(self, held: bytes | None, token: AddedToken) -> None:
         """SourceError if there is a token `held` already."""

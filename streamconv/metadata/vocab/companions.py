@@ -46,13 +46,13 @@ class Companions:
             raise SourceError("'added_tokens_decoder' is an object of added tokens by id", file=path)
         for key, entry in decoder.items():
             id_ = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else key
-            yield parse_added_token(entry if not isinstance(entry, Mapping) else {**entry, "id": id_}, None, path)
+            yield parse_added_token(entry if not isinstance(entry, Mapping) else {**entry, "id": id_}, path)
 
     def old_added_tokens(self) -> Iterator[AddedToken]:
         """added_tokens.json, beside old SentencePiece models: ids by text."""
         path = self.directory / ADDED_TOKENS
         for text, id_ in load_object_if_present(path).items():
-            yield parse_added_token({"content": text, "id": id_}, None, path)
+            yield parse_added_token({"content": text, "id": id_}, path)
 
 
 def token_text(entry: Any) -> str | None:

@@ -33,8 +33,9 @@ _INDENT = b"\n" + b" " * 6
 _DEEPER = _INDENT + b" " * 2
 # A row of the header: the length of its text, its type, its score, and `[PADn]` where it has no text of its own.
 _ROW_NBYTES = 8 + 4 + 4 + 16
-# A row while it is read: its text as an object (48), its id as one (32), in a list (8) and in arrays (16).
-_ENTRY_NBYTES = 104
+# A row while it is read: its text as an object (48), its id as one (32), in a list (8) and in arrays (16), and what it
+# means in a second tokenizer (8).
+_ENTRY_NBYTES = 112
 # A dict has room for two thirds of a power of two, and 20 bytes for each of that (24 an entry, 4 an index). While it
 # grows there is half of it once more, for fewer rows.
 _DICT_NBYTES = 25

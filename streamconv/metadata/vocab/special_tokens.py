@@ -16,7 +16,14 @@ from gguf.constants import Keys
 
 from streamconv.errors import Caution
 from streamconv.files.hub import CONFIG
-from streamconv.metadata.vocab.companions import GENERATION_CONFIG, TOKENIZER_CONFIG, Companions, token_id, token_text
+from streamconv.metadata.vocab.companions import (
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    Companions,
+    token_id,
+    token_text,
+)
 from streamconv.metadata.vocab.tokenizer_json import shown
 
 ID_KEYS = {
@@ -33,6 +40,9 @@ ADD_KEYS = {"bos": Keys.Tokenizer.ADD_BOS, "eos": Keys.Tokenizer.ADD_EOS, "sep":
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _BY_TEXT = {"eot": "▁<EOT>"}  # Code Llama's end of an infilled part, which no file names and llama.cpp does not know
+
+# Roles without whose token a model is used otherwise, and what to say of that.
+_IN_VAIN = {"bos": "", "eos": ": the model cannot stop by it"}
 
 Lookup = Callable[[str], int | None]
 
@@ -130,41 +140,65 @@ def _id_of(piece: Any, kind: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def find_ids(
-    roles: Roles, companions: Companions, find_added: Lookup, find_any: Lookup, n_vocab: int
-) -> tuple[dict[str, int], list[Caution]]:
-    """Ids by role, and what the files disagree on. The lookups give an added token's id, and any token's."""
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """How the names and ids of special tokens are looked up in a vocabulary of `n_rows` rows.
+
+    `added` gives an added token's id by its text, `any` that of any token; `has` says whether a row has a token.
+    """
+
+    n_rows: int
+    added: Lookup
+    any: Lookup
+    has: Callable[[int], bool] = lambda id_: True
+
+
+def find_ids(roles: Roles, companions: Companions, tokens: Tokens) -> tuple[dict[str, int], list[Caution]]:
+    """Ids by role, and what the files disagree on or name in vain."""
     ids: dict[str, int] = {}
     cautions: list[Caution] = []
     for role in ID_KEYS:
-        candidates = list(_candidates(role, roles, companions, find_added, find_any))
-        inside = [(source, id_) for source, id_ in candidates if id_ < n_vocab]
-        for source, id_ in candidates:
-            if id_ >= n_vocab:
-                message = f"{source} names token {shown(id_)} as {role}, the model has {n_vocab:,} rows"
-                cautions.append(Caution("special-token-range", message))
+        inside = []
+        for source, id_ in _candidates(role, roles, companions, tokens):
+            if id_ >= tokens.n_rows:
+                message = f"{source} names token {shown(id_)} as {role}, the model has {tokens.n_rows:,} rows"
+                cautions.append(Caution("special-token-range", message + _IN_VAIN.get(role, "")))
+            elif role in _IN_VAIN and not tokens.has(id_):
+                message = f"{source} names token {id_} as {role}, and the vocabulary has no such token"
+                cautions.append(Caution("special-token-unknown", message + _IN_VAIN[role]))
+            else:
+                inside.append((source, id_))
+        cautions += _unknown(role, roles, companions, tokens)
         if inside:
             source, ids[role] = inside[0]
-            cautions += _disagreement(role, source, ids[role], companions, n_vocab)
+            cautions += _disagreement(role, source, ids[role], companions, tokens)
     return ids, cautions
 
 
-def _candidates(
-    role: str, roles: Roles, companions: Companions, find_added: Lookup, find_any: Lookup
-) -> Iterator[tuple[str, int]]:
+def _candidates(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[tuple[str, int]]:
     """Sources and ids, the first one wins. The first two are SpecialVocab's."""
     text = roles.texts.get(role) or _BY_TEXT.get(role)
     mapped = token_text(companions.special_tokens_map.get(f"{role}_token"))
     written = _config_id(role, companions)
     found = (
-        (TOKENIZER_CONFIG, find_added(text) if text else None),
+        (TOKENIZER_CONFIG, tokens.added(text) if text else None),
         (CONFIG, None if isinstance(written, list) else token_id(written)),
-        (TOKENIZER_CONFIG, find_any(text) if text else None),
-        ("special_tokens_map.json", find_any(mapped) if mapped else None),
+        (TOKENIZER_CONFIG, tokens.any(text) if text else None),
+        (SPECIAL_TOKENS_MAP, tokens.any(mapped) if mapped else None),
         (GENERATION_CONFIG, token_id(companions.generation_config.get(f"{role}_token_id"))),
         (CONFIG, token_id(written) if isinstance(written, list) else None),
     )
     yield from ((source, id_) for source, id_ in found if id_ is not None)
+
+
+def _unknown(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[Caution]:
+    """A warning for each text that names a token which the vocabulary does not have, where that changes a model."""
+    mapped = token_text(companions.special_tokens_map.get(f"{role}_token"))
+    sources = {mapped: SPECIAL_TOKENS_MAP, roles.texts.get(role): TOKENIZER_CONFIG}
+    for text, source in sources.items():
+        if role in _IN_VAIN and text and tokens.added(text) is None and tokens.any(text) is None:
+            message = f"{source} names {shown(text)} as {role}, which the vocabulary does not have"
+            yield Caution("special-token-unknown", message + _IN_VAIN[role])
 
 
 def _config_id(role: str, companions: Companions) -> Any:
@@ -172,7 +206,7 @@ def _config_id(role: str, companions: Companions) -> Any:
     return inner.get(f"{role}_token_id") if value is None and isinstance(inner, Mapping) else value
 
 
-def _disagreement(role: str, source: str, chosen: int, companions: Companions, n_vocab: int) -> Iterator[Caution]:
+def _disagreement(role: str, source: str, chosen: int, companions: Companions, tokens: Tokens) -> Iterator[Caution]:
     """A caution for each file that names another token for this role, and not this one among several."""
     others = (
         (CONFIG, _config_id(role, companions)),
@@ -181,6 +215,6 @@ def _disagreement(role: str, source: str, chosen: int, companions: Companions, n
     for name, value in others:
         named = value if isinstance(value, list) else [value]
         first = token_id(value)
-        if first is not None and first < n_vocab and chosen not in named:
+        if first is not None and first < tokens.n_rows and tokens.has(first) and chosen not in named:
             message = f"{role} is token {chosen} by {source} and {shown(value)} by {name}; {chosen} is written"
             yield Caution("special-token-disagreement", message)

@@ -40,23 +40,23 @@ def sentencepiece_tokens(
 
 
 def _add(tokens: TokenList, companions: Companions, added: Iterable[AddedToken]) -> None:
-    beyond: list[AddedToken] = []
+    n_rows = len(tokens.texts)
     for token in companions.old_added_tokens():
-        if token.id >= len(tokens.texts):
-            beyond.append(token)
+        if token.id >= n_rows:
+            tokens.left_out[token.text] = token.id
         elif tokens.ids.get(token.text) != token.id:
             tokens.put(token.id, token.text, TokenType.USER_DEFINED, ADDED_SCORE)
     for token in companions.added_tokens():
-        if token.id >= len(tokens.texts):
-            beyond.append(token)
+        if token.id >= n_rows:
+            tokens.left_out[token.text] = token.id
         else:
             _put(tokens, token)
     for token in added:
-        if tokens.texts[token.id] is None:
+        if token.id >= n_rows:
+            tokens.left_out[token.text] = token.id
+        elif tokens.texts[token.id] is None:
             _put(tokens, token)
-    if beyond:
-        message = f"{len(beyond)} tokens are beyond the model's {len(tokens.texts):,} rows"
-        tokens.cautions.append(Caution("tokens-beyond-rows", f"{message}, such as {shown(beyond[0].text)}"))
+    tokens.warn_of_left_out()
 
 
 def _put(tokens: TokenList, token: AddedToken) -> None:

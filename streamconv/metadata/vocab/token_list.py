@@ -22,6 +22,7 @@ from streamconv.metadata.vocab.tokenizer_json import shown
 ADDED_SCORE = -1000.0  # what llama.cpp's converter gives an added token, which is found before any merge
 PADDING_SCORE = -10000.0  # as llama.cpp's converter
 _BLOCK = 4096  # tokens that are packed at a time
+_MAX_NAMES_SHOWN = 4
 
 _SPM_SPACE = "▁".encode()
 # What llama.cpp's converter takes for a control token though its file does not say so (does_token_look_special).
@@ -50,6 +51,7 @@ class TokenList:
     types: NDArray[np.int32]
     scores: NDArray[np.float32] | None = None
     cautions: list[Caution] = field(default_factory=list)
+    left_out: dict[bytes, int] = field(default_factory=dict)  # added tokens beyond the rows, with their files' ids
 
     @classmethod
     def of(cls, file: Path, ids: dict[bytes, int], n_vocab: int) -> TokenList:
@@ -77,6 +79,16 @@ class TokenList:
         self.types[id_] = type_
         if self.scores is not None:
             self.scores[id_] = score
+
+    def warn_of_left_out(self) -> None:
+        """A warning that names the added tokens that no row was left for."""
+        if self.left_out:
+            names = ", ".join(f"{shown(text)} ({id_})" for text, id_ in [*self.left_out.items()][:_MAX_NAMES_SHOWN])
+            n = len(self.left_out)
+            more = f" and {n - _MAX_NAMES_SHOWN} more" if n > _MAX_NAMES_SHOWN else ""
+            what = f"the model has {len(self.texts):,} rows, and no prompt can hold what is beyond them: {names}{more}"
+            message = f"{n} added token{'s were' if n > 1 else ' was'} left out: {what}"
+            self.cautions.append(Caution("tokens-beyond-rows", message))
 
     def packed(self) -> tuple[PackedArray, PackedArray, PackedArray | None]:
         """Texts, types and scores; rows without a token are `[PADn]`. SourceError for what llama.cpp would abort on."""

@@ -1,8 +1,8 @@
 """tokenizer.json: its vocabulary, merges and added tokens read in batches, its few other parts as values.
 
-Owns: what the file's fields are and that they hold together: each id once and below the model's rows, each token once,
-each merge of known tokens. Does not own: JSON's syntax (json_stream.py), what GGUF makes of it (the package's other
-modules), the decision whether a tokenizer is supported.
+Owns: what the file's fields are and that they hold together: each id of its own vocabulary below the model's rows, each
+token once, each merge of known tokens. Does not own: JSON's syntax (json_stream.py), what GGUF makes of it (the
+package's other modules), the decision whether a tokenizer is supported.
 Invariant: nothing here is proportional to the file but the merges' own bytes; the vocabulary is a dict of at most
 `n_vocab` entries. Format: the serialisation of https://github.com/huggingface/tokenizers, version 1.0.
 """
@@ -30,6 +30,7 @@ MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
 MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a model of speech has 28,000 of 20 bytes
 MAX_PART_NBYTES = 256 << 10  # of memory, of a pre-tokenizer, a post-processor: real ones take at most some 20 KB
 MAX_FIELD_NBYTES = 1 << 10
+MAX_ID = (1 << 32) - 1
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FIELDS = ("type", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -87,7 +88,7 @@ class AddedTokens:
             start = end
 
     def append(self, token: AddedToken) -> None:
-        self._ids.append(token.id)
+        self._ids.append(min(token.id, MAX_ID))  # beyond the rows of any model
         self._flags.append(sum(getattr(token, name) << i for i, name in enumerate(_FLAGS)))
         self._text += token.text
         self._ends.append(len(self._text))
@@ -119,17 +120,20 @@ class TokenizerJson:
         return str(self.model.get("type") or ("BPE" if self.merges else "of no type"))
 
 
-def read_tokenizer_json(path: Path, n_vocab: int, *, tokens: bool = True) -> TokenizerJson:
-    """The file at `path`, without vocabulary and merges unless `tokens`. SourceError on anything malformed in it."""
+def read_tokenizer_json(path: Path, n_vocab: int, *, tokens: bool = True, merges: bool = True) -> TokenizerJson:
+    """The file at `path`, without vocabulary and merges unless `tokens`, without the latter unless `merges`.
+
+    SourceError on anything malformed in it.
+    """
     with JsonStream(path, MAX_NBYTES) as stream:
-        return _Reader(stream, path, n_vocab, tokens).read()
+        return _Reader(stream, path, n_vocab, tokens, tokens and merges).read()
 
 
 class _Reader:
-    def __init__(self, stream: JsonStream, path: Path, n_vocab: int, tokens: bool) -> None:
+    def __init__(self, stream: JsonStream, path: Path, n_vocab: int, tokens: bool, merges: bool) -> None:
         self.stream = stream
         self.n_vocab = n_vocab
-        self.tokens = tokens
+        self.tokens, self.merges = tokens, merges
         self.result = TokenizerJson(path)
         self.early_merges: int | None = None  # where merges stand that come before the vocabulary they are checked by
 
@@ -159,7 +163,7 @@ class _Reader:
         for key in self.stream.members():
             if key == "vocab" and self.tokens and self.stream.peek() == ord("{"):
                 self._read_vocab()
-            elif key == "merges" and self.tokens:
+            elif key == "merges" and self.merges:
                 if self.result.vocab:
                     self._read_merges()
                 else:
@@ -176,16 +180,20 @@ class _Reader:
         path, added = self.result.path, self.result.added
         for batch in self.stream.batches(_ADDED):
             for entry in batch.values(path):
-                added.append(parse_added_token(entry, self.n_vocab, path))
+                added.append(parse_added_token(entry, path))
             if len(added) > self.n_vocab or added.text_nbytes > MAX_ADDED_NBYTES:
                 self.stream.fail(f"more added tokens than the model's {self.n_vocab:,} rows, or of too many bytes")
 
     def _read_vocab(self) -> None:
         vocab = self.result.vocab
+        beyond = {token.text for token in self.result.added if token.id >= self.n_vocab}
         for batch in self.stream.batches(_VOCAB):
             tokens, rests = self._strings(batch)
             ids = list(map(int, b"".join(rests).translate(None, b" \t\r\n:").rstrip(b",").split(b",")))
             highest = max(ids)
+            if highest >= self.n_vocab and beyond:  # added tokens may stand in the vocabulary too
+                tokens, ids = _without(tokens, ids, beyond, self.n_vocab)
+                highest = max(ids, default=-1)
             if highest >= self.n_vocab:
                 token = shown(tokens[ids.index(highest)])
                 self.stream.fail(
@@ -289,6 +297,12 @@ class _MergeBatch:
         return cls(split(text.replace(b" ", BETWEEN)), split(text.replace(b" ", b"")), text)
 
 
+def _without(tokens: list[bytes], ids: list[int], texts: set[bytes], n_vocab: int) -> tuple[list[bytes], list[int]]:
+    """Tokens and ids without those of `texts` that are beyond the rows."""
+    kept = [(token, id_) for token, id_ in zip(tokens, ids, strict=True) if id_ < n_vocab or token not in texts]
+    return [token for token, _ in kept], [id_ for _, id_ in kept]
+
+
 def _pairs_without_spaces(parts: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """A space inside a part becomes byte-level BPE's letter for it, as llama.cpp's converter has it."""
     clean = [part.replace(b" ", _SPACE_LETTER) for part in parts]
@@ -302,15 +316,15 @@ def _keep_first(ranks: NDArray[np.int32], made: NDArray[np.int32], start: int) -
     ranks[made[new][::-1]] = order[new][::-1]  # of values for one index numpy keeps the last
 
 
-def parse_added_token(entry: Any, n_vocab: int | None, file: Path) -> AddedToken:
-    """An added token from its JSON object. SourceError unless it has a text, an id (below `n_vocab`) and true flags."""
-    problem = _added_problem(entry, n_vocab)
+def parse_added_token(entry: Any, file: Path) -> AddedToken:
+    """An added token from its JSON object. SourceError unless it has a text, an id and true flags."""
+    problem = _added_problem(entry)
     if problem:
         raise SourceError(problem, file=file)
     return AddedToken(entry["id"], entry["content"].encode("utf-8"), *(entry.get(name, False) for name in _FLAGS))
 
 
-def _added_problem(entry: Any, n_vocab: int | None) -> str | None:
+def _added_problem(entry: Any) -> str | None:
     if not isinstance(entry, Mapping):
         return f"an added token is an object, not {shown(entry)}"
     id_, text = entry.get("id"), entry.get("content")
@@ -319,8 +333,6 @@ def _added_problem(entry: Any, n_vocab: int | None) -> str | None:
     token = f"added token {shown(text)}"
     if not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0:
         return f"{token} has the id {shown(id_)}, which is no whole number from 0 on"
-    if n_vocab is not None and id_ >= n_vocab:
-        return f"{token} has the id {shown(id_)}, the model has {n_vocab:,} rows"
     for name in _FLAGS:
         if not isinstance(entry.get(name, False), bool):
             return f"{token} has {shown(entry[name])} for {name!r}, which is true or false"
