@@ -18,21 +18,20 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.reference import BF16, F16, F32, FLOATS, Q8_0
-from streamconv.gguf.format import row_nbytes
+from streamconv.lazy.dtype import Dtype
 from streamconv.lazy.scratch import Scratch, aligned_buffer
 
 N_ROWS, N_COLUMNS = 512, 2048  # 2 MiB of BF16, a piece of a chunk
 N_ROUNDS = 3
 
-Pair = tuple[GGMLQuantizationType, GGMLQuantizationType]
+Pair = tuple[Dtype, Dtype]
 
 
-def weights(source: GGMLQuantizationType) -> NDArray[np.uint8]:
+def weights(source: Dtype) -> NDArray[np.uint8]:
     """The same numbers in any type, as bytes in aligned memory."""
     numbers = (np.random.default_rng(1).standard_normal(N_ROWS * N_COLUMNS) * 0.02).astype(np.float32)
     slab = aligned_buffer(numbers.size * FLOATS[source].bits.itemsize)
@@ -46,7 +45,7 @@ def rates(pair: Pair, seconds: float, kernel: codecs.Kernel, start: Callable[[],
     """GB/s of source bytes, of each call within `seconds`; one type to itself stays in place, as in a conversion."""
     source, target = pair
     slab = weights(source)
-    out = slab if source == target else aligned_buffer(N_ROWS * row_nbytes(N_COLUMNS, target))
+    out = slab if source == target else aligned_buffer(N_ROWS * target.row_nbytes(N_COLUMNS))
     scratch = Scratch(codecs.encode_scratch_nbytes(source, target, N_ROWS, N_COLUMNS))
     codecs.encode(source, target, slab, out, scratch, N_COLUMNS, kernel)
     start()

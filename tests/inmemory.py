@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from streamconv.checkpoint.config import Config
 from streamconv.gguf.format import PackedArray, Scalar
-from streamconv.lazy import node as graph
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.node import LazyTensor, Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
 from streamconv.recipe.bind import bind
 from streamconv.recipe.language import Model, Recipe, find_recipe
@@ -36,8 +37,8 @@ class Stored:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def lazy(self) -> graph.LazyTensor:
-        return graph.Resident(self.values)
+    def lazy(self) -> LazyTensor:
+        return Resident(self.values)
 
 
 def made(shapes: Mapping[str, Sequence[int]]) -> dict[str, Stored]:
@@ -64,15 +65,15 @@ def bound(
     return bind(recipe or find_recipe(read), read, stored)
 
 
-def raw(tensor: graph.LazyTensor) -> NDArray[np.uint8]:
+def raw(tensor: LazyTensor) -> NDArray[np.uint8]:
     """All rows of a lazy tensor as bytes [rows, bytes of a row]."""
     n_rows = tensor.spec.n_rows
     out = np.empty(tensor.spec.nbytes, dtype=np.uint8)
-    graph.read(tensor, range(n_rows), out, graph.Workspace(Scratch(graph.peak_nbytes(tensor, n_rows))))
+    read(tensor, range(n_rows), out, Workspace(Scratch(peak_nbytes(tensor, n_rows))))
     return out.reshape(n_rows, -1)
 
 
-def values(tensor: graph.LazyTensor) -> NDArray[np.float32]:
+def values(tensor: LazyTensor) -> NDArray[np.float32]:
     """All rows of a lazy tensor of F32."""
     return raw(tensor).view(np.float32).reshape(tensor.spec.shape)
 

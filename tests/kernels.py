@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.reference import BF16, F16, F32, FLOATS
-from streamconv.gguf.format import row_nbytes
+from streamconv.lazy.dtype import Dtype
 from streamconv.lazy.scratch import Scratch
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def named(name: str) -> codecs.Kernel:
     return codecs.compiled_kernel(compiled(FLAGS[name])) if name in FLAGS else codecs.REFERENCE
 
 
-def values(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.float32]:
+def values(source: Dtype, bits: Bits) -> NDArray[np.float32]:
     """The numbers that the patterns `bits` of `source` stand for."""
     if source == BF16:
         return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -83,7 +83,7 @@ def values(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.float32]:
     return bits.view(np.float32)
 
 
-def patterns(source: GGMLQuantizationType, numbers: NDArray[np.float32]) -> Bits:
+def patterns(source: Dtype, numbers: NDArray[np.float32]) -> Bits:
     """Patterns of `source`: the numbers cut to BF16, rounded to F16, or as they are."""
     if source == BF16:
         return (numbers.view(np.uint32) >> 16).astype(np.uint16)
@@ -93,20 +93,19 @@ def patterns(source: GGMLQuantizationType, numbers: NDArray[np.float32]) -> Bits
     return numbers.view(np.uint32)
 
 
-def expected(source: GGMLQuantizationType, target: GGMLQuantizationType, bits: Bits) -> NDArray[np.uint8]:
+def expected(source: Dtype, target: Dtype, bits: Bits) -> NDArray[np.uint8]:
     """The bytes that gguf-py makes of rows `bits`; a type that does not change keeps its own."""
     if source == target:
         return np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
     with np.errstate(all="ignore"):
-        return np.ascontiguousarray(quants.quantize(values(source, bits), target)).reshape(-1).view(np.uint8)
+        rows = quants.quantize(values(source, bits), GGMLQuantizationType[target.name])
+    return np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
 
 
-def encode(
-    source: GGMLQuantizationType, target: GGMLQuantizationType, bits: Bits, offset: int = 0
-) -> tuple[codecs.Stats, NDArray[np.uint8]]:
+def encode(source: Dtype, target: Dtype, bits: Bits, offset: int = 0) -> tuple[codecs.Stats, NDArray[np.uint8]]:
     """Rows `bits` encoded `offset` bytes into a buffer, with a scratch of exactly what is declared."""
     n_rows, n_columns = bits.shape
-    nbytes = n_rows * row_nbytes(n_columns, target)
+    nbytes = n_rows * target.row_nbytes(n_columns)
     slab = np.ascontiguousarray(bits, dtype=FLOATS[source].bits).reshape(-1).view(np.uint8)
     kept = slab.copy()
     buffer = np.full(offset + nbytes + 64, GUARD, dtype=np.uint8)

@@ -27,7 +27,7 @@ from streamconv.files.local import noting_files
 from streamconv.ggml.policy import StoredTypes, choose_type
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
-from streamconv.lazy.node import sources
+from streamconv.lazy.leaves import sources
 from streamconv.lora.base import BaseModel, open_base
 from streamconv.lora.config import read_lora_config
 from streamconv.lora.files import LoraFile

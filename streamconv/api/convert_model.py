@@ -22,7 +22,7 @@ from streamconv.files.local import noting_files
 from streamconv.ggml.policy import PlainTypes, StoredTypes, TypePolicy, resolve_auto
 from streamconv.gguf.format import KeyValue
 from streamconv.gguf.names import LLAMA_CPP, written_name
-from streamconv.lazy.node import sources
+from streamconv.lazy.leaves import sources
 from streamconv.lora.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes

@@ -27,8 +27,9 @@ from streamconv.checkpoint.weight_sets import INDEX_ENDING
 from streamconv.errors import Caution, SourceError
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source
 from streamconv.files.strict_json import load_object
+from streamconv.ggml.element_types import tensor_nbytes
 from streamconv.ggml.policy import choose_type
-from streamconv.gguf.format import Scalar, tensor_nbytes
+from streamconv.gguf.format import Scalar
 from streamconv.gguf.reader import FileProblem, GGUFKey, Span
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.config import PeftConfig, Problem, read_lora_config

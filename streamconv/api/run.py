@@ -179,7 +179,7 @@ def _plan(job: Job) -> Iterator[PlannedTensor]:
     for step in job.steps:
         spec = step.tensor.spec
         changed_by = job.changed_by.get(step.target, ())
-        yield PlannedTensor(step.sources, step.target, spec.shape, spec.type.name, step.nbytes, changed_by)
+        yield PlannedTensor(step.sources, step.target, spec.shape, step.tensor.type.name, step.nbytes, changed_by)
 
 
 def _memory(proof: MemoryProof) -> Mapping[str, int]:

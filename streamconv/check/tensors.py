@@ -26,9 +26,10 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
 from streamconv.errors import Caution, VerifyError
 from streamconv.ggml import encode as codecs
+from streamconv.ggml.rows import Encode
 from streamconv.gguf.names import spellings
 from streamconv.gguf.reader import GGUFFile, StoredTensor, refuse
-from streamconv.lazy.node import Encode, Workspace, peak_nbytes, read
+from streamconv.lazy.node import Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
 from streamconv.threads import start_threads
 
@@ -210,7 +211,7 @@ def _compare_rows(pair: _Pair, rows: range, work: Workspace) -> None:
 
 def _compare_values(pair: _Pair, row: int, expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> None:
     """VerifyError where a row of other bytes has other values too."""
-    type_ = pair.expected.spec.type
+    type_ = pair.expected.type
     ours, theirs = _values(expected, type_), _values(found, type_)
     # Two NaNs are the same value, whatever their payload: other tools make them quiet.
     differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))

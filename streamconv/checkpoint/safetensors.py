@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv.budget import MIB, resident_nbytes
@@ -24,24 +23,13 @@ from streamconv.errors import BudgetError, SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.local import PositionedFile
 from streamconv.files.strict_json import objects_nbytes, parse_object
-from streamconv.lazy.node import Source, TensorSpec
+from streamconv.lazy.dtype import DTYPES, FLOATS
+from streamconv.lazy.leaves import Source
+from streamconv.lazy.node import TensorSpec
 
 MAX_HEADER_NBYTES: Final = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
 MAX_EXTENT: Final = (1 << 64) - 1  # its numbers are usize
 METADATA: Final = "__metadata__"  # the entry of a header that is not a tensor
-
-# Bits of an element (tensor.rs, Dtype::bitsize).
-DTYPE_BITS: Final = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
-
-FLOAT_TYPES: Final = {
-    "F32": GGMLQuantizationType.F32,
-    "F16": GGMLQuantizationType.F16,
-    "BF16": GGMLQuantizationType.BF16,
-}
 
 # What an entry of `Shard.tensors` takes, and each of its extents, beside its name's letters. Measured: 300 and 36.
 _TENSOR_NBYTES: Final = 340
@@ -62,7 +50,8 @@ class SourceTensor:
 
     def lazy(self) -> Source:
         """The tensor as a graph's source; SourceError where its dtype is none that converts."""
-        if self.dtype not in FLOAT_TYPES:
+        dtype = DTYPES[self.dtype]
+        if dtype not in FLOATS:
             raise SourceError(
                 f"dtype {self.dtype} cannot be converted",
                 file=self.shard.path,
@@ -70,7 +59,7 @@ class SourceTensor:
                 hint="streamconv reads F32, F16 and BF16: save the checkpoint in one of them",
                 code="dtype-unsupported",
             )
-        return Source(self.name, self.shard, self.offset, TensorSpec(self.shape, FLOAT_TYPES[self.dtype]))
+        return Source(self.name, self.shard, self.offset, TensorSpec(self.shape, dtype))
 
 
 class Shard:
@@ -197,7 +186,7 @@ def _read_entry(name: str, entry: Any) -> _Info:
     if not isinstance(entry, dict):
         raise SourceError("its entry is not an object", tensor=name)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SourceError(f"dtype {repr(dtype)[:40]} is not known", tensor=name)
     if not _is_numbers(shape):
         raise SourceError("its shape is not a list of whole numbers", tensor=name)
@@ -208,7 +197,7 @@ def _read_entry(name: str, entry: Any) -> _Info:
         n_elements *= extent
         if n_elements > MAX_EXTENT:
             raise SourceError("its shape has more elements than can be counted in 64 bits", tensor=name)
-    n_bits = n_elements * DTYPE_BITS[dtype]
+    n_bits = n_elements * DTYPES[dtype].n_bits
     if n_bits > MAX_EXTENT or n_bits % 8 or n_bits // 8 != offsets[1] - offsets[0]:
         what = f"shape {shape} of {dtype} has {n_bits / 8:,.15g} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
         raise SourceError(what, tensor=name)

@@ -160,7 +160,7 @@ class Job:
     def report(self) -> Report:
         totals: dict[str, list[int]] = defaultdict(list)
         for step in self.steps:
-            totals[step.tensor.spec.type.name].append(step.nbytes)
+            totals[step.tensor.type.name].append(step.nbytes)
         types = {name: TypeTotal(len(sizes), sum(sizes)) for name, sizes in sorted(totals.items())}
         return Report(
             command=self.command,
@@ -185,7 +185,7 @@ def _infos(part: Part) -> tuple[object, ...]:
     """All that a header is made of, but for the keys' values."""
     order = [(entry.key, int(entry.type)) for entry in part.keys]
     steps = part.layout.steps
-    return order, [(step.target, step.tensor.spec.shape, int(step.tensor.spec.type), step.offset) for step in steps]
+    return order, [(step.target, step.tensor.spec.shape, int(step.tensor.type), step.offset) for step in steps]
 
 
 def _shown(entry: KeyValue) -> str:

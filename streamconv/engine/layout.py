@@ -17,8 +17,9 @@ from gguf.constants import GGMLQuantizationType
 
 from streamconv.budget import MIB, in_words
 from streamconv.errors import BudgetError, no_memory
+from streamconv.ggml.rows import Encode
 from streamconv.gguf.format import Header, KeyValue, TensorInfo, align, encode_header
-from streamconv.lazy.node import Encode, LazyTensor, peak_nbytes
+from streamconv.lazy.node import LazyTensor, peak_nbytes
 from streamconv.lazy.scratch import Overdraft, padded_nbytes
 
 # A slab's rows are read, encoded and forgotten while they lie in the cache. Measured in benchmarks/LOG.md.
@@ -107,7 +108,7 @@ def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> La
     infos, offset = [], 0
     encoded = [Encode(tensor.rows, tensor.target, tensor.type) for tensor in tensors]
     for tensor in encoded:
-        infos.append(TensorInfo(tensor.target, tensor.spec.shape, tensor.spec.type, offset))
+        infos.append(TensorInfo(tensor.target, tensor.spec.shape, tensor.type, offset))
         offset = align(offset + tensor.spec.nbytes)
     header = encode_header(keys, infos)
     steps = tuple(
@@ -118,9 +119,10 @@ def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> La
 
 
 def slab_rows(tensor: Encode) -> int:
-    """How many of its rows are made at a time: SLAB_NBYTES of them, before or after encoding, and one at least."""
+    """How many of its rows are made at a time: SLAB_NBYTES of them, before or after encoding, or `least_rows`."""
     widest = max(tensor.spec.row_nbytes, tensor.parents[0].spec.row_nbytes)
-    return max(1, min(SLAB_NBYTES // max(widest, 1), tensor.spec.n_rows))
+    wanted = max(SLAB_NBYTES // max(widest, 1), tensor.least_rows)
+    return max(1, min(wanted, tensor.spec.n_rows))
 
 
 def prove_memory(layouts: Sequence[Layout], *, limit: int, resident: int, threads: int) -> MemoryProof:

@@ -99,7 +99,7 @@ def _largest(step: Step, work: Workspace) -> float:
         rows = range(start, min(start + step.slab_rows, values.spec.n_rows))
         slab = np.empty(len(rows) * values.spec.row_nbytes, dtype=np.uint8)
         read(values, rows, slab, work)
-        largest = max(largest, codecs.largest_finite(values.spec.type, slab))
+        largest = max(largest, codecs.largest_finite(values.spec.dtype, slab))
     return largest
 
 

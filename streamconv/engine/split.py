@@ -15,7 +15,8 @@ from gguf.constants import GGUFValueType
 
 from streamconv.engine.layout import Layout, PlacedTensor, make_layout
 from streamconv.errors import UsageError
-from streamconv.gguf.format import KeyValue, tensor_nbytes
+from streamconv.ggml.element_types import tensor_nbytes
+from streamconv.gguf.format import KeyValue
 from streamconv.gguf.splits import part_name
 
 SPLIT_COUNT = "split.count"

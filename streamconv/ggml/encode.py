@@ -20,12 +20,12 @@ from types import ModuleType
 from typing import Final
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv.ggml import reference
-from streamconv.ggml.reference import F16, FLOATS
-from streamconv.gguf.format import row_nbytes
+from streamconv.ggml.element_types import TYPE_OF
+from streamconv.ggml.reference import FLOATS
+from streamconv.lazy.dtype import F16, Dtype
 from streamconv.lazy.scratch import Scratch, padded_nbytes
 
 Bytes = NDArray[np.uint8]
@@ -63,11 +63,13 @@ class Kernel:
         name: `c` or `numpy`.
         encode: (source, target, slab, out, scratch) -> (number of NaNs, number of infinities, whether all values fit).
         add_product: (left, right, scale, out, scratch), see the function of that name.
+        borrows: Whether `encode` reads its slab wherever it lies: read-only, at any alignment, without a copy.
     """
 
     name: str
-    encode: Callable[[GGMLQuantizationType, GGMLQuantizationType, Bytes, Bytes, Scratch], tuple[int, int, bool]]
+    encode: Callable[[Dtype, Dtype, Bytes, Bytes, Scratch], tuple[int, int, bool]]
     add_product: Callable[[Floats, Floats, np.float32, Floats, Scratch], None]
+    borrows: bool = False
 
 
 REFERENCE: Final = Kernel("numpy", reference.encode, reference.add_product)  # what fast paths are checked against
@@ -77,8 +79,9 @@ def compiled_kernel(module: ModuleType) -> Kernel:
     """The kernel of a compiled extension, which needs no scratch."""
     return Kernel(
         "c",
-        lambda source, target, slab, out, _: module.encode(source, target, slab, out),
+        lambda source, target, slab, out, _: module.encode(TYPE_OF[source].id, TYPE_OF[target].id, slab, out),
         lambda left, right, scale, out, _: module.add_product(left, right, len(right), scale, out),
+        borrows=True,
     )
 
 
@@ -92,9 +95,7 @@ def best_kernel() -> Kernel:
         return REFERENCE
 
 
-def encode_scratch_nbytes(
-    source: GGMLQuantizationType, target: GGMLQuantizationType, n_rows: int, n_columns: int
-) -> int:
+def encode_scratch_nbytes(source: Dtype, target: Dtype, n_rows: int, n_columns: int) -> int:
     """The scratch that `encode` takes for `n_rows` rows of `n_columns` elements; bounded, however many they are.
 
     Alike for both kernels (the compiled one takes none), so that a plan does not hang on which of them serves.
@@ -104,23 +105,25 @@ def encode_scratch_nbytes(
 
 
 def encode(
-    source: GGMLQuantizationType,
-    target: GGMLQuantizationType,
+    source: Dtype,
+    target: Dtype,
     slab: Bytes,
     out: Bytes,
     scratch: Scratch,
     n_columns: int,
     kernel: Kernel,
+    weights: Floats | None = None,
 ) -> Stats:
     """The NaNs and infinities among the rows in `slab`; `out` is filled with the same rows, encoded.
 
     Both are contiguous bytes of whole rows of `n_columns` elements. `slab` starts at a multiple of its element's size,
     `out` anywhere; where source and target are one type they may be the same memory, else they must not overlap.
+    weights: how much each column matters, [n_columns]; types that do not weigh errors ignore them.
     Raises EncodeError where a finite value rounds beyond F16's range (an infinity stays one), or where a Q8_0 block has
     a value that is not finite or a scale beyond F16: `out` is then incomplete. ValueError where the sizes disagree.
     """
     n_rows, rest = divmod(slab.nbytes, n_columns * FLOATS[source].bits.itemsize)
-    if rest or n_rows * row_nbytes(n_columns, target) != out.nbytes:
+    if rest or n_rows * target.row_nbytes(n_columns) != out.nbytes:
         what = f"{slab.nbytes} bytes of {source.name} in rows of {n_columns}"
         raise ValueError(f"{what} do not make {out.nbytes} bytes of {target.name}")
     slab, out = slab.reshape(-1), out.reshape(-1)
@@ -144,7 +147,7 @@ def add_product(left: Floats, right: Floats, scale: np.float32, out: Floats, scr
         kernel.add_product(left, right, scale, out, scratch)
 
 
-def largest_finite(source: GGMLQuantizationType, slab: NDArray[np.uint8]) -> float:
+def largest_finite(source: Dtype, slab: NDArray[np.uint8]) -> float:
     """The largest finite magnitude in `slab` (rows of `source`), 0.0 where there is none: for messages."""
     fmt = FLOATS[source]
     bits = slab.reshape(-1).view(fmt.bits)
@@ -157,7 +160,7 @@ def largest_finite(source: GGMLQuantizationType, slab: NDArray[np.uint8]) -> flo
     return float(np.uint32(top << (32 - 8 * fmt.bits.itemsize)).view(np.float32))
 
 
-def _refusal(source: GGMLQuantizationType, target: GGMLQuantizationType, slab: NDArray[np.uint8]) -> EncodeError:
+def _refusal(source: Dtype, target: Dtype, slab: NDArray[np.uint8]) -> EncodeError:
     fmt = FLOATS[source]
     largest = largest_finite(source, slab)
     if target == F16:

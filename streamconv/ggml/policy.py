@@ -15,9 +15,11 @@ from typing import Final, Protocol
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from streamconv.errors import SourceError
-from streamconv.gguf.format import block_size
+from streamconv.ggml.element_types import TYPES
 from streamconv.gguf.names import spellings
-from streamconv.lazy.node import LazyTensor, Scale, TensorSpec
+from streamconv.lazy import dtype
+from streamconv.lazy.arithmetic import Scale
+from streamconv.lazy.node import LazyTensor, TensorSpec
 
 F32, F16, BF16, Q8_0 = (
     GGMLQuantizationType.F32,
@@ -59,8 +61,8 @@ def outtype_hint(word: str) -> str | None:
 def resolve_auto(specs: Iterable[TensorSpec]) -> str:
     """What `auto` means: the first tensor of two or more dimensions that is BF16 or F16 decides, F16 where none is."""
     for spec in specs:
-        if len(spec.shape) >= 2 and spec.type in (BF16, F16):
-            return "bf16" if spec.type == BF16 else "f16"
+        if len(spec.shape) >= 2 and spec.dtype in (dtype.BF16, dtype.F16):
+            return "bf16" if spec.dtype == dtype.BF16 else "f16"
     return "f16"
 
 
@@ -69,7 +71,7 @@ def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuanti
     if len(shape) <= 1 or _ALWAYS_F32.fullmatch(target):
         return F32
     wanted = OUTTYPES[outtype]
-    if shape[-1] % block_size(wanted)[0]:
+    if shape[-1] % TYPES[wanted].dtype.block:
         return F16
     return wanted
 

@@ -17,13 +17,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.gguf.format import block_size
+from streamconv.ggml.element_types import TYPES
+from streamconv.lazy.dtype import BF16, F16, F32, Dtype
 from streamconv.lazy.scratch import Scratch
 
-F32: Final = GGMLQuantizationType.F32
-F16: Final = GGMLQuantizationType.F16
-BF16: Final = GGMLQuantizationType.BF16
-Q8_0: Final = GGMLQuantizationType.Q8_0
+Q8_0: Final = TYPES[GGMLQuantizationType.Q8_0].dtype
 
 # Elements of a piece. Its temporaries (13 to 17 bytes an element) outgrow a core's own cache, but each numpy call is so
 # long that two threads seldom wait for the interpreter lock: benchmarks/LOG.md.
@@ -72,15 +70,13 @@ class _Work:
         return _Work(self.magnitude[:n], self.other[:n], self.wide[:n], self.spare[:n], self.mask[:n])
 
 
-def temporaries(source: GGMLQuantizationType, n_elements: int) -> tuple[tuple[int, np.dtype[Any]], ...]:
+def temporaries(source: Dtype, n_elements: int) -> tuple[tuple[int, np.dtype[Any]], ...]:
     """(elements, dtype) of each array that `encode` takes from its scratch for `n_elements`: the fields of _Work."""
     n, bits, wide = min(n_elements, PIECE), FLOATS[source].bits, FLOATS[F32].bits
     return tuple((n, dtype) for dtype in (bits, bits, wide, wide, np.dtype(bool)))
 
 
-def encode(
-    source: GGMLQuantizationType, target: GGMLQuantizationType, slab: Bytes, out: Bytes, scratch: Scratch
-) -> tuple[int, int, bool]:
+def encode(source: Dtype, target: Dtype, slab: Bytes, out: Bytes, scratch: Scratch) -> tuple[int, int, bool]:
     """(NaNs, infinities, whether all fits); as `encode` of the compiled kernel, which needs no scratch."""
     fmt = FLOATS[source]
     n_nan = n_inf = 0
@@ -104,8 +100,8 @@ def largest_magnitude(bits: Bits) -> int:
     return max(int(signed.max()), int(bits.max()) & int(np.iinfo(signed.dtype).max))
 
 
-def _pieces(bits: Bits, out: Bytes, target: GGMLQuantizationType) -> Iterator[tuple[Bits, Bytes]]:
-    block, block_nbytes = block_size(target)
+def _pieces(bits: Bits, out: Bytes, target: Dtype) -> Iterator[tuple[Bits, Bytes]]:
+    block, block_nbytes = target.block, target.block_nbytes
     for start in range(0, bits.size, PIECE):
         piece = bits[start : start + PIECE]
         first = start // block * block_nbytes
@@ -123,7 +119,7 @@ def _count(fmt: FloatFormat, bits: Bits, work: _Work) -> tuple[int, int, int]:
     return n_nan, n_inf, int(magnitude.max())
 
 
-def _fits(source: GGMLQuantizationType, target: GGMLQuantizationType, top: int) -> bool:
+def _fits(source: Dtype, target: Dtype, top: int) -> bool:
     """Whether a magnitude `top` of `source` is in the range of `target`."""
     if source == target or target not in _TOO_LARGE:
         return True
@@ -133,8 +129,8 @@ def _fits(source: GGMLQuantizationType, target: GGMLQuantizationType, top: int) 
 
 
 def _convert(
-    source: GGMLQuantizationType,
-    target: GGMLQuantizationType,
+    source: Dtype,
+    target: Dtype,
     bits: Bits,
     has_nonfinite: bool,
     part: Bytes,
@@ -264,9 +260,9 @@ _ELEMENTWISE: Final = {
 }
 
 
-def _q8_0(source: GGMLQuantizationType, bits: Bits, part: Bytes, work: _Work) -> None:
+def _q8_0(source: Dtype, bits: Bits, part: Bytes, work: _Work) -> None:
     """Blocks of a scale, amax / 127 as F16, and 32 times round(x / scale) as int8; computed as ggml-quants.c does."""
-    block, block_nbytes = block_size(Q8_0)
+    block, block_nbytes = Q8_0.block, Q8_0.block_nbytes
     n_blocks = bits.size // block
     scale, inverse = _q8_0_scales(source, bits, work)
     values = bits
@@ -286,12 +282,12 @@ def _q8_0(source: GGMLQuantizationType, bits: Bits, part: Bytes, work: _Work) ->
     np.copyto(blocks[:, 2:].view(np.int8), product.reshape(n_blocks, block), casting="unsafe")
 
 
-def _q8_0_scales(source: GGMLQuantizationType, bits: Bits, work: _Work) -> tuple[Bits, NDArray[np.float32]]:
+def _q8_0_scales(source: Dtype, bits: Bits, work: _Work) -> tuple[Bits, NDArray[np.float32]]:
     """Of each block the scale as F16, and its inverse in F32: 0 where the scale is 0 or the inverse would overflow.
 
     Both lie in work.magnitude or work.other; works in spare and mask as well.
     """
-    block, _ = block_size(Q8_0)
+    block = Q8_0.block
     n_blocks = bits.size // block
     largest, spare = work.magnitude, work.other
     np.bitwise_and(bits, FLOATS[source].magnitude, out=largest)

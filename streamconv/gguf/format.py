@@ -8,14 +8,15 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
+
+from streamconv.ggml.element_types import tensor_nbytes
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -116,26 +117,6 @@ class TensorInfo:
 def encode_string(value: str | bytes) -> bytes:
     raw = value.encode("utf-8") if isinstance(value, str) else value
     return struct.pack("<Q", len(raw)) + raw
-
-
-def block_size(type_: GGMLQuantizationType) -> tuple[int, int]:
-    """(elements, bytes) of one block of `type_`."""
-    n_elements, nbytes = GGML_QUANT_SIZES[type_]
-    return n_elements, nbytes
-
-
-def row_nbytes(n_columns: int, type_: GGMLQuantizationType) -> int:
-    """Bytes of a row of `n_columns` elements; ValueError where the row does not divide into whole blocks."""
-    n_elements, nbytes = block_size(type_)
-    if n_columns % n_elements:
-        raise ValueError(f"a row of {n_columns} elements does not divide into {type_.name} blocks of {n_elements}")
-    return n_columns // n_elements * nbytes
-
-
-def tensor_nbytes(shape: tuple[int, ...], type_: GGMLQuantizationType) -> int:
-    """Bytes of a tensor of row-major `shape` (0-d counts as one element)."""
-    n_columns = shape[-1] if shape else 1
-    return math.prod(shape[:-1]) * row_nbytes(n_columns, type_)
 
 
 def align(offset: int, alignment: int = DEFAULT_ALIGNMENT) -> int:

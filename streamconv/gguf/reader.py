@@ -28,6 +28,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from streamconv.errors import SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.local import Buffer, Cursor, PositionedFile
+from streamconv.ggml.element_types import tensor_nbytes
 from streamconv.gguf.format import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -37,7 +38,6 @@ from streamconv.gguf.format import (
     VERSION,
     Scalar,
     align,
-    tensor_nbytes,
 )
 
 # The largest vocabularies (262,144 tokens, 514,906 merges) take some 20 MB, a tokenizer.json in a string as much again.

@@ -1,10 +1,10 @@
 """Lazy tensors: a tensor is a rule for making its rows, and nothing can ask for more rows than fit.
 
-Owns: the nodes that move and change rows, `read` (the only way to get data) and `peak_nbytes` (what that costs).
-Does not own: where bytes come from (checkpoint/ gives `Source` a file) and how a number is encoded (ggml/).
-Invariants: a node's rows depend on named rows of its parents alone; what a node keeps, it has from its making, and so
-before memory is proved; every temporary comes from the worker's Scratch, so what `peak_nbytes` declares cannot be
-exceeded.
+A node says which rows of its parents it needs, a step at a time, and what it makes of them. `read` is the only way to
+get data: it hands a node the slabs of a step together, so that no node ever reads by itself, and takes every temporary
+from the worker's Scratch. `peak_nbytes` derives how much that is, for every node alike, from what the node declares.
+
+What a node keeps it has allocated when it was made, before memory is proved.
 
 A tensor of any rank is seen as rows of its last dimension: [4, 3, 64] has 12 rows of 64 elements. A vector has rows of
 one element each, so that operations on rows apply to biases as well.
@@ -12,40 +12,31 @@ one element each, so that operations on rows apply to biases as well.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol, Self
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.ggml import encode as codecs
-from streamconv.gguf.format import row_nbytes
+from streamconv.ggml.encode import Kernel, Stats, best_kernel
+from streamconv.lazy.dtype import Dtype
 from streamconv.lazy.scratch import Scratch, padded_nbytes
 from streamconv.timing import Stopwatch
-
-F32 = GGMLQuantizationType.F32
-NUMPY_DTYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
-    F32: np.dtype("<f4"),
-    GGMLQuantizationType.F16: np.dtype("<f2"),
-    GGMLQuantizationType.BF16: np.dtype("<u2"),
-}
-
-# A transpose reads its parent in pieces of about this size: large enough for the disk, small enough for the cache.
-TRANSPOSE_PIECE_NBYTES = 1 << 18
 
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Row-major shape and element type of a tensor."""
+    """Row-major shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    dtype: Dtype
 
     @property
     def n_columns(self) -> int:
@@ -57,7 +48,7 @@ class TensorSpec:
 
     @property
     def row_nbytes(self) -> int:
-        return row_nbytes(self.n_columns, self.type)
+        return self.dtype.row_nbytes(self.n_columns)
 
     @property
     def nbytes(self) -> int:
@@ -68,13 +59,24 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
+class Readable(Protocol):
+    """A file that fills a buffer from an offset, and can say whether it is still the one that was opened.
+
+    Both raise SourceError. One whose bytes lie in memory, or can be put there, also has `lend(offset, nbytes)`: a
+    context manager that gives them read-only, or None where they must be read.
+    """
+
+    def read_into(self, offset: int, out: Bytes) -> None: ...
+    def check_unchanged(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Workspace:
     """What one worker has: scratch memory, a kernel, a tally of what it saw, and a stopwatch."""
 
     scratch: Scratch
-    kernel: codecs.Kernel = field(default_factory=codecs.best_kernel)
-    tally: dict[str, codecs.Stats] = field(default_factory=dict)
+    kernel: Kernel = field(default_factory=best_kernel)
+    tally: dict[str, Stats] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     counting: bool = True  # off while a row is made a second time, for the next chunk
     files: set[Readable] = field(default_factory=set)  # that were read
@@ -87,6 +89,13 @@ class Piece:
     parent: LazyTensor
     rows: range
 
+    @property
+    def nbytes(self) -> int:
+        return len(self.rows) * self.parent.spec.row_nbytes
+
+
+Step = tuple[Piece, ...]  # the pieces that a node needs together
+
 
 class LazyTensor(ABC):
     """A tensor that is made row by row, when asked, and never whole."""
@@ -94,301 +103,125 @@ class LazyTensor(ABC):
     spec: TensorSpec
     parents: tuple[LazyTensor, ...] = ()
 
-    @abstractmethod
-    def needs(self, rows: range) -> Iterator[Piece]:
-        """The pieces of the parents that make `rows`, in order; arithmetic only."""
+    # Whether each column of the result is made of the same column of every parent, whatever the other columns are.
+    is_column_wise: bool = False
 
     @abstractmethod
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        """Put into `out` (the bytes of `rows`) what `slab` (the bytes of `piece`) contributes.
+    def needs(self, rows: range) -> Iterable[Step]:
+        """The steps that make `rows`, in order; arithmetic only.
 
-        A node without parents is called once, with piece None. One that is `in_place` gets slab = out.
+        A leaf has one step without pieces.
         """
 
-    def largest_piece(self, parent: LazyTensor, n_rows: int) -> int:
-        """An upper bound of the rows of `parent` in one piece, when `n_rows` rows are made."""
-        return min(n_rows, parent.spec.n_rows)
+    @abstractmethod
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        """Put into `out` what one step contributes.
+
+        Args:
+            rows: The rows that are being made, of all steps together.
+            step: The step, as `needs` gave it.
+            slabs: For each of its pieces the bytes of those rows, C-contiguous. They are read-only where they are lent
+                (see `lend`), else the node may change them.
+            out: The bytes of `rows`; of a node that is `in_place` the part that the step's first piece fills, which is
+                `slabs[0]` itself unless that was lent.
+            work: Its scratch is for temporaries, at most `scratch_nbytes` of it.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """All that decides this node's bytes besides its class, its shape and dtype, and its parents.
+
+        The same in every process and every version of Python: a resumed run compares it (`description`).
+        """
+
+    def largest(self, n_rows: int) -> Iterable[Step]:
+        """Steps that bound those of `needs` for at most `n_rows` rows, wherever they lie: only lengths count.
+
+        By default one piece of as many rows of each parent.
+        """
+        yield tuple(Piece(parent, range(min(n_rows, parent.spec.n_rows))) for parent in self.parents)
 
     def scratch_nbytes(self, n_rows: int) -> int:
-        """Temporaries of `apply` for `n_rows` rows, as Scratch counts them."""
+        """Temporaries of one `apply`, as Scratch counts them, where at most `n_rows` rows are made."""
         return 0
 
     @property
     def in_place(self) -> bool:
-        """Whether the pieces, one after the other, are the result or become it where they lie."""
+        """Whether the first pieces of the steps, one after the other, are the result or become it where they lie."""
         return False
 
-    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+    def borrows(self, work: Workspace) -> bool:
+        """Whether `apply` can read memory that is not the process's own: read-only, of any alignment (see `lend`)."""
+        return False
+
+    @property
+    def least_rows(self) -> int:
+        """Under how many rows at a time a parent would be read more often than it should be."""
+        return max((parent.least_rows for parent in self.parents), default=1)
+
+    def lend(self, rows: range, work: Workspace) -> AbstractContextManager[Bytes | None]:
+        """The bytes of `rows` where they already lie, read-only and valid inside the `with`; None where they do not.
+
+        A source in mapped memory lends its pages, and views pass them on, to a node that `borrows`. What is lent is
+        not scratch: `peak_nbytes` stays a bound.
+        """
+        return nullcontext()
+
+    def columns(self, columns: range) -> LazyTensor | None:
+        """Only these columns, without reading the others; None where this tensor's rows must be made whole for them."""
+        if not self.is_column_wise or not self.parents:
+            return None
+        sliced = [parent.columns(columns) for parent in self.parents]
+        return self._over([one for one in sliced if one is not None]) if None not in sliced else None
+
+    def _over(self, parents: Sequence[LazyTensor]) -> Self:
+        """The same node over parents that differ in their number of columns."""
+        node = copy.copy(self)
+        node.parents = tuple(parents)
+        node.spec = TensorSpec((*self.spec.shape[:-1], parents[0].spec.n_columns), self.spec.dtype)
+        return node
+
+    def __array__(self, *_: object, **__: object) -> NoReturn:
         raise TypeError("a LazyTensor has no array: read() gives its rows")
 
 
 def read(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> None:
     """Fill `out` (uint8, exactly the bytes of `rows`) with rows of `tensor`."""
-    if not tensor.parents:
-        tensor.apply(rows, None, out, out, work)
-        return
     filled = 0
-    for piece in tensor.needs(rows):
+    for step in tensor.needs(rows):
+        part = out
         if tensor.in_place:
-            part = out[filled : filled + len(piece.rows) * piece.parent.spec.row_nbytes]
-            read(piece.parent, piece.rows, part, work)
-            tensor.apply(rows, piece, part, part, work)
+            part = out[filled : filled + step[0].nbytes]
             filled += part.nbytes
-            continue
-        with work.scratch.frame():
-            slab = work.scratch.take(len(piece.rows) * piece.parent.spec.row_nbytes).view(np.uint8)
-            read(piece.parent, piece.rows, slab, work)
-            tensor.apply(rows, piece, slab, out, work)
+        with work.scratch.frame(), ExitStack() as loans:
+            slabs = [_slab(tensor, number, piece, part, work, loans) for number, piece in enumerate(step)]
+            tensor.apply(rows, step, slabs, part, work)
+
+
+def _slab(tensor: LazyTensor, number: int, piece: Piece, part: Bytes, work: Workspace, loans: ExitStack) -> Bytes:
+    """The bytes of one piece: lent, or where the result will be, or in scratch."""
+    if tensor.borrows(work) and (lent := loans.enter_context(piece.parent.lend(piece.rows, work))) is not None:
+        return lent
+    slab = part if tensor.in_place and number == 0 else work.scratch.take(piece.nbytes).view(np.uint8)
+    read(piece.parent, piece.rows, slab, work)
+    return slab
 
 
 def peak_nbytes(tensor: LazyTensor, n_rows: int) -> int:
     """The scratch that `read` takes for at most `n_rows` rows; derived from what the nodes declare."""
     deepest = 0
-    for parent in tensor.parents:
-        n_parent_rows = tensor.largest_piece(parent, n_rows)
-        slab = 0 if tensor.in_place else padded_nbytes(n_parent_rows * parent.spec.row_nbytes)
-        deepest = max(deepest, slab + max(peak_nbytes(parent, n_parent_rows), tensor.scratch_nbytes(n_rows)))
-    return deepest if tensor.parents else tensor.scratch_nbytes(n_rows)
+    for step in tensor.largest(n_rows):
+        taken = 0
+        for number, piece in enumerate(step):
+            if number or not tensor.in_place:
+                taken += padded_nbytes(piece.nbytes)
+            deepest = max(deepest, taken + peak_nbytes(piece.parent, len(piece.rows)))
+        deepest = max(deepest, taken + tensor.scratch_nbytes(n_rows))
+    return deepest
 
 
-def sources(tensor: LazyTensor) -> Iterator[Source]:
-    """The stored tensors that `tensor` is made of, in order."""
-    if isinstance(tensor, Source):
-        yield tensor
-    for parent in tensor.parents:
-        yield from sources(parent)
-
-
-class Readable(Protocol):
-    """A file that fills a buffer from an offset, and can say whether it is still the one that was opened.
-
-    Both raise SourceError.
-    """
-
-    def read_into(self, offset: int, out: Bytes) -> None: ...
-    def check_unchanged(self) -> None: ...
-
-
-class Source(LazyTensor):
-    """A tensor as it is stored: rows are byte ranges of a file."""
-
-    def __init__(self, name: str, file: Readable, offset: int, spec: TensorSpec) -> None:
-        self.name, self.file, self.offset, self.spec = name, file, offset, spec
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        return iter(())
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        work.files.add(self.file)
-        with work.stopwatch.time("read"):
-            self.file.read_into(self.offset + rows.start * self.spec.row_nbytes, out)
-
-
-class Resident(LazyTensor):
-    """A small tensor that lies in memory: a table, a vector of zeros."""
-
-    def __init__(self, array: NDArray[np.float32]) -> None:
-        self.spec = TensorSpec(array.shape, F32)
-        self._bytes = np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8)
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        return iter(())
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        width = self.spec.row_nbytes
-        out[:] = self._bytes[rows.start * width : rows.stop * width]
-
-
-class View(LazyTensor):
-    """A node whose rows are its pieces, one after the other: nothing is computed, reads go straight to the result."""
-
-    @property
-    def in_place(self) -> bool:
-        return True
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        pass
-
-
-class Reshape(View):
-    """The same rows under another shape; squeezes a dimension of one out of [H, 1, L]."""
-
-    def __init__(self, parent: LazyTensor, shape: tuple[int, ...]) -> None:
-        self.spec = TensorSpec(shape, parent.spec.type)
-        if (self.spec.n_rows, self.spec.n_columns) != (parent.spec.n_rows, parent.spec.n_columns):
-            raise ValueError(f"{parent.spec.shape} cannot be seen as rows of {shape}")
-        self.parents = (parent,)
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        yield Piece(self.parents[0], rows)
-
-
-class Transpose(LazyTensor):
-    """[R, C] read as [C, R]: each piece of the parent's rows gives a block of columns of the result."""
-
-    def __init__(self, parent: LazyTensor) -> None:
-        n_rows, n_columns = parent.spec.shape
-        self.spec = TensorSpec((n_columns, n_rows), parent.spec.type)
-        self.parents = (parent,)
-        self._step = max(1, TRANSPOSE_PIECE_NBYTES // parent.spec.row_nbytes)
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        n_parent_rows = self.parents[0].spec.n_rows
-        for start in range(0, n_parent_rows, self._step):
-            yield Piece(self.parents[0], range(start, min(start + self._step, n_parent_rows)))
-
-    def largest_piece(self, parent: LazyTensor, n_rows: int) -> int:
-        return min(self._step, parent.spec.n_rows)
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        assert piece is not None
-        kind = NUMPY_DTYPES[self.spec.type]
-        block = slab.view(kind).reshape(len(piece.rows), piece.parent.spec.n_columns)
-        result = out.view(kind).reshape(len(rows), self.spec.n_columns)
-        result[:, piece.rows.start : piece.rows.stop] = block[:, rows.start : rows.stop].T
-
-
-class PairHalves(LazyTensor):
-    """Rows of each head [2, D/2] interleaved to [D/2, 2]: from Hugging Face's half-split RoPE to llama.cpp's pairs.
-
-    Row j of half k of a head becomes its row 2j + k; with heads = n_head for Q and n_head_kv for K.
-    Source: LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py.
-    """
-
-    def __init__(self, parent: LazyTensor, n_heads: int) -> None:
-        if n_heads < 1 or parent.spec.n_rows % (2 * n_heads):
-            raise ValueError(f"{parent.spec.n_rows} rows are not {n_heads} heads of two halves")
-        self.spec = parent.spec
-        self.parents = (parent,)
-        self._head = parent.spec.n_rows // n_heads
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        parent, head = self.parents[0], self._head
-        start = rows.start
-        while start < rows.stop:
-            base = start // head * head
-            if start == base and base + head <= rows.stop:  # whole heads: one run
-                stop = rows.stop // head * head
-                yield Piece(parent, range(start, stop))
-            else:  # part of a head: a run of each half
-                stop = min(base + head, rows.stop)
-                for half in (0, 1):
-                    first, last = (start - base + 1 - half) // 2, (stop - base + 1 - half) // 2
-                    if first < last:
-                        offset = base + half * (head // 2)
-                        yield Piece(parent, range(offset + first, offset + last))
-            start = stop
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        assert piece is not None
-        width, head = self.spec.row_nbytes, self._head
-        result = out.reshape(len(rows), width)
-        base = piece.rows.start // head * head
-        within = piece.rows.start - base
-        if within == 0 and len(piece.rows) % head == 0:
-            heads = slab.reshape(-1, 2, head // 2, width).swapaxes(1, 2)
-            result[base - rows.start : base - rows.start + len(piece.rows)].reshape(-1, head // 2, 2, width)[:] = heads
-        else:
-            half, row = divmod(within, head // 2)
-            first = base + 2 * row + half - rows.start
-            result[first : first + 2 * len(piece.rows) : 2] = slab.reshape(len(piece.rows), width)
-
-
-class Stack(View):
-    """Equal tensors, one after the other, under one more dimension: experts [M, H] to [E, M, H]."""
-
-    def __init__(self, parents: Sequence[LazyTensor]) -> None:
-        specs = {parent.spec for parent in parents}
-        if len(specs) != 1:
-            raise ValueError(f"cannot stack tensors of {len(specs)} different shapes or types")
-        (one,) = specs
-        if len(one.shape) < 2:
-            raise ValueError("only matrices are stacked")
-        self.spec = TensorSpec((len(parents), *one.shape), one.type)
-        self.parents = tuple(parents)
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        each = self.parents[0].spec.n_rows
-        for index in range(rows.start // each, -(-rows.stop // each)):
-            base = index * each
-            yield Piece(self.parents[index], range(max(rows.start - base, 0), min(rows.stop - base, each)))
-
-
-class RowBlocks(View):
-    """Of every `period` rows the `size` from `start` on: the gate half of a fused [E, 2M, H], as [E, M, H]."""
-
-    def __init__(self, parent: LazyTensor, period: int, start: int, size: int) -> None:
-        n_blocks, rest = divmod(parent.spec.n_rows, period)
-        if rest or not 0 <= start < start + size <= period:
-            raise ValueError(f"{parent.spec.n_rows} rows have no blocks {start}:{start + size} of {period}")
-        self.spec = TensorSpec((n_blocks, size, parent.spec.n_columns), parent.spec.type)
-        self.parents = (parent,)
-        self._period, self._start, self._size = period, start, size
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        for block in range(rows.start // self._size, -(-rows.stop // self._size)):
-            base = block * self._size
-            first, last = max(rows.start - base, 0), min(rows.stop - base, self._size)
-            offset = block * self._period + self._start
-            yield Piece(self.parents[0], range(offset + first, offset + last))
-
-
-class Widen(LazyTensor):
-    """The same numbers as F32 (exact: every F16 and BF16 value is one)."""
-
-    def __init__(self, parent: LazyTensor) -> None:
-        self.spec = TensorSpec(parent.spec.shape, F32)
-        self.parents = (parent,)
-
-    @property
-    def in_place(self) -> bool:
-        return self.parents[0].spec.type == F32
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        yield Piece(self.parents[0], rows)
-
-    def scratch_nbytes(self, n_rows: int) -> int:
-        return codecs.encode_scratch_nbytes(self.parents[0].spec.type, F32, n_rows, self.spec.n_columns)
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        if not self.in_place:
-            codecs.encode(self.parents[0].spec.type, F32, slab, out, work.scratch, self.spec.n_columns, work.kernel)
-
-
-class Scale(Widen):
-    """Every element times `factor`, in F32."""
-
-    def __init__(self, parent: LazyTensor, factor: float) -> None:
-        super().__init__(parent)
-        self.factor = np.float32(factor)
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        super().apply(rows, piece, slab, out, work)
-        values = out.view("<f4")
-        np.multiply(values, self.factor, out=values)
-
-
-class Encode(LazyTensor):
-    """The rows of one GGUF tensor in its type; counts what is not finite, and refuses what the type cannot hold."""
-
-    def __init__(self, parent: LazyTensor, target: str, type_: GGMLQuantizationType) -> None:
-        self.spec = TensorSpec(parent.spec.shape, type_)
-        self.parents = (parent,)
-        self.target = target
-
-    @property
-    def in_place(self) -> bool:
-        return self.parents[0].spec.type == self.spec.type
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        yield Piece(self.parents[0], rows)
-
-    def scratch_nbytes(self, n_rows: int) -> int:
-        return codecs.encode_scratch_nbytes(self.parents[0].spec.type, self.spec.type, n_rows, self.spec.n_columns)
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        source = self.parents[0].spec.type
-        with work.stopwatch.time("encode"):
-            stats = codecs.encode(source, self.spec.type, slab, out, work.scratch, self.spec.n_columns, work.kernel)
-        if work.counting and (stats.n_nan or stats.n_inf):
-            work.tally[self.target] = work.tally.get(self.target, codecs.Stats(0, 0)) + stats
+def description(tensor: LazyTensor) -> str:
+    """All that decides a tensor's bytes but the content of its files: two that are alike make the same bytes."""
+    parents = ", ".join(description(parent) for parent in tensor.parents)
+    shape = "x".join(map(str, tensor.spec.shape))
+    return f"{type(tensor).__name__}[{tensor.describe()}]({parents}) -> {tensor.spec.dtype} {shape}"

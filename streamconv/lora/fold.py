@@ -16,22 +16,13 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.lazy.node import (
-    F32,
-    Bytes,
-    LazyTensor,
-    PairHalves,
-    Piece,
-    Scale,
-    Stack,
-    TensorSpec,
-    Transpose,
-    Widen,
-    Workspace,
-    peak_nbytes,
-    read,
-)
+from streamconv.ggml.element_types import TYPE_OF
+from streamconv.lazy.arithmetic import Scale, widened
+from streamconv.lazy.dtype import BF16, F16, F32, Dtype
+from streamconv.lazy.leaves import Zeros
+from streamconv.lazy.node import LazyTensor, TensorSpec, Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
+from streamconv.lazy.views import PairHalves, Stack, Transpose
 from streamconv.lora.config import Problem
 from streamconv.lora.resolve import LoraModule
 
@@ -39,19 +30,6 @@ from streamconv.lora.resolve import LoraModule
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30
 SIGNIFICANT_DIGITS = 12  # of an alpha: s * r is rounded there, so that alpha / r * r is alpha again
 READ_NBYTES = 1 << 20
-
-
-class Zeros(LazyTensor):
-    """A tensor of zeros: the B of a module that is switched off."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        return iter(())
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        out[:] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +97,7 @@ def is_power_of_two(ratio: float) -> bool:
 
 def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
     """All rows of a tensor in order as float32, some at a time; each slab is valid until the next."""
-    wide = Widen(tensor)
+    wide = widened(tensor)
     n_rows = max(1, READ_NBYTES // wide.spec.row_nbytes)
     work = Workspace(Scratch(peak_nbytes(wide, n_rows)))
     out = np.empty(n_rows * wide.spec.row_nbytes, dtype=np.uint8)
@@ -136,7 +114,7 @@ def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
 def _pair(module: LoraModule, wanted: float, alpha: float) -> tuple[Pair, Problem | None]:
     """The pair of a module that needs the alpha `wanted`; a problem where its B would leave float32's range."""
     slot, a, b = module.slot, module.a, module.b
-    b_type, problem, ratio = b.spec.type, None, wanted / alpha
+    b_type, problem, ratio = TYPE_OF[b.spec.dtype].id, None, wanted / alpha
     if slot.heads:
         b = PairHalves(b, slot.heads)
     if wanted == 0:
@@ -146,7 +124,7 @@ def _pair(module: LoraModule, wanted: float, alpha: float) -> tuple[Pair, Proble
         problem = Problem("alpha", f"needs {what}, beyond what float32 multiplies with", (module.name,))
     elif ratio != 1:
         is_exact, overflows = _try_scale(b, ratio)
-        b_type = b_type if is_exact else F32
+        b_type = b_type if is_exact else GGMLQuantizationType.F32
         b = Scale(b, ratio)
         if overflows:
             problem = Problem("overflow", f"its lora_B times {ratio:g} exceeds float32", (module.name,))
@@ -155,7 +133,7 @@ def _pair(module: LoraModule, wanted: float, alpha: float) -> tuple[Pair, Proble
     if slot.is_embedding:
         a, changed = _turned(a), TensorSpec(changed.shape[::-1], F32)
     origin = f"{slot.target} turned={turned} heads={slot.heads} ratio={ratio!r}"
-    return Pair(slot.target, a, b, a.spec.type, b_type, changed, origin), problem
+    return Pair(slot.target, a, b, TYPE_OF[a.spec.dtype].id, b_type, changed, origin), problem
 
 
 def _turned(tensor: LazyTensor) -> LazyTensor:
@@ -169,15 +147,15 @@ def _stacked(pairs: dict[int, Pair], n_experts: int) -> Pair:
     a = _stack([pair.a if pair else None for pair in chosen], one.a.spec)
     b = _stack([pair.b if pair else None for pair in chosen], one.b.spec)
     types = [{pair.a_type for pair in pairs.values()}, {pair.b_type for pair in pairs.values()}]
-    a_type, b_type = (kinds.pop() if len(kinds) == 1 else F32 for kinds in types)
+    a_type, b_type = (kinds.pop() if len(kinds) == 1 else GGMLQuantizationType.F32 for kinds in types)
     origin = "\n".join(f"{e} {pair.origin}" for e, pair in pairs.items())
     return Pair(one.target, a, b, a_type, b_type, TensorSpec((n_experts, *one.changed.shape), F32), origin)
 
 
 def _stack(parts: Sequence[LazyTensor | None], spec: TensorSpec) -> LazyTensor:
     tensors = [part or Zeros(spec) for part in parts]
-    alike = len({tensor.spec.type for tensor in tensors}) == 1
-    return Stack(tensors if alike else [Widen(tensor) for tensor in tensors])
+    alike = len({tensor.spec.dtype for tensor in tensors}) == 1
+    return Stack(tensors if alike else [widened(tensor) for tensor in tensors])
 
 
 def _rounded(value: float) -> float:
@@ -194,14 +172,14 @@ def _try_scale(b: LazyTensor, ratio: float) -> tuple[bool, bool]:
             values = values[np.isfinite(values)]
             scaled = values * factor
             overflows = overflows or not np.isfinite(scaled).all()
-            is_exact = is_exact and bool((_narrowed(scaled, b.spec.type) / factor == values).all())
+            is_exact = is_exact and bool((_narrowed(scaled, b.spec.dtype) / factor == values).all())
     return is_exact, overflows
 
 
-def _narrowed(values: NDArray[np.float32], type_: GGMLQuantizationType) -> NDArray[np.float32]:
-    """The values as `type_` holds them, those it does not hold changed somehow."""
-    if type_ == GGMLQuantizationType.F16:
+def _narrowed(values: NDArray[np.float32], dtype: Dtype) -> NDArray[np.float32]:
+    """The values as `dtype` holds them, those it does not hold changed somehow."""
+    if dtype == F16:
         return values.astype(np.float16).astype(np.float32)
-    if type_ == GGMLQuantizationType.BF16:
+    if dtype == BF16:
         return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     return values

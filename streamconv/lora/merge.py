@@ -1,7 +1,8 @@
 """Adapters merged into a checkpoint: its table of tensors with the changed ones made anew, for any recipe to bind.
 
 Owns: which stored tensors the adapters change, replace or add, and everything that rules a merge out. Does not own: an
-adapter's files and scales (resolve.py and what it rests on), the arithmetic (low_rank.py), targets (recipe/bind.py).
+adapter's files and scales (resolve.py and what it rests on), the arithmetic (lazy/arithmetic.py), or targets
+(recipe/bind.py).
 Invariant: merging happens in the checkpoint's own names, rows and shapes, before any operation of a recipe; what cannot
 be merged exactly is refused, all of it at once.
 
@@ -21,11 +22,13 @@ from streamconv.checkpoint.config import MAX_NUMBER
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.errors import Caution, SourceError
-from streamconv.lazy.node import LazyTensor, Transpose, sources
+from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
+from streamconv.lazy.leaves import sources
+from streamconv.lazy.node import LazyTensor
+from streamconv.lazy.views import Transpose, matrix_of
 from streamconv.lora.base import N_EXPERTS, N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora.files import parse_name
-from streamconv.lora.low_rank import AddProduct, ColumnMagnitudes, RowMagnitudes, by_rows, matrix_of, transposed
 from streamconv.lora.resolve import LoraModule, base_hint, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
 from streamconv.lora.whole_weights import WholeWeight, has_tokenizer, left_out, one_by_one
@@ -292,9 +295,9 @@ class _Merge:
                 yield row.source.format(i=layer, e=e), matrix_of(module.b, e, n_out), matrix_of(module.a, e, rank)
         elif module.slot.is_embedding:
             right = module.b.parents[0] if isinstance(module.b, Transpose) else Transpose(module.b)
-            yield row.source, transposed(module.a), right
+            yield row.source, Transpose(module.a) if not isinstance(module.a, Transpose) else module.a.parents[0], right
         else:
-            yield row.source.format(i=layer, e=expert), by_rows(module.b), module.a
+            yield row.source.format(i=layer, e=expert), module.b, module.a
 
     def _unstack(self, row: Tensor, layer: int) -> None:
         """See a layer's stacked experts one by one, as recipes know them as well."""

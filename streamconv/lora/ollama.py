@@ -23,7 +23,10 @@ from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import Caution
 from streamconv.gguf.format import KeyValue
-from streamconv.lazy.node import Bytes, LazyTensor, PairHalves, Piece, Scale, TensorSpec, Transpose, Workspace
+from streamconv.lazy.arithmetic import Scale
+from streamconv.lazy.dtype import BF16
+from streamconv.lazy.node import LazyTensor
+from streamconv.lazy.views import PairHalves, Reflow, Transpose
 from streamconv.lora.base import BaseModel
 from streamconv.lora.config import Problem
 from streamconv.lora.files import Factors
@@ -36,27 +39,6 @@ HEAD_COUNT = "llama.attention.head_count"
 _TARGETS = re.compile(r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)\.weight")
 _PERMUTED = ("attn_q", "attn_k")
 _F16, _BF16 = GGMLQuantizationType.F16, GGMLQuantizationType.BF16
-
-
-class Reflow(LazyTensor):
-    """The same elements in the same order under another number of columns; not a transpose."""
-
-    def __init__(self, parent: LazyTensor, shape: tuple[int, int]) -> None:
-        self.spec = TensorSpec(shape, parent.spec.type)
-        self.parents = (parent,)
-
-    def needs(self, rows: range) -> Iterator[Piece]:
-        first, last = rows.start * self.spec.row_nbytes, rows.stop * self.spec.row_nbytes
-        width = self.parents[0].spec.row_nbytes
-        yield Piece(self.parents[0], range(first // width, -(-last // width)))
-
-    def largest_piece(self, parent: LazyTensor, n_rows: int) -> int:
-        return min(-(-n_rows * self.spec.row_nbytes // parent.spec.row_nbytes) + 1, parent.spec.n_rows)
-
-    def apply(self, rows: range, piece: Piece | None, slab: Bytes, out: Bytes, work: Workspace) -> None:
-        assert piece is not None
-        skipped = rows.start * self.spec.row_nbytes - piece.rows.start * piece.parent.spec.row_nbytes
-        out[:] = slab[skipped : skipped + out.nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +153,7 @@ def _written(target: str, stored: SourceTensor, n_heads: int) -> LegacyTensor:
         tensor = Transpose(PairHalves(source, n_heads) if n_heads else source)
     elif n_heads:
         tensor = Reflow(PairHalves(Reflow(source, (n_columns, n_rows)), n_heads), (n_rows, n_columns))
-    return LegacyTensor(target, tensor, _BF16 if source.spec.type == _BF16 else _F16, stored.name)
+    return LegacyTensor(target, tensor, _BF16 if source.spec.dtype == BF16 else _F16, stored.name)
 
 
 # ---------------------------------------------------------------- what is wrong with it

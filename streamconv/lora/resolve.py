@@ -15,7 +15,8 @@ from pathlib import Path
 
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import Caution, SourceError
-from streamconv.lazy.node import LazyTensor, Transpose
+from streamconv.lazy.node import LazyTensor
+from streamconv.lazy.views import Transpose
 from streamconv.lora.base import BaseModel, Slot
 from streamconv.lora.config import LoraConfig, Problem, stated_base
 from streamconv.lora.files import LoraFile

@@ -71,7 +71,7 @@ def manifest_text(dst: Path, layout: Layout, digests: Digests) -> str:
         {
             "name": step.target,
             "shape": list(step.tensor.spec.shape),
-            "type": step.tensor.spec.type.name,
+            "type": step.tensor.type.name,
             "offset": step.offset,
             "nbytes": step.nbytes,
             "sha256": digests.tensors[step.target],

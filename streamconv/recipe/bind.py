@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from streamconv.errors import Caution, SourceError
-from streamconv.lazy import node as graph
+from streamconv.lazy.arithmetic import Scale, widened
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.node import LazyTensor
+from streamconv.lazy.views import PairHalves, Reshape, RowBlocks, Stack
 from streamconv.recipe.dims import Equation, extents, match_name, parse_shape, solve_dims, stated_dims
 from streamconv.recipe.language import Computed, Config, Model, Recipe, Target, Tensor
 
@@ -31,7 +34,7 @@ class Stored(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def lazy(self) -> graph.LazyTensor: ...
+    def lazy(self) -> LazyTensor: ...
 
 
 def bind(recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> Model:
@@ -275,17 +278,17 @@ class _Binding:
                 Caution("head-on-tied", "the config says tied and a head is stored: it is written", self.recipe.head)
             )
 
-    def _make(self, model: Model, choice: _Choice) -> graph.LazyTensor | None:
+    def _make(self, model: Model, choice: _Choice) -> LazyTensor | None:
         """The node chain of one target; None where a computed one has no value."""
         if isinstance(choice.row, Computed):
             array = choice.row.value(model)
-            return None if array is None else graph.Resident(array)
+            return None if array is None else Resident(array)
         lazy = [self.stored[name].lazy() for name in choice.sources]
         if "{e}" not in choice.row.source:
             return apply_row(model, choice.row, lazy[0])
-        if len({tensor.spec.type for tensor in lazy}) > 1:
-            lazy = [graph.Widen(tensor) for tensor in lazy]
-        return apply_row(model, choice.row, graph.Stack(lazy))
+        if len({tensor.spec.dtype for tensor in lazy}) > 1:
+            lazy = [widened(tensor) for tensor in lazy]
+        return apply_row(model, choice.row, Stack(lazy))
 
     def _error(self, refusals: Sequence[str]) -> SourceError:
         problems = [*refusals, *self.problems]
@@ -307,18 +310,18 @@ def _listed(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:MAX_NAMES_SHOWN])) + more
 
 
-def apply_row(model: Model, row: Tensor, tensor: graph.LazyTensor) -> graph.LazyTensor:
+def apply_row(model: Model, row: Tensor, tensor: LazyTensor) -> LazyTensor:
     """The nodes that a row asks for on top of its (stacked) source: squeeze, part, permutation, scale."""
     factors = parse_shape(row.shape)
     if ("1",) in factors and len(tensor.spec.shape) == len(factors):
         kept = tuple(n for f, n in zip(factors, tensor.spec.shape, strict=True) if f != ("1",))
-        tensor = graph.Reshape(tensor, kept)
+        tensor = Reshape(tensor, kept)
     if row.part is not None:
         period = tensor.spec.shape[-2]
         size = period // row.part.count
-        tensor = graph.RowBlocks(tensor, period, row.part.index * size, size)
+        tensor = RowBlocks(tensor, period, row.part.index * size, size)
     if row.rows is not None:
-        tensor = graph.PairHalves(tensor, model.dims[row.rows.heads])
+        tensor = PairHalves(tensor, model.dims[row.rows.heads])
     if row.scale is not None and (factor := row.scale(model)) != 1.0:
-        tensor = graph.Scale(tensor, factor)
+        tensor = Scale(tensor, factor)
     return tensor

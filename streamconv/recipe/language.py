@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from streamconv.checkpoint.config import Config
 from streamconv.errors import Caution, SourceError
 from streamconv.gguf.format import KeyValue, PackedArray, Scalar
-from streamconv.lazy import node as graph
+from streamconv.lazy.node import LazyTensor
 
 __all__ = [
     "BOOL",
@@ -227,7 +227,7 @@ class Target:
     """A tensor of the output, before its type is chosen: its logical name and how its rows are made."""
 
     name: str
-    tensor: graph.LazyTensor
+    tensor: LazyTensor
     row: Tensor | Computed
 
 

@@ -11,7 +11,7 @@ import streamconv
 from streamconv.api import run as running
 from streamconv.engine.split import SplitOptions
 from streamconv.errors import DestinationError, Interrupted, SourceError, UsageError, VerifyError
-from streamconv.gguf.format import tensor_nbytes
+from streamconv.ggml.element_types import tensor_nbytes
 from tests import cases, tiny
 from tests.oracles import runtime
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamconv.ggml import encode as codecs
 from streamconv.ggml import reference
 from streamconv.ggml.reference import BF16, F16, F32, FLOATS, Q8_0
+from streamconv.lazy.dtype import Dtype
 from tests import kernels
 from tests.kernels import Bits
 
@@ -23,7 +23,7 @@ Q8_0_EXPONENTS = (-149, 22)
 
 
 @st.composite
-def rows(draw: st.DrawFn, source: GGMLQuantizationType, target: GGMLQuantizationType) -> Bits:
+def rows(draw: st.DrawFn, source: Dtype, target: Dtype) -> Bits:
     """[n_rows, n_columns] patterns of magnitudes that `target` can hold, each row with a range of its own."""
     n_rows, n_columns = draw(st.integers(1, 7)), draw(st.integers(1, 5)) * 32
     if target != Q8_0:
@@ -58,9 +58,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("source", kernels.SOURCES)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_any_cut_gives_the_whole(
-    source: GGMLQuantizationType, target: GGMLQuantizationType, data: st.DataObject
-) -> None:
+def test_any_cut_gives_the_whole(source: Dtype, target: Dtype, data: st.DataObject) -> None:
     bits = data.draw(rows(source, target))
     whole, out = kernels.encode(source, target, bits, data.draw(st.integers(0, 9)))
     assert np.array_equal(out, kernels.expected(source, target, bits))

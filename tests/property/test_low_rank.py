@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -16,12 +15,14 @@ from numpy.typing import NDArray
 from streamconv.ggml import _kernels
 from streamconv.ggml import encode as codecs
 from streamconv.lazy import node as graph
-from streamconv.lazy.node import LazyTensor, PairHalves, Reshape, Source, Stack, TensorSpec, Transpose, Workspace
+from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
+from streamconv.lazy.dtype import BF16, F16, F32
+from streamconv.lazy.leaves import Source
+from streamconv.lazy.node import LazyTensor, TensorSpec, Workspace
 from streamconv.lazy.scratch import Scratch
-from streamconv.lora.low_rank import AddProduct, ColumnMagnitudes, Columns, RowMagnitudes, matrix_of
+from streamconv.lazy.views import PairHalves, Reshape, Stack, Transpose, matrix_of
 from tests.property.test_graph import OVERHEAD_NBYTES, stored, widened
 
-F32, BF16, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.F16
 N, C, R = 37, 131, 5  # 131 columns: two runs of vectors and a rest
 EPSILON = float(np.finfo(np.float32).eps)
 
@@ -51,7 +52,7 @@ def made_turned(seed: int) -> tuple[LazyTensor, Matrix]:
     w, weight = stored((N, C), F32, seed)
     left, b = stored((R, N), BF16, seed + 1)
     right, a = stored((R, C), BF16, seed + 2)
-    return AddProduct(w, Columns(left), right, 1.5), exact(weight) + 1.5 * (exact(b).T @ exact(a))
+    return AddProduct(w, Transpose(left), right, 1.5), exact(weight) + 1.5 * (exact(b).T @ exact(a))
 
 
 def made_rows_of_magnitude(seed: int) -> tuple[LazyTensor, Matrix]:
@@ -136,7 +137,7 @@ def test_numpy_gives_the_bits_of_the_compiled_kernel(make: Maker, monkeypatch: p
 @pytest.mark.parametrize("wide", [AddProduct, RowMagnitudes, ColumnMagnitudes])
 def test_traced_memory_stays_within_what_is_declared(wide: type[LazyTensor]) -> None:
     w, left, right = (stored(shape, BF16, 3)[0] for shape in ((64, 32768), (16, 64), (16, 32768)))
-    tensor: LazyTensor = AddProduct(w, Columns(left), right, 1.5)
+    tensor: LazyTensor = AddProduct(w, Transpose(left), right, 1.5)
     if wide is RowMagnitudes:
         tensor = RowMagnitudes(tensor, stored((64,), F32, 4)[0])
     elif wide is ColumnMagnitudes:
@@ -176,7 +177,7 @@ def test_columns_read_nothing_but_their_rows() -> None:
             reads.append((offset, out.nbytes))
             source.file.read_into(offset, out)
 
-    tensor = Columns(Source("made", Watched(), source.offset, TensorSpec((4, 90), F32)))
+    tensor = Transpose(Source("made", Watched(), source.offset, TensorSpec((4, 90), F32)))
     assert np.array_equal(read_rows(tensor, range(70, 73)).view("<f4").reshape(3, 4), array.T[70:73])
     assert reads == [(24 + 4 * (90 * k + 70), 12) for k in range(4)]
 

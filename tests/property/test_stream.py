@@ -6,6 +6,7 @@ import struct
 from itertools import pairwise
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType as T
 from gguf.constants import GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +14,12 @@ from hypothesis import strategies as st
 from streamconv.engine.layout import Layout, PlacedTensor, make_layout
 from streamconv.engine.pool import fill_chunk
 from streamconv.gguf.format import KeyValue, PackedArray
-from streamconv.lazy.node import PairHalves, Source, TensorSpec, Workspace
+from streamconv.lazy.dtype import BF16, F16
+from streamconv.lazy.leaves import Source
+from streamconv.lazy.node import TensorSpec, Workspace
 from streamconv.lazy.scratch import Scratch, aligned_buffer
-from tests.property.test_graph import BF16, F16, F32, Q8_0, BytesFile, pair_halves, stored, widened
+from streamconv.lazy.views import PairHalves
+from tests.property.test_graph import BytesFile, pair_halves, stored, widened
 
 NAN, INFINITY = 0x7FC1, 0xFF80
 
@@ -39,16 +43,16 @@ def made_layout() -> tuple[Layout, bytes]:
     layout = make_layout(
         KEYS,
         [
-            PlacedTensor("matrix.weight", matrix, ("m",), Q8_0),
-            PlacedTensor("heads.weight", PairHalves(heads, 3), ("h",), F16),
-            PlacedTensor("kernel.weight", kernel, ("k",), F32),
-            PlacedTensor("bad.weight", bad, ("b",), F32),
+            PlacedTensor("matrix.weight", matrix, ("m",), T.Q8_0),
+            PlacedTensor("heads.weight", PairHalves(heads, 3), ("h",), T.F16),
+            PlacedTensor("kernel.weight", kernel, ("k",), T.F32),
+            PlacedTensor("bad.weight", bad, ("b",), T.F32),
         ],
     )
     from gguf.quants import quantize
 
     data = [
-        quantize(widened(matrix_array), Q8_0).tobytes(),
+        quantize(widened(matrix_array), T.Q8_0).tobytes(),
         widened(pair_halves(heads_array, 3)).astype(np.float16).tobytes(),
         kernel_array.astype(np.float32).tobytes(),
         widened(bad_array).tobytes(),

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.ggml.policy import BF16
-from streamconv.lazy.node import Resident, TensorSpec, Widen
+from streamconv.lazy.dtype import BF16, F32
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.node import TensorSpec
 from streamconv.recipe.language import (
     Claim,
     Computed,
@@ -161,7 +162,7 @@ def test_experts_of_two_types_meet_in_float32() -> None:
     stored = made(SHAPES)
     stored["layers.0.experts.1.up.weight"] = Half(stored["layers.0.experts.1.up.weight"].values)
     (stack,) = (one.tensor for one in bound(CONFIG, stored, TOY).targets if one.name == "blk.0.up_exps.weight")
-    assert all(isinstance(parent, Widen) for parent in stack.parents)
+    assert {parent.spec.dtype for parent in stack.parents} == {F32}
 
 
 def test_keys_follow_the_kinds() -> None:

@@ -8,13 +8,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType as T
 from numpy.typing import NDArray
 
 from streamconv.ggml import encode as codecs
 from streamconv.ggml import reference
 from streamconv.ggml.reference import BF16, F16, F32, FLOATS, Q8_0
-from streamconv.gguf.format import row_nbytes
+from streamconv.lazy.dtype import Dtype
 from streamconv.lazy.scratch import Overdraft, Scratch
 from tests import kernels
 from tests.kernels import Bits
@@ -31,7 +31,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-def every_value(source: GGMLQuantizationType) -> Bits:
+def every_value(source: Dtype) -> Bits:
     """All patterns of 16 bits; of 32 bits random ones, and the neighbourhood of everywhere that a rule changes."""
     if source != F32:
         return np.arange(1 << 16, dtype=np.uint16)
@@ -44,7 +44,7 @@ def every_value(source: GGMLQuantizationType) -> Bits:
     return np.concatenate([near.ravel(), near.ravel() | 0x8000_0000, random, halfway, halfway + 1, halfway - 1])
 
 
-def beyond_f16(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.bool_]:
+def beyond_f16(source: Dtype, bits: Bits) -> NDArray[np.bool_]:
     numbers = kernels.values(source, bits)
     return np.isfinite(numbers) & (np.abs(numbers) >= BEYOND_F16)
 
@@ -52,7 +52,7 @@ def beyond_f16(source: GGMLQuantizationType, bits: Bits) -> NDArray[np.bool_]:
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("target", ELEMENTWISE)
 @pytest.mark.parametrize("source", kernels.SOURCES)
-def test_every_value(source: GGMLQuantizationType, target: GGMLQuantizationType, offset: int) -> None:
+def test_every_value(source: Dtype, target: Dtype, offset: int) -> None:
     bits = every_value(source)
     if target == F16 != source:
         bits = bits[~beyond_f16(source, bits)]
@@ -65,7 +65,7 @@ def test_every_value(source: GGMLQuantizationType, target: GGMLQuantizationType,
 
 
 @pytest.mark.parametrize("type_", ELEMENTWISE)
-def test_a_type_that_does_not_change_may_stay_where_it_is(type_: GGMLQuantizationType) -> None:
+def test_a_type_that_does_not_change_may_stay_where_it_is(type_: Dtype) -> None:
     bits = every_value(type_)
     slab = bits.copy().view(np.uint8)
     scratch = Scratch(codecs.encode_scratch_nbytes(type_, type_, bits.size, 1))
@@ -81,7 +81,7 @@ def test_stats_add_up() -> None:
 
 
 @pytest.mark.parametrize("source", [F32, BF16])
-def test_a_finite_value_beyond_f16_is_refused(source: GGMLQuantizationType) -> None:
+def test_a_finite_value_beyond_f16_is_refused(source: Dtype) -> None:
     rng = np.random.default_rng(42)
     row = kernels.patterns(source, rng.standard_normal(3000).astype(np.float32))
     border = kernels.patterns(source, np.array([BEYOND_F16], dtype=np.float32))[0]  # as BF16 it is cut to 65280
@@ -133,7 +133,7 @@ def special_blocks() -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("source", kernels.SOURCES)
-def test_q8_0_blocks(source: GGMLQuantizationType) -> None:
+def test_q8_0_blocks(source: Dtype) -> None:
     rng = np.random.default_rng(43)
     numbers = np.concatenate([blocks(rng, 9000), ties(rng, 9000), special_blocks()])
     bits = kernels.patterns(source, numbers[: len(numbers) // 3 * 3])
@@ -146,7 +146,7 @@ def test_q8_0_blocks(source: GGMLQuantizationType) -> None:
 
 
 @pytest.mark.parametrize("source", [F16, BF16])
-def test_q8_0_of_every_value(source: GGMLQuantizationType) -> None:
+def test_q8_0_of_every_value(source: Dtype) -> None:
     bits = every_value(source)
     numbers = kernels.values(source, bits)
     bits = bits[np.isfinite(numbers) & (np.abs(numbers) < BEYOND_Q8_0)]
@@ -174,7 +174,7 @@ def test_q8_0_of_every_value(source: GGMLQuantizationType) -> None:
         (F16, 0xFBFF, None),
     ],
 )
-def test_what_q8_0_cannot_hold_is_refused(source: GGMLQuantizationType, pattern: int, reason: str | None) -> None:
+def test_what_q8_0_cannot_hold_is_refused(source: Dtype, pattern: int, reason: str | None) -> None:
     bits = kernels.patterns(source, np.random.default_rng(45).standard_normal((50, 64)).astype(np.float32)).copy()
     for row, column in ((0, 0), (20, 33), (49, 63)):
         spoilt = bits.copy()
@@ -189,7 +189,7 @@ def test_what_q8_0_cannot_hold_is_refused(source: GGMLQuantizationType, pattern:
 
 
 @pytest.mark.parametrize("source", kernels.SOURCES)
-def test_largest_finite(source: GGMLQuantizationType) -> None:
+def test_largest_finite(source: Dtype) -> None:
     bits = every_value(source)
     slab = bits.view(np.uint8)
     numbers = np.abs(kernels.values(source, bits))
@@ -200,7 +200,7 @@ def test_largest_finite(source: GGMLQuantizationType) -> None:
 
 @pytest.mark.parametrize("target", [*ELEMENTWISE, Q8_0])
 @pytest.mark.parametrize("source", kernels.SOURCES)
-def test_many_pieces_are_one(source: GGMLQuantizationType, target: GGMLQuantizationType) -> None:
+def test_many_pieces_are_one(source: Dtype, target: Dtype) -> None:
     rng = np.random.default_rng(46)
     bits = kernels.patterns(
         source, rng.standard_normal((3, reference.PIECE - 96)).astype(np.float32) * np.float32(3e-5)
@@ -214,9 +214,7 @@ def test_many_pieces_are_one(source: GGMLQuantizationType, target: GGMLQuantizat
 
 @pytest.mark.parametrize("target", [*ELEMENTWISE, Q8_0])
 @pytest.mark.parametrize("source", kernels.SOURCES)
-def test_declared_memory_is_what_is_taken(
-    source: GGMLQuantizationType, target: GGMLQuantizationType, kernel: str
-) -> None:
+def test_declared_memory_is_what_is_taken(source: Dtype, target: Dtype, kernel: str) -> None:
     n_rows, n_columns = 5, reference.PIECE // 4 + 32
     numbers = np.random.default_rng(47).standard_normal(n_rows * n_columns).astype(np.float32)
     bits = kernels.patterns(source, numbers).copy()
@@ -226,7 +224,7 @@ def test_declared_memory_is_what_is_taken(
     declared = codecs.encode_scratch_nbytes(source, target, n_rows, n_columns)
     scratch = Scratch(declared)
     for offset in (0, 1):
-        out = np.empty(offset + n_rows * row_nbytes(n_columns, target), dtype=np.uint8)[offset:]
+        out = np.empty(offset + n_rows * target.row_nbytes(n_columns), dtype=np.uint8)[offset:]
         codecs.encode(
             source, target, slab, out, scratch, n_columns, codecs.best_kernel()
         )  # once before, for what is made only once
@@ -251,7 +249,7 @@ def test_declared_memory_is_what_is_taken(
         (F32, 7, 12, 12 * 4),
     ],
 )
-def test_sizes_that_disagree(target: GGMLQuantizationType, n_columns: int, n_slab: int, n_out: int) -> None:
+def test_sizes_that_disagree(target: Dtype, n_columns: int, n_slab: int, n_out: int) -> None:
     slab, out = np.zeros(2 * n_slab, dtype=np.uint8), np.zeros(n_out, dtype=np.uint8)
     with pytest.raises(ValueError, match=r"do not make|does not divide"):
         codecs.encode(BF16, target, slab, out, Scratch(1 << 16), n_columns, codecs.best_kernel())
@@ -263,20 +261,20 @@ def test_the_compiled_kernel_guards_its_buffers() -> None:
     compiled = kernels.compiled()
     slab, out = np.zeros(64, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
     for source, target, n_slab, n_out in (
-        (BF16, F16, 64, 62),
-        (BF16, F16, 63, 62),
-        (BF16, Q8_0, 32, 17),
-        (F32, F16, 8, 8),
+        (T.BF16, T.F16, 64, 62),
+        (T.BF16, T.F16, 63, 62),
+        (T.BF16, T.Q8_0, 32, 17),
+        (T.F32, T.F16, 8, 8),
     ):
         with pytest.raises(ValueError, match="do not make"):
             compiled.encode(source, target, slab[:n_slab], out[:n_out])
     with pytest.raises(ValueError, match="no kernel from type 8 to type 0"):
-        compiled.encode(Q8_0, F32, slab, out)
+        compiled.encode(T.Q8_0, T.F32, slab, out)
     out.flags.writeable = False
     with pytest.raises((ValueError, BufferError, TypeError), match=r"read-only|read-write"):
-        compiled.encode(BF16, F16, slab, out)
+        compiled.encode(T.BF16, T.F16, slab, out)
     with pytest.raises((ValueError, BufferError), match="contiguous"):
-        compiled.encode(BF16, F16, slab[::2], slab[1::2])
+        compiled.encode(T.BF16, T.F16, slab[::2], slab[1::2])
 
 
 def test_which_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import streamconv
 from streamconv.errors import SourceError
-from streamconv.lazy.node import Transpose
+from streamconv.lazy.views import Transpose
 from streamconv.lora.base import Slot, open_base
 from streamconv.lora.config import Problem, read_lora_config
 from streamconv.lora.files import LoraFile

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType as T
 
-from streamconv.lazy.node import Encode, LazyTensor, Resident, TensorSpec, Transpose
+from streamconv.ggml.element_types import TYPES
+from streamconv.ggml.rows import Encode
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.node import LazyTensor, TensorSpec
+from streamconv.lazy.views import Transpose
 from streamconv.lora.base import Slot
 from streamconv.lora.fold import choose_alpha, fold, is_power_of_two, slabs
 from streamconv.lora.resolve import LoraModule
 from tests import inmemory, tiny
 
-F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
+F32, F16, BF16 = T.F32, T.F16, T.BF16
 
 
 class Stored(Resident):
     """A small tensor in a type of its own."""
 
-    def __init__(self, values: np.ndarray, type_: GGMLQuantizationType = F32) -> None:
+    def __init__(self, values: np.ndarray, type_: T = F32) -> None:
         super().__init__(np.zeros(values.shape, np.float32))
-        self.spec = TensorSpec(values.shape, type_)
+        self.spec = TensorSpec(values.shape, TYPES[type_].dtype)
         name = type_.name
         self._bytes = np.frombuffer(tiny.Tensor.of(values, name).data, np.uint8)
 
 
 def module(
-    scale: float, *, r: int = 4, heads: int = 0, type_: GGMLQuantizationType = F32, target: str = "blk.0.x.weight",
+    scale: float, *, r: int = 4, heads: int = 0, type_: T = F32, target: str = "blk.0.x.weight",
     values: np.ndarray | None = None, order: int = 0,
 ) -> LoraModule:  # fmt: skip
     a = Stored(tiny.noise(f"{target}.a", (r, 6), 1.0), type_)
@@ -93,7 +97,7 @@ def test_a_module_of_its_own_scale_has_it_in_b(scale: float) -> None:
 
 @pytest.mark.parametrize("type_", [F32, F16, BF16])
 @pytest.mark.parametrize(("scale", "exact"), [(0.5, True), (-8.0, True), (1.3, False)])
-def test_a_power_of_two_keeps_the_type(type_: GGMLQuantizationType, scale: float, exact: bool) -> None:
+def test_a_power_of_two_keeps_the_type(type_: T, scale: float, exact: bool) -> None:
     plain = [module(1.0, type_=type_, target=f"blk.{i}.x.weight") for i in range(2)]
     pair = fold([*plain, module(scale, type_=type_, target="blk.2.x.weight")]).pairs[2]
     assert pair.b_type == (type_ if exact else F32)
@@ -113,9 +117,7 @@ def test_a_power_of_two_keeps_the_type(type_: GGMLQuantizationType, scale: float
         (F32, 2.0**-149, 0.5, True),  # nothing holds it, and it is F32 already
     ],
 )
-def test_a_power_of_two_that_the_type_cannot_take(
-    type_: GGMLQuantizationType, value: float, scale: float, keeps: bool
-) -> None:
+def test_a_power_of_two_that_the_type_cannot_take(type_: T, value: float, scale: float, keeps: bool) -> None:
     values = tiny.noise("b", (8, 4), 1.0)
     values[5, 2] = value
     plain = [module(1.0, target=f"blk.{i}.x.weight") for i in range(2)]

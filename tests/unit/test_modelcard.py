@@ -10,7 +10,7 @@ import pytest
 
 import streamconv
 from streamconv.errors import UsageError
-from streamconv.ggml.policy import BF16
+from streamconv.lazy.dtype import BF16
 from streamconv.lazy.node import TensorSpec
 from streamconv.metadata.modelcard import MAX_CARD_NBYTES, MAX_FRONT_MATTER_NBYTES, General, read_general
 from tests import tiny

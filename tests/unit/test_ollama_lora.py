@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 import streamconv
 from streamconv.errors import SourceError, UsageError
-from streamconv.lazy.node import Resident, Workspace, peak_nbytes, read
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.node import Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
-from streamconv.lora.ollama import Reflow
+from streamconv.lazy.views import Reflow
 from streamconv.report import Report
 from tests import loras, tiny
 from tests.oracles import deltas, ggufs

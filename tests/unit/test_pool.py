@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from streamconv.engine.layout import MemoryProof, PlacedTensor, make_layout
 from streamconv.engine.pool import stream
 from streamconv.errors import SourceError
-from streamconv.lazy.node import Source, TensorSpec
+from streamconv.lazy.leaves import Source
+from streamconv.lazy.node import TensorSpec
 from streamconv.timing import Stopwatch
 
 N_FILES = 40

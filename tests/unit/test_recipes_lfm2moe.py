@@ -11,7 +11,10 @@ import pytest
 
 from streamconv.errors import SourceError
 from streamconv.ggml.policy import Q8_0, type_of
-from streamconv.lazy.node import Encode, Resident, Stack, peak_nbytes
+from streamconv.ggml.rows import Encode
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.node import peak_nbytes
+from streamconv.lazy.views import Stack
 from streamconv.recipe.language import Model
 from tests import inmemory, tiny
 from tests.inmemory import ABSENT, Stored, bound, target

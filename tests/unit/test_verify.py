@@ -29,8 +29,10 @@ from streamconv.engine.split import SplitOptions
 from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
 from streamconv.ggml import _kernels
 from streamconv.ggml import encode as codecs
+from streamconv.ggml.rows import Encode
 from streamconv.gguf.reader import GGUFFile
-from streamconv.lazy.node import Encode, Resident, Workspace, peak_nbytes
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.node import Workspace, peak_nbytes
 from streamconv.lazy.scratch import Scratch
 from tests import cases, tiny
 from tests.oracles import ggufs

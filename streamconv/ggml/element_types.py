@@ -1,0 +1,87 @@
+"""The element types of GGUF tensors: the one table that says which there are, and what can be done with each.
+
+Source of sizes and numbers: gguf.constants (ggml's ggml.h and ggml-common.h), whose other types follow as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+from streamconv.lazy import dtype
+from streamconv.lazy.dtype import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ElementType:
+    """What is known of one type.
+
+    Attributes:
+        id: Its number in a file.
+        dtype: How its rows are stored: block, bytes, numpy's view of them.
+        file_type: `general.file_type` of a model whose matrices are of this type; None where there is no such file.
+        encoder: Who makes it of floats, by its name in ggml/encode.py; None: nobody here.
+        verifier: Who makes the reference that a file is compared with, likewise; None: it cannot be verified.
+    """
+
+    id: GGMLQuantizationType
+    dtype: Dtype
+    file_type: LlamaFileType | None = None
+    encoder: str | None = None
+    verifier: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.id.name
+
+
+def _blocks(id_: GGMLQuantizationType) -> Dtype:
+    block, block_nbytes = GGML_QUANT_SIZES[id_]
+    return Dtype(id_.name, np.dtype("u1"), block, block_nbytes)
+
+
+T, F = GGMLQuantizationType, LlamaFileType
+FLOATS, REFERENCE = "floats", "reference"
+
+_ROWS = (
+    # type                 stored as            general.file_type     made by    verified by
+    ElementType(T.F32,     dtype.F32,           F.ALL_F32,            FLOATS,    REFERENCE),
+    ElementType(T.F16,     dtype.F16,           F.MOSTLY_F16,         FLOATS,    REFERENCE),
+    ElementType(T.BF16,    dtype.BF16,          F.MOSTLY_BF16,        FLOATS,    REFERENCE),
+    ElementType(T.Q8_0,    _blocks(T.Q8_0),     F.MOSTLY_Q8_0,        FLOATS,    REFERENCE),
+    ElementType(T.F64,     dtype.F64),
+    ElementType(T.I64,     dtype.I64),
+    ElementType(T.I32,     dtype.I32),
+    ElementType(T.I16,     dtype.I16),
+    ElementType(T.I8,      dtype.I8),
+)  # fmt: skip
+_NAMED = frozenset(row.id for row in _ROWS)
+
+# Every type that gguf knows, so that a file of any is read; what has no encoder is only read.
+TYPES: Final[Mapping[GGMLQuantizationType, ElementType]] = MappingProxyType(
+    {
+        row.id: row
+        for row in (*_ROWS, *(ElementType(id_, _blocks(id_)) for id_ in GGML_QUANT_SIZES if id_ not in _NAMED))
+    }
+)
+TYPE_OF: Final[Mapping[Dtype, ElementType]] = MappingProxyType({row.dtype: row for row in TYPES.values()})
+
+ENCODABLE: Final = tuple(row for row in TYPES.values() if row.encoder)
+VERIFIABLE: Final = tuple(row for row in TYPES.values() if row.verifier)
+
+
+def row_nbytes(n_columns: int, type_: GGMLQuantizationType) -> int:
+    """Bytes of a row of `n_columns` elements; ValueError where the row does not divide into whole blocks."""
+    return TYPES[type_].dtype.row_nbytes(n_columns)
+
+
+def tensor_nbytes(shape: tuple[int, ...], type_: GGMLQuantizationType) -> int:
+    """Bytes of a tensor of row-major `shape` (0-d counts as one element)."""
+    n_columns = shape[-1] if shape else 1
+    return math.prod(shape[:-1]) * row_nbytes(n_columns, type_)

@@ -1,0 +1,355 @@
+"""Nodes that compute, all in F32: widening, scaling, low-rank sums, and DoRA's magnitudes.
+
+Every operation is one IEEE single operation, or done in float64 and rounded once, so that a row has the same bits
+alone and among others, on every machine.
+Source of DoRA's formula: DoraLinearVariant and DoraEmbeddingVariant in PEFT 0.21.2, tuners/lora/variants.py.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamconv.ggml import encode as codecs
+from streamconv.lazy.dtype import F32, F64, FLOATS
+from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
+from streamconv.lazy.scratch import padded_nbytes
+
+FLOAT64_PIECE = 1 << 15  # float64 numbers at a time: they stay in a core's second-level cache
+
+Floats = NDArray[np.float32]
+
+
+def widened(tensor: LazyTensor) -> LazyTensor:
+    """`tensor` as F32; itself where it is."""
+    return tensor if tensor.spec.dtype == F32 else Widen(tensor)
+
+
+def _floats(data: Bytes, n_columns: int) -> Floats:
+    return data.view("<f4").reshape(-1, n_columns)
+
+
+class Widen(LazyTensor):
+    """The same numbers as F32 (exact: every F16 and BF16 value is one)."""
+
+    is_column_wise = True
+
+    def __init__(self, parent: LazyTensor) -> None:
+        if parent.spec.dtype not in FLOATS:
+            raise ValueError(f"{parent.spec.dtype} is not widened")
+        self.spec = TensorSpec(parent.spec.shape, F32)
+        self.parents = (parent,)
+
+    @property
+    def in_place(self) -> bool:
+        return self.parents[0].spec.dtype == F32
+
+    def borrows(self, work: Workspace) -> bool:
+        return work.kernel.borrows and not self.in_place
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield (Piece(self.parents[0], rows),)
+
+    def scratch_nbytes(self, n_rows: int) -> int:
+        if self.in_place:
+            return 0
+        return codecs.encode_scratch_nbytes(self.parents[0].spec.dtype, F32, n_rows, self.spec.n_columns)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        if not self.in_place:
+            source, n_columns = self.parents[0].spec.dtype, self.spec.n_columns
+            codecs.encode(source, F32, slabs[0], out, work.scratch, n_columns, work.kernel)
+
+    def describe(self) -> str:
+        return ""
+
+
+class InPlace(LazyTensor):
+    """A node that changes its parent's rows, as F32, where they lie."""
+
+    def __init__(self, parent: LazyTensor) -> None:
+        parent = widened(parent)
+        self.spec = parent.spec
+        self.parents = (parent,)
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield (Piece(self.parents[0], rows),)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        with np.errstate(all="ignore"):
+            values, *others = (
+                _floats(data, piece.parent.spec.n_columns) for data, piece in zip((out, *slabs[1:]), step, strict=True)
+            )
+            self.change(values, others, work)
+
+    @abstractmethod
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        """Change `values`, rows of the first parent; `others` are what the step brings of the others."""
+
+
+class Scale(InPlace):
+    """Every element times `factor`."""
+
+    is_column_wise = True
+
+    def __init__(self, parent: LazyTensor, factor: float) -> None:
+        super().__init__(parent)
+        self.factor = np.float32(factor)
+
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        np.multiply(values, self.factor, out=values)
+
+    def describe(self) -> str:
+        return f"times {float(self.factor)!r}"
+
+
+class PlusConstant(InPlace):
+    """Every element plus a constant: norms that are stored as their difference from 1."""
+
+    is_column_wise = True
+
+    def __init__(self, parent: LazyTensor, constant: float) -> None:
+        super().__init__(parent)
+        self.constant = np.float32(constant)
+
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        np.add(values, self.constant, out=values)
+
+    def describe(self) -> str:
+        return f"plus {float(self.constant)!r}"
+
+
+class NegExp(InPlace):
+    """-exp(x) of every element, rounded once from float64: A of a state space that is stored as A_log."""
+
+    is_column_wise = True
+
+    def scratch_nbytes(self, n_rows: int) -> int:
+        return padded_nbytes(8 * min(FLOAT64_PIECE, n_rows * self.spec.n_columns))
+
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        flat = values.reshape(-1)
+        with work.scratch.frame():
+            wide = work.scratch.take(min(FLOAT64_PIECE, flat.size), np.float64).view(np.float64)
+            for start in range(0, flat.size, FLOAT64_PIECE):
+                part = flat[start : start + FLOAT64_PIECE]
+                exact = wide[: part.size]
+                exact[:] = part
+                np.negative(np.exp(exact, out=exact), out=exact)
+                part[:] = exact
+
+    def describe(self) -> str:
+        return ""
+
+
+class AddProduct(InPlace):
+    """parent + scale * left @ right: left [n, r] has a row for each of the parent's, right is [r, columns].
+
+    `right` is read whole for every slab of rows. A slab has r rows or more, so that in all this is at most as many
+    elements as the parent has.
+    """
+
+    def __init__(self, parent: LazyTensor, left: LazyTensor, right: LazyTensor, scale: float) -> None:
+        super().__init__(parent)
+        if (left.spec.n_rows, left.spec.n_columns, right.spec.n_columns) != (
+            *(self.spec.n_rows, right.spec.n_rows),
+            self.spec.n_columns,
+        ):
+            raise ValueError(f"{left.spec.shape} times {right.spec.shape} is no {self.spec.shape}")
+        self.scale = np.float32(scale)
+        self.parents = (self.parents[0], widened(left), widened(right))
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        parent, left, right = self.parents
+        yield (Piece(parent, rows), Piece(left, rows), Piece(right, range(right.spec.n_rows)))
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        return self.needs(range(min(n_rows, self.spec.n_rows)))
+
+    @property
+    def least_rows(self) -> int:
+        return max(self.parents[0].least_rows, self.parents[2].spec.n_rows)
+
+    def scratch_nbytes(self, n_rows: int) -> int:
+        return codecs.product_scratch_nbytes(n_rows, self.spec.n_columns)
+
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        left, right = others
+        with work.stopwatch.time("merge"):
+            codecs.add_product(left, right, self.scale, values, work.scratch, work.kernel)
+
+    def describe(self) -> str:
+        return f"times {float(self.scale)!r}"
+
+
+def _square(values: Floats, out: NDArray[np.generic]) -> NDArray[np.float64]:
+    """The squares of `values`, exact, in the first rows of `out` (F64)."""
+    part = out[: len(values)].view(np.float64)
+    part[:] = values
+    return np.multiply(part, part, out=part)
+
+
+class RowMagnitudes(InPlace):
+    """Each row of the parent scaled to its magnitude: DoRA of a linear layer, m * V / |V| with |V| a row's norm.
+
+    Norms are summed in F64; the quotient is rounded to F32 once, and multiplied in F32, as PEFT does.
+    """
+
+    def __init__(self, parent: LazyTensor, magnitudes: LazyTensor) -> None:
+        super().__init__(parent)
+        if magnitudes.spec.shape != (self.spec.n_rows,):
+            raise ValueError(f"{magnitudes.spec.shape} magnitudes for {self.spec.n_rows} rows")
+        self.parents = (self.parents[0], widened(magnitudes))
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield tuple(Piece(parent, rows) for parent in self.parents)
+
+    def _piece_rows(self, n_rows: int) -> int:
+        return min(n_rows, max(1, FLOAT64_PIECE // self.spec.n_columns))
+
+    def scratch_nbytes(self, n_rows: int) -> int:
+        return padded_nbytes(8 * n_rows) + padded_nbytes(8 * self._piece_rows(n_rows) * self.spec.n_columns)
+
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        factors, step = others[0][:, 0], self._piece_rows(len(values))
+        with work.scratch.frame(), work.stopwatch.time("merge"):
+            norms = work.scratch.take(len(values), np.float64).view(np.float64)
+            squares = work.scratch.take((step, self.spec.n_columns), np.float64)
+            for start in range(0, len(values), step):
+                part = values[start : start + step]
+                np.add.reduce(_square(part, squares), axis=1, out=norms[start : start + step])
+            np.divide(factors, np.sqrt(norms, out=norms), out=norms)
+            factors[:] = norms
+            np.multiply(values, factors[:, None], out=values)
+
+    def describe(self) -> str:
+        return ""
+
+
+class ColumnSquares(LazyTensor):
+    """[n, columns] as [1, columns]: the sum of each column's squares in F64, from rows in blocks of fixed size."""
+
+    def __init__(self, parent: LazyTensor) -> None:
+        self.spec = TensorSpec((1, parent.spec.n_columns), F64)
+        self.parents = (widened(parent),)
+        self._step = max(1, FLOAT64_PIECE // parent.spec.n_columns)
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        (parent,) = self.parents
+        for start in range(0, parent.spec.n_rows, self._step):
+            yield (Piece(parent, range(start, min(start + self._step, parent.spec.n_rows))),)
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        yield (Piece(self.parents[0], range(min(self._step, self.parents[0].spec.n_rows))),)
+
+    def scratch_nbytes(self, n_rows: int) -> int:
+        n_columns = self.spec.n_columns
+        return padded_nbytes(8 * n_columns) + padded_nbytes(8 * self._step * n_columns)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        n_columns, total = self.spec.n_columns, out.view("<f8")
+        if step[0].rows.start == 0:
+            total[:] = 0
+        with work.scratch.frame(), work.stopwatch.time("merge"), np.errstate(all="ignore"):
+            sums = work.scratch.take(n_columns, np.float64).view(np.float64)
+            squares = work.scratch.take((self._step, n_columns), np.float64)
+            np.add.reduce(_square(_floats(slabs[0], n_columns), squares), axis=0, out=sums)
+            np.add(total, sums, out=total)
+
+    def describe(self) -> str:
+        return f"{self._step} rows at a time"
+
+
+class ColumnFactors(LazyTensor):
+    """[1, columns]: a magnitude of each column over the root of its sum of squares, rounded to F32 once."""
+
+    def __init__(self, squares: LazyTensor, magnitudes: LazyTensor) -> None:
+        self.spec = TensorSpec(squares.spec.shape, F32)
+        self.parents = (squares, widened(magnitudes))
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield tuple(Piece(parent, range(parent.spec.n_rows)) for parent in self.parents)
+
+    def largest(self, n_rows: int) -> Iterable[Step]:
+        return self.needs(range(1))
+
+    def scratch_nbytes(self, n_rows: int) -> int:
+        return padded_nbytes(8 * self.spec.n_columns)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        norms = slabs[0].view("<f8")
+        with work.scratch.frame(), np.errstate(all="ignore"):
+            quotients = work.scratch.take(norms.size, np.float64).view(np.float64)
+            quotients[:] = slabs[1].view("<f4")
+            np.divide(quotients, np.sqrt(norms, out=norms), out=quotients)
+            out.view("<f4")[:] = quotients
+
+    def describe(self) -> str:
+        return ""
+
+
+class Once(LazyTensor):
+    """A small tensor that takes long to make: made by the workers that need it first, and kept.
+
+    Workers that begin together each make it; they write the same bytes. Its memory is allocated with the node.
+    """
+
+    def __init__(self, parent: LazyTensor) -> None:
+        self.spec = parent.spec
+        self.parents = (parent,)
+        self._bytes: Bytes = np.full(parent.spec.nbytes, 0xFF, dtype=np.uint8)
+        self._is_made = False
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield () if self._is_made else self._all()
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        yield self._all()
+
+    def _all(self) -> Step:
+        return (Piece(self.parents[0], range(self.spec.n_rows)),)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        if slabs:
+            self._bytes[:] = slabs[0]
+            self._is_made = True
+        width = self.spec.row_nbytes
+        out[:] = self._bytes[rows.start * width : rows.stop * width]
+
+    def describe(self) -> str:
+        return ""
+
+
+class ColumnMagnitudes(InPlace):
+    """Each column of the parent scaled to its magnitude: DoRA of an embedding, as PEFT has it.
+
+    A column's norm takes all rows, so the parent is read once for the norms before it is read for its rows.
+    """
+
+    def __init__(self, parent: LazyTensor, magnitudes: LazyTensor) -> None:
+        super().__init__(parent)
+        if magnitudes.spec.shape != (self.spec.n_columns,):
+            raise ValueError(f"{magnitudes.spec.shape} magnitudes for {self.spec.n_columns} columns")
+        parent = self.parents[0]
+        self.parents = (parent, Once(ColumnFactors(ColumnSquares(parent), magnitudes)))
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        parent, factors = self.parents
+        yield (Piece(parent, rows), Piece(factors, range(1)))
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        return self.needs(range(min(n_rows, self.spec.n_rows)))
+
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        with work.stopwatch.time("merge"):
+            np.multiply(values, others[0], out=values)
+
+    def describe(self) -> str:
+        return ""

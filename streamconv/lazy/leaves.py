@@ -1,0 +1,135 @@
+"""Lazy tensors without parents: stored in a file, in memory, or computed row by row."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamconv.lazy.dtype import F32
+from streamconv.lazy.node import Bytes, LazyTensor, Readable, Step, TensorSpec, Workspace
+
+
+class Leaf(LazyTensor):
+    """A tensor that is made of no other: one step without pieces."""
+
+    def needs(self, rows: range) -> Iterable[Step]:
+        return ((),)
+
+    def largest(self, n_rows: int) -> Iterable[Step]:
+        return ((),)
+
+
+class Source(Leaf):
+    """A tensor as it is stored: rows are byte ranges of a file."""
+
+    def __init__(self, name: str, file: Readable, offset: int, spec: TensorSpec) -> None:
+        self.name, self.file, self.offset, self.spec = name, file, offset, spec
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        work.files.add(self.file)
+        with work.stopwatch.time("read"):
+            self.file.read_into(self.offset + rows.start * self.spec.row_nbytes, out)
+
+    def lend(self, rows: range, work: Workspace) -> AbstractContextManager[Bytes | None]:
+        lend: Callable[[int, int], AbstractContextManager[Bytes | None]] | None = getattr(self.file, "lend", None)
+        if lend is None:
+            return nullcontext()
+        work.files.add(self.file)
+        width = self.spec.row_nbytes
+        return lend(self.offset + rows.start * width, len(rows) * width)
+
+    def columns(self, columns: range) -> LazyTensor | None:
+        return SourceColumns(self, columns)
+
+    def describe(self) -> str:
+        return f"{self.name!r} at {self.offset}"
+
+
+class SourceColumns(Source):
+    """Some columns of a stored matrix: a short read for each row, and nothing read beside them."""
+
+    def __init__(self, stored: Source, columns: range) -> None:
+        dtype = stored.spec.dtype
+        super().__init__(stored.name, stored.file, stored.offset, TensorSpec((stored.spec.n_rows, len(columns)), dtype))
+        self._stride = stored.spec.row_nbytes
+        self._first = dtype.row_nbytes(columns.start)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        offset = self.offset + self._first
+        work.files.add(self.file)
+        with work.stopwatch.time("read"):
+            for row, run in zip(rows, out.reshape(len(rows), -1), strict=True):
+                self.file.read_into(offset + row * self._stride, run)
+
+    def lend(self, rows: range, work: Workspace) -> AbstractContextManager[Bytes | None]:
+        return nullcontext()
+
+    def columns(self, columns: range) -> LazyTensor | None:
+        return None
+
+    def describe(self) -> str:
+        return f"{super().describe()} + {self._first} every {self._stride}"
+
+
+class Resident(Leaf):
+    """A small F32 tensor that lies in memory: a table computed from the config."""
+
+    def __init__(self, array: NDArray[np.float32]) -> None:
+        self.spec = TensorSpec(array.shape, F32)
+        self._bytes = np.ascontiguousarray(array, dtype="<f4").reshape(-1).view(np.uint8)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        width = self.spec.row_nbytes
+        out[:] = self._bytes[rows.start * width : rows.stop * width]
+
+    def describe(self) -> str:
+        return hashlib.sha256(self._bytes.data).hexdigest()
+
+
+class Zeros(Leaf):
+    """A tensor of zeros, of any dtype whose zero is zero bytes."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        out[:] = 0
+
+    def describe(self) -> str:
+        return ""
+
+
+class Generated(Leaf):
+    """A tensor that a rule makes, row by row: too large to be Resident, and in no file.
+
+    Args:
+        spec: Shape and dtype.
+        fill: Called with rows and an array of them ([rows, columns] in `spec.dtype.view`), which it fills. It must
+            allocate nothing that grows with the rows.
+        rule: A name of the rule and its parameters, for `describe`.
+    """
+
+    def __init__(self, spec: TensorSpec, fill: Callable[[range, NDArray[np.generic]], None], rule: str) -> None:
+        self.spec, self._fill, self._rule = spec, fill, rule
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        self._fill(rows, out.view(self.spec.dtype.view).reshape(len(rows), -1))
+
+    def describe(self) -> str:
+        return self._rule
+
+
+def sources(tensor: LazyTensor) -> Iterator[Source]:
+    """The stored tensors that `tensor` is made of, in order, each once."""
+    yield from dict.fromkeys(_sources(tensor))
+
+
+def _sources(tensor: LazyTensor) -> Iterator[Source]:
+    if isinstance(tensor, Source):
+        yield tensor
+    for parent in tensor.parents:
+        yield from _sources(parent)

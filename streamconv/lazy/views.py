@@ -1,0 +1,413 @@
+"""Nodes that move elements and compute nothing: reshape, transpose, permute, slice, stack."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
+
+# A transpose reads its parent in pieces of about this size: large enough for the disk, small enough for the cache.
+TRANSPOSE_PIECE_NBYTES = 1 << 18
+# It takes so many bytes of each row of its parent at a time, where the result of that is not larger than the limit:
+# shorter reads cost more than the bytes they bring. Measured in benchmarks/LOG.md.
+TRANSPOSE_RUN_NBYTES = 1 << 9
+TRANSPOSE_SLAB_NBYTES = 1 << 21
+# Runs of columns shorter than this are cut from whole rows, unless they are a small part of them.
+COLUMN_RUN_NBYTES = 1 << 12
+# Rows narrower than this are not read one by one where a block of them has at most so many bytes.
+NARROW_ROW_NBYTES = 1 << 8
+NARROW_BLOCK_NBYTES = 1 << 20
+
+
+def _digest(index: NDArray[np.int64]) -> str:
+    return hashlib.sha256(index.astype("<i8").tobytes()).hexdigest()
+
+
+class View(LazyTensor):
+    """A node whose rows are its pieces, one after the other: nothing is computed, reads go straight to the result."""
+
+    is_column_wise = True
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        pass
+
+    def largest(self, n_rows: int) -> Iterable[Step]:
+        for parent in self.parents:
+            yield (Piece(parent, range(min(n_rows, parent.spec.n_rows))),)
+
+    def lend(self, rows: range, work: Workspace) -> AbstractContextManager[Bytes | None]:
+        steps = list(self.needs(rows))
+        return steps[0][0].parent.lend(steps[0][0].rows, work) if len(steps) == 1 else nullcontext()
+
+    def describe(self) -> str:
+        return ""
+
+
+class Reshape(View):
+    """The same rows under another shape; squeezes a dimension of one out of [H, 1, L]."""
+
+    def __init__(self, parent: LazyTensor, shape: tuple[int, ...]) -> None:
+        self.spec = TensorSpec(shape, parent.spec.dtype)
+        if (self.spec.n_rows, self.spec.n_columns) != (parent.spec.n_rows, parent.spec.n_columns):
+            raise ValueError(f"{parent.spec.shape} cannot be seen as rows of {shape}")
+        self.parents = (parent,)
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield (Piece(self.parents[0], rows),)
+
+
+class Reflow(LazyTensor):
+    """The same elements in the same order under another number of columns; not a transpose."""
+
+    def __init__(self, parent: LazyTensor, shape: tuple[int, ...]) -> None:
+        self.spec = TensorSpec(shape, parent.spec.dtype)
+        if self.spec.n_elements != parent.spec.n_elements:
+            raise ValueError(f"{parent.spec.shape} does not have the elements of {shape}")
+        self.parents = (parent,)
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        first, last = rows.start * self.spec.row_nbytes, rows.stop * self.spec.row_nbytes
+        width = self.parents[0].spec.row_nbytes
+        yield (Piece(self.parents[0], range(first // width, -(-last // width))),)
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        (parent,) = self.parents
+        bound = -(-n_rows * self.spec.row_nbytes // parent.spec.row_nbytes) + 1
+        yield (Piece(parent, range(min(bound, parent.spec.n_rows))),)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        (piece,) = step
+        skipped = rows.start * self.spec.row_nbytes - piece.rows.start * piece.parent.spec.row_nbytes
+        out[:] = slabs[0][skipped : skipped + out.nbytes]
+
+    def describe(self) -> str:
+        return ""
+
+
+class Transpose(LazyTensor):
+    """[..., R, C] read as [..., C, R]: of a matrix, or of each of those that are stacked.
+
+    The result's rows are columns of the parent. Where they are half of its columns or more, the parent is read in whole
+    rows, so once or twice in all; else only these columns are, by a parent that can do that (`LazyTensor.columns`).
+    """
+
+    def __init__(self, parent: LazyTensor) -> None:
+        *stack, n_rows, n_columns = parent.spec.shape
+        self.spec = TensorSpec((*stack, n_columns, n_rows), parent.spec.dtype)
+        self.parents = (parent,)
+        self._n_rows, self._n_columns = n_rows, n_columns  # of each matrix of the parent
+        self._step = max(1, TRANSPOSE_PIECE_NBYTES // parent.spec.row_nbytes)
+        self._has_columns = parent.columns(range(1)) is not None
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        for matrix in range(rows.start // self._n_columns, -(-rows.stop // self._n_columns)):
+            columns = self._columns_of(matrix, rows)
+            parent = self._parent_of(columns)
+            for start in range(0, self._n_rows, self._step):
+                first = matrix * self._n_rows + start
+                yield (Piece(parent, range(first, first + min(self._step, self._n_rows - start))),)
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        piece_rows = range(min(self._step, self._n_rows))
+        yield (Piece(self.parents[0], piece_rows),)
+        yield (Piece(self._parent_of(range(min(n_rows, self._n_columns))), piece_rows),)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        (piece,) = step
+        matrix, start = divmod(piece.rows.start, self._n_rows)
+        columns = self._columns_of(matrix, rows)
+        block = slabs[0].view(self.spec.dtype.view).reshape(len(piece.rows), -1)
+        if block.shape[1] == self._n_columns:
+            block = block[:, columns.start : columns.stop]
+        first = matrix * self._n_columns + columns.start - rows.start
+        result = out.view(self.spec.dtype.view).reshape(len(rows), self._n_rows)
+        result[first : first + len(columns), start : start + len(piece.rows)] = block.T
+
+    @property
+    def least_rows(self) -> int:
+        run = -(-TRANSPOSE_RUN_NBYTES // self.spec.dtype.block_nbytes) if self._has_columns else self._n_columns
+        wanted = min(run, -(-self._n_columns // 2))
+        return max(1, min(wanted, TRANSPOSE_SLAB_NBYTES // max(self.spec.row_nbytes, 1)))
+
+    def _columns_of(self, matrix: int, rows: range) -> range:
+        """The columns of one matrix of the parent that are among `rows` of the result."""
+        base = matrix * self._n_columns
+        return range(max(rows.start - base, 0), min(rows.stop - base, self._n_columns))
+
+    def _parent_of(self, columns: range) -> LazyTensor:
+        """The parent that gives these columns: all of it where they are half of them."""
+        (parent,) = self.parents
+        return parent if 2 * len(columns) >= self._n_columns else parent.columns(columns) or parent
+
+    def describe(self) -> str:
+        return ""
+
+
+class PairHalves(LazyTensor):
+    """Rows of each head [2, D/2] interleaved to [D/2, 2]: from Hugging Face's half-split RoPE to llama.cpp's pairs.
+
+    Row j of half k of a head becomes its row 2j + k; with heads = n_head for Q and n_head_kv for K.
+    Source: LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py.
+    """
+
+    is_column_wise = True
+
+    def __init__(self, parent: LazyTensor, n_heads: int) -> None:
+        if n_heads < 1 or parent.spec.n_rows % (2 * n_heads):
+            raise ValueError(f"{parent.spec.n_rows} rows are not {n_heads} heads of two halves")
+        self.spec = parent.spec
+        self.parents = (parent,)
+        self._head = parent.spec.n_rows // n_heads
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        parent, head = self.parents[0], self._head
+        start = rows.start
+        while start < rows.stop:
+            base = start // head * head
+            if start == base and base + head <= rows.stop:  # whole heads: one run
+                stop = rows.stop // head * head
+                yield (Piece(parent, range(start, stop)),)
+            else:  # part of a head: a run of each half
+                stop = min(base + head, rows.stop)
+                for half in (0, 1):
+                    first, last = (start - base + 1 - half) // 2, (stop - base + 1 - half) // 2
+                    if first < last:
+                        offset = base + half * (head // 2)
+                        yield (Piece(parent, range(offset + first, offset + last)),)
+            start = stop
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        (piece,), (slab,) = step, slabs
+        width, head = self.spec.row_nbytes, self._head
+        result = out.reshape(len(rows), width)
+        base = piece.rows.start // head * head
+        within = piece.rows.start - base
+        if within == 0 and len(piece.rows) % head == 0:
+            heads = slab.reshape(-1, 2, head // 2, width).swapaxes(1, 2)
+            result[base - rows.start : base - rows.start + len(piece.rows)].reshape(-1, head // 2, 2, width)[:] = heads
+        else:
+            half, row = divmod(within, head // 2)
+            first = base + 2 * row + half - rows.start
+            result[first : first + 2 * len(piece.rows) : 2] = slab.reshape(len(piece.rows), width)
+
+    def describe(self) -> str:
+        return f"heads of {self._head}"
+
+
+class Concatenate(View):
+    """Tensors of one dtype and as many columns, one after the other: Q, K and V to one fused [Q+K+V, H]."""
+
+    def __init__(self, parents: Sequence[LazyTensor]) -> None:
+        kinds = {(parent.spec.dtype, parent.spec.shape[1:]) for parent in parents}
+        if len(kinds) != 1:
+            raise ValueError(f"cannot put together tensors of {len(kinds)} different shapes or dtypes")
+        ((dtype, rest),) = kinds
+        self.spec = TensorSpec((sum(parent.spec.shape[0] for parent in parents), *rest), dtype)
+        self._place(parents)
+
+    def _place(self, parents: Sequence[LazyTensor]) -> None:
+        self.parents = tuple(parents)
+        self._starts = [0, *accumulate(parent.spec.n_rows for parent in parents)]
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        index, at = bisect_right(self._starts, rows.start) - 1, rows.start
+        while at < rows.stop:
+            start, end = self._starts[index], self._starts[index + 1]
+            last = min(end, rows.stop)
+            if at < last:
+                yield (Piece(self.parents[index], range(at - start, last - start)),)
+            at, index = last, index + 1
+
+
+class Stack(Concatenate):
+    """Equal tensors, one after the other, under one more dimension: experts [M, H] to [E, M, H]."""
+
+    def __init__(self, parents: Sequence[LazyTensor]) -> None:
+        specs = {parent.spec for parent in parents}
+        if len(specs) != 1:
+            raise ValueError(f"cannot stack tensors of {len(specs)} different shapes or types")
+        (one,) = specs
+        if len(one.shape) < 2:
+            raise ValueError("only matrices are stacked")
+        self.spec = TensorSpec((len(parents), *one.shape), one.dtype)
+        self._place(parents)
+
+
+class RowBlocks(View):
+    """Of every `period` rows the `size` from `start` on: the gate half of a fused [E, 2M, H], as [E, M, H]."""
+
+    def __init__(self, parent: LazyTensor, period: int, start: int, size: int) -> None:
+        n_blocks, rest = divmod(parent.spec.n_rows, period)
+        if rest or not 0 <= start < start + size <= period:
+            raise ValueError(f"{parent.spec.n_rows} rows have no blocks {start}:{start + size} of {period}")
+        self.spec = TensorSpec((n_blocks, size, parent.spec.n_columns), parent.spec.dtype)
+        self.parents = (parent,)
+        self._period, self._start, self._size = period, start, size
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        for block in range(rows.start // self._size, -(-rows.stop // self._size)):
+            base = block * self._size
+            first, last = max(rows.start - base, 0), min(rows.stop - base, self._size)
+            offset = block * self._period + self._start
+            yield (Piece(self.parents[0], range(offset + first, offset + last)),)
+
+    def describe(self) -> str:
+        return f"{self._start}:{self._start + self._size} of {self._period}"
+
+
+def matrix_of(stack: LazyTensor, index: int, n_rows: int) -> LazyTensor:
+    """Matrix `index` of those of `n_rows` rows that lie one after the other in `stack`."""
+    block = RowBlocks(stack, stack.spec.n_rows, index * n_rows, n_rows)
+    return Reshape(block, (n_rows, stack.spec.n_columns))
+
+
+class IndexRows(LazyTensor):
+    """Rows in the order of an index: of a matrix, of each of those that are stacked, or the elements of a vector.
+
+    Args:
+        parent: [..., R, C], or [R].
+        index: For each row of the result the row of the parent's matrix that it is; rows may be left out or repeated.
+    """
+
+    is_column_wise = True
+
+    def __init__(self, parent: LazyTensor, index: NDArray[np.int64] | Sequence[int]) -> None:
+        shape = parent.spec.shape
+        self._index = np.asarray(index, dtype=np.int64)
+        self._n_rows = shape[-2] if len(shape) > 1 else shape[0]
+        if (
+            self._index.ndim != 1
+            or self._index.size == 0
+            or not 0 <= self._index.min() <= self._index.max() < self._n_rows
+        ):
+            raise ValueError(f"the index does not name rows of {shape}")
+        rest = (len(self._index), shape[-1]) if len(shape) > 1 else (len(self._index),)
+        self.spec = TensorSpec((*shape[:-2], *rest), parent.spec.dtype)
+        self.parents = (parent,)
+
+    @property
+    def _is_narrow(self) -> bool:
+        width = self.spec.row_nbytes
+        return width < NARROW_ROW_NBYTES and width * self._n_rows <= NARROW_BLOCK_NBYTES
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        (parent,), size = self.parents, len(self._index)
+        for block in range(rows.start // size, -(-rows.stop // size)):
+            base = block * self._n_rows
+            if self._is_narrow:
+                yield (Piece(parent, range(base, base + self._n_rows)),)
+                continue
+            for first, last in self._runs(self._part(block, rows)):
+                yield (Piece(parent, range(base + first, base + last)),)
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        longest = self._n_rows if self._is_narrow else min(n_rows, self._n_rows)
+        yield (Piece(self.parents[0], range(longest)),)
+
+    @property
+    def in_place(self) -> bool:
+        return not self._is_narrow
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        if not self._is_narrow:
+            return
+        block, width = step[0].rows.start // self._n_rows, self.spec.row_nbytes
+        part = self._part(block, rows)
+        first = max(block * len(self._index) - rows.start, 0) * width
+        result = out[first : first + len(part) * width].reshape(len(part), width)
+        np.take(slabs[0].reshape(self._n_rows, width), part, axis=0, out=result, mode="clip")
+
+    def _part(self, block: int, rows: range) -> NDArray[np.int64]:
+        """The index of those rows that lie in one matrix."""
+        base = block * len(self._index)
+        return self._index[max(rows.start - base, 0) : rows.stop - base]
+
+    @staticmethod
+    def _runs(index: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+        """Where consecutive rows begin and end."""
+        first = last = int(index[0])
+        for row in index[1:]:
+            if row == last + 1:
+                last += 1
+                continue
+            yield first, last + 1
+            first = last = int(row)
+        yield first, last + 1
+
+    def describe(self) -> str:
+        return f"rows {_digest(self._index)}"
+
+
+def every_nth_row(parent: LazyTensor, n: int, start: int) -> LazyTensor:
+    """Rows start, start + n, ... of each matrix: one half of gate and up rows that alternate (n = 2)."""
+    shape = parent.spec.shape
+    n_rows = shape[-2] if len(shape) > 1 else shape[0]
+    if n < 1 or n_rows % n or not 0 <= start < n:
+        raise ValueError(f"{n_rows} rows do not alternate between {n} tensors")
+    return IndexRows(parent, np.arange(start, n_rows, n))
+
+
+class IndexColumns(LazyTensor):
+    """Columns in the order of an index, which names for each column of the result that of the parent."""
+
+    def __init__(self, parent: LazyTensor, index: NDArray[np.int64] | Sequence[int]) -> None:
+        shape = parent.spec.shape
+        self._index = np.asarray(index, dtype=np.intp)
+        is_inside = self._index.size and 0 <= self._index.min() <= self._index.max() < parent.spec.n_columns
+        if len(shape) < 2 or parent.spec.dtype.block != 1 or self._index.ndim != 1 or not is_inside:
+            raise ValueError(f"the index does not name columns of {shape}")
+        self.spec = TensorSpec((*shape[:-1], len(self._index)), parent.spec.dtype)
+        self.parents = (parent,)
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield (Piece(self.parents[0], rows),)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        view = self.spec.dtype.view
+        slab, result = (data.view(view).reshape(len(rows), -1) for data in (slabs[0], out))
+        np.take(slab, self._index, axis=1, out=result, mode="clip")
+
+    def describe(self) -> str:
+        return f"columns {_digest(self._index)}"
+
+
+class CutColumns(LazyTensor):
+    """Consecutive columns, cut from whole rows."""
+
+    is_column_wise = False
+
+    def __init__(self, parent: LazyTensor, columns: range) -> None:
+        spec = parent.spec
+        if len(spec.shape) < 2 or not 0 <= columns.start < columns.stop <= spec.n_columns or columns.step != 1:
+            raise ValueError(f"{spec.shape} has no columns {columns.start}:{columns.stop}")
+        self.spec = TensorSpec((*spec.shape[:-1], len(columns)), spec.dtype)
+        self.parents = (parent,)
+        self._first = spec.dtype.row_nbytes(columns.start)
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield (Piece(self.parents[0], rows),)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        width = self.spec.row_nbytes
+        out.reshape(len(rows), width)[:] = slabs[0].reshape(len(rows), -1)[:, self._first : self._first + width]
+
+    def describe(self) -> str:
+        return f"from byte {self._first}"
+
+
+def slice_columns(parent: LazyTensor, columns: range) -> LazyTensor:
+    """Consecutive columns of a tensor, read alone where that is worth its calls, else cut from whole rows."""
+    cut = CutColumns(parent, columns)
+    is_long = cut.spec.row_nbytes >= COLUMN_RUN_NBYTES or 8 * cut.spec.row_nbytes <= parent.spec.row_nbytes
+    return (parent.columns(columns) if is_long else None) or cut
