@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests import tiny
+from tests.oracles import ggufs
 
 DATA = Path(__file__).parent / "data"
 GIVEN = DATA / "cases"
@@ -153,13 +154,7 @@ def record(name: str) -> Any:
 
 def golden(name: str, outtype: str) -> dict[str, Any]:
     """llama.cpp's file of a built case, in the form of `tests.oracles.ggufs`; KeyError where it made none."""
-    made = record(name)["llamacpp"]
-    outtype = made["auto"] if outtype == "auto" else outtype
-    tensors = {}
-    for tensor, entry in made["tensors"].items():
-        type_, sha256 = entry.get(outtype, entry["f32"])
-        tensors[tensor] = {"ne": entry["ne"], "sha256": sha256, "type": type_}
-    return {"kv": made["kv"] | made["kv_of"][outtype], "tensors": tensors, "order": made["order"]}
+    return ggufs.unpacked(record(name)["llamacpp"], outtype)
 
 
 def logits(name: str) -> NDArray[np.float32]:

@@ -107,6 +107,52 @@ def read(path: Path | str) -> Gguf:
     return Gguf(Path(path), keys, tensors)
 
 
+def packed(goldens: dict[str, Any]) -> dict[str, Any]:
+    """The goldens of all outtypes in one: types and digests side by side, `auto` as the name of the type it chose.
+
+    {"error": ...} in place of a golden goes to "errors".
+    """
+    errors = {outtype: golden["error"] for outtype, golden in goldens.items() if "error" in golden}
+    whole = {outtype: golden for outtype, golden in goldens.items() if "error" not in golden}
+    if not whole:
+        return {"errors": errors}
+    auto = whole.pop("auto", None)
+    first = whole["f32"]
+    shared = {k: entry for k, entry in first["kv"].items() if all(g["kv"].get(k) == entry for g in whole.values())}
+    return {
+        "auto": next((outtype for outtype, golden in whole.items() if golden == auto), None),
+        "errors": errors,
+        "kv": shared,
+        "kv_of": {o: {k: e for k, e in golden["kv"].items() if k not in shared} for o, golden in whole.items()},
+        "order": first["order"],
+        "tensors": {name: _by_outtype(name, whole) for name in first["tensors"]},
+    }
+
+
+def unpacked(made: dict[str, Any], outtype: str) -> dict[str, Any]:
+    """The golden of one outtype out of `packed`; KeyError where there is none."""
+    outtype = made["auto"] if outtype == "auto" else outtype
+    tensors = {}
+    for tensor, entry in made["tensors"].items():
+        type_, sha256 = entry.get(outtype, entry["f32"])
+        tensors[tensor] = {"ne": entry["ne"], "sha256": sha256, "type": type_}
+    return {"kv": made["kv"] | made["kv_of"][outtype], "tensors": tensors, "order": made["order"]}
+
+
+def compact(value: Any) -> str:
+    """JSON with one line for a tensor or key, so that a change shows in a diff."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return text.replace('},"', '},\n"') + "\n"
+
+
+def _by_outtype(name: str, goldens: dict[str, Any]) -> dict[str, Any]:
+    """{"ne", OUTTYPE: [type, sha256]}, without the outtypes that leave the tensor as f32 does."""
+    entries = {outtype: golden["tensors"][name] for outtype, golden in goldens.items()}
+    plain = entries["f32"]
+    different = {o: [entry["type"], entry["sha256"]] for o, entry in entries.items() if o == "f32" or entry != plain}
+    return {"ne": plain["ne"]} | different
+
+
 def tensor_faults(ours: Gguf, golden: dict[str, Any]) -> list[str]:
     """Where the tensors differ from a golden's in name, shape, type or bytes; empty where they are the same."""
     theirs, mine = golden["tensors"], ours.golden()["tensors"]

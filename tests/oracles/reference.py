@@ -24,21 +24,31 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def load(checkpoint: Path, adapter: Path | None = None) -> Any:
-    """The model in float32, in evaluation mode, `adapter` on it as a PeftModel; ValueError if a tensor is left over."""
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+def load(checkpoint: Path, adapter: Path | None = None, kind: Any = transformers.AutoModelForCausalLM) -> Any:
+    """The model in float32, in evaluation mode, `adapter` on it as a PeftModel; ValueError if a tensor is left over.
+
+    kind: the class of transformers that loads it.
+    """
+    loaded: Any = kind.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
     model, seen = loaded
-    _refuse(checkpoint, {kind: seen[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")})
+    _refuse(checkpoint, {what: seen[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")})
     if adapter is not None:
         model = _adapted(model, adapter)
     return model.eval()
 
 
-def logits(checkpoint: Path, ids: Sequence[int], adapter: Path | None = None, *, merge: bool = False) -> NDArray[Any]:
+def logits(
+    checkpoint: Path,
+    ids: Sequence[int],
+    adapter: Path | None = None,
+    *,
+    merge: bool = False,
+    kind: Any = transformers.AutoModelForCausalLM,
+) -> NDArray[Any]:
     """Logits float32 [len(ids), vocab]; with `merge`, of the model that `merge_and_unload` leaves."""
-    model = load(checkpoint, adapter)
+    model = load(checkpoint, adapter, kind)
     if merge:
         model = model.merge_and_unload()
     with torch.inference_mode():

@@ -101,13 +101,18 @@ class Runtime:
 
 
 def next_token_logprobs(
-    gguf: Path | str, ids: Sequence[int], adapters: Adapters = (), positions: Sequence[int] | None = None
+    gguf: Path | str,
+    ids: Sequence[int],
+    adapters: Adapters = (),
+    positions: Sequence[int] | None = None,
+    *,
+    n_ctx: int = 512,
 ) -> NDArray[np.float64]:
     """Natural log-probabilities [positions, vocab], by default at all positions of `ids`.
 
     The row of position i follows ids[: i + 1], as row i of a model's logits does.
     """
-    with Runtime(gguf, adapters) as runtime:
+    with Runtime(gguf, adapters, n_ctx=n_ctx) as runtime:
         return np.stack([runtime.next_logprobs(ids[: i + 1]) for i in positions or range(len(ids))])
 
 

@@ -31,16 +31,36 @@ CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLIT = {"type": "Split", "pattern": {"Regex": CL100K}, "behavior": "Isolated", "invert": False}
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
+def _split_at(*patterns: str) -> dict[str, Any]:
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    return {"type": "Sequence", "pretokenizers": [*splits, _byte_level(False)]}
+
+
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+_CASED_ENDS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+
 PRE_TOKENIZERS: dict[str, Any] = {
-    "lfm2": {"type": "Sequence", "pretokenizers": [_SPLIT, _byte_level(False)]},
-    "llama-bpe": {"type": "Sequence", "pretokenizers": [_SPLIT, _byte_level(False)]},
+    "lfm2": _split_at(CL100K),
+    "llama-bpe": _split_at(CL100K),
+    "qwen2": _split_at(CL100K.replace(r"\p{N}{1,3}", r"\p{N}")),
+    "seed-coder": _split_at(
+        CL100K.replace(r"\p{N}{1,3}", r"\p{N}{1}").replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")
+    ),
+    "gpt-4o": _split_at("|".join([*(word + _CONTRACTION + "?" for word in _CASED), r"\p{N}{1,3}", _CASED_ENDS])),
+    "tekken": _split_at("|".join([*_CASED, r"\p{N}", _CASED_ENDS])),
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level(True)]},
     "gpt-2": _byte_level(True),
 }
@@ -76,7 +96,7 @@ def write_bpe(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre in ("lfm2", "llama-bpe"),
+            "ignore_merges": pre in ("lfm2", "llama-bpe", "tekken"),
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": [list(pair) if pair_merges else " ".join(pair) for pair in merges],
         },

@@ -6,17 +6,20 @@ Invariant: a converter that fails raises ConverterError with its last line; noth
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 VERSION = "0.3.36"
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 _WANTED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")
 
 
@@ -49,20 +52,36 @@ def convert(src: Path, dst: Path, outtype: str = "auto", *, pre: str | None = No
     return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--outtype", outtype])
 
 
+def convert_all(src: Path, folder: Path, outtypes: Sequence[str], *, pre: str | None = None) -> dict[str, Path | str]:
+    """OUTTYPE.gguf in `folder` for each outtype, or the last line of the error; all in one process, as torch is slow.
+
+    `pre` as in `convert`.
+    """
+    runs = [[str(src), "--outtype", outtype, "--outfile", str(folder / f"{outtype}.gguf")] for outtype in outtypes]
+    command = [sys.executable, __file__, "--each", str(source()), "convert_hf_to_gguf.py", pre or "", json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | _OFFLINE)
+    if done.returncode:
+        raise ConverterError((done.stderr.strip() or "no output").splitlines()[-1])
+    errors: list[str | None] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        outtype: folder / f"{outtype}.gguf" if error is None else error
+        for outtype, error in zip(outtypes, errors, strict=True)
+    }
+
+
 def convert_vocabulary(src: Path, dst: Path, *, pre: str | None = None) -> Path:
     """`dst`, with the keys and no tensors, by convert_hf_to_gguf.py from a folder that needs no weights."""
     return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--vocab-only"])
 
 
-def convert_lora(adapter: Path, base: Path, dst: Path, outtype: str = "f32") -> Path:
-    """`dst`, written by convert_lora_to_gguf.py from a PEFT adapter on the checkpoint `base`."""
-    return _run("convert_lora_to_gguf.py", None, dst, [str(adapter), "--base", str(base), "--outtype", outtype])
+def convert_lora(adapter: Path, base: Path, dst: Path, outtype: str = "f32", *, pre: str | None = None) -> Path:
+    """`dst`, written by convert_lora_to_gguf.py from a PEFT adapter on the checkpoint `base`; `pre` as in `convert`."""
+    return _run("convert_lora_to_gguf.py", pre, dst, [str(adapter), "--base", str(base), "--outtype", outtype])
 
 
 def _run(script: str, pre: str | None, dst: Path, arguments: list[str]) -> Path:
     command = [sys.executable, __file__, str(source()), script, pre or "", *arguments, "--outfile", str(dst)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | _OFFLINE)
     if done.returncode or not dst.exists():
         raise ConverterError((done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1])
     return dst
@@ -78,5 +97,21 @@ def _main(root: str, script: str, pre: str, *arguments: str) -> None:
     runpy.run_path(str(Path(root, script)), run_name="__main__")
 
 
+def _each(root: str, script: str, pre: str, runs: str) -> None:
+    """`_main` for each list of arguments; prints the errors, or null, of all."""
+    errors: list[str | None] = []
+    for arguments in json.loads(runs):
+        try:
+            _main(root, script, pre, *arguments)
+        except (Exception, SystemExit) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        else:
+            errors.append(None)
+    print(json.dumps(errors))
+
+
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    if sys.argv[1] == "--each":
+        _each(*sys.argv[2:])
+    else:
+        _main(*sys.argv[1:])

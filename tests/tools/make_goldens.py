@@ -6,7 +6,6 @@ of transformers and PEFT in float32. Invariant: same case, same versions, same b
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -46,47 +45,19 @@ def _make(name: str, scratch: Path) -> None:
             made = _llama_cpp(lambda dst, outtype: llama_cpp.convert_lora(src, base, dst, outtype), scratch)
         logits = reference.logits(base, cases.IDS, src, merge=name in cases.MERGES)
     record = {"digest": tiny.digest(src)} | ({} if made is None else {"llamacpp": made})
-    (cases.GOLDENS / f"{name}.json").write_text(_compact(record))
+    (cases.GOLDENS / f"{name}.json").write_text(ggufs.compact(record))
     np.save(cases.GOLDENS / f"{name}.logits.npy", logits[list(cases.POSITIONS)].astype(np.float32))
 
 
 def _llama_cpp(convert: Convert, scratch: Path) -> dict[str, Any]:
-    """The files of all outtypes in one: types and digests side by side, `auto` as the name of the type it chose."""
+    """The files of all outtypes in one, or why there is none."""
     goldens: dict[str, Any] = {}
     for outtype in cases.OUTTYPES:
         try:
             goldens[outtype] = ggufs.read(convert(scratch / f"{outtype}.gguf", outtype)).golden()
         except llama_cpp.ConverterError as error:
             goldens[outtype] = {"error": str(error)}
-    errors = {outtype: golden["error"] for outtype, golden in goldens.items() if "error" in golden}
-    whole = {outtype: golden for outtype, golden in goldens.items() if "error" not in golden}
-    if not whole:
-        return {"errors": errors}
-    auto = whole.pop("auto", None)
-    first = whole["f32"]
-    shared = {k: entry for k, entry in first["kv"].items() if all(g["kv"].get(k) == entry for g in whole.values())}
-    return {
-        "auto": next((outtype for outtype, golden in whole.items() if golden == auto), None),
-        "errors": errors,
-        "kv": shared,
-        "kv_of": {o: {k: e for k, e in golden["kv"].items() if k not in shared} for o, golden in whole.items()},
-        "order": first["order"],
-        "tensors": {name: _by_outtype(name, whole) for name in first["tensors"]},
-    }
-
-
-def _by_outtype(name: str, goldens: dict[str, Any]) -> dict[str, Any]:
-    """{"ne", OUTTYPE: [type, sha256]}, without the outtypes that leave the tensor as f32 does."""
-    entries = {outtype: golden["tensors"][name] for outtype, golden in goldens.items()}
-    plain = entries["f32"]
-    different = {o: [entry["type"], entry["sha256"]] for o, entry in entries.items() if o == "f32" or entry != plain}
-    return {"ne": plain["ne"]} | different
-
-
-def _compact(value: Any) -> str:
-    """JSON with one line for a tensor or key, so that a change shows in a diff."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return text.replace('},"', '},\n"') + "\n"
+    return ggufs.packed(goldens)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Families: kinds of checkpoints as transformers saves them, proved by one tool and one test each (see README.md)."""
+
+from tests.families.build import (
+    DATA,
+    IDS,
+    N_CTX,
+    POSITIONS,
+    adapter,
+    checkpoint,
+    golden,
+    logits,
+    record,
+    run,
+)
+from tests.families.table import FAMILIES, Family
+
+__all__ = [
+    "DATA",
+    "FAMILIES",
+    "IDS",
+    "N_CTX",
+    "POSITIONS",
+    "Family",
+    "adapter",
+    "checkpoint",
+    "golden",
+    "logits",
+    "record",
+    "run",
+]

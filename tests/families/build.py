@@ -1,0 +1,135 @@
+"""Checkpoints and adapters of the families, made by numpy from what is committed: config, names, shapes and a seed.
+
+Owns: the values of tensors, and where references lie. Does not own: which families there are (table.py), or how
+references are made (tests/tools/families.py). Invariant: what is built is compared with the digest that its
+references were made of, so a drift fails loudly.
+
+A folder of tests/data/families holds config.json and adapter_config.json as transformers and PEFT save them, spec.json
+(names, dtypes and shapes of the tensors that they save), golden.json and logits.npy (what llama.cpp's converter and
+transformers make of them).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests import tiny
+from tests.families import tokenizers
+from tests.families.table import FAMILIES, Family
+from tests.oracles import ggufs, runtime
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "families"
+
+# The prompt of the logits: longer than the windows in the table, and within every vocabulary here.
+IDS = (1, 33, 120, 7, 300, 201, 64, 90, 259, 311, 18, 77, 145, 233, 9, 280, 101, 56, 330, 12, 190, 45, 270, 88)
+POSITIONS = (2, 11, 23)  # the positions of IDS whose logits are kept
+
+N_CTX = 256  # of the run time; some models compute otherwise beyond a length that they state
+
+RANK, ALPHA = 8, 12  # of each family's adapter
+
+# Tensors that are looked up by token or make logits: of a size that gives a distribution neither flat nor certain.
+_ENDS = ("embed_tokens.weight", "lm_head.weight", "embed_out.weight", "wte.weight")
+
+
+def checkpoint(name: str, directory: Path) -> Path:
+    """The checkpoint of a family in `directory`, the one that its references were made of."""
+    built = write_checkpoint(name, directory)
+    _check(name, "digest", built)
+    return built
+
+
+def adapter(name: str, directory: Path) -> Path:
+    """The PEFT adapter on that checkpoint."""
+    built = write_adapter(name, directory)
+    _check(name, "adapter_digest", built)
+    return built
+
+
+def write_checkpoint(name: str, directory: Path) -> Path:
+    """As `checkpoint`, before there are references."""
+    family = FAMILIES[name]
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizers.write(family.tokenizer, directory)
+    shutil.copy(DATA / name / "config.json", directory)
+    tensors = {
+        tensor: tiny.Tensor.of(values(family, tensor, tuple(shape)), dtype)
+        for tensor, (dtype, *shape) in spec(name)["tensors"].items()
+    }
+    tiny.write_safetensors(directory / "model.safetensors", tensors)
+    return directory
+
+
+def write_adapter(name: str, directory: Path) -> Path:
+    """As `adapter`, before there are references."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(DATA / name / "adapter_config.json", directory)
+    tensors = {
+        tensor: tiny.Tensor.of(_factor(FAMILIES[name].seed, tensor, tuple(shape)), dtype)
+        for tensor, (dtype, *shape) in spec(name)["adapter"].items()
+    }
+    tiny.write_safetensors(directory / "adapter_model.safetensors", tensors)
+    return directory
+
+
+def values(family: Family, name: str, shape: tuple[int, ...]) -> tiny.Float:
+    """The values of a parameter: norms around their mean, small biases, matrices that keep the scale of their input."""
+    if len(shape) <= 1 or "norm" in name.rpartition(".")[0].rpartition(".")[2]:
+        if name.endswith("weight") and len(shape) <= 2 and "norm" in name:
+            return np.float32(family.norm_mean) + tiny.noise(name, shape, 0.2, family.seed)
+        return tiny.noise(name, shape, 0.1, family.seed)
+    gain = family.ends_gain if name.endswith(_ENDS) else family.gain
+    fan_in = math.prod(shape[1:]) if len(shape) == 4 else shape[-1]
+    return tiny.noise(name, shape, gain / math.sqrt(fan_in), family.seed)
+
+
+def spec(name: str) -> Any:
+    """{"tensors": {name: [dtype, *shape]}, "adapter": the same} of a family."""
+    return json.loads((DATA / name / "spec.json").read_text(encoding="utf-8"))
+
+
+@cache
+def record(name: str) -> Any:
+    """What is committed of a family's references: digests, llama.cpp's files, and its distances from transformers."""
+    return json.loads((DATA / name / "golden.json").read_text(encoding="utf-8"))
+
+
+def golden(name: str, outtype: str) -> dict[str, Any]:
+    """llama.cpp's file of a family in the form of `tests.oracles.ggufs`, without `general.*`.
+
+    Of q4_k_m, which llama-quantize made, the tensors alone.
+    """
+    if outtype != "q4_k_m":
+        return ggufs.unpacked(record(name)["llamacpp"], outtype)
+    plain = ggufs.unpacked(record(name)["llamacpp"], "bf16")["tensors"]
+    made = record(name)["q4_k_m"]
+    return {"tensors": {t: {"ne": e["ne"], "sha256": made[t][1], "type": made[t][0]} for t, e in plain.items()}}
+
+
+def logits(name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """transformers' float32 logits [POSITIONS, vocab] for IDS: of the model, and with its adapter."""
+    base, adapted = np.load(DATA / name / "logits.npy")
+    return base, adapted
+
+
+def run(gguf: Path, adapters: Any = ()) -> NDArray[np.float64]:
+    """What llama.cpp predicts: log-probabilities [POSITIONS, vocab] for IDS, adapters applied at run time."""
+    return runtime.next_token_logprobs(gguf, IDS, adapters, POSITIONS, n_ctx=N_CTX)
+
+
+def _factor(seed: int, name: str, shape: tuple[int, ...]) -> tiny.Float:
+    """Factors whose product is a tenth of the size of the weight that it changes."""
+    size = 0.1 / math.sqrt(shape[-1]) if "lora_B" in name else 1 / math.sqrt(shape[-1])
+    return tiny.noise(name, shape, size, seed)
+
+
+def _check(name: str, key: str, built: Path) -> None:
+    assert tiny.digest(built) == record(name)[key], f"{name} drifted from what its references were made of"

@@ -1,0 +1,598 @@
+"""The table of families: one entry for each kind of checkpoint that transformers saves and llama.cpp runs.
+
+Owns: what is tried, as data. Does not own: making references (tests/tools/families.py), checkpoints (build.py), or the
+assertions (tests/golden/test_families.py). An entry is tried as soon as an architecture's file takes its `hf_name`.
+
+The dimensions of an entry are pairwise distinct, so that no axis can be taken for another; rows are multiples of 256
+wherever the architecture lets them be, so that one checkpoint serves K-quants too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Modules that an adapter changes, by their last names: those of most families. Experts are parameters, not modules.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is made and asked of one kind of checkpoint.
+
+    Attributes:
+        hf_name: The class of transformers, which is the name in `architectures` of config.json.
+        config: Keyword arguments of its config class; those that ENDS has need not be repeated.
+        tokenizer: A kind of tests/families/tokenizers.py.
+        pre: The pre-tokenizer's name that llama.cpp's converter takes for this vocabulary, which it knows by digest.
+        seed: Decides the values of the tensors.
+        dtype: Of the checkpoint's parameters: bfloat16, float16 or float32.
+        norm_mean: The mean of the norms' weights; 0 where the model stores a norm's distance from 1 (Gemma).
+        ends_gain: As `gain`, of the embedding and the head.
+        gain: What matrices' standard deviation is, times the square root of their rows' length.
+        targets: The modules that the adapter changes: last names, or one regular expression of whole names.
+        saved_as: A name in `architectures` other than `hf_name`, for models that publishers save under it.
+        settings: Keys of config.json that publishers write and transformers 5 does not (see `note`).
+        task_type: PEFT's, of the adapter.
+        without_llama_cpp: Why llama.cpp's converter is not the reference of the tensors; None where it is.
+        wrong_keys: Keys that llama.cpp's converter gets wrong or leaves out, with the reason. Ours are held by the
+            distribution alone, and that by `floor`, not by what llama.cpp's own file reaches.
+        floor: The KL divergence that a right file reaches where llama.cpp's does not show it.
+        note: What a reader of the table must know.
+    """
+
+    hf_name: str
+    config: Mapping[str, Any]
+    tokenizer: str = "bpe"
+    pre: str | None = None
+    seed: int = 1
+    dtype: str = "bfloat16"
+    norm_mean: float = 1.0
+    gain: float = 0.8
+    ends_gain: float = 2.0
+    targets: tuple[str, ...] | str = (*ATTENTION, *GATED)
+    saved_as: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    task_type: str = "CAUSAL_LM"
+    without_llama_cpp: str | None = None
+    wrong_keys: Mapping[str, str] = field(default_factory=dict)
+    floor: float = 1e-8
+    note: str = ""
+
+
+def dense(**settings: Any) -> dict[str, Any]:
+    """A decoder of three layers with heads of 64, four to a key-value head."""
+    base = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 640,
+        "rope_parameters": rope(),
+    }
+    return without_none(base | settings)
+
+
+def narrow(**settings: Any) -> dict[str, Any]:
+    """As `dense`, for architectures whose heads are a fraction of the hidden size and have no `head_dim`."""
+    return dense(**{"head_dim": ABSENT} | settings)
+
+
+def experts(**settings: Any) -> dict[str, Any]:
+    """Two layers, for a model of five experts, of which two are used."""
+    return {"num_hidden_layers": 2, "num_experts_per_tok": 2} | settings
+
+
+def rope(theta: float = 50_000.0, **settings: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta} | settings
+
+
+ABSENT = object()  # as a value: the key is left to the config class
+
+
+def without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not ABSENT}
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", dense(rope_parameters=rope(500_000.0)), pre="llama-bpe", tokenizer="llama-bpe"),
+    "llama3": Family(
+        "LlamaForCausalLM",
+        dense(
+            num_hidden_layers=2,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters=rope(
+                500_000.0,
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=160,
+            ),
+        ),
+        tokenizer="llama-bpe",
+        pre="llama-bpe",
+        seed=50,
+    ),
+    "lfm2": Family(
+        "Lfm2ForCausalLM",
+        narrow(
+            block_auto_adjust_ff_dim=False,
+            conv_L_cache=3,
+            layer_types=["conv", "full_attention", "conv"],
+            tie_word_embeddings=True,
+        ),
+        tokenizer="lfm2",
+        pre="lfm2",
+        seed=51,
+        targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"),
+    ),
+    "lfm2moe": Family(
+        "Lfm2MoeForCausalLM",
+        narrow(
+            num_experts_per_tok=2,
+            num_experts=5,
+            moe_intermediate_size=512,
+            num_dense_layers=1,
+            conv_L_cache=3,
+            layer_types=["conv", "full_attention", "conv"],
+            norm_topk_prob=True,
+            use_expert_bias=True,
+        ),
+        tokenizer="lfm2",
+        pre="lfm2",
+        seed=52,
+        targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj"),
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", narrow(), tokenizer="qwen2", pre="qwen2", seed=2),
+    "qwen2-tied": Family(
+        "Qwen2ForCausalLM",
+        narrow(
+            tie_word_embeddings=True,
+            rope_parameters=rope(1_000_000.0, rope_type="yarn", factor=4.0, original_max_position_embeddings=160),
+        ),
+        tokenizer="qwen2",
+        pre="qwen2",
+        seed=3,
+        dtype="float16",
+    ),
+    "qwen2moe": Family(
+        "Qwen2MoeForCausalLM",
+        narrow(
+            **experts(
+                num_experts=5, moe_intermediate_size=512, shared_expert_intermediate_size=1024, decoder_sparse_step=1
+            )
+        ),
+        tokenizer="qwen2",
+        pre="qwen2",
+        seed=4,
+        targets=ATTENTION,
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", dense(), tokenizer="qwen2", pre="qwen2", seed=5),
+    "qwen3-tied": Family("Qwen3ForCausalLM", dense(tie_word_embeddings=True), tokenizer="qwen2", pre="qwen2", seed=6),
+    "qwen3moe": Family(
+        "Qwen3MoeForCausalLM",
+        dense(**experts(num_experts=5, moe_intermediate_size=1024, norm_topk_prob=True, decoder_sparse_step=1)),
+        tokenizer="qwen2",
+        pre="qwen2",
+        seed=7,
+        targets=ATTENTION,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        narrow(num_hidden_layers=5, tie_word_embeddings=True),
+        tokenizer="llama-bpe",
+        pre="smaug-bpe",
+        seed=8,
+        note="Five layers, so that one of them is without RoPE and one behind it has it.",
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        narrow(
+            embedding_multiplier=6.0,
+            logits_scaling=3.0,
+            residual_multiplier=0.3,
+            attention_multiplier=0.11,
+            tie_word_embeddings=True,
+        ),
+        tokenizer="gpt-2",
+        pre="refact",
+        seed=9,
+    ),
+    "granitemoe": Family(
+        "GraniteMoeForCausalLM",
+        narrow(
+            **experts(num_local_experts=5),
+            embedding_multiplier=6.0,
+            logits_scaling=3.0,
+            residual_multiplier=0.3,
+            attention_multiplier=0.11,
+        ),
+        tokenizer="gpt-2",
+        pre="refact",
+        seed=10,
+        targets=ATTENTION,
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", narrow(), tokenizer="llama-bpe", pre="dbrx", seed=11),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        narrow(
+            num_hidden_layers=4,
+            sliding_window=6,
+            rope_parameters=ABSENT,
+            layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        ),
+        tokenizer="llama-bpe",
+        pre="dbrx",
+        seed=12,
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        narrow(**experts(num_experts=5, num_key_value_heads=8)),
+        tokenizer="gpt-2",
+        pre="olmo",
+        seed=13,
+        targets=ATTENTION,
+    ),
+    "seed-oss": Family(
+        "SeedOssForCausalLM",
+        dense(attention_bias=True, attention_out_bias=False),
+        tokenizer="seed-coder",
+        pre="seed-coder",
+        seed=14,
+    ),
+    "starcoder2": Family(
+        "Starcoder2ForCausalLM",
+        narrow(use_bias=True, sliding_window=None),
+        tokenizer="smollm",
+        pre="starcoder",
+        seed=15,
+        targets=(*ATTENTION, "c_fc", "c_proj"),
+        dtype="float16",
+    ),
+    "stablelm": Family(
+        "StableLmForCausalLM",
+        narrow(use_qkv_bias=True, rope_parameters=rope(partial_rotary_factor=0.25)),
+        tokenizer="qwen2",
+        pre="stablelm2",
+        seed=16,
+        dtype="float16",
+        wrong_keys={"stablelm.rope.freq_base": "not written, and the run time takes 10000"},
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM",
+        narrow(sliding_window=None, sliding_window_pattern=None, layer_types=["full_attention"] * 3),
+        tokenizer="gpt-2",
+        pre="exaone4",
+        seed=17,
+    ),
+    "hunyuan-dense": Family("HunYuanDenseV1ForCausalLM", dense(), tokenizer="llama-bpe", pre="hunyuan-dense", seed=18),
+    "cohere2": Family(
+        "Cohere2ForCausalLM",
+        narrow(
+            num_hidden_layers=4,
+            sliding_window=6,
+            logit_scale=0.25,
+            layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        ),
+        tokenizer="smollm",
+        pre="command-r",
+        seed=19,
+        settings={"rotary_pct": 1.0},
+        note="Published configs have `rotary_pct`, which transformers 5 drops and llama.cpp's converter demands.",
+    ),
+    "cohere2-saved": Family(
+        "Cohere2ForCausalLM",
+        narrow(
+            num_hidden_layers=4,
+            sliding_window=6,
+            layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        ),
+        tokenizer="smollm",
+        seed=53,
+        without_llama_cpp="dies where a config has no `rotary_pct`",
+        note="As transformers 5 saves it.",
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        dense(attention_bias=True, rope_parameters=rope(partial_rotary_factor=0.5)),
+        tokenizer="glm4",
+        pre="glm4",
+        seed=20,
+        targets=(*ATTENTION, "gate_up_proj", "down_proj"),
+    ),
+    "glm4moe": Family(
+        "Glm4MoeForCausalLM",
+        dense(
+            num_experts_per_tok=2,
+            n_routed_experts=5,
+            moe_intermediate_size=1024,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.7,
+            attention_bias=True,
+            use_qk_norm=True,
+            num_nextn_predict_layers=0,
+            rope_parameters=rope(partial_rotary_factor=0.5),
+        ),
+        tokenizer="glm4",
+        pre="glm4",
+        seed=21,
+        targets=ATTENTION,
+    ),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        dense(
+            **experts(num_local_experts=5),
+            sliding_window=6,
+            rope_parameters=rope(
+                65_536.0,
+                rope_type="yarn",
+                factor=4.0,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+                original_max_position_embeddings=201,
+            ),
+            max_position_embeddings=804,
+        ),
+        tokenizer="gpt-4o",
+        pre="gpt-4o",
+        seed=22,
+        targets=ATTENTION,
+        note="Experts in BF16, as fine-tunes have them; the published MXFP4 is a quantised source. The run time rounds "
+        "the range of YaRN, which these models do not; base and context are such that there is nothing to round.",
+    ),
+    "minimax-m2": Family(
+        "MiniMaxM2ForCausalLM",
+        dense(**experts(num_local_experts=5), rope_parameters=rope(partial_rotary_factor=0.5)),
+        tokenizer="gpt-4o",
+        pre="minimax-m2",
+        seed=23,
+        targets=ATTENTION,
+        settings={"rotary_dim": 32, "scoring_func": "sigmoid"},
+        note="Published configs have both `settings`, which transformers 5 drops.",
+    ),
+    "minimax-m2-saved": Family(
+        "MiniMaxM2ForCausalLM",
+        dense(**experts(num_local_experts=5), rope_parameters=rope(partial_rotary_factor=0.5)),
+        tokenizer="gpt-4o",
+        pre="minimax-m2",
+        seed=28,
+        targets=ATTENTION,
+        without_llama_cpp="dies where a config has no `rotary_dim`",
+        note="As transformers 5 saves it.",
+    ),
+    "mistral": Family("MistralForCausalLM", dense(sliding_window=None), tokenizer="spm", seed=24),
+    "mistral-tekken": Family(
+        "MistralForCausalLM", dense(sliding_window=None), tokenizer="tekken", pre="tekken", seed=25
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM", narrow(**experts(num_local_experts=5)), tokenizer="spm", seed=26, targets=ATTENTION
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        dense(
+            rope_parameters=rope(
+                1_000_000.0,
+                rope_type="yarn",
+                factor=4.0,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                original_max_position_embeddings=16,
+                llama_4_scaling_beta=0.1,
+            )
+        ),
+        tokenizer="tekken",
+        pre="tekken",
+        seed=27,
+        note="An original context of 16 positions, so that the temperature of later ones shows.",
+    ),
+    "mistral3": Family(
+        "Mistral3ForConditionalGeneration",
+        {
+            "text_config": dense(
+                model_type="ministral3",
+                vocab_size=416,
+                rope_parameters=rope(
+                    1_000_000.0,
+                    rope_type="yarn",
+                    factor=4.0,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    mscale=1.0,
+                    mscale_all_dim=1.0,
+                    original_max_position_embeddings=16,
+                    llama_4_scaling_beta=0.1,
+                ),
+            ),
+            "vision_config": {
+                "model_type": "pixtral",
+                "hidden_size": 48,
+                "intermediate_size": 80,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 3,
+                "image_size": 56,
+                "patch_size": 14,
+            },
+            "image_token_index": 340,
+        },
+        tokenizer="tekken",
+        pre="tekken",
+        seed=29,
+        targets=r".*language_model.*\.([qkvo]_proj|(gate|up|down)_proj)",
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        dense(),
+        tokenizer="gemma",
+        seed=30,
+        norm_mean=0.0,
+        ends_gain=0.5,
+        wrong_keys={"gemma.rope.freq_base": "not written, and the run time takes 10000"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        dense(num_hidden_layers=4, sliding_window=6, query_pre_attn_scalar=64),
+        tokenizer="gemma",
+        seed=31,
+        norm_mean=0.0,
+        ends_gain=0.5,
+        wrong_keys={"gemma2.rope.freq_base": "not written, and the run time takes 10000"},
+    ),
+    "gemma3": Family(
+        "Gemma3ForCausalLM",
+        dense(
+            num_hidden_layers=7,
+            intermediate_size=1024,
+            sliding_window=6,
+            query_pre_attn_scalar=64,
+            rope_parameters=ABSENT,
+        ),
+        tokenizer="gemma",
+        seed=32,
+        norm_mean=0.0,
+        ends_gain=0.5,
+        note="Seven layers: the sixth attends to everything, the seventh is behind it.",
+    ),
+    "gemma3-it": Family(
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": dense(
+                num_hidden_layers=7,
+                intermediate_size=1024,
+                sliding_window=6,
+                query_pre_attn_scalar=64,
+                vocab_size=352,
+                rope_parameters=ABSENT,
+            ),
+            "vision_config": {
+                "hidden_size": 48,
+                "intermediate_size": 80,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 3,
+                "image_size": 56,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 340,
+        },
+        tokenizer="gemma",
+        seed=33,
+        norm_mean=0.0,
+        ends_gain=0.5,
+        targets=r".*language_model.*\.([qkvo]_proj|(gate|up|down)_proj)",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        narrow(sliding_window=None),
+        tokenizer="phi3",
+        seed=35,
+        targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
+    "phi3-long": Family(
+        "Phi3ForCausalLM",
+        narrow(
+            sliding_window=300,
+            original_max_position_embeddings=16,
+            rope_parameters=rope(
+                rope_type="longrope",
+                short_factor=[1.0 + 0.05 * i for i in range(16)],
+                long_factor=[1.5 + 0.5 * i for i in range(16)],
+                original_max_position_embeddings=16,
+            ),
+        ),
+        tokenizer="phi3",
+        seed=36,
+        note="An original context of 16 positions, so that the long factors are in use.",
+        targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
+    "phi4-mini": Family(
+        "Phi3ForCausalLM",
+        narrow(
+            sliding_window=300,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=320,
+            rope_parameters=rope(
+                rope_type="longrope",
+                short_factor=[1.0 + 0.05 * i for i in range(12)],
+                long_factor=[1.5 + 0.5 * i for i in range(12)],
+                original_max_position_embeddings=320,
+                partial_rotary_factor=0.75,
+            ),
+        ),
+        tokenizer="phi4",
+        note="An original context beyond that of the tests, so that the short factors are in use.",
+        pre="gpt-4o",
+        seed=37,
+        targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ),
+    "ernie4_5": Family("Ernie4_5ForCausalLM", dense(tie_word_embeddings=True), tokenizer="spm", seed=40),
+    "ernie4_5-saved": Family(
+        "Ernie4_5ForCausalLM",
+        dense(tie_word_embeddings=True),
+        saved_as="Ernie4_5_ForCausalLM",
+        tokenizer="spm",
+        seed=41,
+        note="The publisher's spelling of the name.",
+    ),
+    "ernie4_5-moe": Family(
+        "Ernie4_5_MoeForCausalLM",
+        narrow(
+            moe_k=2,
+            moe_num_experts=5,
+            moe_num_shared_experts=2,
+            intermediate_size=2048,
+            moe_intermediate_size=512,
+            moe_layer_start_index=1,
+            moe_layer_end_index=2,
+            moe_layer_interval=1,
+        ),
+        tokenizer="spm",
+        seed=42,
+        targets=ATTENTION,
+    ),
+    "ernie4_5-moe-wide": Family(
+        "Ernie4_5_MoeForCausalLM",
+        narrow(
+            moe_k=2,
+            moe_num_experts=5,
+            moe_num_shared_experts=2,
+            moe_intermediate_size=512,
+            moe_layer_start_index=1,
+            moe_layer_end_index=2,
+            moe_layer_interval=1,
+        ),
+        tokenizer="spm",
+        seed=44,
+        wrong_keys={"ernie4_5-moe.expert_shared_feed_forward_length": "intermediate_size / num_key_value_heads"},
+        targets=ATTENTION,
+    ),
+    "nemotron": Family(
+        "NemotronForCausalLM",
+        dense(head_dim=32, rope_parameters=rope(partial_rotary_factor=0.5)),
+        tokenizer="spm",
+        seed=43,
+        targets=(*ATTENTION, "up_proj", "down_proj"),
+        norm_mean=0.0,
+        dtype="float32",
+    ),
+}
+
+
+def exceptions() -> list[str]:
+    """Where llama.cpp's converter is not the reference, as lines of docs/families.md."""
+    lines = []
+    for name, family in FAMILIES.items():
+        hf_name = family.saved_as or family.hf_name
+        if family.without_llama_cpp:
+            lines.append(f"- {hf_name} ({name}): it {family.without_llama_cpp}")
+        lines += [f"- {hf_name} ({name}): `{key}` is {reason}" for key, reason in family.wrong_keys.items()]
+    return lines

@@ -1,0 +1,92 @@
+"""Tokenizer files of the families: one small vocabulary a kind, with the structure of the published one.
+
+Owns: which kinds there are. Does not own: how such files are written (tests/tiny/tokenizer.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+
+N_VOCAB = {"bpe": 416, "spm": 352}  # rows of the embedding: a few more than there are tokens
+
+
+def write(kind: str, directory: Path) -> None:
+    """The files of a kind of KINDS in `directory`."""
+    KINDS[kind](directory)
+
+
+def n_vocab(kind: str) -> int:
+    """The rows of the embedding of a model with this kind."""
+    return N_VOCAB["spm" if kind in ("spm", "gemma", "phi3") else "bpe"]
+
+
+def _renamed(directory: Path, pre: str, names: Mapping[str, str]) -> None:
+    """A byte-level BPE whose special tokens have other names."""
+    tiny.write_bpe(directory, pre=pre)
+    for path in directory.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        for old, new in names.items():
+            text = text.replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1])
+        path.write_text(text, encoding="utf-8")
+
+
+def _without_bos(directory: Path, pre: str) -> None:
+    """As Qwen's: no BOS is put before a text."""
+    tiny.write_bpe(directory, pre=pre, bos=False)
+
+
+def _gemma(directory: Path) -> None:
+    tiny.write_spm(directory)
+    _edit(directory / "tokenizer_config.json", tokenizer_class="GemmaTokenizer", add_prefix_space=None)
+
+
+def _phi3(directory: Path) -> None:
+    """As the others of SentencePiece, with Phi's added tokens; llama.cpp refuses a Phi-3 without `<|endoftext|>`."""
+    tiny.write_spm(directory)
+    path = directory / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    for index, token in enumerate(("<|endoftext|>", "<|assistant|>", "<|end|>"), start=tiny.N_SPM_TOKENS):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        value["added_tokens"].append({"id": index, "content": token, **flags})
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def _phi4(directory: Path) -> None:
+    tiny.write_bpe(directory, pre="gpt-4o")
+    _edit(directory / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+
+
+def _edit(path: Path, **settings: Any) -> None:
+    value = json.loads(path.read_text(encoding="utf-8")) | settings
+    tiny.write_json(path, {key: entry for key, entry in value.items() if entry is not None})
+
+
+# What GLM calls the special tokens: its converter asks for them by name.
+_GLM = {
+    "<|pad|>": "<|observation|>",
+    "<|startoftext|>": "[gMASK]",
+    "<|im_end|>": "<|user|>",
+    "<|im_start|>": "<sop>",
+}
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "lfm2": partial(tiny.write_bpe, pre="lfm2"),
+    "llama-bpe": partial(tiny.write_bpe, pre="llama-bpe"),
+    "smollm": partial(tiny.write_bpe, pre="smollm"),
+    "gpt-2": partial(tiny.write_bpe, pre="gpt-2"),
+    "qwen2": partial(_without_bos, pre="qwen2"),
+    "seed-coder": partial(tiny.write_bpe, pre="seed-coder"),
+    "gpt-4o": partial(tiny.write_bpe, pre="gpt-4o"),
+    "tekken": partial(tiny.write_bpe, pre="tekken"),
+    "glm4": partial(_renamed, pre="llama-bpe", names=_GLM),
+    "spm": tiny.write_spm,
+    "gemma": _gemma,
+    "phi3": _phi3,
+    "phi4": _phi4,
+}

@@ -1,0 +1,202 @@
+"""Make the references of the families anew: `python -m tests.tools.families [NAME ...]`. Needs torch; half an hour.
+
+Owns: tests/data/families. transformers and PEFT save a random model of each entry of tests/families/table.py and an
+adapter on it, of which names, shapes and configs are kept; filled with values that numpy makes from the entry's seed,
+they are given to llama.cpp's converter, to llama.cpp and back to transformers. Invariant: same table, same versions,
+same bytes. `--check` makes them, changes nothing, and says what is other than committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from tests import cases, families, tiny
+from tests.families import build, tokenizers
+from tests.oracles import ggufs, reference, runtime
+from tests.tools import llama_cpp
+from tests.tools import quantize as quantizer
+
+# What adapter_config.json says of the machine that made it.
+_MACHINE = ("base_model_name_or_path", "auto_mapping", "revision")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tests.tools.families", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *families.FAMILIES])
+    parser.add_argument(
+        "--quantizer", metavar="PYTHON", help="one with llama-cpp-python: makes the Q4_K_M references alone"
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail where a reference differs")
+    options = parser.parse_args(arguments)
+    failed = []
+    for name in options.names or families.FAMILIES:
+        print(name, end=" ", flush=True)
+        try:
+            if options.quantizer:
+                print(quantize(name, options.quantizer), flush=True)
+            else:
+                print(check(name) if options.check else make(name), flush=True)
+        except Exception as error:
+            failed.append(name)
+            print(f"FAILED {type(error).__name__}: {error}", flush=True)
+    print(f"{len(failed)} failed: {' '.join(failed)}")
+    return 1 if failed else 0
+
+
+def make(name: str) -> str:
+    """The references of a family, written to tests/data/families; returns the distances in a line."""
+    folder = families.DATA / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        _save_shapes(name, folder, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch:
+        record, logits = _references(name, Path(scratch))
+    if (folder / "golden.json").exists() and families.record(name)["digest"] == record["digest"]:
+        record |= {key: value for key, value in families.record(name).items() if key == "q4_k_m"}
+    (folder / "golden.json").write_text(ggufs.compact(record), encoding="utf-8")
+    np.save(folder / "logits.npy", logits)
+    families.record.cache_clear()
+    return _line(record)
+
+
+def quantize(name: str, python: str) -> str:
+    """Adds type and digest of each tensor of llama.cpp's Q4_K_M file, quantised from its BF16 file."""
+    family, record = families.FAMILIES[name], families.record(name)
+    if "bf16" in record["llamacpp"]["errors"]:
+        return "has no BF16 file"
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        src = build.write_checkpoint(name, scratch / name)
+        bf16 = llama_cpp.convert_all(src, scratch, ["bf16"], pre=family.pre)["bf16"]
+        script = Path(quantizer.__file__)
+        subprocess.run([python, "-P", script, bf16, scratch / "q4.gguf", "Q4_K_M"], check=True, capture_output=True)
+        tensors = ggufs.read(scratch / "q4.gguf").golden()["tensors"]
+    record["q4_k_m"] = {tensor: [entry["type"], entry["sha256"]] for tensor, entry in tensors.items()}
+    (families.DATA / name / "golden.json").write_text(ggufs.compact(record), encoding="utf-8")
+    return str(dict(Counter(type_ for type_, _ in record["q4_k_m"].values())))
+
+
+def check(name: str) -> str:
+    """The same, compared with what is committed; AssertionError where they differ."""
+    with tempfile.TemporaryDirectory() as scratch:
+        record, logits = _references(name, Path(scratch))
+    committed = families.record(name)
+    for key in ("digest", "adapter_digest", "llamacpp"):
+        assert record[key] == committed[key], key
+    base, adapted = families.logits(name)
+    distance = max(runtime.kl(a, runtime.normalized(b)) for a, b in zip((base, adapted), logits, strict=True))
+    assert distance < 1e-9, distance
+    return _line(record)
+
+
+def _save_shapes(name: str, folder: Path, scratch: Path) -> None:
+    """config.json, adapter_config.json and spec.json, of a model and an adapter that their libraries save."""
+    family = families.FAMILIES[name]
+    kind: Any = getattr(transformers, family.hf_name)
+    settings = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "vocab_size": tokenizers.n_vocab(family.tokenizer),
+    }
+    config = kind.config_class(**settings | dict(family.config))
+    model = kind._from_config(config, dtype=getattr(torch, family.dtype), attn_implementation="eager")
+    model.save_pretrained(scratch / "model")
+    written = json.loads((scratch / "model" / "config.json").read_text(encoding="utf-8"))
+    written |= {"architectures": [family.saved_as]} if family.saved_as else {}
+    tiny.write_json(folder / "config.json", written | dict(family.settings))
+    targets = family.targets if isinstance(family.targets, str) else list(family.targets)
+    lora = peft.LoraConfig(
+        r=build.RANK, lora_alpha=build.ALPHA, target_modules=targets, task_type=family.task_type, bias="none"
+    )
+    peft.get_peft_model(model.float(), lora).save_pretrained(scratch / "adapter")
+    adapter = json.loads((scratch / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    if isinstance(adapter["target_modules"], list):
+        adapter["target_modules"].sort()  # PEFT has a set
+    tiny.write_json(folder / "adapter_config.json", adapter | dict.fromkeys(_MACHINE))
+    spec = {"tensors": _shapes(scratch / "model"), "adapter": _shapes(scratch / "adapter")}
+    text = json.dumps(spec, separators=(",", ":")).replace('],"', '],\n"') + "\n"
+    (folder / "spec.json").write_text(text, encoding="utf-8")
+
+
+def _shapes(directory: Path) -> dict[str, list[Any]]:
+    return {name: [tensor.dtype, *tensor.shape] for name, tensor in sorted(tiny.tensors_of(directory).items())}
+
+
+def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """What llama.cpp's converter, its run time, transformers and PEFT make of a family's checkpoint and adapter."""
+    family = families.FAMILIES[name]
+    src = build.write_checkpoint(name, scratch / name)
+    adapter = build.write_adapter(name, scratch / "adapter")
+    kind: Any = getattr(transformers, family.hf_name)
+    logits = [reference.logits(src, families.IDS, kind=kind, adapter=path) for path in (None, adapter)]
+    merged = reference.logits(src, families.IDS, kind=kind, adapter=adapter, merge=True)
+    assert runtime.kl(logits[1], runtime.normalized(merged)) < 1e-9, "merged is not applied"
+    change = runtime.kl(logits[0], runtime.normalized(logits[1]))
+    assert change > 1e-5, f"the adapter changes next to nothing: {change}"
+    kept = np.stack(logits)[:, list(families.POSITIONS)].astype(np.float32)
+    made = llama_cpp.convert_all(src, scratch, cases.OUTTYPES, pre=family.pre)
+    record = {
+        "digest": tiny.digest(src),
+        "adapter_digest": tiny.digest(adapter),
+        "llamacpp": ggufs.packed({outtype: _golden(file) for outtype, file in made.items()}),
+        "kl": _distance(kept[0], made["f32"]),
+    }
+    record["adapter_kl"] = _adapter_distance(kept[1], made["f32"], adapter, src, scratch, family.pre)
+    return record, kept
+
+
+def _golden(made: Path | str) -> dict[str, Any]:
+    if isinstance(made, str):
+        return {"error": made}
+    golden = ggufs.read(made).golden()
+    golden["kv"] = {key: entry for key, entry in golden["kv"].items() if not key.startswith("general.")}
+    return golden
+
+
+def _distance(logits: NDArray[np.float32], made: Path | str, adapters: Any = ()) -> float | str:
+    """The KL divergence of llama.cpp's own file from transformers, or why there is none."""
+    if isinstance(made, str):
+        return made
+    outcome = runtime.load(made, adapters)
+    if outcome.status != "loaded":
+        return f"{outcome.status}: {outcome.log.strip().splitlines()[-1]}"
+    return runtime.kl(logits, families.run(made, adapters))
+
+
+def _adapter_distance(
+    logits: NDArray[np.float32], base: Path | str, adapter: Path, src: Path, scratch: Path, pre: str | None
+) -> float | str:
+    try:
+        made = llama_cpp.convert_lora(adapter, src, scratch / "adapter.gguf", pre=pre)
+    except llama_cpp.ConverterError as error:
+        return str(error)
+    return _distance(logits, base, [(made, 1.0)])
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """The distances, and what llama.cpp's converter refused."""
+    errors = record["llamacpp"]["errors"]
+    shown = [
+        f"{key}={record[key]:.1e}" if isinstance(record[key], float) else f"{key}: {record[key]}"
+        for key in ("kl", "adapter_kl")
+    ]
+    return "; ".join([*shown, *dict.fromkeys(f"{outtype}: {error}" for outtype, error in errors.items())])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
