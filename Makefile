@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KERNELS := $(wildcard streamconv/ggml/kernels/*.[ch])
 CONVERSIONS := tests/golden tests/unit
 TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -10,24 +11,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-$(VENV)/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
+$(VENV)/.ready: pyproject.toml $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e ".[test,dev]"
 	touch $@
 
-.venv-demo/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
+.venv-demo/.ready: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install --quiet -e .
 	touch $@
 
-.venv-parity/.ready: pyproject.toml streamconv/ggml/kernels/floats.c
+.venv-parity/.ready: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/pip install --quiet "$(TORCH)"
 	.venv-parity/bin/pip install --quiet -e ".[test,parity]"
 	touch $@
 
-.venv-lowest/.ready .venv-newest/.ready: .venv-%/.ready: pyproject.toml streamconv/ggml/kernels/floats.c $(VENV)/.ready
+.venv-lowest/.ready .venv-newest/.ready: .venv-%/.ready: pyproject.toml $(KERNELS) $(VENV)/.ready
 	$(BIN)/python -m tests.tools.environment $* .venv-$*
 	touch $@
 

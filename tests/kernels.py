@@ -1,13 +1,15 @@
 """The kernels under test, and what gguf-py makes of the same numbers.
 
-Owns: building the compiled kernel as pyproject.toml declares it, from the tree as it is (a stale build cannot hide a
+Owns: building the compiled kernels as pyproject.toml declares them, from the tree as it is (a stale build cannot hide a
 change), and a guarded call of `codecs.encode`.
 Invariant: where there is a compiler, a build that fails is a failure and never a skip.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import shlex
@@ -31,6 +33,7 @@ from streamconv.lazy.dtype import Dtype
 from streamconv.lazy.scratch import Scratch
 
 ROOT = Path(__file__).parents[1]
+KERNELS = ROOT / "streamconv" / "ggml" / "kernels"
 SOURCES = (F32, F16, BF16)
 GUARD = 0xA5
 
@@ -49,24 +52,45 @@ NAMES = ("numpy", *FLAGS)
 
 
 @functools.cache
-def compiled(flags: str = "") -> ModuleType:
-    """The kernel, compiled with `flags` besides its own into a temporary directory."""
+def _built(name: str, flags: str) -> Path:
+    """A folder with the extension, compiled with `flags` besides its own; kept until something of it changes."""
+    files = [path for path in sorted(KERNELS.glob("*.[ch]")) if (path.name == "floats.c") == (name == "_kernels")]
+    sources = ["pyproject.toml", "LICENSE", *(str(path.relative_to(ROOT)) for path in files)]
+    what = [name, flags, os.environ.get("CC", ""), os.environ.get("CFLAGS", ""), sys.version]
+    digest = hashlib.sha256("\0".join([*what, *sources]).encode())
+    for source in sources:
+        digest.update((ROOT / source).read_bytes())
+    kept = ROOT / ".cache" / "kernels" / digest.hexdigest()[:16]
+    if kept.is_dir():
+        return kept
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
         (tree / "streamconv" / "ggml" / "kernels").mkdir(parents=True)
-        for name in ("pyproject.toml", "LICENSE", "streamconv/ggml/kernels/floats.c"):
-            shutil.copy(ROOT / name, tree / name)
+        for source in sources:
+            shutil.copy(ROOT / source, tree / source)
         (tree / "README.md").touch()
         command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
         environ = {**os.environ, "CFLAGS": f"{os.environ.get('CFLAGS', '')} {flags}"}
         build = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True, check=False)
-        found = list((tree / "streamconv" / "ggml").glob("_kernels.*"))
+        found = list((tree / "streamconv" / "ggml").glob(f"{name}.*"))  # the other one, without sources, is optional
         assert build.returncode == 0 and len(found) == 1, build.stdout + build.stderr
-        spec = importlib.util.spec_from_file_location("streamconv.ggml._kernels", found[0])
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=kept.parent))
+        shutil.copy(found[0], made)
+        with contextlib.suppress(OSError):  # another run of the tests was faster
+            made.rename(kept)
+    return kept
+
+
+@functools.cache
+def compiled(flags: str = "", name: str = "_kernels") -> ModuleType:
+    """The extension `name` of the tree as it is."""
+    (path,) = _built(name, flags).iterdir()
+    spec = importlib.util.spec_from_file_location(f"streamconv.ggml.{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def named(name: str) -> codecs.Kernel:

@@ -47,12 +47,12 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     assert "streamconv/py.typed" in inside
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     assert not [name for name in inside if not name.startswith("streamconv")], "foreign files in the wheel"
-    assert [name for name in inside if name.endswith(".abi3.so")], "the extension was not built"
+    assert sum(name.endswith(".abi3.so") for name in inside) == 2, "an extension was not built"
     assert "-cp311-abi3-" in wheel.name, wheel.name
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = modules | {
-        "streamconv/ggml/kernels/floats.c",
+    wanted = modules | {str(path.relative_to(ROOT)) for path in (ROOT / "streamconv/ggml/kernels").glob("*.[ch]")}
+    wanted |= {
         "pyproject.toml",
         "README.md",
         "LICENSE",
@@ -73,8 +73,9 @@ def try_out(python: str, package: Path, folder: Path, *, has_kernels: bool) -> b
     assert run(command, "--version", cwd=folder).startswith("streamconv ")
     run(command, "convert", folder.parent / "model", "-o", "out.gguf", "--outtype", "q8_0", "--verify", cwd=folder)
     run(command, "inspect", "out.gguf", cwd=folder)
-    find = "import importlib.util as u; print(u.find_spec('streamconv.ggml._kernels') is not None)"
-    assert run(here, "-c", find, cwd=folder).strip() == str(has_kernels)
+    for name in ("_kernels", "_blocks"):
+        find = f"import importlib.util as u; print(u.find_spec('streamconv.ggml.{name}') is not None)"
+        assert run(here, "-c", find, cwd=folder).strip() == str(has_kernels)
     return (folder / "out.gguf").read_bytes()
 
 

@@ -1,0 +1,286 @@
+"""Rows of F32, F16 or BF16 become blocks of the quantised types, with or without an importance matrix.
+
+The bytes are those of llama-quantize on x86-64 (without FMA), on every machine and whichever kernel makes them: the
+compiled one (`kernels/`, optional) or the reference in numpy (`block_reference.py`). Blocks never cross rows, so any
+cut into calls of whole rows gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from streamconv.ggml.block_reference import QUANTIZERS, Quantizer
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+# Elements of a piece of the reference: large enough that numpy's calls cost little, small enough for a cache.
+PIECE: Final = 1 << 16
+# What the reference allocates at most beside its arguments: a dozen arrays of a piece, whatever the rows are.
+REFERENCE_NBYTES: Final = 4 << 20
+# What the compiled kernel takes of the calling thread's stack.
+STACK_NBYTES: Final = 64 << 10
+
+_SOURCES: Final = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+
+
+class Root(Enum):
+    """Over what the mean of squares is taken in `weight = importance * sqrt(factor * mean + x * x)`."""
+
+    NONE = "none"  # the importance itself is the weight
+    ROW = "row"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """One quantised type.
+
+    Attributes:
+        type: its GGML type.
+        n_elements: elements of a block.
+        nbytes: bytes of a block.
+        scales: where its F16 numbers start, one after the other: a scale, and a minimum if there are two.
+        root: how an importance becomes a weight.
+        root_factor: of the mean of squares.
+        reference: makes blocks in numpy.
+    """
+
+    type: GGMLQuantizationType
+    n_elements: int
+    nbytes: int
+    scales: tuple[int, ...]
+    root: Root
+    root_factor: int
+    reference: Quantizer
+
+
+def _block_type(name: str, scales: tuple[int, ...], root: Root, root_factor: int = 1) -> BlockType:
+    type_ = GGMLQuantizationType[name]
+    return BlockType(type_, *GGML_QUANT_SIZES[type_], scales, root, root_factor, QUANTIZERS[name])
+
+
+BLOCK_TYPES: Final[dict[GGMLQuantizationType, BlockType]] = {
+    row.type: row
+    for row in (
+        _block_type("Q4_0", (0,), Root.ROW),
+        _block_type("Q4_1", (0, 2), Root.ROW),
+        _block_type("Q5_0", (0,), Root.ROW),
+        _block_type("Q5_1", (0, 2), Root.ROW),
+        _block_type("Q2_K", (80, 82), Root.BLOCK),
+        _block_type("Q3_K", (108,), Root.BLOCK, 2),
+        _block_type("Q4_K", (0, 2), Root.BLOCK, 2),
+        _block_type("Q5_K", (0, 2), Root.BLOCK, 2),
+        _block_type("Q6_K", (208,), Root.NONE),
+        _block_type("IQ4_NL", (0,), Root.BLOCK, 2),
+        _block_type("IQ4_XS", (0,), Root.BLOCK, 2),
+    )
+}
+
+
+class Fault(Enum):
+    """Why rows cannot be quantised."""
+
+    NOT_FINITE = "not-finite"
+    BEYOND_F16 = "scale-beyond-f16"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The first fault in the rows.
+
+    Attributes:
+        fault: the kind. NOT_FINITE leaves `out` incomplete; BEYOND_F16 leaves it as ggml makes it, an infinite scale.
+        element: counted from the first row's first: the value that is not finite, or the first of the block.
+    """
+
+    fault: Fault
+    element: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKernel:
+    """The arithmetic that one call of the library uses: `c` or `numpy`, with the same bytes.
+
+    Attributes:
+        name: `c` or `numpy`, which takes ten to thirty times as long.
+        quantize: (target, source, rows, n_per_row, importance, out) -> the first fault, see `quantize_rows`.
+    """
+
+    name: str
+    quantize: Callable[[GGMLQuantizationType, GGMLQuantizationType, Bytes, int, Floats | None, Bytes], Refusal | None]
+
+
+def compiled_kernel(module: ModuleType, *, baseline: bool = False) -> BlockKernel:
+    """The kernel of the compiled extension; `baseline` without what only newer machines have."""
+    faults = (Fault.NOT_FINITE, Fault.BEYOND_F16)
+
+    def quantize(
+        target: GGMLQuantizationType,
+        source: GGMLQuantizationType,
+        rows: Bytes,
+        n_per_row: int,
+        importance: Floats | None,
+        out: Bytes,
+    ) -> Refusal | None:
+        status, element = module.quantize(int(target), int(source), rows, n_per_row, importance, out, baseline)
+        return Refusal(faults[status - 1], element) if status else None
+
+    return BlockKernel("c", quantize)
+
+
+def best_kernel() -> BlockKernel:
+    """The compiled kernel where it was built and the environment's STREAMCONV_KERNELS is not 0, else numpy's."""
+    if os.environ.get("STREAMCONV_KERNELS") == "0":
+        return REFERENCE
+    try:
+        return compiled_kernel(importlib.import_module("streamconv.ggml._blocks"))
+    except ImportError:  # the extension is optional: an install without a compiler has none
+        return REFERENCE
+
+
+def quantize_rows(
+    target: GGMLQuantizationType,
+    source: GGMLQuantizationType,
+    rows: Bytes,
+    n_per_row: int,
+    importance: Floats | None,
+    out: Bytes,
+    kernel: BlockKernel,
+) -> Refusal | None:
+    """Fill `out` with blocks of `rows`.
+
+    Args:
+        target: one of BLOCK_TYPES.
+        source: F32, F16 or BF16.
+        rows: contiguous little-endian bytes of whole rows; not changed.
+        n_per_row: elements of a row, a multiple of the block's.
+        importance: [n_per_row] contiguous float32, finite and not negative, the same for each row; None without a
+            matrix. Ones are not the same as None: a matrix has searches of its own.
+        out: contiguous bytes of exactly the blocks, elsewhere than `rows`.
+        kernel: `best_kernel()`, or REFERENCE to check against.
+
+    Returns:
+        None if all is well, else the first fault.
+
+    Raises:
+        ValueError: the sizes disagree, or a type is not one of these.
+    """
+    _check(target, source, rows, n_per_row, importance, out)
+    return kernel.quantize(target, source, rows.reshape(-1), n_per_row, importance, out.reshape(-1))
+
+
+def _check(
+    target: GGMLQuantizationType,
+    source: GGMLQuantizationType,
+    rows: Bytes,
+    n_per_row: int,
+    importance: Floats | None,
+    out: Bytes,
+) -> None:
+    if target not in BLOCK_TYPES or source not in _SOURCES:
+        raise ValueError(f"rows of {source.name} do not become blocks of {target.name} here")
+    block = BLOCK_TYPES[target]
+    n_elements, rest = divmod(rows.nbytes, GGML_QUANT_SIZES[source][1])
+    if n_per_row <= 0 or n_per_row % block.n_elements or rest or n_elements % n_per_row:
+        raise ValueError(f"{rows.nbytes} bytes are not rows of {n_per_row} elements in blocks of {block.n_elements}")
+    if n_elements // block.n_elements * block.nbytes != out.nbytes:
+        raise ValueError(f"{n_elements} elements of {target.name} do not take {out.nbytes} bytes")
+    if importance is not None and (importance.shape != (n_per_row,) or importance.dtype != np.float32):
+        raise ValueError(f"an importance of {importance.shape} {importance.dtype} is not float32 [{n_per_row}]")
+
+
+def _quantize_with_numpy(
+    target: GGMLQuantizationType,
+    source: GGMLQuantizationType,
+    rows: Bytes,
+    n_per_row: int,
+    importance: Floats | None,
+    out: Bytes,
+) -> Refusal | None:
+    block = BLOCK_TYPES[target]
+    blocks, refusal, means = out.reshape(-1, block.nbytes), None, None
+    with np.errstate(all="ignore"):
+        if importance is not None and block.root is Root.ROW:
+            means = _row_means(source, rows, n_per_row)
+        for start, x in _pieces(source, rows):
+            finite = np.isfinite(x)
+            if not finite.all():
+                return Refusal(Fault.NOT_FINITE, start + int(np.argmin(finite)))
+            piece, first = x.reshape(-1, block.n_elements), start // block.n_elements
+            w = None if importance is None else _weights(block, piece, first, n_per_row, importance, means)
+            made = block.reference(piece, w)
+            blocks[first : first + len(piece)] = made
+            refusal = refusal or _beyond_f16(block, made, first)
+    return refusal
+
+
+REFERENCE: Final = BlockKernel("numpy", _quantize_with_numpy)  # what the compiled kernel is checked against
+
+
+def _pieces(source: GGMLQuantizationType, rows: Bytes) -> Iterator[tuple[int, Floats]]:
+    """(first element, elements as float32) of each piece."""
+    width = GGML_QUANT_SIZES[source][1]
+    for start in range(0, rows.nbytes // width, PIECE):
+        part = rows.reshape(-1)[start * width : (start + PIECE) * width]
+        yield start, _widened(source, part)
+
+
+def _widened(source: GGMLQuantizationType, part: Bytes) -> Floats:
+    if source == GGMLQuantizationType.BF16:
+        return (part.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if source == GGMLQuantizationType.F16:
+        return part.view("<f2").astype(np.float32)
+    return part.view("<f4").astype(np.float32, copy=False)
+
+
+def _row_means(source: GGMLQuantizationType, rows: Bytes, n_per_row: int) -> Floats:
+    """The mean of squares of each row, summed from its first element to its last."""
+    by_row = rows.reshape(-1, n_per_row * GGML_QUANT_SIZES[source][1])
+    means = np.empty(len(by_row), dtype=np.float32)
+    for i, row in enumerate(by_row):
+        total = np.zeros(1, dtype=np.float32)
+        for _, x in _pieces(source, row):
+            total = np.add.accumulate(np.concatenate([total, x * x]))[-1:]
+        means[i] = total[0] / np.float32(n_per_row)
+    return means
+
+
+def _weights(
+    block: BlockType, x: Floats, first: int, n_per_row: int, importance: Floats, means: Floats | None
+) -> Floats:
+    """Weights of the blocks x [n, elements], the first of which is block `first` of all rows."""
+    per_row = n_per_row // block.n_elements
+    places = np.arange(first, first + len(x))
+    by_block = importance.reshape(per_row, block.n_elements)[places % per_row]
+    if block.root is Root.NONE:
+        return by_block
+    squares = x * x
+    if means is not None:
+        mean = means[places // per_row]
+    else:
+        total = np.zeros(len(x), dtype=np.float32)
+        for column in np.ascontiguousarray(squares.T):
+            total += column
+        mean = np.float32(block.root_factor) * total / np.float32(block.n_elements)
+    squares += mean[:, None]
+    weights: Floats = by_block * np.sqrt(squares, out=squares)
+    return weights
+
+
+def _beyond_f16(block: BlockType, made: Bytes, first: int) -> Refusal | None:
+    for_all = [np.ascontiguousarray(made[:, at : at + 2]).view("<u2")[:, 0] for at in block.scales]
+    beyond: NDArray[Any] = np.any([bits & 0x7C00 == 0x7C00 for bits in for_all], axis=0)
+    if not beyond.any():
+        return None
+    return Refusal(Fault.BEYOND_F16, (first + int(np.argmax(beyond))) * block.n_elements)

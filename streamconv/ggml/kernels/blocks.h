@@ -1,0 +1,49 @@
+/* What the parts of the extension share: the types, and the call that each build of the body answers. */
+#ifndef STREAMCONV_BLOCKS_H
+#define STREAMCONV_BLOCKS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { F32 = 0, F16 = 1, BF16 = 30 }; /* ggml_type of the rows */
+
+enum {
+    SUPER = 256,             /* elements of a super-block */
+    N_SUPER = 8,             /* super-blocks at a time */
+    PIECE = SUPER * N_SUPER, /* elements at a time */
+};
+
+/* Where the sum of squares under the root of an importance weight is taken. */
+enum { ROOT_NONE, ROOT_ROW, ROOT_BLOCK };
+
+typedef struct {
+    int type; /* ggml_type */
+    int n_elements, nbytes; /* of a block */
+    int n_scales, scale_at; /* F16 numbers of a block, the first's place; they follow each other */
+    int root;               /* ROOT_NONE: the importance itself is the weight */
+    float root_factor;      /* times the mean of squares */
+} block_type_t;
+
+enum status { ALL_FITS, NOT_FINITE, BEYOND_F16 };
+
+typedef struct {
+    enum status status;
+    int64_t element; /* the first that is not finite, or the first of a block whose scale is beyond F16 */
+} outcome_t;
+
+typedef struct {
+    const block_type_t *type;
+    int source;
+    const uint8_t *rows;
+    int64_t n_elements, n_per_row;
+    const float *importance; /* n_per_row numbers, or NULL */
+    uint8_t *out;
+} request_t;
+
+extern const block_type_t BLOCK_TYPES[];
+extern const int N_BLOCK_TYPES;
+
+outcome_t quantise_baseline(const request_t *request);
+outcome_t quantise_avx2(const request_t *request);
+
+#endif

@@ -1,0 +1,102 @@
+/* Vectors of VECTOR_NBYTES and the few operations that the searches need, on the vector types of GCC and clang.
+ *
+ * A lane is one sub-block (or one block): each lane sums its elements from the first to the last, as a scalar program
+ * would, so that the bytes do not depend on the width.
+ */
+#include "halves.h"
+
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
+typedef float floats_t __attribute__((vector_size(VECTOR_NBYTES)));
+typedef int32_t ints_t __attribute__((vector_size(VECTOR_NBYTES)));
+
+enum {
+    LANES = VECTOR_NBYTES / 4,
+    N_VECTORS = 4,             /* searched at a time: enough independent divisions to hide what each takes */
+    PAIR = 2,                  /* of them in an inner loop: as many as 16 registers hold */
+    GROUP = N_VECTORS * LANES, /* sub-blocks that are searched at a time */
+};
+
+#define ROUNDER 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, half to even */
+#define ROUNDER_BITS 0x4b400000
+
+/* A compiler that knows one operand of max(a, b) makes a comparison and a blend of it; it does not know this one. */
+static volatile const float ROUNDER_UNKNOWN = ROUNDER;
+
+INLINE floats_t splat(float value) { return value - (floats_t){0}; }
+INLINE ints_t splat_int(int32_t value) { return value - (ints_t){0}; }
+
+INLINE floats_t load(const float *from) {
+    floats_t vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+INLINE void store(float *to, floats_t vector) { memcpy(to, &vector, sizeof vector); }
+INLINE void store_ints(int32_t *to, ints_t vector) { memcpy(to, &vector, sizeof vector); }
+
+INLINE floats_t to_floats(ints_t vector) { return __builtin_convertvector(vector, floats_t); }
+
+INLINE floats_t choose(ints_t mask, floats_t yes, floats_t no) {
+    return (floats_t)((mask & (ints_t)yes) | (~mask & (ints_t)no));
+}
+INLINE ints_t choose_ints(ints_t mask, ints_t yes, ints_t no) { return (mask & yes) | (~mask & no); }
+
+/* a < b ? a : b and a > b ? a : b, so the second where they are equal or one is a NaN. */
+INLINE floats_t lesser(floats_t a, floats_t b) {
+    floats_t result;
+    for (int i = 0; i < LANES; i++) result[i] = a[i] < b[i] ? a[i] : b[i];
+    return result;
+}
+INLINE floats_t greater(floats_t a, floats_t b) {
+    floats_t result;
+    for (int i = 0; i < LANES; i++) result[i] = a[i] > b[i] ? a[i] : b[i];
+    return result;
+}
+INLINE ints_t lesser_ints(ints_t a, ints_t b) {
+    ints_t result;
+    for (int i = 0; i < LANES; i++) result[i] = a[i] < b[i] ? a[i] : b[i];
+    return result;
+}
+INLINE ints_t greater_ints(ints_t a, ints_t b) {
+    ints_t result;
+    for (int i = 0; i < LANES; i++) result[i] = a[i] > b[i] ? a[i] : b[i];
+    return result;
+}
+
+INLINE floats_t magnitude(floats_t vector) { return (floats_t)((ints_t)vector & 0x7fffffff); }
+INLINE floats_t square_root(floats_t vector) {
+    floats_t result;
+    for (int i = 0; i < LANES; i++) result[i] = __builtin_sqrtf(vector[i]);
+    return result;
+}
+
+INLINE int any(ints_t mask) {
+    int32_t found = 0;
+    for (int i = 0; i < LANES; i++) found |= mask[i];
+    return found != 0;
+}
+
+/* ggml's nearest_int, its results for infinities, NaNs and numbers beyond 2^22 among them. */
+INLINE int32_t nearest(float value) {
+    return (int32_t)(bits_of_float(value + ROUNDER) & 0x007fffff) - 0x00400000;
+}
+INLINE ints_t nearest_ints(floats_t vector) {
+    return ((ints_t)(vector + ROUNDER) & 0x007fffff) - 0x00400000;
+}
+INLINE int32_t clamped(int32_t value, int32_t low, int32_t high) {
+    return value < low ? low : value > high ? high : value;
+}
+INLINE ints_t clamped_ints(ints_t vector, int32_t low, int32_t high) {
+    return lesser_ints(greater_ints(vector, splat_int(low)), splat_int(high));
+}
+
+/* `n_lanes` runs of n elements become n rows of n_lanes. */
+INLINE void transpose(const float *from, int n, int n_lanes, float *to) {
+    for (int lane = 0; lane < n_lanes; lane++)
+        for (int i = 0; i < n; i++) to[i * n_lanes + lane] = from[lane * n + i];
+}
