@@ -29,18 +29,22 @@ if TYPE_CHECKING:
     from streamconv.api.inspect_file import inspect
     from streamconv.api.verify_file import verify
     from streamconv.engine.split import SplitOptions
+    from streamconv.files.store import Blob, Identity, Store
     from streamconv.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blob",
     "BudgetError",
     "Caution",
     "DestinationError",
+    "Identity",
     "Interrupted",
     "Report",
     "SourceError",
     "SplitOptions",
+    "Store",
     "StreamconvError",
     "UsageError",
     "VerifyError",
@@ -52,6 +56,9 @@ __all__ = [
 
 # Loaded when first asked for: numpy and gguf take longer to import than `streamconv --help` may take.
 _HOMES = {
+    "Blob": "streamconv.files.store",
+    "Identity": "streamconv.files.store",
+    "Store": "streamconv.files.store",
     "convert": "streamconv.api.convert_model",
     "convert_adapter": "streamconv.api.convert_lora",
     "inspect": "streamconv.api.inspect_file",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 # A file of strangers may have names of megabytes; nobody reads on after this.
@@ -50,7 +49,7 @@ class StreamconvError(Exception):
         self,
         message: str,
         *,
-        file: str | Path | None = None,
+        file: object = None,
         tensor: str | None = None,
         hint: str | None = None,
         problems: Sequence[Mapping[str, Any]] = (),

@@ -22,7 +22,7 @@ from streamconv.engine.job import Job, OutputOptions, RunKeywords, RunOptions
 from streamconv.engine.layout import PlacedTensor, memory_failures
 from streamconv.engine.split import make_parts
 from streamconv.errors import Caution, UsageError
-from streamconv.files.hub import source_failures
+from streamconv.files.hub import Source, source_failures
 from streamconv.files.local import noting_files
 from streamconv.ggml.policy import StoredTypes, choose_type
 from streamconv.gguf.format import KeyValue, PackedArray
@@ -42,8 +42,8 @@ from streamconv.report import Report
 @noting_files()
 @memory_failures()
 def convert_adapter(
-    adapter: str | Path,
-    base: str | Path,
+    adapter: Source,
+    base: Source,
     dst: str | Path | None = None,
     *,
     outtype: str | None = None,
@@ -69,8 +69,8 @@ def convert_adapter(
 
 @contextmanager
 def open_adapter_job(
-    adapter: str | Path,
-    base: str | Path,
+    adapter: Source,
+    base: Source,
     dst: str | Path | None,
     wanted: OutputOptions,
     limit_nbytes: int,
@@ -79,8 +79,8 @@ def open_adapter_job(
 ) -> Iterator[Job]:
     """The job of an adapter as a file of its own, while its weights are open."""
     room = headroom_nbytes(limit_nbytes)
-    with LoraFile.open(Path(adapter), room) as source:
-        yield plan_adapter(source, open_base(Path(base), room), dst, wanted, scale, stored)
+    with LoraFile.open(adapter, room) as source:
+        yield plan_adapter(source, open_base(base, room), dst, wanted, scale, stored)
 
 
 @source_failures()

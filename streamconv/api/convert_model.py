@@ -17,7 +17,7 @@ from streamconv.checkpoint.folder import Checkpoint
 from streamconv.engine.job import Job, OutputOptions, RunKeywords, RunOptions
 from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
 from streamconv.engine.split import SplitOptions, make_parts
-from streamconv.files.hub import find_source, source_failures
+from streamconv.files.hub import Source, find_source, source_failures
 from streamconv.files.local import noting_files
 from streamconv.ggml.policy import PlainTypes, StoredTypes, TypePolicy, resolve_auto
 from streamconv.gguf.format import KeyValue
@@ -35,7 +35,7 @@ from streamconv.report import Report
 @noting_files()
 @memory_failures()
 def convert(
-    src: str | Path,
+    src: Source,
     dst: str | Path | None = None,
     *,
     outtype: str = "auto",
@@ -46,7 +46,7 @@ def convert(
     adapters: Sequence[AdapterSpec] = (),
     **keywords: Unpack[RunKeywords],
 ) -> Report:
-    """What was written to `dst`: the checkpoint in the directory `src` as one GGUF file.
+    """What was written to `dst`: the checkpoint in the directory `src`, or in a `Store`, as one GGUF file.
 
     dst: by default GGUF's naming convention, in the current directory. outtype: auto, f32, f16, bf16 or q8_0.
     name, pre: override general.name and tokenizer.ggml.pre. split: several files, named after `dst`.
@@ -62,7 +62,7 @@ def convert(
 
 @contextmanager
 def open_model_job(
-    src: str | Path,
+    src: Source,
     dst: str | Path | None,
     wanted: OutputOptions,
     limit_nbytes: int,

@@ -25,7 +25,8 @@ from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.checkpoint.weight_sets import INDEX_ENDING
 from streamconv.errors import Caution, SourceError
-from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source
+from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, Source, find_source
+from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
 from streamconv.ggml.element_types import tensor_nbytes
 from streamconv.ggml.policy import choose_type
@@ -96,7 +97,7 @@ class Inspection:
     """The facts of one model, split set, checkpoint or adapter. `form` is a line about the files themselves."""
 
     kind: Kind
-    path: Path
+    path: Place
     form: str
     architecture: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -147,17 +148,17 @@ class Inspection:
         }
 
 
-def inspect(path: str | Path) -> Inspection:
-    """What is at `path`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
+def inspect(source: Source) -> Inspection:
+    """What is at `source`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
     or one .safetensors file. SourceError where nothing of it can be read."""
-    path = find_source(path)
+    path = find_source(source)
     try:
         return _reader_of(path)(path)
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=error.filename or path) from None
 
 
-def _reader_of(path: Path) -> Callable[[Path], Inspection]:
+def _reader_of(path: Place) -> Callable[[Place], Inspection]:
     if not path.is_dir() and path.suffix != ".safetensors" and not path.name.endswith(INDEX_ENDING):
         return _gguf
     folder = path if path.is_dir() else path.parent
@@ -172,7 +173,7 @@ def _reader_of(path: Path) -> Callable[[Path], Inspection]:
 # ---------------------------------------------------------------- GGUF
 
 
-def _gguf(path: Path) -> Inspection:
+def _gguf(path: Place) -> Inspection:
     with GGUFSet.open(path) as files:
         first = files.files[0]
         arch = first.keys.get("general.architecture")
@@ -223,7 +224,7 @@ def _number(value: Scalar, kind: GGUFValueType) -> Scalar:
 # ---------------------------------------------------------------- safetensors
 
 
-def _checkpoint(path: Path) -> Inspection:
+def _checkpoint(path: Place) -> Inspection:
     found = Inspection("checkpoint", path, "incomplete")
     try:
         checkpoint = Checkpoint.open(path, max_header_nbytes=default_limit_nbytes())
@@ -266,7 +267,7 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     found.cautions += vocabulary.cautions
 
 
-def _adapter(path: Path) -> Inspection:
+def _adapter(path: Place) -> Inspection:
     found = Inspection("adapter", path, "incomplete")
     try:
         adapter = LoraFile.open(path, default_limit_nbytes())
@@ -299,7 +300,8 @@ def _read_apart(found: Inspection, config_name: str) -> Config:
         with _listing(found):
             config = load_object(folder / config_name)
     _add_config(found, config)
-    for file in [found.path] if found.path.suffix == ".safetensors" else sorted(folder.glob("*.safetensors")):
+    is_alone = found.path.suffix == ".safetensors"
+    for file in [found.path] if is_alone else sorted(folder.glob("*.safetensors"), key=lambda path: path.name):
         with _listing(found):
             shard = Shard(file, default_limit_nbytes())
             shard.close()
@@ -335,6 +337,6 @@ def _add_tensors(found: Inspection, tensors: Iterable[SourceTensor]) -> None:
     ]
 
 
-def _problem(error: SourceError, path: Path) -> FileProblem:
+def _problem(error: SourceError, path: Place) -> FileProblem:
     message = f"{error.message} ({error.hint})" if error.hint else error.message
     return FileProblem("source", message, Path(error.file) if error.file else path, error.tensor)

@@ -19,6 +19,7 @@ from streamconv.check.tensors import compare
 from streamconv.engine.job import OutputOptions, RunOptions, WorkKeywords
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import UsageError
+from streamconv.files.hub import Source
 from streamconv.ggml.policy import StoredTypes, stored_outtype
 from streamconv.gguf.names import LLAMA_CPP
 from streamconv.gguf.reader import refuse
@@ -30,10 +31,10 @@ from streamconv.report import Output, Report
 @memory_failures()
 def verify(
     out: str | Path,
-    source: str | Path,
+    source: Source,
     *,
     adapters: Sequence[AdapterSpec] = (),
-    base: str | Path | None = None,
+    base: Source | None = None,
     dialect: str = LLAMA_CPP,
     scale: float | None = None,
     pre: str | None = None,
@@ -78,7 +79,7 @@ def _read(
     """
     with GGUFSet.open(out) as found:
         refuse(found.problems)
-        outputs = [Output(file.path, file.file.nbytes) for file in found.files]
+        outputs = [Output(Path(str(file.path)), file.file.nbytes) for file in found.files]
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"
         stored = _types(found)
     if is_adapter and of_adapters["--base"] is None:

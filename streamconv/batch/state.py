@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from streamconv.batch.jobs_file import JobSpec
 from streamconv.engine.job import FORMAT_VERSION
 from streamconv.errors import DestinationError, SourceError
-from streamconv.files.hub import find_source
+from streamconv.files.hub import find_path
 from streamconv.lora.merge import parse_adapter
 
 MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
@@ -118,7 +118,7 @@ def _digest(job: JobSpec) -> str:
     """Of everything that decides a job's result: its options, and size and time of every file that it reads."""
     options = {key: value for key, value in job.to_json().items() if key not in _WITHOUT_EFFECT}
     adapter = parse_adapter(job.adapter)[0] if job.adapter else None
-    sources = [find_source(source) for source in (job.source, job.base, adapter) if source]
+    sources = [find_path(source) for source in (job.source, job.base, adapter) if source]
     stamps = _stamps(str(path) for source in sources for path in _files(source))
     return hashlib.sha256(json.dumps([FORMAT_VERSION, options, stamps], sort_keys=True).encode()).hexdigest()
 

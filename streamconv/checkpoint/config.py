@@ -7,10 +7,10 @@ Invariant: what is returned is None (absent or null) or a value of the asked typ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import SourceError
+from streamconv.files.store import Place
 
 MAX_INTEGER = (1 << 31) - 1
 MAX_NUMBER = 3.4e38  # of float32, which is what GGUF's keys hold
@@ -19,7 +19,7 @@ MAX_NUMBER = 3.4e38  # of float32, which is what GGUF's keys hold
 class Config:
     """A JSON object of a model's config. SourceError, naming the file and the key, where it holds nonsense."""
 
-    def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
+    def __init__(self, raw: Mapping[str, Any], file: Place) -> None:
         self.raw, self.file = raw, file
 
     def integer(self, key: str, minimum: int = 1) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ from streamconv.checkpoint.weight_sets import INDEX, INDEX_ENDING, Choice, choos
 from streamconv.errors import Caution, SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, source_failures
+from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
 
 
@@ -25,7 +25,7 @@ from streamconv.files.strict_json import load_object
 class Checkpoint:
     """A model on disk, headers read and nothing else. Use as a context manager: it holds the shards open."""
 
-    directory: Path
+    directory: Place
     config: Config
     shards: tuple[Shard, ...]
     tensors: Mapping[str, SourceTensor] = field(repr=False)
@@ -33,7 +33,7 @@ class Checkpoint:
 
     @classmethod
     @source_failures()
-    def open(cls, src: Path, *, max_header_nbytes: int = 1 << 63) -> Checkpoint:
+    def open(cls, src: Place, *, max_header_nbytes: int = 1 << 63) -> Checkpoint:
         """The checkpoint in the directory `src`, or that of the one file, the first shard or the index `src`.
 
         SourceError on anything missing or malformed, and on a later shard; BudgetError, before it is parsed,
@@ -80,7 +80,7 @@ class Checkpoint:
             shard.close()
 
 
-def _load_object(path: Path, left: int) -> tuple[dict[str, Any], int]:
+def _load_object(path: Place, left: int) -> tuple[dict[str, Any], int]:
     """The JSON object in a file, and the memory that it took at most.
 
     BudgetError, before it is parsed, where that is more than `left`.
@@ -95,19 +95,19 @@ def _load_object(path: Path, left: int) -> tuple[dict[str, Any], int]:
     return load_object(path, afford=afford), taken
 
 
-def _without_config(directory: Path) -> SourceError:
+def _without_config(directory: Place) -> SourceError:
     """The error for a folder that is no checkpoint: what it is instead, and the command for that."""
     if (directory / ADAPTER_CONFIG).is_file():
         hint = f"streamconv lora {directory} --base BASE, or streamconv convert BASE --adapter {directory}"
         return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint)
-    what = "the directory is empty" if not any(directory.iterdir()) else f"no {CONFIG}"
+    what = "the directory is empty" if not any(True for _ in directory.glob("*")) else f"no {CONFIG}"
     return SourceError(what, file=directory, hint=f"name the folder that holds {CONFIG} and *.safetensors")
 
 
-def _choose(index_file: Path, index: Mapping[str, Any] | None, max_header_nbytes: int, *, is_named: bool) -> Choice:
+def _choose(index_file: Place, index: Mapping[str, Any] | None, max_header_nbytes: int, *, is_named: bool) -> Choice:
     """The weights in the folder of `index_file`, which need not exist unless it was named as the source."""
 
-    def names_of(path: Path) -> Collection[str]:
+    def names_of(path: Place) -> Collection[str]:
         try:
             shard = Shard(path, max_header_nbytes)
         except SourceError:
@@ -120,7 +120,7 @@ def _choose(index_file: Path, index: Mapping[str, Any] | None, max_header_nbytes
     return choose_weights(index_file.parent, index, names_of)
 
 
-def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file: Path) -> dict[str, SourceTensor]:
+def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file: Place) -> dict[str, SourceTensor]:
     """All shards' tensors under one roof; SourceError where shards and index disagree."""
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:

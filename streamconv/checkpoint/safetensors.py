@@ -12,7 +12,6 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 import numpy as np
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 from streamconv.budget import MIB, resident_nbytes
 from streamconv.errors import BudgetError, SourceError
 from streamconv.files import sniff as magic
-from streamconv.files.local import PositionedFile
+from streamconv.files.local import open_blob
+from streamconv.files.store import Place
 from streamconv.files.strict_json import objects_nbytes, parse_object
 from streamconv.lazy.dtype import DTYPES, FLOATS
 from streamconv.lazy.leaves import Source
@@ -70,9 +70,9 @@ class Shard:
         BudgetError: parsing the header would take more than `max_header_nbytes`; nothing of it was parsed.
     """
 
-    def __init__(self, path: Path, max_header_nbytes: int) -> None:
+    def __init__(self, path: Place, max_header_nbytes: int) -> None:
         self.path = path
-        self.file = PositionedFile(path)
+        self.file = open_blob(path)
         try:
             header = self._read_header(max_header_nbytes)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
@@ -95,8 +95,8 @@ class Shard:
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the bytes without reading them all: size, time and the header's digest."""
-        return f"{self.nbytes} {self.file.identity.mtime_ns} {self.header_sha256}"
+        """What identifies the bytes without reading them all: the identity of the blob, and the header's digest."""
+        return f"{self.file.identity.lasting} {self.header_sha256}"
 
     def close(self) -> None:
         self.file.close()
@@ -220,12 +220,12 @@ def _is_unicode(text: Any) -> bool:
     return isinstance(text, str) and text == text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _check_name(name: str, file: Path) -> None:
+def _check_name(name: str, file: Place) -> None:
     if not name or not name.isprintable() or "/" in name or "\\" in name:
         raise SourceError(f"tensor name {name!r} holds what no tensor name holds", file=file, code="tensor-name")
 
 
-def check_affordable(path: Path, what: str, nbytes: int, left: int) -> None:
+def check_affordable(path: Place, what: str, nbytes: int, left: int) -> None:
     """BudgetError where parsing takes `nbytes` of memory and `left` is left."""
     if nbytes > left:
         bound = -(-(resident_nbytes()[0] + nbytes) // MIB)

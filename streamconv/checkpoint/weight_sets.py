@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import Caution, SourceError
+from streamconv.files.store import Place
 
 INDEX = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
@@ -22,7 +22,7 @@ _PREFIX = "model"  # transformers' name of shards is PREFIX-00001-of-00002.safet
 _FILE_NAME = re.compile(rb"[^\0/\\]{1,255}")  # longer ones no filesystem takes
 _NUMBERED_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
-NamesOf = Callable[[Path], Collection[str]]
+NamesOf = Callable[[Place], Collection[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,14 @@ class WeightSet:
     """
 
     label: str
-    paths: tuple[Path, ...]
+    paths: tuple[Place, ...]
 
     @property
     def is_complete(self) -> bool:
         return self.first_missing is None
 
     @property
-    def first_missing(self) -> Path | None:
+    def first_missing(self) -> Place | None:
         return next((path for path in self.paths if not path.exists()), None)
 
     @property
@@ -61,7 +61,7 @@ class Choice:
     cautions: list[Caution] = field(default_factory=list)
 
 
-def named_set(file: Path) -> WeightSet:
+def named_set(file: Place) -> WeightSet:
     """The set that a single .safetensors file stands for: itself, or all shards of which it is the first.
 
     Raises:
@@ -76,7 +76,7 @@ def named_set(file: Path) -> WeightSet:
     return next(one for one in _find_sets(file.parent) if file in one.paths)
 
 
-def indexed_set(index: Mapping[str, Any], file: Path) -> Choice:
+def indexed_set(index: Mapping[str, Any], file: Place) -> Choice:
     """The set that an index names.
 
     Args:
@@ -91,7 +91,7 @@ def indexed_set(index: Mapping[str, Any], file: Path) -> Choice:
     return Choice(WeightSet(file.name, paths), weight_map)
 
 
-def choose_weights(directory: Path, index: Mapping[str, Any] | None, names_of: NamesOf) -> Choice:
+def choose_weights(directory: Place, index: Mapping[str, Any] | None, names_of: NamesOf) -> Choice:
     """The set of weights in a folder.
 
     Args:
@@ -121,7 +121,7 @@ def choose_weights(directory: Path, index: Mapping[str, Any] | None, names_of: N
     return _without_index(directory, sets, names_of)
 
 
-def _without_index(directory: Path, sets: Sequence[WeightSet], names_of: NamesOf) -> Choice:
+def _without_index(directory: Place, sets: Sequence[WeightSet], names_of: NamesOf) -> Choice:
     complete = [one for one in sets if one.is_complete]
     if not complete:
         return Choice(sets[0])  # whose missing shard is an error
@@ -151,7 +151,7 @@ def _share_names(one: WeightSet, other: WeightSet, names_of: NamesOf) -> bool:
     return bool(names) and any(not names.isdisjoint(names_of(path)) for path in one.paths if path.exists())
 
 
-def _several(directory: Path, sets: Sequence[WeightSet]) -> SourceError:
+def _several(directory: Place, sets: Sequence[WeightSet]) -> SourceError:
     labels = ", ".join(one.label for one in sets)
     hint = f"name the first file of the one to convert, as {sets[0].paths[0]}, or remove the others"
     return SourceError(
@@ -162,11 +162,11 @@ def _several(directory: Path, sets: Sequence[WeightSet]) -> SourceError:
     )
 
 
-def _find_sets(directory: Path) -> Iterator[WeightSet]:
+def _find_sets(directory: Place) -> Iterator[WeightSet]:
     """All sets by the names of their files, transformers' own names first."""
     numbered: dict[tuple[str, str], list[int]] = {}
     sets = []
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(directory.glob("*.safetensors"), key=lambda path: path.name):
         match = _NUMBERED_SHARD.fullmatch(path.name)
         if match is not None and 1 <= int(match[2]) <= int(match[3]):
             numbered.setdefault((match[1], match[3]), []).append(int(match[2]))
@@ -176,7 +176,7 @@ def _find_sets(directory: Path) -> Iterator[WeightSet]:
     yield from sorted(sets, key=lambda one: not one.is_canonical)
 
 
-def _numbered(directory: Path, prefix: str, count: str, found: Sequence[int]) -> WeightSet:
+def _numbered(directory: Place, prefix: str, count: str, found: Sequence[int]) -> WeightSet:
     """The shards `found`, in order, and the first that is missing (a name may claim 99,999 of them)."""
     missing = next((number for number, other in enumerate(found, 1) if number != other), len(found) + 1)
     numbers = [*found, missing] if missing <= int(count) else found
@@ -184,7 +184,7 @@ def _numbered(directory: Path, prefix: str, count: str, found: Sequence[int]) ->
     return WeightSet(f"{prefix}-*-of-{count}.safetensors", paths)
 
 
-def _weight_map(index: Mapping[str, Any], file: Path) -> Mapping[str, str]:
+def _weight_map(index: Mapping[str, Any], file: Place) -> Mapping[str, str]:
     """The files by tensor; SourceError on a map that leaves the directory, or is none."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -197,7 +197,7 @@ def _weight_map(index: Mapping[str, Any], file: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _no_weights(directory: Path) -> SourceError:
+def _no_weights(directory: Place) -> SourceError:
     if any(directory.glob("pytorch_model*.bin")) or any(directory.glob("*.pth")):
         return SourceError(
             "only pickled weights (pytorch_model.bin), which are never loaded here",

@@ -72,7 +72,7 @@ def _lines(found: Inspection, width: int, tensors: bool, head: int | None) -> It
     if found.problems:
         yield from ("", f"problems ({len(found.problems)})")
     for problem in found.problems:
-        file = f"{problem.file.name}: " if problem.file != found.path else ""
+        file = f"{problem.file.name}: " if str(problem.file) != str(found.path) else ""
         yield from _wrapped(f"{file}{_where(problem.tensor)}{problem.message} [{problem.code}]", width)
 
 

@@ -20,6 +20,7 @@ from streamconv.engine.layout import MAX_DEFAULT_WORKERS, Step
 from streamconv.engine.split import Part, SplitOptions
 from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.files.local import FileId, files_read
+from streamconv.files.store import Place
 from streamconv.ggml.policy import OUTTYPES, outtype_hint
 from streamconv.gguf.format import Buffer, KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, RENAMES
@@ -140,7 +141,7 @@ class Job:
     options: Mapping[str, str]
     cautions: list[Caution] = field(default_factory=list)
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    base: Path | None = None  # of an adapter: the model it is for
+    base: Place | None = None  # of an adapter: the model it is for
     sources: Mapping[FileId, Path] = field(default_factory=files_read)  # every file that was read, none to write over
     started: float = field(default_factory=time.monotonic)
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
@@ -167,7 +166,7 @@ def _is_for_want_of_memory(error: Exception) -> bool:
     return not isinstance(error, Overdraft)
 
 
-def too_small(limit: int, needed: int, file: Path | None = None) -> BudgetError:
+def too_small(limit: int, needed: int, file: object = None) -> BudgetError:
     needed_mib = -(-(needed + RUN_TO_RUN_NBYTES) // MIB)
     return BudgetError(
         f"a memory bound of {in_words(limit)} is too small: this conversion needs {needed_mib} MiB",

@@ -12,6 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamconv.errors import SourceError
+from streamconv.files.local import local_path, local_place
+from streamconv.files.store import Place, Store, StorePath
+
+Source = str | Store | Place  # what callers name as one
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # a model's, an adapter's
 
@@ -32,7 +36,15 @@ def source_failures() -> Iterator[None]:
 
 
 @source_failures()
-def find_source(source: str | Path) -> Path:
+def find_source(source: Source) -> Place:
+    """The place that `source` means: a store's own, or what `find_path` finds. SourceError as there."""
+    if isinstance(source, Store):
+        return StorePath(source)
+    return source if isinstance(source, StorePath) else local_place(find_path(str(source)))
+
+
+@source_failures()
+def find_path(source: str | Path) -> Path:
     """The path that `source` means: itself where it exists, or a repo id's snapshot in the local Hugging Face cache.
 
     SourceError where it could be a repo id and is not there; a repo id needs the `hub` extra.
@@ -95,8 +107,11 @@ def _main_revision(entry: Path) -> str | None:
     return text.decode("ascii") if _REVISION.fullmatch(text) else None
 
 
-def model_name(path: Path) -> str:
-    """What a model at `path` is called: the folder's name, or in the Hugging Face cache its repo's."""
+def model_name(place: Place) -> str:
+    """What a model at `place` is called: the folder's name, or in the Hugging Face cache its repo's."""
+    path = local_path(place)
+    if path is None:
+        return place.stem if place.is_file() else place.name
     path = path.absolute()
     for folder in (path, *path.parents[:2]):
         if match := _CACHE_ENTRY.fullmatch(folder.name):

@@ -1,9 +1,7 @@
-"""A file of strangers read at positions, and forward through one small window.
+"""Files of this machine as blobs, bounds-checked: reads at an offset, or forward through a small window.
 
-Owns: bounds of reads, and which files were read, so that none of them is written over. Does not own: what the bytes
-mean (gguf_file/reader.py).
-Invariants: nothing is mapped, so a file that shrinks is an error of ours and never a SIGBUS; nothing is read or
-allocated for a length that the file does not have; every file that a run reads is opened here.
+Nothing is read or allocated for a length that a file does not have, and every file that a run reads is opened here, so
+that none of them is written over.
 """
 
 from __future__ import annotations
@@ -11,21 +9,20 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamconv.errors import SourceError, SourceReadError
+from streamconv.files.store import Blob, Buffer, Identity, Place, Store, StorePath
 
 WINDOW_NBYTES = 64 << 10
-
-Buffer = NDArray[np.uint8] | bytearray | memoryview  # one dimension of bytes
+_COMPARED_NBYTES = 64 << 10  # at a time
 
 FileId = tuple[int, int]  # device and inode: the same under every name
 
@@ -33,20 +30,6 @@ _opened: ContextVar[dict[FileId, Path] | None] = ContextVar("opened", default=No
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What tells that a file is still the one that was opened, as it was then."""
-
-    device: int
-    inode: int
-    nbytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Self:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @contextmanager
@@ -64,27 +47,59 @@ def files_read() -> Mapping[FileId, Path]:
     return dict(_opened.get() or {})
 
 
-class PositionedFile:
-    """An open regular file, read at given positions, from any number of threads."""
+@dataclass(frozen=True, slots=True)
+class LocalStore(Store):
+    """A folder of this machine."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.folder.name
+
+    def names(self, folder: str = "") -> Iterable[str]:
+        try:
+            return [entry.name for entry in (self.folder / folder).iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+
+    def open(self, name: str) -> LocalBlob:
+        return LocalBlob(self.folder / name)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def is_folder(self, name: str) -> bool:
+        return (self.folder / name).is_dir()
+
+    def show(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def local_path(self, name: str) -> Path:
+        return self.folder / name
+
+
+class LocalBlob(Blob):
+    """An open regular file, read at given positions. SourceError where it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._path = path
         try:
             # Not blocking: opening a FIFO would wait for its writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise SourceError(f"cannot be opened: {getattr(error, 'strerror', error)}", file=path) from None
         status = os.fstat(self._fd)
-        self.identity = Identity.of(status)
+        self.identity = _identity(status)
         self.nbytes = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise SourceError("is not a regular file", file=path)
         if (opened := _opened.get()) is not None:
-            opened.setdefault((self.identity.device, self.identity.inode), path)
+            opened.setdefault((status.st_dev, status.st_ino), path)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` from byte `offset` on. SourceError where the file ends first or the disk fails."""
         view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
         if offset + len(view) > self.nbytes:
             raise SourceError(f"has {self.nbytes:,} bytes, {offset + len(view):,} are needed", file=self.path)
@@ -103,17 +118,17 @@ class PositionedFile:
     def check_unchanged(self) -> None:
         """SourceError if the file under this path is no longer the one that was opened, as it was then."""
         try:
-            now = self.path.stat()
+            now = self._path.stat()
         except OSError:
             raise self._changed("it is gone from its path") from None
-        if Identity.of(os.fstat(self._fd)) != self.identity:
+        if _identity(os.fstat(self._fd)) != self.identity:
             raise self._changed("its size or time is not what it was")
-        if Identity.of(now) != self.identity:
+        if _identity(now) != self.identity:
             raise self._changed("another file has taken its place")
 
     def _changed(self, how: str) -> SourceError:
         hint = "let its writer finish, then start again"
-        return SourceError(f"changed while it was read: {how}", file=self.path, hint=hint)
+        return SourceError(f"changed while it was read: {how}", file=self.path, hint=hint, code="source-changed")
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -121,15 +136,59 @@ class PositionedFile:
             os.close(fd)
 
 
-def read_start(path: Path, max_nbytes: int) -> bytearray:
+def _identity(status: os.stat_result) -> Identity:
+    """Device and inode may be others after a restart, or where a folder was moved; size and time stay."""
+    return Identity(f"{status.st_size} {status.st_mtime_ns}", (status.st_dev, status.st_ino))
+
+
+def local_place(path: Path) -> StorePath:
+    """A path of this machine as a place in the store of its folder, or as a store where it is a folder itself."""
+    return StorePath(LocalStore(path)) if path.is_dir() else StorePath(LocalStore(path.parent), path.name)
+
+
+def local_path(place: Place) -> Path | None:
+    """The path of this machine that is at `place`; None where it has none here."""
+    return place.store.local_path(place.key) if isinstance(place, StorePath) else Path(str(place))
+
+
+def absolute(place: Place) -> str:
+    """What messages call `place` where a path from the current directory would say too little."""
+    path = local_path(place)
+    return str(place if path is None else path.absolute())
+
+
+def open_blob(place: Place) -> Blob:
+    """The file at `place`, which is the only way to read of a source. SourceError where it cannot be opened."""
+    return place.open() if isinstance(place, StorePath) else LocalBlob(Path(str(place)))
+
+
+def file_nbytes(place: Place) -> int:
+    """The size of the file at `place`, 0 where there is none. SourceError where it cannot be opened."""
+    if not place.exists():
+        return 0
+    with open_blob(place) as blob:
+        return blob.nbytes
+
+
+def read_start(place: Place, max_nbytes: int) -> bytearray:
     """The file's bytes, as many of them as `max_nbytes`. SourceError where it cannot be read."""
-    file = PositionedFile(path)
-    try:
-        text = bytearray(min(file.nbytes, max_nbytes))
-        file.read_into(0, text)
-    finally:
-        file.close()
+    with open_blob(place) as blob:
+        text = bytearray(min(blob.nbytes, max_nbytes))
+        blob.read_into(0, text)
     return text
+
+
+def has_same_content(one: Place, other: Place) -> bool:
+    """Whether both files hold the same bytes. SourceError where one cannot be read."""
+    with open_blob(one) as ours, open_blob(other) as theirs:
+        if ours.nbytes != theirs.nbytes:
+            return False
+        for start in range(0, ours.nbytes, _COMPARED_NBYTES):
+            nbytes = min(_COMPARED_NBYTES, ours.nbytes - start)
+            with ours.view(start, nbytes) as left, theirs.view(start, nbytes) as right:
+                if left != right:
+                    return False
+    return True
 
 
 class Cursor:
@@ -138,7 +197,7 @@ class Cursor:
     For messages: `where` says what is being read, `tensor` of which tensor, `limit` why `end` is not the file's end.
     """
 
-    def __init__(self, file: PositionedFile, position: int, end: int, limit: str) -> None:
+    def __init__(self, file: Blob, position: int, end: int, limit: str) -> None:
         self.file = file
         self.position = position
         self.end = end

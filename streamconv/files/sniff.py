@@ -8,10 +8,10 @@ Invariant: a guess for a message only; nothing is parsed on the strength of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from streamconv.errors import SourceError
-from streamconv.files.local import read_start
+from streamconv.files.local import absolute, read_start
+from streamconv.files.store import Place
 
 HEAD_NBYTES = 512
 
@@ -89,7 +89,7 @@ def guess_other(head: bytes, own: Guess) -> Guess | None:
     return None if found is own else found
 
 
-def misplaced(path: Path, asked: str, config: str) -> SourceError:
+def misplaced(path: Place, asked: str, config: str) -> SourceError:
     """The error for a file that is named where `asked`, a folder that has a file `config`, belongs.
 
     SourceError is raised where the file cannot be read.
@@ -99,5 +99,5 @@ def misplaced(path: Path, asked: str, config: str) -> SourceError:
     if found is SAFETENSORS:
         hint = "give it a name that ends in .safetensors"
     elif (path.parent / config).is_file():
-        hint = f"name the folder, {path.parent.absolute()}"
+        hint = f"name the folder, {absolute(path.parent)}"
     return SourceError(f"is no {asked}" + (f": this is {found.what}" if found else ""), file=path, hint=hint)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from streamconv.errors import SourceError
 from streamconv.files import sniff as magic
-from streamconv.files.local import read_start
+from streamconv.files.local import file_nbytes, read_start
+from streamconv.files.store import Place
 
 MAX_NBYTES = 64 << 20
 MAX_CONFIG_NBYTES = 1 << 20  # where no one has counted the memory; published configs have up to 60 KB
@@ -25,7 +25,7 @@ _OBJECT_NBYTES_PER_MARK = 140
 _MARKS = (b",", b":", b"[", b"{")
 
 
-def parse_object(text: bytes | bytearray, file: str | Path, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
+def parse_object(text: bytes | bytearray, file: object, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
     """The JSON object in `text`: UTF-8, a byte-order mark or none. SourceError naming `file` on anything else."""
     if len(text) > max_nbytes:
         raise SourceError(f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file)
@@ -57,25 +57,25 @@ def objects_nbytes(pieces: Iterable[bytes | bytearray]) -> int:
 
 
 def load_object(
-    path: Path, max_nbytes: int = MAX_NBYTES, *, afford: Callable[[int], None] = lambda nbytes: None
+    path: Place, max_nbytes: int = MAX_NBYTES, *, afford: Callable[[int], None] = lambda nbytes: None
 ) -> dict[str, Any]:
     """The JSON object in the file at `path`; SourceError where that has more than `max_nbytes`.
 
     `afford` is called with the bytes of memory that reading will take, then with those of reading and parsing, each
     before they are taken; it may raise.
     """
-    afford(min(path.stat().st_size, max_nbytes + 1))
+    afford(min(file_nbytes(path), max_nbytes + 1))
     text = read_start(path, max_nbytes + 1)
     afford(len(text) + objects_nbytes([text]))
     return parse_object(text, path, max_nbytes)
 
 
-def load_object_if_present(path: Path) -> dict[str, Any]:
+def load_object_if_present(path: Place) -> dict[str, Any]:
     """As `load_object`; an empty object where there is no such file."""
     return load_object(path) if path.exists() else {}
 
 
-def _malformed(text: bytes | bytearray, file: str | Path, problem: str, hint: str | None = None) -> SourceError:
+def _malformed(text: bytes | bytearray, file: object, problem: str, hint: str | None = None) -> SourceError:
     """`problem`, unless the text is that of another kind of file, whose name says more."""
     if other := magic.guess_other(bytes(text[: magic.HEAD_NBYTES]), magic.JSON):
         problem, hint = f"malformed JSON: this is {other.what}", other.hint

@@ -27,7 +27,8 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from streamconv.errors import SourceError
 from streamconv.files import sniff as magic
-from streamconv.files.local import Buffer, Cursor, PositionedFile
+from streamconv.files.local import Cursor, open_blob
+from streamconv.files.store import Blob, Buffer, Place
 from streamconv.ggml.element_types import tensor_nbytes
 from streamconv.gguf.format import (
     DEFAULT_ALIGNMENT,
@@ -68,7 +69,7 @@ class FileProblem:
 
     code: str
     message: str
-    file: Path
+    file: Place
     tensor: str | None = None
 
 
@@ -85,7 +86,7 @@ def refuse(problems: Iterable[FileProblem], ignore: Collection[str] = ()) -> Non
 class Span:
     """A value left in the file: an array, or one string above MAX_TEXT_NBYTES. Iterating reads it piece by piece."""
 
-    file: PositionedFile = field(repr=False)
+    file: Blob = field(repr=False)
     element: GGUFValueType
     length: int
     offset: int  # of the first value, from the start of the file
@@ -162,7 +163,7 @@ class StoredTensor:
 class GGUFFile:
     """Keys and tensors in file order, and the problems found; a context manager that holds the file open for reads."""
 
-    file: PositionedFile
+    file: Blob
     version: int
     alignment: int
     data_offset: int  # from the start of the file
@@ -172,9 +173,9 @@ class GGUFFile:
     kept_nbytes: int  # of memory, about
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Place) -> Self:
         """The file at `path`, its header parsed. SourceError where it cannot be."""
-        file = PositionedFile(Path(path))
+        file = open_blob(Path(path) if isinstance(path, str) else path)
         try:
             return cls(file, *_Parser(file).parse())
         except BaseException:
@@ -188,7 +189,7 @@ class GGUFFile:
         self.file.close()
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.file.path
 
     def scalar(self, key: str, kind: type[T]) -> T | None:
@@ -211,7 +212,7 @@ class GGUFFile:
 class _Parser:
     """One pass over a header."""
 
-    def __init__(self, file: PositionedFile) -> None:
+    def __init__(self, file: Blob) -> None:
         self.file = file
         self.cursor = Cursor(file, 0, min(file.nbytes, MAX_HEADER_NBYTES), "no model's header is as large")
         self.keys: dict[str, GGUFKey] = {}

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from streamconv.errors import SourceError
+from streamconv.files.store import Place
 from streamconv.gguf.reader import MAX_KEPT_NBYTES, FileProblem, GGUFFile, GGUFKey, StoredTensor
 
 _PART_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -28,7 +28,7 @@ class GGUFSet:
     problems: tuple[FileProblem, ...]
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Place) -> Self:
         """The file at `path` and, where it is the first part of a split, the other parts beside it.
 
         SourceError where a file cannot be parsed. A part that is missing or does not belong is a listed problem.
@@ -78,12 +78,11 @@ def _integer(file: GGUFFile, key: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Place) -> bool:
     try:
-        path.stat()
+        return path.exists()
     except OSError:
         return False
-    return True
 
 
 def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
@@ -105,7 +104,7 @@ def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
         return
     missing = []
     for i in range(1, count):
-        path = first.path.with_name(part_name(match["prefix"], i + 1, count))
+        path = first.path.parent / (part_name(match["prefix"], i + 1, count))
         if _exists(path):
             files.append(part := GGUFFile.open(path))
             yield from _check_part(part, i, count)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.errors import Caution, SourceError
-from streamconv.files.hub import CONFIG, find_source, source_failures
+from streamconv.files.hub import CONFIG, Source, find_source, source_failures
+from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.reader import GGUFKey, Span, refuse
@@ -81,7 +81,7 @@ class BaseModel:
     tells itself; the others follow from `dims`. is_tied: None where the base does not tell.
     """
 
-    path: Path
+    path: Place
     recipe: Recipe
     dims: Mapping[str, int]
     kinds: Mapping[str, Sequence[str]]
@@ -161,12 +161,12 @@ def _extent(factors: Sequence[str], dims: Mapping[str, int]) -> int | None:
 
 
 @source_failures()
-def open_base(path: Path, max_header_nbytes: int) -> BaseModel:
-    """The base at `path`: a GGUF file, or the first of a split, or a folder with a config.json.
+def open_base(source: Source, max_header_nbytes: int) -> BaseModel:
+    """The base at `source`: a GGUF file, or the first of a split, or a folder with a config.json.
 
     SourceError where it cannot be read, or where its architecture has no recipe.
     """
-    path = find_source(path)
+    path = find_source(source)
     if not path.is_dir():
         return _from_gguf(path)
     if not (path / CONFIG).is_file():
@@ -179,7 +179,7 @@ def open_base(path: Path, max_header_nbytes: int) -> BaseModel:
 # ---------------------------------------------------------------- a GGUF
 
 
-def _from_gguf(path: Path) -> BaseModel:
+def _from_gguf(path: Place) -> BaseModel:
     with GGUFSet.open(path) as file:
         refuse(file.problems, ignore=("truncated", "split-missing"))  # only names and shapes are needed
         facts = _GGUFFacts(path, file.keys)
@@ -207,7 +207,7 @@ def _from_gguf(path: Path) -> BaseModel:
 class _GGUFFacts:
     """A recipe's keys read backwards: from the values in a file to dims and kinds of layers."""
 
-    def __init__(self, path: Path, keys: Mapping[str, GGUFKey]) -> None:
+    def __init__(self, path: Place, keys: Mapping[str, GGUFKey]) -> None:
         self.path, self.keys = path, keys
         self.kinds: dict[str, list[str]] = {}
         if self._value("general.type") == "adapter":
@@ -288,7 +288,7 @@ class _GGUFFacts:
 # ---------------------------------------------------------------- a Hugging Face folder
 
 
-def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
+def _from_folder(path: Place, max_header_nbytes: int) -> BaseModel:
     raw = load_object(path / CONFIG, MAX_CONFIG_NBYTES)
     # A quantised base (as QLoRA trains on) has other shapes on disk; its config.json gives the real ones.
     is_quantized = bool([key for key in QUANTIZATION_KEYS if raw.pop(key, None) is not None])
@@ -304,7 +304,7 @@ def _from_folder(path: Path, max_header_nbytes: int) -> BaseModel:
     return _from_config(path, recipe, config)
 
 
-def _from_config(path: Path, recipe: Recipe, config: Config) -> BaseModel:
+def _from_config(path: Place, recipe: Recipe, config: Config) -> BaseModel:
     model = Model(recipe, config, solve_dims(recipe, stated_dims(recipe, config)))
     if not 1 <= model.dims.get(N_LAYERS, 0) <= MAX_LAYERS:
         name = recipe.dims[N_LAYERS].label
@@ -320,7 +320,7 @@ def _from_config(path: Path, recipe: Recipe, config: Config) -> BaseModel:
     return _of_model(path, model, recipe.tied_by_default if stated is None else stated, None)
 
 
-def _of_model(path: Path, model: Model, is_tied: bool, targets: frozenset[str] | None) -> BaseModel:
+def _of_model(path: Place, model: Model, is_tied: bool, targets: frozenset[str] | None) -> BaseModel:
     copied = tuple(key for key in model.recipe.keys if key.name in COPIED_KEYS and _has_value(key, model))
     return BaseModel(
         path=path,

@@ -18,7 +18,9 @@ from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.errors import SourceError
 from streamconv.files import sniff as magic
-from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, find_source, source_failures
+from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, Source, find_source, source_failures
+from streamconv.files.local import local_path
+from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.lora.config import Problem
 
@@ -75,7 +77,7 @@ class Factors:
 class LoraFile:
     """An adapter, its header read and nothing else. A context manager: it holds the file open."""
 
-    directory: Path
+    directory: Place
     config: Config
     shard: Shard
     factors: dict[str, Factors] = field(default_factory=dict)  # by module
@@ -83,12 +85,12 @@ class LoraFile:
 
     @classmethod
     @source_failures()
-    def open(cls, path: Path, max_header_nbytes: int) -> Self:
-        """The adapter in the folder `path`, or the one safetensors file `path` with its configuration beside it.
+    def open(cls, source: Source, max_header_nbytes: int) -> Self:
+        """The adapter in the folder `source`, or the one safetensors file `source` with its configuration beside it.
 
         SourceError where a file is missing or malformed.
         """
-        path = find_source(path)
+        path = find_source(source)
         if not path.exists():
             raise SourceError("no such adapter", file=path)
         if path.is_file() and path.suffix != ".safetensors":
@@ -136,14 +138,14 @@ def parse_name(name: str) -> tuple[str, str]:
     return "unknown", name
 
 
-def _find_weights(directory: Path) -> Path:
+def _find_weights(directory: Place) -> Place:
     """The weights in a folder: the finished adapter, else the one numbered checkpoint."""
     finished = [directory / name for name in WEIGHTS if (directory / name).is_file()]
     if len(finished) > 1:
         raise SourceError(f"{' and '.join(WEIGHTS)} are both there", file=directory, hint=f"name one, as {finished[0]}")
     if finished:
         return finished[0]
-    numbered = sorted(directory.glob(NUMBERED))
+    numbered = sorted(directory.glob(NUMBERED), key=lambda path: path.name)
     if len(numbered) == 1:
         return numbered[0]
     if numbered:
@@ -153,7 +155,7 @@ def _find_weights(directory: Path) -> Path:
     raise SourceError("no adapter_model.safetensors or adapters.safetensors", file=directory, hint=_missing(directory))
 
 
-def _missing(directory: Path) -> str:
+def _missing(directory: Place) -> str:
     if (directory / "adapter_model.bin").exists():
         return "adapter_model.bin is pickled, which is never loaded here: save it again with peft, as safetensors"
     if (directory / CONFIG).is_file() and not (directory / ADAPTER_CONFIG).is_file():
@@ -162,5 +164,6 @@ def _missing(directory: Path) -> str:
     return f"there is one in {inside}" if inside else "name the folder that holds them"
 
 
-def _grandchildren(directory: Path) -> Iterator[Path]:
-    return (file for name in WEIGHTS for file in sorted(directory.glob(f"*/{name}")))
+def _grandchildren(directory: Place) -> Iterator[Path]:
+    folder = local_path(directory)
+    return (file for name in WEIGHTS for file in sorted(folder.glob(f"*/{name}") if folder else ()))

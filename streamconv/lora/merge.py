@@ -16,12 +16,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from streamconv.checkpoint.config import MAX_NUMBER
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.errors import Caution, SourceError
+from streamconv.files.store import Place
 from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
 from streamconv.lazy.leaves import sources
 from streamconv.lazy.node import LazyTensor
@@ -54,7 +54,7 @@ class Merged:
     """A model with its adapters merged. vocabulary: the folder of its tokenizer. options: what decides its bytes."""
 
     model: Model
-    vocabulary: Path
+    vocabulary: Place
     adapters: tuple[Adapter, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     cautions: tuple[Caution, ...] = ()
@@ -64,7 +64,7 @@ class Merged:
         return tuple(adapter.file.shard for adapter in self.adapters)
 
     @property
-    def directories(self) -> tuple[Path, ...]:
+    def directories(self) -> tuple[Place, ...]:
         return tuple(adapter.file.directory for adapter in self.adapters)
 
     def changed_by(self, tensor: LazyTensor) -> tuple[str, ...]:
@@ -381,7 +381,7 @@ class _Merge:
             raw |= {key: False for key in self.recipe.tie_keys if key in raw}
         return Config(raw, self.model.config.file)
 
-    def _tokenizer(self) -> Path:
+    def _tokenizer(self) -> Place:
         """The folder of the tokenizer: beside the adapter that brought or changed embedding or head, where it is."""
         taken = self.checkpoint.directory
         beside = [adapter.file.directory for adapter in self._ends_from()]

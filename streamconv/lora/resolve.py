@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import Caution, SourceError
+from streamconv.files.store import Place
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import Transpose
 from streamconv.lora.base import BaseModel, Slot
@@ -106,7 +106,7 @@ def base_hint(problems: Sequence[Problem], adapter: LoraFile) -> str | None:
     return f"{adapter.config.file.name} names its base: {name:.200}" if name and is_other else None
 
 
-def refuse_all(what: str, found: Sequence[Problem], file: Path, hint: str | None = None) -> None:
+def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | None = None) -> None:
     """SourceError with all problems `found`, if there are any: in its line in short, in its `problems` whole."""
     if not found:
         return

@@ -14,9 +14,11 @@ from numbers import Real
 from pathlib import Path
 
 from streamconv.errors import UsageError
+from streamconv.files.hub import Source
+from streamconv.files.store import Store, StorePath
 from streamconv.lora.files import LoraFile
 
-AdapterSpec = str | Path | tuple[str | Path, float]  # a path, or a path and its weight
+AdapterSpec = Source | tuple[Source, float]  # a path, or a path and its weight
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -46,21 +48,21 @@ def open_adapters(specs: Sequence[AdapterSpec], max_header_nbytes: int) -> Itera
 
     SourceError on what is missing or malformed, UsageError on what is no list of them, a single path included.
     """
-    if isinstance(specs, str | Path):
+    if not isinstance(specs, Sequence) or isinstance(specs, str):
         raise UsageError(f"{str(specs)!r} is no list of adapters", hint="put it into one, [path] or [(path, weight)]")
     with ExitStack() as stack:
         opened = []
-        for path, weight in map(_path_and_weight, specs):
-            opened.append(Adapter(stack.enter_context(LoraFile.open(path, max_header_nbytes)), weight))
+        for source, weight in map(_source_and_weight, specs):
+            opened.append(Adapter(stack.enter_context(LoraFile.open(source, max_header_nbytes)), weight))
         yield tuple(opened)
 
 
-def _path_and_weight(spec: AdapterSpec) -> tuple[Path, float]:
-    path, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
-    if not (isinstance(path, str | Path) and isinstance(weight, Real)):
+def _source_and_weight(spec: AdapterSpec) -> tuple[Source, float]:
+    source, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
+    if not (isinstance(source, str | Path | Store | StorePath) and isinstance(weight, Real)):
         raise UsageError(f"{spec!r} is no adapter", hint="name its folder, or the pair of that and a weight")
-    if not str(path):
+    if not str(source):
         raise UsageError("an adapter without a name", hint="name its folder")
     if not math.isfinite(weight):
         raise UsageError(f"{weight} is no weight of an adapter")
-    return Path(path), float(weight)
+    return source, float(weight)

@@ -5,14 +5,14 @@ Owns: telling whether two of a kind are the same. Does not own: which of them a 
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from streamconv.checkpoint.safetensors import SourceTensor
+from streamconv.files.local import has_same_content
+from streamconv.files.store import Place
 from streamconv.lora.specs import Adapter
 from streamconv.recipe.dims import extents, match_name
 from streamconv.recipe.language import Model
@@ -68,14 +68,14 @@ def one_by_one(model: Model, name: str, stack: SourceTensor) -> Iterator[tuple[s
             yield alone[row.target].format(i=numbers[0], e=e), expert
 
 
-def has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Place) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
-def left_out(folder: Path, taken: Path) -> Path | None:
+def left_out(folder: Place, taken: Place) -> Place | None:
     """A tokenizer's file in `folder` that is another one than in `taken`, or that is not there; None: there is none."""
     for name in (*TOKENIZERS, CHAT_TEMPLATE):
         ours, theirs = folder / name, taken / name
-        if ours.is_file() and not (theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)):
+        if ours.is_file() and not (theirs.is_file() and has_same_content(ours, theirs)):
             return ours
     return None

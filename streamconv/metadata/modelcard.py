@@ -18,10 +18,13 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 from streamconv.errors import Caution
 from streamconv.files.hub import CONFIG, model_name
 from streamconv.files.local import read_start
+from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.lazy.node import TensorSpec
 
+CARD = "README.md"
+FENCE = "---"  # around its front matter
 MAX_CARD_NBYTES = 1 << 20
 MAX_FRONT_MATTER_NBYTES = 64 << 10  # YAML takes up to 340 bytes of memory for each; published ones have a few thousand
 
@@ -51,13 +54,13 @@ class General:
 
 
 def read_general(
-    directory: Path,
+    directory: Place,
     *,
     arch: str,
     name: str | None,
     specs: Iterable[tuple[str, TensorSpec]],
     kind: str = "model",
-    merged: Sequence[Path] = (),
+    merged: Sequence[Place] = (),
 ) -> General:
     """The keys as llama.cpp's converter writes them, general.architecture and general.type first.
 
@@ -90,37 +93,46 @@ def read_general(
     return General((*head, *keys, *tail), tuple(cautions), metadata)
 
 
-def _read_cards(directory: Path, merged: Sequence[Path], n_parameters: int) -> Any:
+def _read_cards(directory: Place, merged: Sequence[Place], n_parameters: int) -> Any:
     """gguf's metadata of what is in `directory`, with adapters merged into it. ValueError where a card is too large."""
-    for folder in (directory, *merged):
-        _check_size(folder / "README.md")
     metadata = _load(directory, n_parameters)
     if merged:
         _make_fine_tune(metadata, [_load(folder, -1) for folder in merged])
     return metadata
 
 
-def _check_size(card: Path) -> None:
-    """ValueError where reading `card` would take more memory than the bound leaves for what nobody counts."""
-    if not card.is_file():
-        return
-    text = read_start(card, MAX_CARD_NBYTES + 1)
+def _read_card(path: Place) -> dict[str, Any]:
+    """The front matter of a model card, read as gguf's Metadata.load_model_card does; empty where there is none.
+
+    ValueError where reading it would take more memory than the bound leaves for what nobody counts.
+    """
+    import yaml
+
+    if not path.is_file():
+        return {}
+    text = read_start(path, MAX_CARD_NBYTES + 1)
     if len(text) > MAX_CARD_NBYTES:
-        raise ValueError(f"README.md is larger than {MAX_CARD_NBYTES:,} bytes")
-    lines = text[:MAX_FRONT_MATTER_NBYTES].decode("utf-8", "replace").splitlines()
-    if len(text) > MAX_FRONT_MATTER_NBYTES and lines[0] == "---" and "---" not in lines[1:-1]:
+        raise ValueError(f"{CARD} is larger than {MAX_CARD_NBYTES:,} bytes")
+    first, *lines = text.decode("utf-8").splitlines() or [""]
+    if first != FENCE:
+        return {}
+    matter = "\n".join(lines[: lines.index(FENCE)] if FENCE in lines else lines) + "\n"
+    if len(matter) > MAX_FRONT_MATTER_NBYTES:
         raise ValueError(f"its front matter is larger than {MAX_FRONT_MATTER_NBYTES:,} bytes")
+    # Norway is not false, and a tab is two spaces.
+    data = yaml.safe_load(matter.replace("- no\n", '- "no"\n').replace("\t", "  "))
+    return data if isinstance(data, dict) else {}
 
 
-def _load(directory: Path, n_parameters: int) -> Any:
+def _load(directory: Place, n_parameters: int) -> Any:
     """gguf's metadata of what is in `directory`; in the Hugging Face cache, with the repo's name for the folder's.
 
     As gguf's Metadata.load, which takes JSON with a byte-order mark for malformed.
     """
     from gguf.metadata import Metadata
 
-    card, params = Metadata.load_model_card(directory), load_object_if_present(directory / CONFIG)
-    name = Path(model_name(directory.absolute()))
+    card, params = _read_card(directory / CARD), load_object_if_present(directory / CONFIG)
+    name = Path(model_name(directory))
     metadata = Metadata.apply_metadata_heuristic(Metadata(), card, params, name, n_parameters)
     sampling = load_object_if_present(directory / "generation_config.json")
     for field in fields(metadata):

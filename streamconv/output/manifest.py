@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from streamconv.engine.layout import Layout
-from streamconv.files.local import PositionedFile
+from streamconv.files.local import LocalBlob
 
 BUFFER_NBYTES = 1 << 20
 
@@ -31,7 +31,7 @@ class Digests:
 
 def digest(path: Path, layout: Layout) -> Digests:
     """The digests of the file at `path`, which `layout` describes. SourceError where it cannot be read."""
-    file = PositionedFile(path)
+    file = LocalBlob(path)
     try:
         whole = hashlib.sha256()
         tensors = {}
@@ -52,7 +52,7 @@ def digest(path: Path, layout: Layout) -> Digests:
         file.close()
 
 
-def _blocks(file: PositionedFile, start: int, end: int) -> Iterator[memoryview]:
+def _blocks(file: LocalBlob, start: int, end: int) -> Iterator[memoryview]:
     buffer = np.empty(min(BUFFER_NBYTES, end - start), dtype=np.uint8)
     for offset in range(start, end, BUFFER_NBYTES):
         part = buffer[: min(BUFFER_NBYTES, end - offset)]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from streamconv.engine.split import Part
 from streamconv.errors import UsageError
+from streamconv.files.local import local_path
+from streamconv.files.store import Place
 from streamconv.gguf.reader import Span
 from streamconv.gguf.splits import GGUFSet
 
@@ -72,17 +74,18 @@ class Modelfile:
     text: str
 
 
-def plan_modelfile(output: Part, base: Path | None = None) -> Modelfile:
-    """The Modelfile beside `output`, for the model in it, or for the adapter in it on `base`.
+def plan_modelfile(output: Part, place: Place | None = None) -> Modelfile:
+    """The Modelfile beside `output`, for the model in it, or for the adapter in it on the base at `place`.
 
     UsageError where Ollama could not take it: a part of a split, an adapter whose base is no GGUF file.
     """
     if output.is_of_split:
         raise UsageError("--modelfile is for one file: Ollama imports no split ones")
-    if base is not None and not base.is_file():
+    base = None if place is None else local_path(place)
+    if place is not None and not (base and base.is_file()):
         raise UsageError(
             "--modelfile needs the base's GGUF, to which Ollama applies the adapter",
-            file=base,
+            file=place,
             hint="convert the base first and give its GGUF as --base",
         )
     path = modelfile_path(output.path)

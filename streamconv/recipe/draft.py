@@ -13,13 +13,13 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, MODEL_TENSORS, TENSOR_NAMES
 from gguf.tensor_mapping import TensorNameMap
 
 from streamconv.checkpoint.folder import Checkpoint
+from streamconv.files.store import Place
 from streamconv.recipe.dims import match_name
 from streamconv.recipe.language import all_recipes
 
@@ -70,7 +70,7 @@ COMMON = frozenset(
 )
 
 
-def draft(directory: Path) -> str:
+def draft(directory: Place) -> str:
     """The text of a recipe module for the checkpoint in `directory`. SourceError where that cannot be opened."""
     with Checkpoint.open(directory) as checkpoint:
         return _Draft(checkpoint.config.raw, {name: one.shape for name, one in checkpoint.tensors.items()}).text()

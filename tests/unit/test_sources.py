@@ -17,7 +17,7 @@ from gguf import GGUFReader
 import streamconv
 from streamconv.api.inspect_file import inspect
 from streamconv.errors import SourceError
-from streamconv.files.hub import find_source, model_name
+from streamconv.files.hub import find_path, model_name
 from tests import tiny
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -63,7 +63,7 @@ def snapshot(hub: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("given", ["snapshot", "entry", "repo id"])
 def test_a_cache_entry_is_named_after_its_repo(tmp_path: Path, hub: Path, snapshot: Path, given: str) -> None:
     src = {"snapshot": snapshot, "entry": snapshot.parents[1], "repo id": "some-owner/Tiny-LFM-2B-it"}[given]
-    assert find_source(src) == snapshot
+    assert find_path(src) == snapshot
     report = streamconv.convert(src)
     plain = streamconv.convert(tmp_path / "built", tmp_path / "plain.gguf")
     assert name_of(report.output) == "Tiny LFM 2B It"
@@ -77,9 +77,9 @@ def test_a_cache_entry_is_named_after_its_repo(tmp_path: Path, hub: Path, snapsh
 def test_the_revision_that_main_names(hub: Path, snapshot: Path, tmp_path: Path) -> None:
     entry = snapshot.parents[1]
     cache(hub, "some-owner/Tiny-LFM-2B-it", tiny.lfm2(tmp_path / "newer", seed=9), revision="f" * 40)
-    assert find_source(entry) == entry / "snapshots" / ("f" * 40)
+    assert find_path(entry) == entry / "snapshots" / ("f" * 40)
     (entry / "refs" / "main").write_text(REVISION + "\n")
-    assert find_source(entry) == snapshot
+    assert find_path(entry) == snapshot
 
 
 def test_adapters_and_bases_by_repo_id(tmp_path: Path, hub: Path) -> None:
@@ -124,13 +124,13 @@ def test_without_the_extra_a_repo_id_says_what_it_needs(hub: Path, monkeypatch: 
 def test_a_cache_entry_whose_main_is_no_revision(snapshot: Path, main: bytes) -> None:
     entry = snapshot.parents[1]
     (entry / "refs" / "main").write_bytes(main)
-    assert find_source(entry) == snapshot
+    assert find_path(entry) == snapshot
 
 
 @pytest.mark.parametrize("name", ["models/nope.gguf", "models/nope.safetensors"])
 def test_a_mistyped_file_is_no_repo_id(hub: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "models").mkdir()
-    assert find_source(name) == Path(name)
+    assert find_path(name) == Path(name)
     with pytest.raises(SourceError, match="no such") as caught:
         streamconv.convert(name)
     assert "Hugging Face" not in str(caught.value)
@@ -190,7 +190,7 @@ def test_a_link_into_a_folder_that_may_not_be_searched(
 
 def test_a_path_that_exists_is_no_repo_id(hub: Path, snapshot: Path, tmp_path: Path) -> None:
     here = tiny.llama(tmp_path / "some-owner" / "Tiny-LFM-2B-it")
-    assert find_source("some-owner/Tiny-LFM-2B-it").absolute() == here
+    assert find_path("some-owner/Tiny-LFM-2B-it").absolute() == here
 
 
 def test_a_single_file_with_its_config_beside_it(tmp_path: Path) -> None:

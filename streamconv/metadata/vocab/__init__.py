@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf.constants import Keys, TokenType
 
 from streamconv.errors import Caution, SourceError
+from streamconv.files.store import Place
 from streamconv.gguf.format import KeyValue
 from streamconv.metadata.vocab.agreement import FastTokens
 from streamconv.metadata.vocab.bpe_tokens import byte_fallback_tokens, byte_level_tokens
@@ -44,7 +44,7 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    directory: Path, *, config: Mapping[str, Any], n_vocab: int, default_pre: str | None, pre: str | None
+    directory: Place, *, config: Mapping[str, Any], n_vocab: int, default_pre: str | None, pre: str | None
 ) -> Vocabulary:
     """The tokenizer in `directory` as keys, with `n_vocab` tokens, the embedding's rows.
 
@@ -85,7 +85,7 @@ class _Source:
         return self.tokenizer.merges if self.tokenizer else None
 
 
-def _read_source(directory: Path, companions: Companions, n_vocab: int) -> _Source:
+def _read_source(directory: Place, companions: Companions, n_vocab: int) -> _Source:
     path, model_path = directory / TOKENIZER_JSON, directory / SENTENCEPIECE_MODEL
     tokenizer = None
     if model_path.exists():
@@ -108,7 +108,7 @@ def _read_source(directory: Path, companions: Companions, n_vocab: int) -> _Sour
     return _read_fast(path, companions, n_vocab)
 
 
-def _read_fast(path: Path, companions: Companions, n_vocab: int, difference: str | None = None) -> _Source:
+def _read_fast(path: Place, companions: Companions, n_vocab: int, difference: str | None = None) -> _Source:
     """The tokenizer in a tokenizer.json. `difference`: from the tokenizer.model beside it, which is then left out."""
     if difference is None:
         return _read_json(path, companions, n_vocab)
@@ -123,7 +123,7 @@ def _read_fast(path: Path, companions: Companions, n_vocab: int, difference: str
     return source
 
 
-def _read_json(path: Path, companions: Companions, n_vocab: int) -> _Source:
+def _read_json(path: Place, companions: Companions, n_vocab: int) -> _Source:
     tokenizer = read_tokenizer_json(path, n_vocab)
     merges = _check_supported(tokenizer)
     if _is_byte_level(tokenizer):

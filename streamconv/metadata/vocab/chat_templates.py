@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from gguf.constants import Keys
 
 from streamconv.errors import Caution, SourceError
-from streamconv.files.local import PositionedFile
+from streamconv.files.local import read_start
+from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.metadata.vocab.companions import TOKENIZER_CONFIG, Companions
@@ -40,9 +40,9 @@ def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[Cau
     return keys, cautions
 
 
-def template_files(directory: Path) -> list[Path]:
+def template_files(directory: Place) -> list[Place]:
     """The files that hold nothing but templates, the default one first, in the order of their names."""
-    named = sorted((directory / NAMED_TEMPLATES).glob("*.jinja"))
+    named = sorted(directory.glob(f"{NAMED_TEMPLATES}/*.jinja"), key=lambda path: path.name)
     return [path for path in (directory / TEMPLATE, *named, directory / OLD_TEMPLATE) if path.exists()]
 
 
@@ -66,7 +66,7 @@ def _find(companions: Companions) -> tuple[dict[str, str], list[Caution]]:
     return templates, cautions
 
 
-def _from_files(directory: Path) -> dict[str, str]:
+def _from_files(directory: Place) -> dict[str, str]:
     """chat_template.jinja with its named companions, else the older chat_template.json."""
     if (directory / TEMPLATE).exists():
         named = [(DEFAULT if path.name == TEMPLATE else path.stem, path) for path in template_files(directory)]
@@ -75,7 +75,7 @@ def _from_files(directory: Path) -> dict[str, str]:
     return _from_value(load_object_if_present(path).get("chat_template"), path)
 
 
-def _from_value(value: Any, path: Path) -> dict[str, str]:
+def _from_value(value: Any, path: Place) -> dict[str, str]:
     """One template as a string, or a list of them with names. SourceError for anything else but null."""
     if value is None:
         return {}
@@ -89,7 +89,7 @@ def _from_value(value: Any, path: Path) -> dict[str, str]:
     return _by_name(named, path)
 
 
-def _by_name(named: list[tuple[str, str]], file: Path) -> dict[str, str]:
+def _by_name(named: list[tuple[str, str]], file: Place) -> dict[str, str]:
     """Templates by the names that keys can have; one without a letter is left out, as llama.cpp's converter does."""
     result: dict[str, str] = {}
     for name, text in named:
@@ -101,15 +101,10 @@ def _by_name(named: list[tuple[str, str]], file: Path) -> dict[str, str]:
     return result
 
 
-def _read_text(path: Path) -> str:
-    file = PositionedFile(path)
-    try:
-        if file.nbytes > MAX_NBYTES:
-            raise SourceError(f"{file.nbytes:,} bytes, more than the {MAX_NBYTES:,} it may have", file=path)
-        raw = bytearray(file.nbytes)
-        file.read_into(0, raw)
-    finally:
-        file.close()
+def _read_text(path: Place) -> str:
+    raw = read_start(path, MAX_NBYTES + 1)
+    if len(raw) > MAX_NBYTES:
+        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import SourceError
+from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
 from streamconv.metadata.vocab.tokenizer_json import AddedToken, parse_added_token
 
@@ -27,14 +27,14 @@ FILE_NAMES = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG, ADDED_TOK
 class Companions:
     """Their contents, each empty where there is no such file. `config` is the model's."""
 
-    directory: Path
+    directory: Place
     config: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
     special_tokens_map: Mapping[str, Any]
     generation_config: Mapping[str, Any]
 
     @classmethod
-    def load(cls, directory: Path, config: Mapping[str, Any]) -> Companions:
+    def load(cls, directory: Place, config: Mapping[str, Any]) -> Companions:
         names = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG)
         return cls(directory, config, *(load_object_if_present(directory / name) for name in names))
 

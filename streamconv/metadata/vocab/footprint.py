@@ -7,9 +7,9 @@ hold; tests hold that for real shapes and for the worst that the grammar admits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from streamconv.files.local import PositionedFile
+from streamconv.files.local import file_nbytes, open_blob
+from streamconv.files.store import Place
 from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE, objects_nbytes
 from streamconv.metadata.vocab.chat_templates import template_files
 from streamconv.metadata.vocab.companions import FILE_NAMES
@@ -45,16 +45,16 @@ _WORKING_NBYTES = 4 << 20
 _ADDED_PER_BYTE = 20
 
 
-def vocabulary_nbytes(directory: Path, n_vocab: int) -> tuple[int, int]:
+def vocabulary_nbytes(directory: Place, n_vocab: int) -> tuple[int, int]:
     """(bytes of the keys, which stay; bytes on top of them while the files are read), each an upper bound.
 
     SourceError where a file cannot be read.
     """
-    tokenizer_json, model = _size(directory / TOKENIZER_JSON), _size(directory / SENTENCEPIECE_MODEL)
+    tokenizer_json, model = file_nbytes(directory / TOKENIZER_JSON), file_nbytes(directory / SENTENCEPIECE_MODEL)
     lengths, texts = _strings_nbytes(directory / TOKENIZER_JSON)
-    companions = [path for name in FILE_NAMES if _size(path := directory / name)]
-    n_companions = sum(map(_size, companions))
-    templates = sum(map(_size, template_files(directory)))
+    companions = [path for name in FILE_NAMES if file_nbytes(path := directory / name)]
+    n_companions = sum(map(file_nbytes, companions))
+    templates = sum(map(file_nbytes, template_files(directory)))
     payload = max(lengths + texts, model * 11 // 6)  # a piece has at least 6 bytes, 3 of them text
     kept = payload * 9 // 8 + n_vocab * _ROW_NBYTES + 4 * (n_companions + templates)  # it grows by an eighth at a time
     extra = n_vocab * _ENTRY_NBYTES + _DICT_NBYTES * (1 << (n_vocab * 3 // 2).bit_length())
@@ -64,7 +64,7 @@ def vocabulary_nbytes(directory: Path, n_vocab: int) -> tuple[int, int]:
     return kept, extra + 2 * min(tokenizer_json, MAX_ADDED_NBYTES) + 4 * min(tokenizer_json, MAX_STRING_NBYTES)
 
 
-def _strings_nbytes(path: Path) -> tuple[int, int]:
+def _strings_nbytes(path: Place) -> tuple[int, int]:
     """(bytes of the lengths, bytes of the texts) of all strings in a tokenizer.json as GGUF has them, at most.
 
     Each string is in quotes, and a mark follows it; a space may become a letter of two bytes. An escaped quote counts
@@ -80,22 +80,12 @@ def _strings_nbytes(path: Path) -> tuple[int, int]:
     return _LENGTH_NBYTES * n_strings, max(0, nbytes + n_spaces - 3 * n_strings)
 
 
-def _pieces(path: Path) -> Iterator[bytearray]:
+def _pieces(path: Place) -> Iterator[bytearray]:
     """The file's bytes, some at a time; nothing of one that is larger than a tokenizer.json may be, or not there."""
-    if not 0 < _size(path) <= MAX_NBYTES:
+    if not 0 < file_nbytes(path) <= MAX_NBYTES:
         return
-    file = PositionedFile(path)
-    try:
-        for start in range(0, file.nbytes, _PIECE_NBYTES):
-            piece = bytearray(min(_PIECE_NBYTES, file.nbytes - start))
-            file.read_into(start, piece)
+    with open_blob(path) as blob:
+        for start in range(0, blob.nbytes, _PIECE_NBYTES):
+            piece = bytearray(min(_PIECE_NBYTES, blob.nbytes - start))
+            blob.read_into(start, piece)
             yield piece
-    finally:
-        file.close()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

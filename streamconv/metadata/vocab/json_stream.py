@@ -13,12 +13,12 @@ import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from streamconv.errors import SourceError
 from streamconv.files import sniff as magic
-from streamconv.files.local import PositionedFile
+from streamconv.files.local import open_blob
+from streamconv.files.store import Place
 from streamconv.files.strict_json import objects_nbytes, parse_object
 from streamconv.metadata.vocab.packing import joined, split
 
@@ -77,7 +77,7 @@ class Batch:
             strings = split(joined(strings).translate(_UNMARK))
         return strings, parts[2::2]
 
-    def values(self, file: Path) -> list[Any]:
+    def values(self, file: Place) -> list[Any]:
         """The entries of an array as Python objects. SourceError naming `file` on what is no JSON in them."""
         values: list[Any] = parse_object(b'{"":[' + self.text.rstrip(b" \t\n\r,") + b"]}", file)[""]
         return values
@@ -107,8 +107,8 @@ def _character(escape: re.Match[bytes]) -> bytes:
 class JsonStream:
     """One JSON document, read from its start. Each method leaves the position behind what it has read."""
 
-    def __init__(self, path: Path, max_nbytes: int) -> None:
-        self._file = PositionedFile(path)
+    def __init__(self, path: Place, max_nbytes: int) -> None:
+        self._file = open_blob(path)
         self._window = b""
         self._at = 0  # in the window
         self._n_read = 0  # of the file, up to the window's end

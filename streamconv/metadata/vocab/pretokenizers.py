@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from streamconv.errors import Caution, SourceError, UsageError
+from streamconv.files.store import Place
 
 # A canonical structure: what is split at, step by step, before the bytes are spelled as letters.
 Steps = tuple[str, ...]
@@ -110,7 +110,7 @@ class Match:
 
 
 def identify(
-    pre_tokenizer: Any, normalizer: Any, ignore_merges: bool, *, file: Path, default: str | None, override: str | None
+    pre_tokenizer: Any, normalizer: Any, ignore_merges: bool, *, file: Place, default: str | None, override: str | None
 ) -> Match:
     """The pre-tokenizer of a byte-level BPE.
 

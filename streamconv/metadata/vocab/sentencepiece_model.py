@@ -13,10 +13,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
 
 from streamconv.errors import SourceError
-from streamconv.files.local import PositionedFile
+from streamconv.files.local import read_start
+from streamconv.files.store import Place
 
 FILE_NAME = "tokenizer.model"
 MAX_NBYTES = 64 << 20  # the largest published ones have some 5 MB
@@ -46,7 +46,7 @@ class ModelType(IntEnum):
 class SentencePieceModel:
     """Piece i is token i. Fields that a file leaves out have the values that the .proto gives them."""
 
-    path: Path
+    path: Place
     texts: list[bytes] = field(default_factory=list)  # UTF-8
     scores: array[float] = field(default_factory=lambda: array("f"))
     kinds: bytearray = field(default_factory=bytearray)
@@ -56,16 +56,11 @@ class SentencePieceModel:
     has_character_map: bool = False
 
 
-def read_sentencepiece_model(path: Path, n_vocab: int) -> SentencePieceModel:
+def read_sentencepiece_model(path: Place, n_vocab: int) -> SentencePieceModel:
     """The file at `path`. SourceError if it is malformed or has more pieces than `n_vocab`."""
-    file = PositionedFile(path)
-    try:
-        if file.nbytes > MAX_NBYTES:
-            raise SourceError(f"{file.nbytes:,} bytes, more than the {MAX_NBYTES:,} it may have", file=path)
-        data = bytearray(file.nbytes)
-        file.read_into(0, data)
-    finally:
-        file.close()
+    data = read_start(path, MAX_NBYTES + 1)
+    if len(data) > MAX_NBYTES:
+        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path)
     result = SentencePieceModel(path)
     try:
         _read_model(data, result, n_vocab)

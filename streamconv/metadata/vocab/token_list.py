@@ -8,13 +8,13 @@ Invariant: the list is exactly as long as the embedding has rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGUFValueType, TokenType
 from numpy.typing import NDArray
 
 from streamconv.errors import Caution, SourceError
+from streamconv.files.store import Place
 from streamconv.gguf.format import PackedArray
 from streamconv.metadata.vocab.packing import encode_joined, joined
 from streamconv.metadata.vocab.tokenizer_json import shown
@@ -45,7 +45,7 @@ def added_text(text: bytes, type_: TokenType) -> bytes:
 class TokenList:
     """Tokens by id, `ids` the other way round. Rows without a token are UNUSED and get a text in `packed`."""
 
-    file: Path
+    file: Place
     ids: dict[bytes, int]
     texts: list[bytes | None]
     types: NDArray[np.int32]
@@ -54,7 +54,7 @@ class TokenList:
     left_out: dict[bytes, int] = field(default_factory=dict)  # added tokens beyond the rows, with their files' ids
 
     @classmethod
-    def of(cls, file: Path, ids: dict[bytes, int], n_vocab: int) -> TokenList:
+    def of(cls, file: Place, ids: dict[bytes, int], n_vocab: int) -> TokenList:
         """All of `ids` as NORMAL tokens. SourceError where two of them have one id."""
         texts: list[bytes | None] = [None] * n_vocab
         for text, id_ in ids.items():

@@ -13,7 +13,6 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,6 +20,7 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from streamconv.errors import SourceError
+from streamconv.files.store import Place
 from streamconv.gguf.format import PackedArray
 from streamconv.metadata.vocab.json_stream import FLAT, SPACE, STRING, Batch, EntryKind, JsonStream
 from streamconv.metadata.vocab.packing import BETWEEN, encode_joined, joined, split
@@ -107,7 +107,7 @@ class Merges:
 class TokenizerJson:
     """What was read. `model` holds those of FIELDS that there are; `vocab` maps token text (UTF-8) to id."""
 
-    path: Path
+    path: Place
     added: AddedTokens = field(default_factory=AddedTokens)
     parts: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(PARTS))
     model: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class TokenizerJson:
         return str(self.model.get("type") or ("BPE" if self.merges else "of no type"))
 
 
-def read_tokenizer_json(path: Path, n_vocab: int, *, tokens: bool = True, merges: bool = True) -> TokenizerJson:
+def read_tokenizer_json(path: Place, n_vocab: int, *, tokens: bool = True, merges: bool = True) -> TokenizerJson:
     """The file at `path`, without vocabulary and merges unless `tokens`, without the latter unless `merges`.
 
     SourceError on anything malformed in it.
@@ -130,7 +130,7 @@ def read_tokenizer_json(path: Path, n_vocab: int, *, tokens: bool = True, merges
 
 
 class _Reader:
-    def __init__(self, stream: JsonStream, path: Path, n_vocab: int, tokens: bool, merges: bool) -> None:
+    def __init__(self, stream: JsonStream, path: Place, n_vocab: int, tokens: bool, merges: bool) -> None:
         self.stream = stream
         self.n_vocab = n_vocab
         self.tokens, self.merges = tokens, merges
@@ -316,7 +316,7 @@ def _keep_first(ranks: NDArray[np.int32], made: NDArray[np.int32], start: int) -
     ranks[made[new][::-1]] = order[new][::-1]  # of values for one index numpy keeps the last
 
 
-def parse_added_token(entry: Any, file: Path) -> AddedToken:
+def parse_added_token(entry: Any, file: Place) -> AddedToken:
     """An added token from its JSON object. SourceError unless it has a text, an id and true flags."""
     problem = _added_problem(entry)
     if problem:

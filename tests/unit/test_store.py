@@ -1,0 +1,222 @@
+"""Sources come through stores: what is in none of this machine's folders converts to the same bytes."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import streamconv
+from streamconv import Blob, Identity, SourceError, Store
+from streamconv.files.hub import find_source
+from streamconv.files.local import LocalStore, has_same_content, local_place
+from streamconv.files.store import Buffer, StorePath
+from tests import tiny
+
+PACKAGE = Path(streamconv.__file__).parent
+
+
+class MemoryBlob(Blob):
+    """Bytes in memory that count what was read of them."""
+
+    def __init__(self, path: StorePath, content: bytes, etag: str) -> None:
+        self.path, self.nbytes, self.identity = path, len(content), Identity(etag)
+        self.content, self.store = content, path.store
+        self.n_open = 1
+
+    def read_into(self, offset: int, buffer: Buffer) -> None:
+        view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
+        if offset + len(view) > self.nbytes:
+            raise SourceError("ends first", file=self.path)
+        view[:] = self.content[offset : offset + len(view)]
+
+    def check_unchanged(self) -> None:
+        assert isinstance(self.store, MemoryStore)
+        if Identity(self.store.etag) != self.identity:
+            raise SourceError("has another ETag", file=self.path, code="source-changed")
+
+
+class MemoryStore(Store):
+    """The files of a folder, which may then be gone."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.etag = name, "v1"
+        self.files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+
+    def names(self, folder: str = "") -> Iterable[str]:
+        start = f"{folder}/" if folder else ""
+        return {name.removeprefix(start).partition("/")[0] for name in self.files if name.startswith(start)}
+
+    def open(self, name: str) -> MemoryBlob:
+        if name not in self.files:
+            raise SourceError("there is no such file", file=self.show(name))
+        return MemoryBlob(StorePath(self, name), self.files[name], self.etag)
+
+
+MODELS: dict[str, Any] = {
+    "lfm2": tiny.lfm2,
+    "lfm2moe": tiny.lfm2moe,
+    "llama": tiny.llama,
+    "shards": lambda folder: tiny.llama(folder, n_shards=3),
+}
+
+
+def with_everything(folder: Path) -> Path:
+    """Beside the model: a card, chat templates in a folder, a generation config."""
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [a, b]\n---\n# A model\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": None}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    return folder
+
+
+def converted(source: Any, out: Path, **options: Any) -> bytes:
+    report = streamconv.convert(source, out, **options)
+    assert report.output == out
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("outtype", ["auto", "q8_0"])
+def test_a_model_in_memory(tmp_path: Path, kind: str, outtype: str) -> None:
+    folder = with_everything(MODELS[kind](tmp_path / "Some-Model"))
+    store = MemoryStore(folder, "Some-Model")
+    expected = converted(folder, tmp_path / "local.gguf", outtype=outtype)
+    folder.rename(tmp_path / "gone")
+    assert converted(store, tmp_path / "memory.gguf", outtype=outtype, verify=True) == expected
+    assert b"{{ documents }}" in expected and b"general.license" in expected
+    assert streamconv.verify(tmp_path / "local.gguf", store).verified
+
+
+def test_an_adapter_in_memory(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "my-adapter", base)
+    streamconv.convert_adapter(adapter, base, tmp_path / "local.gguf")
+    stores = MemoryStore(adapter, "my-adapter"), MemoryStore(base, "base")
+    for folder in (adapter, base):
+        folder.rename(folder.with_name(f"{folder.name}-gone"))
+    streamconv.convert_adapter(*stores, tmp_path / "memory.gguf")
+    assert (tmp_path / "memory.gguf").read_bytes() == (tmp_path / "local.gguf").read_bytes()
+
+
+def test_an_adapter_for_a_gguf_base_in_memory(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "my-adapter", base)
+    gguf = tmp_path / "ggufs" / "base.gguf"
+    gguf.parent.mkdir()
+    streamconv.convert(base, gguf)
+    streamconv.convert_adapter(adapter, gguf, tmp_path / "local.gguf")
+    store = MemoryStore(gguf.parent, "ggufs")
+    gguf.unlink()
+    streamconv.convert_adapter(adapter, StorePath(store, "base.gguf"), tmp_path / "memory.gguf")
+    assert (tmp_path / "memory.gguf").read_bytes() == (tmp_path / "local.gguf").read_bytes()
+    with pytest.raises(streamconv.UsageError):  # Ollama takes the base from a path
+        streamconv.convert_adapter(adapter, StorePath(store, "base.gguf"), tmp_path / "x.gguf", modelfile=True)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merge_in_memory(tmp_path: Path, dora: bool) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "my-adapter", base, dora=dora)
+    weight = 1.0 if dora else 0.5
+    expected = converted(base, tmp_path / "local.gguf", adapters=[(adapter, weight)], outtype="q8_0")
+    stores = MemoryStore(adapter, "my-adapter"), MemoryStore(base, "base")
+    for folder in (adapter, base):
+        folder.rename(folder.with_name(f"{folder.name}-gone"))
+    merged = converted(stores[1], tmp_path / "memory.gguf", adapters=[(stores[0], weight)], outtype="q8_0", verify=True)
+    assert merged == expected
+
+
+def test_what_a_store_lacks_is_named(tmp_path: Path) -> None:
+    store = MemoryStore(tiny.lfm2(tmp_path / "src"), "Some-Model")
+    del store.files["tokenizer.json"]
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert(store, tmp_path / "out.gguf")
+    assert caught.value.file == "Some-Model"
+    assert streamconv.inspect(store).problems[0].file.name == "Some-Model"
+
+
+def test_another_etag_is_another_source(tmp_path: Path) -> None:
+    """The chunk that was read of it is not written."""
+    store = MemoryStore(tiny.lfm2(tmp_path / "src"), "Some-Model")
+
+    def change(done: int, total: int) -> None:
+        store.etag = "v2"
+
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert(store, tmp_path / "out.gguf", progress=change)
+    assert caught.value.code == "source-changed" and not (tmp_path / "out.gguf").exists()
+
+
+def test_a_folder_is_a_store(tmp_path: Path) -> None:
+    folder = tiny.lfm2(tmp_path / "src")
+    store = LocalStore(folder)
+    assert set(store.names()) == {path.name for path in folder.iterdir()} and not [*store.names("nowhere")]
+    with store.open("config.json") as blob, blob.view(2, 7) as view:
+        assert bytes(view) == (folder / "config.json").read_bytes()[2:9] and view.readonly
+    assert find_source(str(folder)) == local_place(folder) == StorePath(store)
+    assert str(local_place(folder / "config.json")) == str(folder / "config.json")
+    assert find_source(store) == StorePath(store)
+
+
+def test_content_is_compared_to_the_end(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    content = np.random.default_rng(3).integers(0, 256, 200_001, dtype=np.uint8)
+    one.write_bytes(content.tobytes())
+    other.write_bytes(content.tobytes())
+    assert has_same_content(one, other)
+    content[-1] ^= 1
+    other.write_bytes(content.tobytes())
+    assert not has_same_content(one, other)
+    other.write_bytes(content[:-1].tobytes())
+    assert not has_same_content(one, other)
+
+
+# ---------------------------------------------------------------- nothing else opens a source
+
+# Modules that open what is not a source: outputs, jobs files, the state of a batch, /proc.
+OPENING = {"files.local", "files.hub", "budget", "timing"}
+OPENING_PACKAGES = {"output", "batch", "cli"}
+OPENERS = {"open", "fdopen", "read_text", "read_bytes", "fromfile", "memmap", "loadtxt", "safe_open", "load_file",
+           "load_model_card", "load_hf_parameters", "load_generation_config", "mmap", "GGUFReader", "cmp"}  # fmt: skip
+CLASSES = {"Checkpoint", "LoraFile", "GGUFFile", "GGUFSet"}  # whose `open` takes a place
+
+
+def opens(tree: ast.AST) -> list[str]:
+    """The calls in a module that open a file by a path."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+        owner = getattr(getattr(function, "value", None), "id", "")
+        if name in OPENERS and owner not in CLASSES:
+            found.append(f"line {node.lineno}: {owner}.{name}")
+    return found
+
+
+def test_nothing_else_opens_a_file() -> None:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if module.partition(".")[0] in OPENING_PACKAGES or module in OPENING | {"files.store"}:
+            continue
+        if calls := opens(ast.parse(path.read_text(encoding="utf-8"))):
+            found[module] = calls
+    assert found == {"lazy.scratch": found.get("lazy.scratch")}  # mmap(-1), anonymous memory
+    assert len(found["lazy.scratch"]) == 1
+
+
+@pytest.mark.parametrize("line", ["open('x')", "path.open()", "os.open(p, 0)", "np.memmap(p)", "p.read_bytes()"])
+def test_such_a_call_would_be_found(line: str) -> None:
+    assert len(opens(ast.parse(line))) == 1
