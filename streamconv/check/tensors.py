@@ -26,6 +26,7 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
 from streamconv.errors import Caution, VerifyError
 from streamconv.ggml import encode as codecs
+from streamconv.ggml.element_types import VERIFIABLE
 from streamconv.ggml.rows import Encode
 from streamconv.gguf.names import spellings
 from streamconv.gguf.reader import GGUFFile, StoredTensor, refuse
@@ -33,7 +34,6 @@ from streamconv.lazy.node import Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
 from streamconv.threads import start_threads
 
-VERIFIABLE = frozenset({"F32", "F16", "BF16", "Q8_0"})
 _VALUE_ARRAYS = 6  # of float32: two rows, what gguf makes on the way to either, and their comparison
 
 
@@ -108,12 +108,12 @@ def _match(job: Job, files: Sequence[GGUFFile]) -> Iterator[_Pair]:
         if stored.shape != step.tensor.spec.shape:
             shapes = f"{list(stored.shape)}, by its source {list(step.tensor.spec.shape)}"
             raise VerifyError(f"has shape {shapes}", file=file.path, tensor=name)
-        if stored.type is None or stored.type.name not in VERIFIABLE:
+        if stored.type not in VERIFIABLE:
             raise VerifyError(
                 f"type {stored.type_name} cannot be made from the source here",
                 file=file.path,
                 tensor=name,
-                hint=f"files of {', '.join(sorted(VERIFIABLE))} can be verified",
+                hint=f"files of {', '.join(type_.name for type_ in sorted(VERIFIABLE))} can be verified",
             )
         yield _pair(step.tensor, file, stored, stored.type)
     for what, names in (("lacks", missing), ("holds, and its source does not,", list(unclaimed))):

@@ -25,9 +25,11 @@ class ElementType:
     Attributes:
         id: Its number in a file.
         dtype: How its rows are stored: block, bytes, numpy's view of them.
-        file_type: `general.file_type` of a model whose matrices are of this type; None where there is no such file.
-        encoder: Who makes it of floats, by its name in ggml/encode.py; None: nobody here.
-        verifier: Who makes the reference that a file is compared with, likewise; None: it cannot be verified.
+        file_type: `general.file_type` of a model whose matrices are of this type, all or most of them; None where no
+            such file is made.
+        encoder: What makes it of floats: FLOATS is ggml/reference.py and its C twin, BLOCKS ggml/blocks.py; None where
+            it is only read.
+        verifier: What makes the rows that a file is compared with, likewise; None where it cannot be verified.
     """
 
     id: GGMLQuantizationType
@@ -47,14 +49,25 @@ def _blocks(id_: GGMLQuantizationType) -> Dtype:
 
 
 T, F = GGMLQuantizationType, LlamaFileType
-FLOATS, REFERENCE = "floats", "reference"
+FLOATS, BLOCKS = "floats", "blocks"
 
 _ROWS = (
     # type                 stored as            general.file_type     made by    verified by
-    ElementType(T.F32,     dtype.F32,           F.ALL_F32,            FLOATS,    REFERENCE),
-    ElementType(T.F16,     dtype.F16,           F.MOSTLY_F16,         FLOATS,    REFERENCE),
-    ElementType(T.BF16,    dtype.BF16,          F.MOSTLY_BF16,        FLOATS,    REFERENCE),
-    ElementType(T.Q8_0,    _blocks(T.Q8_0),     F.MOSTLY_Q8_0,        FLOATS,    REFERENCE),
+    ElementType(T.F32,     dtype.F32,           F.ALL_F32,            FLOATS,    FLOATS),
+    ElementType(T.F16,     dtype.F16,           F.MOSTLY_F16,         FLOATS,    FLOATS),
+    ElementType(T.BF16,    dtype.BF16,          F.MOSTLY_BF16,        FLOATS,    FLOATS),
+    ElementType(T.Q8_0,    _blocks(T.Q8_0),     F.MOSTLY_Q8_0,        FLOATS,    FLOATS),
+    ElementType(T.Q4_0,    _blocks(T.Q4_0),     F.MOSTLY_Q4_0,        BLOCKS,    BLOCKS),
+    ElementType(T.Q4_1,    _blocks(T.Q4_1),     F.MOSTLY_Q4_1,        BLOCKS,    BLOCKS),
+    ElementType(T.Q5_0,    _blocks(T.Q5_0),     F.MOSTLY_Q5_0,        BLOCKS,    BLOCKS),
+    ElementType(T.Q5_1,    _blocks(T.Q5_1),     F.MOSTLY_Q5_1,        BLOCKS,    BLOCKS),
+    ElementType(T.Q2_K,    _blocks(T.Q2_K),     F.MOSTLY_Q2_K,        BLOCKS,    BLOCKS),
+    ElementType(T.Q3_K,    _blocks(T.Q3_K),     F.MOSTLY_Q3_K_S,      BLOCKS,    BLOCKS),
+    ElementType(T.Q4_K,    _blocks(T.Q4_K),     F.MOSTLY_Q4_K_S,      BLOCKS,    BLOCKS),
+    ElementType(T.Q5_K,    _blocks(T.Q5_K),     F.MOSTLY_Q5_K_S,      BLOCKS,    BLOCKS),
+    ElementType(T.Q6_K,    _blocks(T.Q6_K),     F.MOSTLY_Q6_K,        BLOCKS,    BLOCKS),
+    ElementType(T.IQ4_NL,  _blocks(T.IQ4_NL),   F.MOSTLY_IQ4_NL,      BLOCKS,    BLOCKS),
+    ElementType(T.IQ4_XS,  _blocks(T.IQ4_XS),   F.MOSTLY_IQ4_XS,      BLOCKS,    BLOCKS),
     ElementType(T.F64,     dtype.F64),
     ElementType(T.I64,     dtype.I64),
     ElementType(T.I32,     dtype.I32),
@@ -72,8 +85,7 @@ TYPES: Final[Mapping[GGMLQuantizationType, ElementType]] = MappingProxyType(
 )
 TYPE_OF: Final[Mapping[Dtype, ElementType]] = MappingProxyType({row.dtype: row for row in TYPES.values()})
 
-ENCODABLE: Final = tuple(row for row in TYPES.values() if row.encoder)
-VERIFIABLE: Final = tuple(row for row in TYPES.values() if row.verifier)
+VERIFIABLE: Final = frozenset(row.id for row in TYPES.values() if row.verifier)
 
 
 def row_nbytes(n_columns: int, type_: GGMLQuantizationType) -> int:

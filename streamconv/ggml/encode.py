@@ -22,8 +22,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.ggml import reference
-from streamconv.ggml.element_types import TYPE_OF
+from streamconv.ggml import blocks, reference
+from streamconv.ggml.element_types import BLOCKS, TYPE_OF
 from streamconv.ggml.reference import FLOATS
 from streamconv.lazy.dtype import F16, Dtype
 from streamconv.lazy.scratch import Scratch, padded_nbytes
@@ -63,16 +63,19 @@ class Kernel:
         name: `c` or `numpy`.
         encode: (source, target, slab, out, scratch) -> (number of NaNs, number of infinities, whether all values fit).
         add_product: (left, right, scale, out, scratch), see the function of that name.
+        blocks: the arithmetic of block types, see ggml/blocks.py.
         borrows: Whether `encode` reads its slab wherever it lies: read-only, at any alignment, without a copy.
     """
 
     name: str
     encode: Callable[[Dtype, Dtype, Bytes, Bytes, Scratch], tuple[int, int, bool]]
     add_product: Callable[[Floats, Floats, np.float32, Floats, Scratch], None]
+    blocks: blocks.BlockKernel
     borrows: bool = False
 
 
-REFERENCE: Final = Kernel("numpy", reference.encode, reference.add_product)  # what fast paths are checked against
+# What fast paths are checked against.
+REFERENCE: Final = Kernel("numpy", reference.encode, reference.add_product, blocks.REFERENCE)
 
 
 def compiled_kernel(module: ModuleType) -> Kernel:
@@ -81,6 +84,7 @@ def compiled_kernel(module: ModuleType) -> Kernel:
         "c",
         lambda source, target, slab, out, _: module.encode(TYPE_OF[source].id, TYPE_OF[target].id, slab, out),
         lambda left, right, scale, out, _: module.add_product(left, right, len(right), scale, out),
+        blocks.best_kernel(),
         borrows=True,
     )
 
@@ -100,6 +104,10 @@ def encode_scratch_nbytes(source: Dtype, target: Dtype, n_rows: int, n_columns: 
 
     Alike for both kernels (the compiled one takes none), so that a plan does not hang on which of them serves.
     """
+    if source == target and source not in FLOATS:
+        return 0
+    if TYPE_OF[target].encoder == BLOCKS:
+        return padded_nbytes(blocks.REFERENCE_NBYTES)
     arrays = reference.temporaries(source, n_rows * n_columns)
     return sum(padded_nbytes(n_elements * dtype.itemsize) for n_elements, dtype in arrays)
 
@@ -122,15 +130,35 @@ def encode(
     Raises EncodeError where a finite value rounds beyond F16's range (an infinity stays one), or where a Q8_0 block has
     a value that is not finite or a scale beyond F16: `out` is then incomplete. ValueError where the sizes disagree.
     """
-    n_rows, rest = divmod(slab.nbytes, n_columns * FLOATS[source].bits.itemsize)
+    n_rows, rest = divmod(slab.nbytes, source.row_nbytes(n_columns))
     if rest or n_rows * target.row_nbytes(n_columns) != out.nbytes:
         what = f"{slab.nbytes} bytes of {source.name} in rows of {n_columns}"
         raise ValueError(f"{what} do not make {out.nbytes} bytes of {target.name}")
     slab, out = slab.reshape(-1), out.reshape(-1)
+    if source == target and source not in FLOATS:
+        np.copyto(out, slab)
+        return Stats(0, 0)
+    if TYPE_OF[target].encoder == BLOCKS:
+        _encode_blocks(source, target, slab, out, n_columns, kernel, weights)
+        return Stats(0, 0)
     n_nan, n_inf, fits = kernel.encode(source, target, slab, out, scratch)
     if not fits:
         raise _refusal(source, target, slab)
     return Stats(n_nan, n_inf)
+
+
+def _encode_blocks(
+    source: Dtype, target: Dtype, slab: Bytes, out: Bytes, n_columns: int, kernel: Kernel, weights: Floats | None
+) -> None:
+    source_id, target_id = TYPE_OF[source].id, TYPE_OF[target].id
+    refusal = blocks.quantize_rows(target_id, source_id, slab, n_columns, weights, out, kernel.blocks)
+    if refusal is not None and refusal.fault is blocks.Fault.NOT_FINITE:
+        raise EncodeError(f"{target.name} cannot hold a NaN or an infinity", largest_finite(source, slab))
+    if refusal is not None:
+        width = source.block_nbytes
+        block = slab[refusal.element * width : (refusal.element + target.block) * width]
+        largest = largest_finite(source, block)
+        raise EncodeError(f"{target.name} cannot hold {largest:.9g}: the scale of its block is beyond F16", largest)
 
 
 def product_scratch_nbytes(n_rows: int, n_columns: int) -> int:

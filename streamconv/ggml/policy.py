@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from streamconv.errors import SourceError
-from streamconv.ggml.element_types import TYPES
+from streamconv.ggml.element_types import TYPES, VERIFIABLE
 from streamconv.gguf.names import spellings
 from streamconv.lazy import dtype
 from streamconv.lazy.arithmetic import Scale
@@ -122,7 +122,7 @@ class StoredTypes:
     def choose(self, target: str, tensor: LazyTensor) -> GGMLQuantizationType:
         found = (self.types[name] for name in spellings(target) if name in self.types)
         shape, type_ = next(found, ((), F32))
-        return type_ if shape == tensor.spec.shape and type_ in FILE_TYPES else F32
+        return type_ if shape == tensor.spec.shape and type_ in VERIFIABLE else F32
 
 
 def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:

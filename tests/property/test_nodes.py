@@ -15,6 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import DTypeLike, NDArray
 
+from streamconv.ggml import blocks
+from streamconv.ggml.blocks import quantize_rows
+from streamconv.ggml.element_types import BLOCKS, TYPES
 from streamconv.ggml.encode import REFERENCE, best_kernel
 from streamconv.ggml.rows import Encode
 from streamconv.lazy import arithmetic, leaves, views
@@ -342,15 +345,33 @@ def encode_with_weights(data: Draw) -> Made:
     return Encode(tensor, "made", T.Q8_0, weights), quantize(widened(array), T.Q8_0)
 
 
+def encode_blocks(data: Draw) -> Made:
+    """Block types, with an importance of each column for all rows, or for those of each expert."""
+    type_ = data.draw(st.sampled_from([row.id for row in TYPES.values() if row.encoder == BLOCKS]))
+    experts, rows, columns = size(data, 2), size(data, 3), TYPES[type_].dtype.block * size(data, 2)
+    tensor, array = floats(data, (experts, rows, columns))
+    importance = np.abs(array_of((data.draw(st.sampled_from([1, experts])), columns), F32, 5).astype(np.float32))
+    weights = Resident(importance) if data.draw(st.booleans()) else None
+    made = []
+    for e in range(experts):
+        expert = np.ascontiguousarray(widened(array[e])).reshape(-1).view(np.uint8)
+        out = np.zeros(rows * TYPES[type_].dtype.row_nbytes(columns), np.uint8)
+        weight = None if weights is None else importance[e % len(importance)]
+        assert quantize_rows(type_, T.F32, expert, columns, weight, out, blocks.REFERENCE) is None
+        made.append(out)
+    return Encode(tensor, "made", type_, weights), np.concatenate(made)
+
+
 MAKERS: tuple[Callable[[Draw], Made], ...] = (
     source, source_columns, resident, zeros, generated, reshape, reflow, transpose, pairs, pairs_of_transpose,
     transpose_of_pairs, concatenate, stack, row_blocks, index_rows, alternating_rows, index_columns, cut_columns,
     widen, scale, plus_constant, neg_exp, transpose_of_sum, add_product, row_magnitudes, column_squares,
-    column_factors, column_magnitudes, once, encode, encode_with_weights,
+    column_factors, column_magnitudes, once, encode, encode_with_weights, encode_blocks,
 )  # fmt: skip
 ROUNDED = (add_product, row_magnitudes, column_squares, column_factors, column_magnitudes, neg_exp)
 # What they take depends on where the rows lie, or on how many: the bound is that of the worst place.
 LOOSE = (
+    encode_blocks,
     reflow,
     transpose,
     pairs,

@@ -10,7 +10,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.ggml import blocks
+from streamconv.ggml import blocks, element_types
 from streamconv.ggml.blocks import BLOCK_TYPES, REFERENCE, BlockKernel, Fault, Refusal, Root
 from tests import block_rows, kernels
 from tests.oracles import ggml
@@ -89,8 +89,9 @@ def test_sources_are_widened(target: GGMLQuantizationType, kernel: str) -> None:
     rows = (rng.standard_normal((5, 1280)) * 0.02).astype(np.float32)
     importance = block_rows.weights("gamma", 1280, 8)
     for source in (F32, F16, BF16):
-        bits = kernels.patterns(source, rows)
-        wide = kernels.values(source, bits)
+        dtype = element_types.TYPES[source].dtype
+        bits = kernels.patterns(dtype, rows)
+        wide = kernels.values(dtype, bits)
         refusal, made = quantized(target, bits, importance, kernel, source, offset=3)
         assert refusal is None
         assert np.array_equal(made, ggml.quantize(target, wide, importance))

@@ -29,6 +29,8 @@ from streamconv.engine.split import SplitOptions
 from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
 from streamconv.ggml import _kernels
 from streamconv.ggml import encode as codecs
+from streamconv.ggml.blocks import best_kernel, quantize_rows
+from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.rows import Encode
 from streamconv.gguf.reader import GGUFFile
 from streamconv.lazy.leaves import Resident
@@ -435,11 +437,12 @@ def test_the_wrong_tensors(source: Path, change: Callable[[Any], Any], words: st
 
 def test_a_type_that_cannot_be_made_again(source: Path, tmp_path: Path) -> None:
     def quantise(data: dict[str, Any]) -> dict[str, Any]:
-        q4 = gguf.quantize(data[QUERY][0], gguf.GGMLQuantizationType.Q4_0)
-        return {**data, QUERY: (q4, gguf.GGMLQuantizationType.Q4_0)}
+        rows, columns = data[QUERY][0].shape
+        blocks = np.zeros((rows, columns // 32 * 17), np.uint8)
+        return {**data, QUERY: (blocks, gguf.GGMLQuantizationType.MXFP4)}
 
     other = rewritten(made(source, tmp_path, "f32"), tmp_path / "other.gguf", tensors=quantise)
-    with pytest.raises(VerifyError, match=r"type Q4_0 cannot be made from the source.*BF16, F16, F32, Q8_0"):
+    with pytest.raises(VerifyError, match=r"type MXFP4 cannot be made from the source.*F32, F16, Q4_0"):
         verify(other, source)
 
 
@@ -593,3 +596,25 @@ def test_verify_keeps_to_the_bound(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert out.stat().st_size > 100 * MIB
     assert report["peak_rss_nbytes"] <= limit
+
+
+@pytest.mark.parametrize("type_", [gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.IQ4_NL])
+def test_block_types_are_made_again_by_the_reference(
+    type_: gguf.GGMLQuantizationType, source: Path, tmp_path: Path
+) -> None:
+    def quantise(data: dict[str, Any]) -> dict[str, Any]:
+        rows = np.ascontiguousarray(data[QUERY][0])
+        row_nbytes = TYPES[type_].dtype.row_nbytes(rows.shape[1])
+        out = np.zeros((len(rows), row_nbytes), np.uint8)
+        raw = rows.reshape(-1).view(np.uint8)
+        assert quantize_rows(type_, gguf.GGMLQuantizationType.F32, raw, rows.shape[1], None, out, best_kernel()) is None
+        return {**data, QUERY: (out, type_)}
+
+    other = rewritten(made(source, tmp_path, "f32"), tmp_path / "other.gguf", tensors=quantise)
+    assert verify(other, source).verified
+    damaged = bytearray(other.read_bytes())
+    with GGUFFile.open(other) as file:
+        damaged[file.tensors[QUERY].offset + 1] ^= 0x10
+    other.write_bytes(damaged)
+    with pytest.raises(VerifyError, match=QUERY):
+        verify(other, source)
