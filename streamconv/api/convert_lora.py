@@ -24,7 +24,7 @@ from streamconv.engine.split import make_parts
 from streamconv.errors import Caution, UsageError
 from streamconv.files.hub import Source, source_failures
 from streamconv.files.local import noting_files
-from streamconv.ggml.policy import StoredTypes, choose_type
+from streamconv.ggml.policy import StoredTypes, TensorRole, choose_type
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.lazy.leaves import sources
@@ -116,7 +116,7 @@ def _plan(
     stored: StoredTypes | None,
     invocation_tokens: Sequence[int],
 ) -> Job:
-    folded = fold(resolved.sound)
+    folded = fold(resolved.sound, base.model)
     refuse([*resolved.problems, *folded.problems], source, base)
     # gguf counts the matrices that an adapter changes, for the heuristics that read names like my-1B-lora.
     specs = [(pair.target, pair.changed) for pair in folded.pairs]
@@ -153,7 +153,10 @@ def _plan_legacy(
     general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
     tensors = [
         PlacedTensor(
-            one.target, one.tensor, (one.source,), stored.choose(one.target, one.tensor) if stored else one.type
+            one.target,
+            one.tensor,
+            (one.source,),
+            stored.choose(TensorRole(one.target, one.tensor.spec.shape)) if stored else one.type,
         )
         for one in legacy.tensors
     ]
@@ -191,7 +194,7 @@ def _tensors(pair: Pair, outtype: str, stored: StoredTypes | None) -> Iterator[P
         (f"{pair.target}.lora_b", pair.b, pair.b_type),
     ):
         if stored is not None:
-            type_ = stored.choose(target, tensor)
+            type_ = stored.choose(TensorRole(target, tensor.spec.shape))
         else:
             type_ = own_type if outtype == "auto" else choose_type(target, tensor.spec.shape, outtype)
         yield PlacedTensor(target, tensor, tuple(source.name for source in sources(tensor)), type_)

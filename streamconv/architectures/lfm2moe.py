@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streamconv.architectures import lfm2
 from streamconv.architectures.lfm2 import BLOCK, LAYER
-from streamconv.recipe.language import Claim, Computed, Config, Dim, Key, Model, Part, Recipe, Refusal, Tensor
+from streamconv.recipe import Claim, Computed, Config, Dim, Key, Model, Recipe, Refusal, Scale, Split, Tensor
 
 SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
@@ -36,6 +36,9 @@ def routed_scale(model: Model) -> float:
     """What the experts' sum is multiplied by; the run time has no key for it, and the sum is linear in w2."""
     scale = model.config.number("routed_scaling_factor")
     return 1.0 if scale is None else scale
+
+
+ROUTED = (Scale(routed_scale),)
 
 
 def no_bias(model: Model) -> NDArray[np.float32]:
@@ -78,12 +81,16 @@ RECIPE = Recipe(
         Tensor(FFN + "expert_bias", BLOCK + "exp_probs_b.bias", "E", only=MOE, required="use_expert_bias"),
         # Experts one by one ...
         Tensor(FFN + "experts.{e}.w1.weight", BLOCK + "ffn_gate_exps.weight", "M H", only=MOE),
-        Tensor(FFN + "experts.{e}.w2.weight", BLOCK + "ffn_down_exps.weight", "H M", only=MOE, scale=routed_scale),
+        Tensor(FFN + "experts.{e}.w2.weight", BLOCK + "ffn_down_exps.weight", "H M", ROUTED, only=MOE),
         Tensor(FFN + "experts.{e}.w3.weight", BLOCK + "ffn_up_exps.weight", "M H", only=MOE),
-        # ... or stacked.
-        Tensor(FFN + "experts.gate_up_proj", BLOCK + "ffn_gate_exps.weight", "E 2*M H", only=MOE, part=Part(0, 2)),
-        Tensor(FFN + "experts.gate_up_proj", BLOCK + "ffn_up_exps.weight", "E 2*M H", only=MOE, part=Part(1, 2)),
-        Tensor(FFN + "experts.down_proj", BLOCK + "ffn_down_exps.weight", "E H M", only=MOE, scale=routed_scale),
+        # ... or stacked, gate and up fused ...
+        Tensor(FFN + "experts.gate_up_proj", BLOCK + "ffn_gate_exps.weight", "E 2*M H", (Split(0, 2),), only=MOE),
+        Tensor(FFN + "experts.gate_up_proj", BLOCK + "ffn_up_exps.weight", "E 2*M H", (Split(1, 2),), only=MOE),
+        Tensor(FFN + "experts.down_proj", BLOCK + "ffn_down_exps.weight", "E H M", ROUTED, only=MOE),
+        # ... or stacked one by one, as mlx-lm names them (models/switch_layers.py).
+        Tensor(FFN + "switch_mlp.gate_proj.weight", BLOCK + "ffn_gate_exps.weight", "E M H", only=MOE),
+        Tensor(FFN + "switch_mlp.down_proj.weight", BLOCK + "ffn_down_exps.weight", "E H M", ROUTED, only=MOE),
+        Tensor(FFN + "switch_mlp.up_proj.weight", BLOCK + "ffn_up_exps.weight", "E M H", only=MOE),
         *lfm2.OUTPUT,
     ),
     computed=(Computed(BLOCK + "exp_probs_b.bias", no_bias, only=MOE),),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.recipe.language import (
+from streamconv.recipe import (
     F32,
     STRING,
     Computed,
@@ -21,7 +21,8 @@ from streamconv.recipe.language import (
     Drop,
     Key,
     Model,
-    PairHalves,
+    Op,
+    Permute,
     Recipe,
     Refusal,
     Scalar,
@@ -133,12 +134,12 @@ REFUSALS = (
 )
 
 
-def linear(source: str, target: str, shape: str, *, bias: str, rows: PairHalves | None = None) -> tuple[Tensor, Tensor]:
+def linear(source: str, target: str, shape: str, *ops: Op, bias: str) -> tuple[Tensor, Tensor]:
     """A layer's weight, and the bias that it has where the config's flag `bias` is true."""
     source, target = f"model.layers.{{i}}.{source}", f"blk.{{i}}.{target}"
     return (
-        Tensor(f"{source}.weight", f"{target}.weight", shape, rows=rows),
-        Tensor(f"{source}.bias", f"{target}.bias", shape.split()[0], rows=rows, required=bias),
+        Tensor(f"{source}.weight", f"{target}.weight", shape, ops),
+        Tensor(f"{source}.bias", f"{target}.bias", shape.split()[0], ops, required=bias),
     )
 
 
@@ -159,8 +160,8 @@ RECIPE = Recipe(
     tensors=(
         Tensor("model.embed_tokens.weight", "token_embd.weight", "V H"),
         Tensor("model.layers.{i}.input_layernorm.weight", "blk.{i}.attn_norm.weight", "H"),
-        *linear("self_attn.q_proj", "attn_q", "A*D H", bias="attention_bias", rows=PairHalves("A")),
-        *linear("self_attn.k_proj", "attn_k", "K*D H", bias="attention_bias", rows=PairHalves("K")),
+        *linear("self_attn.q_proj", "attn_q", "A*D H", Permute("A"), bias="attention_bias"),
+        *linear("self_attn.k_proj", "attn_k", "K*D H", Permute("K"), bias="attention_bias"),
         *linear("self_attn.v_proj", "attn_v", "K*D H", bias="attention_bias"),
         *linear("self_attn.o_proj", "attn_output", "H A*D", bias="attention_bias"),
         Tensor("model.layers.{i}.post_attention_layernorm.weight", "blk.{i}.ffn_norm.weight", "H"),

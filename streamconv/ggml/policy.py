@@ -5,9 +5,8 @@ Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and meas
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -18,8 +17,7 @@ from streamconv.errors import SourceError
 from streamconv.ggml.element_types import TYPES, VERIFIABLE
 from streamconv.gguf.names import spellings
 from streamconv.lazy import dtype
-from streamconv.lazy.arithmetic import Scale
-from streamconv.lazy.node import LazyTensor, TensorSpec
+from streamconv.lazy.node import TensorSpec
 
 F32, F16, BF16, Q8_0 = (
     GGMLQuantizationType.F32,
@@ -40,10 +38,6 @@ FILE_TYPES: Final[Mapping[GGMLQuantizationType, LlamaFileType]] = {
 # llama-quantize's names; Q4_K and the like are its short ones for Q4_K_M.
 _MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
 _QUANTIZED: Final = frozenset(form for name in _MOSTLY for form in (name, name.replace("_K_M", "_K")))
-
-# Below it a Q8_0 block whose largest weight is 0.03 has a scale of less than 8 bits, and errs by that more than by its
-# quants (F16's subnormals are multiples of 2**-24).
-LEAST_F16_FACTOR: Final = 2.0**-4
 
 # Small and sensitive: norms, routers, convolution kernels, and whatever is no weight matrix (biases, tables).
 _ALWAYS_F32 = re.compile(r".*(_norm|ffn_gate_inp|shortconv\.conv)\.weight|.*(?<!\.weight)(?<!\.lora_a)(?<!\.lora_b)")
@@ -76,6 +70,25 @@ def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuanti
     return wanted
 
 
+def _loses_nothing(type_: GGMLQuantizationType) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRole:
+    """A tensor as a policy sees it.
+
+    Attributes:
+        name: What llama.cpp calls it.
+        shape: Row-major.
+        loss: What of the model a type would round beyond the source's own numbers, as a phrase; None where nothing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    loss: Callable[[GGMLQuantizationType], str | None] = _loses_nothing
+
+
 class TypePolicy(Protocol):
     """Which type each tensor of a file gets.
 
@@ -88,8 +101,8 @@ class TypePolicy(Protocol):
     def outtype(self) -> str: ...
     @property
     def file_type(self) -> int: ...
-    def choose(self, target: str, tensor: LazyTensor) -> GGMLQuantizationType:
-        """The type of the tensor that llama.cpp calls `target`. SourceError where that cannot hold it."""
+    def choose(self, role: TensorRole) -> GGMLQuantizationType:
+        """The type of a tensor. SourceError where that cannot hold it."""
         ...
 
 
@@ -103,8 +116,8 @@ class PlainTypes:
     def file_type(self) -> int:
         return FILE_TYPES[OUTTYPES[self.outtype]]
 
-    def choose(self, target: str, tensor: LazyTensor) -> GGMLQuantizationType:
-        return type_of(target, tensor, self.outtype)
+    def choose(self, role: TensorRole) -> GGMLQuantizationType:
+        return type_of(role, self.outtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +132,10 @@ class StoredTypes:
     file_type: int
     types: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType]]
 
-    def choose(self, target: str, tensor: LazyTensor) -> GGMLQuantizationType:
-        found = (self.types[name] for name in spellings(target) if name in self.types)
+    def choose(self, role: TensorRole) -> GGMLQuantizationType:
+        found = (self.types[name] for name in spellings(role.name) if name in self.types)
         shape, type_ = next(found, ((), F32))
-        return type_ if shape == tensor.spec.shape and type_ in VERIFIABLE else F32
+        return type_ if shape == role.shape and type_ in VERIFIABLE else F32
 
 
 def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
@@ -134,29 +147,15 @@ def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
     return max(nbytes, key=lambda name: nbytes[name], default="f32").lower()
 
 
-def type_of(target: str, tensor: LazyTensor, outtype: str) -> GGMLQuantizationType:
-    """`choose_type` for `tensor`; SourceError where a factor folded into it would be rounded by that type alone."""
-    shape = tensor.spec.shape
-    type_ = choose_type(target, shape, outtype)
-    factor = float(tensor.factor) if isinstance(tensor, Scale) else 1.0
-    if not _holds(type_, factor):
-        able = [name for name in OUTTYPES if _holds(choose_type(target, shape, name), factor)]
+def type_of(role: TensorRole, outtype: str) -> GGMLQuantizationType:
+    """`choose_type`, where the type rounds nothing that the model's operations made; else SourceError."""
+    type_ = choose_type(role.name, role.shape, outtype)
+    if (what := role.loss(type_)) is not None:
+        able = [name for name in OUTTYPES if role.loss(choose_type(role.name, role.shape, name)) is None]
         raise SourceError(
-            f"the model scales these weights by {factor:g}, which {type_.name} cannot hold exactly",
-            tensor=target,
+            f"the model {what}, which {type_.name} cannot hold exactly",
+            tensor=role.name,
             hint=f"--outtype {' or '.join(able)}",
+            code="inexact-type",
         )
     return type_
-
-
-def _holds(type_: GGMLQuantizationType, factor: float) -> bool:
-    """Whether weights times `factor` lose no more in this type than the weights themselves.
-
-    A power of two moves exponents alone; another factor costs F32 one rounding, as it does the run time that multiplies
-    by it, and Q8_0 nothing, whose scales are free; but 16-bit weights that were stored exactly would all be rounded.
-    F16, and Q8_0 whose scales are F16, have few exponents: a small factor leaves their numbers subnormal.
-    """
-    is_power = math.frexp(factor)[0] in (0.5, -0.5, 0.0)
-    if type_ in (F16, Q8_0) and 0 < abs(factor) < LEAST_F16_FACTOR:
-        return False
-    return is_power or type_ not in (F16, BF16)

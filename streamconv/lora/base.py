@@ -7,7 +7,6 @@ Invariant: both kinds of base are seen through the architecture's recipe, so an 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,129 +21,145 @@ from streamconv.gguf.reader import GGUFKey, Span, refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.config import Problem
 from streamconv.recipe.bind import MAX_LAYERS, bind
-from streamconv.recipe.dims import extents, match_name, parse_shape, solve_dims, stated_dims
+from streamconv.recipe.dims import Equation, parse_extent, parse_shape, solve_dims, stated_dims
 from streamconv.recipe.language import (
     QUANTIZATION_KEYS,
-    Key,
     Model,
-    PerLayer,
     Recipe,
-    Tensor,
     all_recipes,
     find_recipe,
     recipe_of,
 )
+from streamconv.recipe.names import NONE, Found, fill, has_experts, stack_of
+from streamconv.recipe.ops import Op
+from streamconv.recipe.words import Key, PerLayer, Tensor
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
+EMBEDDING = "token_embd.weight"
 N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
 
-# Tensors that llama.cpp's run time uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
-_IGNORED_TARGETS = {
-    "_norm.weight": "a norm, for which llama.cpp asks no adapter",
-    "shortconv.conv.weight": "a convolution, and LoRA of convolutions is not known here",
-}
+# Tensors that llama.cpp's runtime uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
+_IGNORED_TARGETS = {"_norm.weight": "a norm, for which llama.cpp asks no adapter"}
 
-# MLX stacks the experts of a layer in one module (mlx-lm, models/switch_layers.py).
-_SWITCH = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\..+\.switch_mlp\.(gate_proj|up_proj|down_proj)")
-_SWITCH_TARGETS = {
-    "gate_proj": "blk.{i}.ffn_gate_exps.weight",
-    "up_proj": "blk.{i}.ffn_up_exps.weight",
-    "down_proj": "blk.{i}.ffn_down_exps.weight",
-}
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """A tensor of the GGUF that a module's change arrives in, and the operations it goes through on its way."""
+
+    target: str
+    order: tuple[int, int, int]  # its place among the base's tensors
+    ops: tuple[Op, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One matrix of the base that a pair of factors may change; of stacked experts one, or all where `expert` is None.
 
-    order: its place among the base's tensors. shape: row-major [out, in], None where the base does not tell. heads: how
-    many its rows are permuted in, 0 for none, None where the base does not tell. factor: what the recipe multiplies the
-    matrix by, None where the base does not tell.
+    landings: what it becomes in the GGUF, several where a fused matrix is split. shape: row-major [out, in] as stored,
+    None where the base does not tell.
     """
 
-    target: str
-    order: tuple[int, int, int]
+    landings: tuple[Landing, ...]
     shape: tuple[int | None, int | None]
-    heads: int | None = 0
-    factor: float | None = 1.0
     expert: int | None = None
     n_experts: int = 0
     is_embedding: bool = False
     is_head: bool = False
+
+    @property
+    def target(self) -> str:
+        return self.landings[0].target
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return self.landings[0].order
 
 
 @dataclass(slots=True)
 class BaseModel:
     """A base as adapters see it.
 
-    targets: the names of its tensors in GGUF, None where it does not list them all. shapes: of those whose shapes it
-    tells itself; the others follow from `dims`. is_tied: None where the base does not tell.
+    model: its dims and kinds, as far as the base gives them. targets: the names of its tensors in GGUF, None where it
+    does not list them all. shapes: of those whose shapes it gives itself; the others follow from dims. is_tied: None
+    where the base does not tell.
     """
 
     path: Place
-    recipe: Recipe
-    dims: Mapping[str, int]
-    kinds: Mapping[str, Sequence[str]]
+    model: Model
     is_tied: bool | None
     keys: Sequence[KeyValue]
     targets: frozenset[str] | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    model: Model | None = None
     cautions: list[Caution] = field(default_factory=list)
 
     @property
+    def recipe(self) -> Recipe:
+        return self.model.recipe
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        return self.model.dims
+
+    @property
     def n_layers(self) -> int:
-        return self.dims[N_LAYERS]
+        return self.model.n_layers
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor of this name in its checkpoint; a tied base's head counts."""
-        template, numbers = match_name(name)
-        rows = (row for row in self.recipe.tensors if row.source == template)
-        i, e = (*numbers, None, None)[:2]
-        return any(name == self.recipe.head or self._has(row, i, e) for row in rows)
+        return name == self.recipe.head or any(self._rows(name))
 
     def slot(self, module: str) -> Slot | Problem:
         """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
-        absent = Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
-        rows = {row.source: (number, row) for number, row in enumerate(self.recipe.tensors)}
-        template, numbers = match_name(f"{module}.weight")
-        if switch := _SWITCH.fullmatch(module):
-            target, numbers = _SWITCH_TARGETS[switch[2]], (int(switch[1]),)
-            template = next((source for source, (_, row) in rows.items() if row.target == target), "")
-        if template not in rows:
-            return absent
-        number, row = rows[template]
-        i, e = (*numbers, None, None)[:2]
-        if row.source == self.recipe.head and self.is_tied:
+        if self.is_tied and f"{module}.weight" == self.recipe.head:
             return Problem("tied", "the base is tied: it has no head of its own that llama.cpp could adapt", (module,))
-        if not self._has(row, i, e):
-            return absent
-        reason = _no_matrix(row)
-        return Problem("no-matrix", reason, (module,)) if reason else self._slot(number, row, i, e)
-
-    def _has(self, row: Tensor, i: int | None, e: int | None) -> bool:
-        axis, _, kind = row.only.partition("=")
-        if (i is not None and i >= self.n_layers) or (e is not None and e >= self.dims.get(N_EXPERTS, 0)):
-            return False
-        if self.targets is not None:
-            return row.target.format(i=i) in self.targets
-        return i is None or axis not in self.kinds or self.kinds[axis][i] == kind
-
-    def _slot(self, number: int, row: Tensor, i: int | None, e: int | None) -> Slot:
-        target = row.target.format(i=i)
-        shape = [_extent(factors, self.dims) for factors in parse_shape(row.shape)]
-        n_out, n_in = self.shapes[target][-2:] if len(self.shapes.get(target, ())) > 1 else shape
+        rows = list(self._rows(f"{module}.weight"))
+        if not rows:
+            return Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
+        found, row = rows[0][1:]
+        reason = next(filter(None, (_no_matrix(row) for _, _, row in rows)), "")
+        if reason:
+            return Problem("no-matrix", reason, (module,))
+        landings = [Landing(fill(row.target, found.i), (found.i, n, found.e), row.ops) for n, found, row in rows]
+        is_stack = has_experts(row.source) or _is_stack(row)
         return Slot(
-            target=target,
-            order=(-1 if i is None else i, number, -1 if e is None else e),
-            shape=(n_out, n_in),
-            heads=self.dims.get(row.rows.heads) if row.rows else 0,
-            factor=1.0 if row.scale is None else row.scale(self.model) if self.model else None,
-            expert=e,
-            n_experts=self.dims.get(N_EXPERTS, 0) if "{e}" in row.source else 0,
-            is_embedding=target == "token_embd.weight",
+            landings=tuple(landings),
+            shape=self._shape(landings[0], row),
+            expert=None if found.e == NONE else found.e,
+            n_experts=self.dims.get(N_EXPERTS, 0) if is_stack else 0,
+            is_embedding=landings[0].target == EMBEDDING,
             is_head=row.source == self.recipe.head,
         )
+
+    def _rows(self, name: str) -> Iterator[tuple[int, Found, Tensor]]:
+        """The recipe's rows that take the tensor `name`, each with its number, as far as this base has them."""
+        found = self.recipe.names.find(name)
+        if found is not None:
+            for number, row in enumerate(self.recipe.tensors):
+                if row.source == found.template and self._has(row, found):
+                    yield number, found, row
+
+    def _has(self, row: Tensor, found: Found) -> bool:
+        stack = stack_of(row.source)
+        if (stack is not None and found.i >= self.model.depth(stack)) or found.e >= self.dims.get(N_EXPERTS, 0):
+            return False
+        if self.targets is not None:
+            return fill(row.target, found.i) in self.targets
+        axis, _, kind = row.only.partition("=")
+        return stack is None or axis not in self.model.kinds or self.model.kinds[axis][found.i] == kind
+
+    def _shape(self, landing: Landing, row: Tensor) -> tuple[int | None, int | None]:
+        """[out, in] of a row's source: as the base has the target, where the operations leave it as it is."""
+        known = self.shapes.get(landing.target, ())
+        if len(known) > 1 and all(op.keeps_shape for op in row.ops):
+            return known[-2], known[-1]
+        n_out, n_in = (extent.value(self.dims) for extent in parse_shape(row.shape)[-2:])
+        return n_out, n_in
+
+
+def _is_stack(row: Tensor) -> bool:
+    """Whether the source of a row is all experts of a layer in one tensor."""
+    first, *matrix = (extent.text for extent in parse_shape(row.shape))
+    return first == N_EXPERTS and len(matrix) == 2
 
 
 def _no_matrix(row: Tensor) -> str:
@@ -152,12 +167,9 @@ def _no_matrix(row: Tensor) -> str:
     for ending, what in _IGNORED_TARGETS.items():
         if row.target.endswith(ending):
             return f"it is {what}"
-    return "" if len(parse_shape(row.shape)) == 2 and row.part is None else "it is no matrix"
-
-
-def _extent(factors: Sequence[str], dims: Mapping[str, int]) -> int | None:
-    found = extents("*".join(factors), dims)
-    return None if found is None else found[0]
+    if len(parse_shape(row.shape)) - _is_stack(row) == 2:
+        return ""
+    return f"it is {next((op.refuses for op in row.ops if op.refuses), 'no matrix')}"
 
 
 @source_failures()
@@ -193,9 +205,7 @@ def _from_gguf(path: Place) -> BaseModel:
             cautions.append(Caution("base-metadata-only", f"{path.name}: {what}, shapes were taken from its keys"))
         return BaseModel(
             path=path,
-            recipe=facts.recipe,
-            dims=dims,
-            kinds=facts.kinds,
+            model=Model(facts.recipe, Config({}, path), dims, facts.kinds, has_config=False),
             is_tied=head not in shapes if is_whole else None,
             keys=tuple(facts.copied_keys()),
             targets=frozenset(shapes) if is_whole else None,
@@ -222,6 +232,7 @@ class _GGUFFacts:
     def dims(self) -> dict[str, int]:
         """The dims that the keys give, and their defaults; `kinds` is known then too."""
         stated = {N_LAYERS: self._n_layers()}  # first, since a list for each layer must be as long
+        equations = []
         for key in self.recipe.keys:
             values = self._integers(key) if isinstance(key.value, str | PerLayer) else []
             if isinstance(key.value, PerLayer) and values:
@@ -229,10 +240,14 @@ class _GGUFFacts:
             elif isinstance(key.value, str) and any(values):
                 if len(set(values)) > 1:
                     raise self._wrong(key, "differs between layers, which this architecture's recipe does not know")
-                stated.setdefault(key.value, values[0])
+                extent = parse_extent(key.value)
+                if extent.names == (key.value,):
+                    stated.setdefault(key.value, values[0])
+                else:
+                    equations.append(Equation(extent, values[0]))
         if N_VOCAB not in stated and isinstance(tokens := self._value("tokenizer.ggml.tokens"), Span):
             stated[N_VOCAB] = len(tokens)
-        return solve_dims(self.recipe, stated)
+        return solve_dims(self.recipe, stated, equations)
 
     def _n_layers(self) -> int:
         key = next(key for key in self.recipe.keys if key.value == N_LAYERS)
@@ -324,16 +339,15 @@ def _of_model(path: Place, model: Model, is_tied: bool, targets: frozenset[str] 
     copied = tuple(key for key in model.recipe.keys if key.name in COPIED_KEYS and _has_value(key, model))
     return BaseModel(
         path=path,
-        recipe=model.recipe,
-        dims=model.dims,
-        kinds=model.kinds,
+        model=model,
         is_tied=is_tied,
         keys=replace(model, recipe=replace(model.recipe, keys=copied)).keys(),
         targets=targets,
-        model=model,
     )
 
 
 def _has_value(key: Key, model: Model) -> bool:
     """Whether a key can be written of a model whose weights were not seen."""
-    return key.value.axis in model.kinds if isinstance(key.value, PerLayer) else key.value in model.dims
+    if isinstance(key.value, PerLayer):
+        return key.value.axis in model.kinds
+    return isinstance(key.value, str) and parse_extent(key.value).value(model.dims) is not None

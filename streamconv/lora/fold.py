@@ -8,9 +8,9 @@ Invariant: alpha / rank * b @ a of every pair is the trained change, in the rows
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -20,11 +20,14 @@ from streamconv.ggml.element_types import TYPE_OF
 from streamconv.lazy.arithmetic import Scale, widened
 from streamconv.lazy.dtype import BF16, F16, F32, Dtype
 from streamconv.lazy.leaves import Zeros
-from streamconv.lazy.node import LazyTensor, TensorSpec, Workspace, peak_nbytes, read
+from streamconv.lazy.node import LazyTensor, TensorSpec, Workspace, description, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
-from streamconv.lazy.views import PairHalves, Stack, Transpose
+from streamconv.lazy.views import Stack, Transpose
+from streamconv.lora.base import Landing
 from streamconv.lora.config import Problem
 from streamconv.lora.resolve import LoraModule
+from streamconv.recipe.language import Model
+from streamconv.recipe.ops import CannotAdapt, factors_through, total_factor
 
 # Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a ratio folded into B.
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30
@@ -54,20 +57,56 @@ class Folded:
     problems: tuple[Problem, ...]
 
 
-def fold(modules: Sequence[LoraModule]) -> Folded:
-    """The modules' pairs in order, experts of a layer stacked, and the alpha that is right for all of them.
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A module's change on its way to one tensor of the GGUF: the factors in that tensor's rows and columns."""
+
+    module: LoraModule
+    landing: Landing
+    a: LazyTensor
+    b: LazyTensor
+    alpha: float  # that the pair needs by itself
+
+
+def landed(modules: Sequence[LoraModule], model: Model) -> tuple[list[Landed], list[Problem]]:
+    """The modules' changes in the order of the base's tensors, and those that cannot get there."""
+    found, problems = [], []
+    for module in modules:
+        for landing in module.slot.landings:
+            try:
+                a, b = _through(module, landing, model)
+                wanted = _rounded(module.scale * total_factor(landing.ops, model) * module.rank)
+            except CannotAdapt as error:
+                problems.append(Problem(error.code, error.message, (module.name,)))
+            else:
+                found.append(Landed(module, landing, a, b, wanted))
+    found.sort(key=lambda one: one.landing.order)
+    return found, problems
+
+
+def _through(module: LoraModule, landing: Landing, model: Model) -> tuple[LazyTensor, LazyTensor]:
+    """The factors (a, b) after the operations between the stored matrix and the GGUF's."""
+    if not module.slot.is_embedding:
+        return factors_through(landing.ops, module.a, module.b, model)
+    # The change of an embedding is the transpose of b @ a, and operations are those of the embedding.
+    b, a = factors_through(landing.ops, turned(module.b), turned(module.a), model)
+    return turned(a), turned(b)
+
+
+def fold(modules: Sequence[LoraModule], model: Model) -> Folded:
+    """The pairs in order, experts of a layer stacked, and the alpha that is right for all of them.
 
     Factors are read only where a scale has to be folded into them.
     """
-    needed = [_rounded(module.scale * (module.slot.factor or 0.0) * module.rank) for module in modules]
-    alpha = choose_alpha(needed) or float(modules[0].rank if modules else 0)
-    pairs, problems = [], []
-    for target, group in groupby(zip(modules, needed, strict=True), key=lambda item: item[0].slot.target):
-        made = []
-        for module, wanted in group:
-            pair, problem = _pair(module, wanted, alpha)
-            made.append((module, pair))
-            problems += [problem] if problem else []
+    changes, problems = landed(modules, model)
+    alpha = choose_alpha([one.alpha for one in changes]) or float(modules[0].rank if modules else 0)
+    by_target: dict[str, list[tuple[LoraModule, Pair]]] = defaultdict(list)
+    for one in changes:
+        pair, problem = _pair(one, alpha)
+        by_target[one.landing.target].append((one.module, pair))
+        problems += [problem] if problem else []
+    pairs = []
+    for target, made in by_target.items():
         if made[0][0].slot.expert is None:
             pairs.append(made[0][1])
         elif len({module.rank for module, _ in made}) > 1:
@@ -111,12 +150,11 @@ def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
 # ---------------------------------------------------------------- pairs
 
 
-def _pair(module: LoraModule, wanted: float, alpha: float) -> tuple[Pair, Problem | None]:
-    """The pair of a module that needs the alpha `wanted`; a problem where its B would leave float32's range."""
-    slot, a, b = module.slot, module.a, module.b
+def _pair(one: Landed, alpha: float) -> tuple[Pair, Problem | None]:
+    """The pair of one change under the common alpha; a problem where its B would leave float32's range."""
+    module, landing, a, b, wanted = one.module, one.landing, one.a, one.b, one.alpha
     b_type, problem, ratio = TYPE_OF[b.spec.dtype].id, None, wanted / alpha
-    if slot.heads:
-        b = PairHalves(b, slot.heads)
+    changed = TensorSpec((*b.spec.shape[:-1], a.spec.shape[-1]), F32)
     if wanted == 0:
         b = Zeros(b.spec)
     elif not all(MIN_SCALE <= abs(value) <= MAX_SCALE for value in (wanted, ratio)):
@@ -128,15 +166,13 @@ def _pair(module: LoraModule, wanted: float, alpha: float) -> tuple[Pair, Proble
         b = Scale(b, ratio)
         if overflows:
             problem = Problem("overflow", f"its lora_B times {ratio:g} exceeds float32", (module.name,))
-    turned = [isinstance(factor, Transpose) for factor in (module.a, module.b)]
-    changed = TensorSpec((*module.b.spec.shape[:-1], module.a.spec.shape[-1]), F32)
-    if slot.is_embedding:
-        a, changed = _turned(a), TensorSpec(changed.shape[::-1], F32)
-    origin = f"{slot.target} turned={turned} heads={slot.heads} ratio={ratio!r}"
-    return Pair(slot.target, a, b, TYPE_OF[a.spec.dtype].id, b_type, changed, origin), problem
+    if module.slot.is_embedding:
+        a, changed = turned(a), TensorSpec(changed.shape[::-1], F32)
+    origin = f"{landing.target} {description(a)} {description(b)}"
+    return Pair(landing.target, a, b, TYPE_OF[a.spec.dtype].id, b_type, changed, origin), problem
 
 
-def _turned(tensor: LazyTensor) -> LazyTensor:
+def turned(tensor: LazyTensor) -> LazyTensor:
     return tensor.parents[0] if isinstance(tensor, Transpose) else Transpose(tensor)
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from streamconv.checkpoint.config import MAX_NUMBER
+from streamconv.checkpoint.config import MAX_NUMBER, Config
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.errors import Caution, SourceError
@@ -25,19 +25,20 @@ from streamconv.files.store import Place
 from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
 from streamconv.lazy.leaves import sources
 from streamconv.lazy.node import LazyTensor
-from streamconv.lazy.views import Transpose, matrix_of
-from streamconv.lora.base import N_EXPERTS, N_VOCAB, BaseModel
+from streamconv.lazy.views import matrix_of
+from streamconv.lora.base import EMBEDDING, N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora.files import parse_name
+from streamconv.lora.fold import turned
 from streamconv.lora.resolve import LoraModule, base_hint, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
-from streamconv.lora.whole_weights import WholeWeight, has_tokenizer, left_out, one_by_one
+from streamconv.lora.whole_weights import WholeWeight, alone, has_tokenizer, left_out, one_by_one
 from streamconv.recipe.bind import Stored, bind
-from streamconv.recipe.language import Config, Model, Tensor
+from streamconv.recipe.language import Model
+from streamconv.recipe.names import fill
+from streamconv.recipe.words import Tensor
 
 __all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_adapter"]
-
-EMBEDDING = "token_embd.weight"
 
 # Kinds of tensors (file.py) that replace one of the base's, with the end of its name there. What has no such end,
 # as stacked experts, is of an unknown kind until the base knows it.
@@ -46,7 +47,7 @@ _REPLACING: Mapping[str, str] = {"weight": ".weight", "norm": ".weight", "bias":
 _MERGEABLE = frozenset(("dora", *_REPLACING))
 _FROZEN = (".base_layer.weight", ".original_module.weight")
 
-_Weights = dict[str, tuple[str, SourceTensor]]  # by stored name: the adapter's module, and its tensor
+_Weights = dict[str, tuple[str, Stored]]  # by stored name: the adapter's module, and its tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +189,8 @@ class _Merge:
             if role not in _REPLACING and not is_frozen:
                 continue
             name = self._stored_name(module + _REPLACING.get(role, ".weight"))
-            if name is None and (experts := dict(one_by_one(self.model, module, tensor))).keys() & self.stored.keys():
-                trained |= {one: (module, expert) for one, expert in experts.items()}
+            if name is None and (experts := self._experts(module, tensor)).keys() & self.stored.keys():
+                trained |= {one: (module, _Made(expert)) for one, expert in experts.items()}
             elif name is None:
                 strange["tensor" if role == "unknown" else role].append(module)
             elif is_frozen and self._is_end(name) and tensor.shape != self._original(name).shape:
@@ -199,6 +200,11 @@ class _Merge:
         for what, modules in strange.items():
             self._problem(adapter, "no-module", f"the base ({self.recipe.arch}) has no such {what}", *modules)
         return {name: frozen[name] for name in frozen if name not in trained}, trained
+
+    def _experts(self, name: str, stack: SourceTensor) -> dict[str, LazyTensor]:
+        """Stacked experts that an adapter saved whole, one by one; none where the tensor is another."""
+        is_known = len(stack.shape) == 3 and self.recipe.names.find(name) is not None
+        return dict(one_by_one(self.model, name, stack.lazy())) if is_known else {}
 
     def _stored_name(self, name: str) -> str | None:
         """The base's name for an adapter's, whose model may have been one without a head, and so without "model."."""
@@ -233,11 +239,14 @@ class _Merge:
             self._problem(adapter, "parameters", "target_parameters: factors of stacked parameters are not known here")
         magnitudes = self._magnitudes(adapter, config, resolved.modules)
         origins = []
+        singles = alone(self.recipe)
         for module in resolved.modules:
+            if module.slot.n_experts and self.recipe.tensors[module.slot.order[1]].target not in singles:
+                self._problem(adapter, "experts", "experts that are stored as one cannot be merged with", module.name)
+                continue
             for name, left, right in self._factors(module):
                 self._change(adapter, module, name, left, right, magnitudes.get(module.name))
-            turned = [isinstance(factor, Transpose) for factor in (module.a, module.b)]
-            origins.append(f"{module.name} {module.slot.order} {module.scale!r} {turned}")
+            origins.append(f"{module.name} {module.slot.order} {module.scale!r} {module.turned}")
         return origins
 
     def _base_model(self) -> BaseModel:
@@ -245,13 +254,10 @@ class _Merge:
         head = {row.target for row in self.recipe.tensors if row.source == self.recipe.head}
         return BaseModel(
             path=self.checkpoint.directory,
-            recipe=self.recipe,
-            dims=self.model.dims | {N_VOCAB: self.n_vocab},
-            kinds=self.model.kinds,
+            model=replace(self.model, dims=self.model.dims | {N_VOCAB: self.n_vocab}),
             is_tied=False,
             keys=(),
             targets=frozenset(head | {target.name for target in self.model.targets}),
-            model=self.model,
         )
 
     def _magnitudes(
@@ -287,33 +293,29 @@ class _Merge:
         """(stored name, left, right) of each tensor that the module changes by scale * left @ right."""
         layer, number, expert = module.slot.order
         row = self.recipe.tensors[number]
-        if "{e}" in row.source and row.source.format(i=layer, e=0) not in self.stored:
-            self._unstack(row, layer)
+        if module.slot.n_experts:
+            row = alone(self.recipe)[row.target]
+            if fill(row.source, layer, 0) not in self.stored:
+                self._unstack(row, layer)
         if module.slot.n_experts and module.slot.expert is None:
             n_out, rank = module.b.spec.shape[-2:]
             for e in range(module.slot.n_experts):
-                yield row.source.format(i=layer, e=e), matrix_of(module.b, e, n_out), matrix_of(module.a, e, rank)
+                yield fill(row.source, layer, e), matrix_of(module.b, e, n_out), matrix_of(module.a, e, rank)
         elif module.slot.is_embedding:
-            right = module.b.parents[0] if isinstance(module.b, Transpose) else Transpose(module.b)
-            yield row.source, Transpose(module.a) if not isinstance(module.a, Transpose) else module.a.parents[0], right
+            yield row.source, turned(module.a), turned(module.b)
         else:
-            yield row.source.format(i=layer, e=expert), module.b, module.a
+            yield fill(row.source, layer, expert), module.b, module.a
 
     def _unstack(self, row: Tensor, layer: int) -> None:
         """See a layer's stacked experts one by one, as recipes know them as well."""
-        alone = {other.target: other.source for other in self.recipe.tensors if "{e}" in other.source}
         (name,) = {
-            other.source.format(i=layer)
+            name
             for other in self.recipe.tensors
-            if other.target == row.target and "{e}" not in other.source and other.source.format(i=layer) in self.stored
+            if other.target == row.target and (name := fill(other.source, layer, 0)) in self.stored
         }
         stack = self.stored.pop(name).lazy()
-        for other in self.recipe.tensors:
-            if other.source.format(i=layer, e=0) == name:
-                index, count = (other.part.index, other.part.count) if other.part else (0, 1)
-                for e in range(self.model.dims[N_EXPERTS]):
-                    expert = matrix_of(stack, e * count + index, stack.spec.shape[-2] // count)
-                    self.stored[alone[other.target].format(i=layer, e=e)] = _Made(expert)
+        for one, expert in one_by_one(self.model, name, stack):
+            self.stored[one] = _Made(expert)
 
     def _change(
         self,

@@ -30,8 +30,9 @@ from streamconv.lazy.views import PairHalves, Reflow, Transpose
 from streamconv.lora.base import BaseModel
 from streamconv.lora.config import Problem
 from streamconv.lora.files import Factors
-from streamconv.lora.fold import slabs
+from streamconv.lora.fold import landed, slabs
 from streamconv.lora.resolve import LoraModule
+from streamconv.recipe.language import Model
 
 ARCH = "llama"
 HEAD_COUNT = "llama.attention.head_count"
@@ -49,6 +50,7 @@ class LegacyTensor:
     tensor: LazyTensor
     type: GGMLQuantizationType
     source: str
+    is_turned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Conf
     if base.recipe.arch != ARCH:
         yield Problem("legacy-arch", f"ollama-legacy has adapters for {ARCH} alone, the base is {base.recipe.arch}")
         return
+    yield from landed(modules, base.model)[1]
     others = [module.name for module in modules if not _TARGETS.fullmatch(module.slot.target)]
     if others:
         yield Problem("legacy-module", "ollama-legacy has no name for it", tuple(others))
@@ -90,8 +93,8 @@ def legacy_adapter(
         a = _written(f"{module.slot.target}.lora_a", factors.a, _heads(module, base, config))
         b = _written(f"{module.slot.target}.lora_b", factors.b, 0)
         made += [a, b]
-        if _is_permuted(module) or _is_turned(a.tensor, b.tensor) != _is_turned(module.a, module.b):
-            cautions.append(_distance_caution(module, a.tensor, b.tensor, _scale(alpha, module.rank)))
+        if _is_permuted(module) or (a.is_turned, b.is_turned) != module.turned:
+            cautions.append(_distance_caution(module, base.model, a.tensor, b.tensor, _scale(alpha, module.rank)))
     cautions += _ignored_scales(modules, alpha)
     if config.raw.get("alora_invocation_tokens"):
         cautions.append(Caution("legacy-ignored", "alora_invocation_tokens are left out: the adapter is always on"))
@@ -153,14 +156,10 @@ def _written(target: str, stored: SourceTensor, n_heads: int) -> LegacyTensor:
         tensor = Transpose(PairHalves(source, n_heads) if n_heads else source)
     elif n_heads:
         tensor = Reflow(PairHalves(Reflow(source, (n_columns, n_rows)), n_heads), (n_rows, n_columns))
-    return LegacyTensor(target, tensor, _BF16 if source.spec.dtype == BF16 else _F16, stored.name)
+    return LegacyTensor(target, tensor, _BF16 if source.spec.dtype == BF16 else _F16, stored.name, is_turned)
 
 
 # ---------------------------------------------------------------- what is wrong with it
-
-
-def _is_turned(a: LazyTensor, b: LazyTensor) -> tuple[bool, bool]:
-    return isinstance(a, Transpose), isinstance(b, Transpose)
 
 
 def _warning() -> Caution:
@@ -182,22 +181,21 @@ def _ignored_scales(modules: Sequence[LoraModule], alpha: float) -> Iterator[Cau
         yield Caution("legacy-scale", message, targets[0])
 
 
-def _distance_caution(module: LoraModule, a: LazyTensor, b: LazyTensor, scale: float) -> Caution:
+def _distance_caution(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, scale: float) -> Caution:
     if (a.spec.shape, b.spec.shape) != (module.a.spec.shape, module.b.spec.shape):
         shapes = f"lora_a {list(a.spec.shape)}, lora_b {list(b.spec.shape)}"
         message = f"written the wrong way round, {shapes}: llama.cpp refuses the file"
     else:
-        distance = _distance(module, a, b, scale)
+        distance = _distance(module, model, a, b, scale)
         message = f"the written change is off by {distance:.6g} of the trained one (Frobenius norms)"
     return Caution("legacy-distance", message, module.slot.target)
 
 
-def _distance(module: LoraModule, a: LazyTensor, b: LazyTensor, scale: float) -> float:
+def _distance(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, scale: float) -> float:
     """|written - trained| / |trained| of the whole [out, in] change, which is never made: [2r, 2r] products tell it."""
-    heads = module.slot.heads or 0
-    trained_b: LazyTensor = Scale(PairHalves(module.b, heads) if heads else module.b, -module.scale)
-    left = _gram([Scale(b, scale), trained_b])
-    right = _gram([Transpose(a), Transpose(module.a)])
+    ((change,), _) = landed([module], model)
+    left = _gram([Scale(b, scale), Scale(change.b, -module.scale)])
+    right = _gram([Transpose(a), Transpose(change.a)])
     rank = b.spec.shape[1]
     trained = math.sqrt(max(float((left[rank:, rank:] * right[rank:, rank:]).sum()), 0.0))
     difference = math.sqrt(max(float((left * right).sum()), 0.0))

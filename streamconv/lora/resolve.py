@@ -41,6 +41,7 @@ class LoraModule:
     a: LazyTensor
     b: LazyTensor
     scale: float
+    turned: Orientation = (False, False)  # whether A, whether B was stored transposed
 
     @property
     def rank(self) -> int:
@@ -143,9 +144,11 @@ class _Taken:
         self._experts: dict[str, set[int | None]] = {}
 
     def __call__(self, slot: Slot) -> bool:
-        experts = self._experts.setdefault(slot.target, set())
-        clashes = slot.expert in experts or None in experts or (slot.expert is None and bool(experts))
-        experts.add(slot.expert)
+        clashes = False
+        for landing in slot.landings:
+            experts = self._experts.setdefault(landing.target, set())
+            clashes |= slot.expert in experts or None in experts or (slot.expert is None and bool(experts))
+            experts.add(slot.expert)
         return clashes
 
 
@@ -194,6 +197,7 @@ class _Placed:
             Transpose(a) if a_turned else a,
             Transpose(b) if b_turned else b,
             config.scale(self.name, rank),
+            (a_turned, b_turned),
         )
 
     def _unfit(self) -> _Unfit:
@@ -263,13 +267,6 @@ def _misfits(module: LoraModule, base: BaseModel, config: LoraConfig) -> Iterato
     stated = config.rank(module.name)
     if stated is not None and stated != module.rank:
         yield Problem("rank", f"has rank {module.rank}, adapter_config.json gives it {stated}", names)
-    n_out = module.b.spec.shape[-2]
-    if slot.heads is None:
-        yield Problem("heads", "the base does not tell its number of heads", names)
-    elif slot.heads and n_out % (2 * slot.heads):
-        yield Problem("heads", f"its {n_out} rows are not {slot.heads} heads of two halves", names)
-    if slot.factor is None:
-        yield Problem("factor", "a GGUF does not tell how its experts were scaled: give the base's folder", names)
     if slot.is_embedding and base.is_tied:
         yield Problem(
             "tied", "the base is tied, and llama.cpp dies of an adapter on an embedding that is the head", names

@@ -6,16 +6,22 @@ Owns: telling whether two of a kind are the same. Does not own: which of them a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.files.local import has_same_content
 from streamconv.files.store import Place
+from streamconv.lazy.node import LazyTensor
+from streamconv.lazy.views import matrix_of
 from streamconv.lora.specs import Adapter
-from streamconv.recipe.dims import extents, match_name
-from streamconv.recipe.language import Model
+from streamconv.recipe.bind import Stored
+from streamconv.recipe.dims import extents
+from streamconv.recipe.language import Model, Recipe
+from streamconv.recipe.names import fill, has_experts
+from streamconv.recipe.ops import applied
+from streamconv.recipe.words import Tensor
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -27,7 +33,7 @@ class WholeWeight:
     """A whole weight that stands in place of the base's: who brought it, and whether it was trained."""
 
     adapter: Adapter
-    tensor: SourceTensor
+    tensor: Stored
     is_trained: bool
 
     def excludes(self, other: WholeWeight) -> bool:
@@ -35,8 +41,10 @@ class WholeWeight:
         return self.is_trained or other.is_trained or not _are_equal(self.tensor, other.tensor)
 
 
-def _are_equal(one: SourceTensor, other: SourceTensor) -> bool:
+def _are_equal(one: Stored, other: Stored) -> bool:
     """Whether two stored tensors are the same bytes."""
+    if not isinstance(one, SourceTensor) or not isinstance(other, SourceTensor):
+        return False
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     ours, theirs = np.empty((2, min(one.nbytes, COMPARED_NBYTES)), np.uint8)
@@ -49,23 +57,28 @@ def _are_equal(one: SourceTensor, other: SourceTensor) -> bool:
     return True
 
 
-def one_by_one(model: Model, name: str, stack: SourceTensor) -> Iterator[tuple[str, SourceTensor]]:
+def alone(recipe: Recipe) -> dict[str, Tensor]:
+    """By target, the rows of experts that are stored one by one."""
+    return {row.target: row for row in recipe.tensors if has_experts(row.source)}
+
+
+def one_by_one(model: Model, name: str, stack: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
     """Stacked experts as a checkpoint names and stores them that has them one by one; none of another tensor.
 
-    As transformers 5 holds experts, and PEFT saves those that were trained whole, whatever the checkpoint's way.
+    As transformers 5 holds experts, and PEFT saves those that were trained whole, whatever the checkpoint's way. What a
+    row does to the stack beyond what the row of single experts does to them is what makes the one of the other.
     """
-    template, numbers = match_name(name)
-    alone = {row.target: row.source for row in model.recipe.tensors if "{e}" in row.source}
+    singles, found = alone(model.recipe), model.recipe.names.find(name)
     for row in model.recipe.tensors:
-        index, count = (row.part.index, row.part.count) if row.part else (0, 1)
-        if row.source != template or row.target not in alone or stack.shape != extents(row.shape, model.dims):
+        if found is None or row.source != found.template or row.target not in singles:
             continue
-        n_experts, n_rows, n_columns = stack.shape
-        nbytes = stack.nbytes // (n_experts * count)
-        for e in range(n_experts):
-            offset = stack.offset + (e * count + index) * nbytes
-            expert = replace(stack, shape=(n_rows // count, n_columns), offset=offset, nbytes=nbytes)
-            yield alone[row.target].format(i=numbers[0], e=e), expert
+        single = singles[row.target]
+        n = len(row.ops) - len(single.ops)
+        if n < 0 or row.ops[n:] != single.ops or stack.spec.shape != extents(row.shape, model.dims):
+            continue
+        for e in range(stack.spec.shape[0]):
+            expert = applied(row.ops[:n], matrix_of(stack, e, stack.spec.shape[1]), model)
+            yield fill(single.source, found.i, e), expert
 
 
 def has_tokenizer(folder: Place) -> bool:

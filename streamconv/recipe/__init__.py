@@ -1,1 +1,66 @@
 """The language that architectures/ is written in, and how a recipe is bound to a checkpoint."""
+
+from streamconv.checkpoint.config import Config
+from streamconv.gguf.format import Scalar
+from streamconv.recipe.language import Model, Recipe
+from streamconv.recipe.ops import (
+    Columns,
+    Interleaved,
+    MinusExp,
+    Op,
+    Permute,
+    PlusOne,
+    Reshape,
+    Rows,
+    Scale,
+    Split,
+    Squeeze,
+    Transpose,
+)
+from streamconv.recipe.words import (
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U32,
+    Claim,
+    Computed,
+    Dim,
+    Drop,
+    Key,
+    PerLayer,
+    Refusal,
+    Tensor,
+)
+
+__all__ = [
+    "BOOL",
+    "F32",
+    "I32",
+    "STRING",
+    "U32",
+    "Claim",
+    "Columns",
+    "Computed",
+    "Config",
+    "Dim",
+    "Drop",
+    "Interleaved",
+    "Key",
+    "MinusExp",
+    "Model",
+    "Op",
+    "PerLayer",
+    "Permute",
+    "PlusOne",
+    "Recipe",
+    "Refusal",
+    "Reshape",
+    "Rows",
+    "Scalar",
+    "Scale",
+    "Split",
+    "Squeeze",
+    "Tensor",
+    "Transpose",
+]

@@ -12,18 +12,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
+from streamconv.checkpoint.config import Config
 from streamconv.errors import Caution, SourceError
-from streamconv.lazy.arithmetic import Scale, widened
+from streamconv.lazy.arithmetic import widened
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import LazyTensor
-from streamconv.lazy.views import PairHalves, Reshape, RowBlocks, Stack
-from streamconv.recipe.dims import Equation, extents, match_name, parse_shape, solve_dims, stated_dims
-from streamconv.recipe.language import Computed, Config, Model, Recipe, Target, Tensor
+from streamconv.lazy.views import Stack
+from streamconv.recipe.dims import Equation, extents, parse_extent, parse_shape, solve_dims, stated_dims
+from streamconv.recipe.language import Model, Recipe, Target
+from streamconv.recipe.names import NONE, fill, has_experts, stack_of
+from streamconv.recipe.ops import first_fault
+from streamconv.recipe.words import Computed, Tensor
 
 MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
-NONE = -1  # the layer or expert of a name that has no such number
 MAX_NAMES_SHOWN = 4
 MAX_PROBLEMS_SHOWN = 12
 
@@ -83,19 +87,17 @@ class _Binding:
             refusals = [told for refusal in self.recipe.refusals if (told := refusal.of(model))]
         if self.problems or refusals:
             raise self._error(refusals)
-        model.targets += [Target(c.name, tensor, c.row) for c in choices if (tensor := self._make(model, c))]
+        model.targets += [target for choice in choices if (target := self._make(model, choice))]
         return model
 
     def _match_names(self) -> None:
-        drops = {drop.source for drop in self.recipe.drops}
         unknown = []
         for name in self.stored:
-            template, numbers = match_name(name)
-            if template in self.rows_of:
-                layer, expert = (*numbers, NONE, NONE)[:2]
-                self.found[template][layer][expert] = name
-            elif template not in drops:
+            found = self.recipe.names.find(name)
+            if found is None:
                 unknown.append(name)
+            elif found.template in self.rows_of:
+                self.found[found.template][found.i][found.e] = name
         if unknown:
             self.problems.append(f"unknown tensors: {_listed(unknown)}")
 
@@ -105,11 +107,13 @@ class _Binding:
         """All dims, layers and experts counted; where config and shapes disagree is a problem."""
         stated = stated_dims(self.recipe, self.config)
         counted = dict(stated)
-        counted.setdefault("L", 1 + max((i for by in self.found.values() for i in by), default=NONE))
+        for stack, count in self.recipe.stacks.items():
+            layers = (max(by) for template, by in self.found.items() if by and stack_of(template) == stack)
+            counted.setdefault(count, 1 + max(layers, default=NONE))
+            if not self.recipe.dims[count].minimum <= counted[count] <= MAX_LAYERS:
+                raise SourceError(f"{counted[count]} layers are no model", file=self.config.file.parent)
         if n_experts := 1 + max((e for by in self.found.values() for es in by.values() for e in es), default=NONE):
             counted.setdefault("E", n_experts)
-        if not 1 <= counted["L"] <= MAX_LAYERS:
-            raise SourceError(f"{counted['L']} layers are no model", file=self.config.file.parent)
         self.dims = solve_dims(self.recipe, counted, self._equations())
         for name, dim in self.recipe.dims.items():
             if name not in self.dims:
@@ -123,10 +127,10 @@ class _Binding:
     def _equations(self) -> Iterator[Equation]:
         for template in self.found:
             for row in self.rows_of[template]:
-                factors = parse_shape(row.shape)
+                extents_ = parse_shape(row.shape)
                 for shape in dict.fromkeys(self.stored[name].shape for name in self._names(template)):
-                    if len(shape) == len(factors):
-                        yield from map(Equation, factors, shape)
+                    if len(shape) == len(extents_):
+                        yield from map(Equation, extents_, shape)
 
     def _check_shapes(self, rows: Sequence[Tensor], names: Sequence[str], stated: Mapping[str, int]) -> None:
         """The rows of one source against all tensors of its name; the first that disagrees stands for all."""
@@ -136,7 +140,7 @@ class _Binding:
                 continue
             wrong = [name for name in names if self.stored[name].shape != expected]
             if wrong:
-                used = dict.fromkeys(f for factors in parse_shape(row.shape) for f in factors if f in stated)
+                used = dict.fromkeys(name for one in parse_shape(row.shape) for name in one.names if name in stated)
                 origin = ", ".join(f"{self.recipe.dims[f].label}={stated[f]}" for f in used)
                 self.problems.append(
                     f"{wrong[0]} has shape {list(self.stored[wrong[0]].shape)}, expected {list(expected)}"
@@ -144,9 +148,16 @@ class _Binding:
                     + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
                 )
                 return
-            if row.rows is not None and expected[0] % (2 * self.dims[row.rows.heads]):
-                self.problems.append(f"{names[0]} has no heads of two halves: {expected[0]} rows")
+            if (fault := self._op_fault(row, expected, len(names))) is not None:
+                self.problems.append(f"{names[0]} {fault}")
                 return
+
+    def _op_fault(self, row: Tensor, shape: tuple[int, ...], n_names: int) -> str | None:
+        """What is wrong with sources of `shape` for the row's operations, where all their dims are known."""
+        if any(name not in self.dims for op in row.ops for text in op.dims() for name in parse_extent(text).names):
+            return None
+        stacked = (min(self.dims.get("E", 1), n_names), *shape) if has_experts(row.source) else shape
+        return first_fault(row.ops, stacked, Model(self.recipe, self.config, self.dims))
 
     # -- kinds
 
@@ -157,14 +168,16 @@ class _Binding:
             for row in self.recipe.tensors:
                 if row.only.startswith(f"{axis}="):
                     evidence[row.only.partition("=")[2]].update(self.found.get(row.source, ()))
-            present = [[kind for kind in kinds if i in evidence[kind]] for i in range(model.n_layers)]
+            n_layers = model.depth(self.recipe.stack_of_axis(axis))
+            present = [[kind for kind in kinds if i in evidence[kind]] for i in range(n_layers)]
             self._report_layers([i for i, p in enumerate(present) if not p], f"no tensors of {' or '.join(kinds)}")
             self._report_layers([i for i, p in enumerate(present) if len(p) > 1], f"tensors of {' and '.join(kinds)}")
             settled = [p[0] if p else "" for p in present]
             model.kinds[axis] = settled
         for claim in self.recipe.claims:
-            if (claimed := claim.kinds(self.config, model.n_layers)) is not None:
-                self._check_claim(claim.key, claimed, model.kinds[claim.axis])
+            settled = model.kinds[claim.axis]
+            if (claimed := claim.kinds(self.config, len(settled))) is not None:
+                self._check_claim(claim.key, claimed, settled)
 
     def _report_layers(self, layers: Sequence[int], what: str) -> None:
         if layers:
@@ -189,23 +202,20 @@ class _Binding:
         rows: tuple[Tensor | Computed, ...] = (*self.recipe.tensors, *self.recipe.computed)
         for row in rows:
             by_target.setdefault(row.target, []).append(row)
-        run: list[str] = []
-        for target in by_target:
-            if "{i}" in target:
-                run.append(target)
-                continue
-            yield from self._choices_of_layers(model, run, by_target)
-            run = []
-            yield from self._choose(by_target[target], None)
-        yield from self._choices_of_layers(model, run, by_target)
+        for stack, targets in groupby(by_target, stack_of):
+            if stack is None:
+                for target in targets:
+                    yield from self._choose(by_target[target], None)
+            else:
+                yield from self._choices_of_layers(model, stack, {target: by_target[target] for target in targets})
 
     def _choices_of_layers(
-        self, model: Model, targets: Sequence[str], by_target: Mapping[str, Sequence[Tensor | Computed]]
+        self, model: Model, stack: str, by_target: Mapping[str, Sequence[Tensor | Computed]]
     ) -> Iterator[_Choice]:
-        layers_of = {row: set(model.layers(row.only)) for target in targets for row in by_target[target]}
-        for i in range(model.n_layers):
-            for target in targets:
-                yield from self._choose([row for row in by_target[target] if i in layers_of[row]], i)
+        layers_of = [[(row, set(model.layers(row))) for row in rows] for rows in by_target.values()]
+        for i in range(model.depth(stack)):
+            for rows in layers_of:
+                yield from self._choose([row for row, layers in rows if i in layers], i)
 
     def _choose(self, rows: Sequence[Tensor | Computed], i: int | None) -> Iterator[_Choice]:
         """The one row that gives a target (of layer `i`); more than one, or none where one must, is a problem."""
@@ -215,16 +225,16 @@ class _Binding:
         ]
         if len(stored) > 1:
             firsts = _listed([next(iter(names.values())) for _, names in stored])
-            self.problems.append(f"{rows[0].target.format(i=i)} has {len(stored)} sources: {firsts}")
+            self.problems.append(f"{fill(rows[0].target, i)} has {len(stored)} sources: {firsts}")
         if stored:
             row, names = stored[0]
-            yield _Choice(row.target.format(i=i), row, self._in_order(row, i, names))
+            yield _Choice(fill(row.target, i), row, self._in_order(row, i, names))
             return
         if tensors and self._is_due(tensors[0]):
-            self.missing.append(tensors[0].source.format(i=i, e=0))
+            self.missing.append(fill(tensors[0].source, i, 0))
         for computed in rows:
             if isinstance(computed, Computed):
-                yield _Choice(computed.target.format(i=i), computed, ())
+                yield _Choice(fill(computed.target, i), computed, ())
 
     def _is_due(self, row: Tensor) -> bool:
         return self.config.flag(row.required) is True if isinstance(row.required, str) else row.required
@@ -233,11 +243,11 @@ class _Binding:
         """The sources of one target, experts by number; a gap between them is noted."""
         if isinstance(row.required, str):
             self._check_flag(row.required, list(by_expert.values()))
-        n_experts = self.dims.get("E", 0) if "{e}" in row.source else 0
+        n_experts = self.dims.get("E", 0) if has_experts(row.source) else 0
         present = {e: name for e, name in sorted(by_expert.items()) if e < n_experts or not n_experts}
         if len(present) < n_experts:
             gap = next((e for e, found in enumerate(present) if e != found), len(present))
-            self.missing.append(row.source.format(i=i, e=gap))
+            self.missing.append(fill(row.source, i, gap))
         return tuple(present.values())
 
     def _check_flag(self, flag: str, names: Sequence[str]) -> None:
@@ -257,9 +267,8 @@ class _Binding:
         taken = {source for choice in choices for source in choice.sources}
         left = [name for template in self.found for name in self._names(template) if name not in taken]
         if left:
-            counts = [
-                f"{dim.label}={self.dims[n]}" for n, dim in self.recipe.dims.items() if n in "LE" and n in self.dims
-            ]
+            counting = {*self.recipe.stacks.values(), "E"} & self.dims.keys()
+            counts = [f"{dim.label}={self.dims[n]}" for n, dim in self.recipe.dims.items() if n in counting]
             self.problems.append(f"tensors with no place in the model ({', '.join(counts)}): {_listed(left)}")
 
     def _check_head(self, model: Model) -> None:
@@ -278,17 +287,18 @@ class _Binding:
                 Caution("head-on-tied", "the config says tied and a head is stored: it is written", self.recipe.head)
             )
 
-    def _make(self, model: Model, choice: _Choice) -> LazyTensor | None:
+    def _make(self, model: Model, choice: _Choice) -> Target | None:
         """The node chain of one target; None where a computed one has no value."""
-        if isinstance(choice.row, Computed):
-            array = choice.row.value(model)
-            return None if array is None else Resident(array)
+        row = choice.row
+        if isinstance(row, Computed):
+            array = row.value(model)
+            return None if array is None else Target(choice.name, Resident(array), row)
         lazy = [self.stored[name].lazy() for name in choice.sources]
-        if "{e}" not in choice.row.source:
-            return apply_row(model, choice.row, lazy[0])
-        if len({tensor.spec.dtype for tensor in lazy}) > 1:
-            lazy = [widened(tensor) for tensor in lazy]
-        return apply_row(model, choice.row, Stack(lazy))
+        if has_experts(row.source):
+            if len({tensor.spec.dtype for tensor in lazy}) > 1:
+                lazy = [widened(tensor) for tensor in lazy]
+            lazy = [Stack(lazy)]
+        return Target(choice.name, model.made(row, lazy[0]), row)
 
     def _error(self, refusals: Sequence[str]) -> SourceError:
         problems = [*refusals, *self.problems]
@@ -308,20 +318,3 @@ def _listed(items: Sequence[object]) -> str:
     """A few of the items, and how many more there are."""
     more = f" and {len(items) - MAX_NAMES_SHOWN} more" if len(items) > MAX_NAMES_SHOWN else ""
     return ", ".join(map(str, items[:MAX_NAMES_SHOWN])) + more
-
-
-def apply_row(model: Model, row: Tensor, tensor: LazyTensor) -> LazyTensor:
-    """The nodes that a row asks for on top of its (stacked) source: squeeze, part, permutation, scale."""
-    factors = parse_shape(row.shape)
-    if ("1",) in factors and len(tensor.spec.shape) == len(factors):
-        kept = tuple(n for f, n in zip(factors, tensor.spec.shape, strict=True) if f != ("1",))
-        tensor = Reshape(tensor, kept)
-    if row.part is not None:
-        period = tensor.spec.shape[-2]
-        size = period // row.part.count
-        tensor = RowBlocks(tensor, period, row.part.index * size, size)
-    if row.rows is not None:
-        tensor = PairHalves(tensor, model.dims[row.rows.heads])
-    if row.scale is not None and (factor := row.scale(model)) != 1.0:
-        tensor = Scale(tensor, factor)
-    return tensor

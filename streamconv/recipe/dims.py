@@ -1,97 +1,139 @@
-"""The names and shapes of a recipe's rows in numbers: which layer and expert a name is of, how large each dim is.
+"""Shapes in dims: an extent is a sum of products of dims and numbers, evaluated, solved for a dim, and checked.
 
-Owns: reading names and shapes as recipes write them, and solving dims from a config, from stored shapes and from
-defaults. Does not own: what a recipe says (recipe/language.py), whether a checkpoint agrees with it (recipe/bind.py).
-Invariant: a dim that the config states is never changed; one that does not follow from anything is left out.
+"(A+2*K)*D H" is a matrix of (A + 2 * K) * D rows and H columns. Dims come from the config, else from stored shapes,
+else from defaults; one that the config states is never changed, and one that follows from nothing is left out.
 """
 
 from __future__ import annotations
 
-import math
-import re
+import ast
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
+from typing import TYPE_CHECKING
 
 from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
-from streamconv.recipe.language import Recipe
 
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
+if TYPE_CHECKING:
+    from streamconv.recipe.language import Recipe
 
-
-def match_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """A tensor's name as template and numbers: layers.3.experts.7.w1 as layers.{i}.experts.{e}.w1 and (3, 7)."""
-    numbers: list[int] = []
-
-    def placeholder(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return ("{i}", "{e}", "{?}")[min(len(numbers) - 1, 2)]
-
-    return _NUMBER.sub(placeholder, name), tuple(numbers)
-
-
-@cache
-def parse_shape(shape: str) -> tuple[tuple[str, ...], ...]:
-    """ "A*D H" as (("A", "D"), ("H",))."""
-    return tuple(tuple(extent.split("*")) for extent in shape.split())
+_NOT_WHOLE = 0  # the extent of a quotient that does not come out whole: no tensor has it
 
 
 @dataclass(frozen=True, slots=True)
-class Equation:
-    """An extent found on disk: the product of `factors` (dims or numbers) is `extent`."""
+class Extent:
+    """One extent of a shape, as "(A+2*K)*D"; `names` are its dims."""
 
-    factors: tuple[str, ...]
-    extent: int
+    text: str
+    names: tuple[str, ...]
+    _tree: ast.expr
 
-    def solve(self, dims: dict[str, int]) -> bool:
-        """Fill in the one unknown dim, where there is just one and it comes out whole."""
-        unknown = [factor for factor in self.factors if not factor.isdigit() and factor not in dims]
+    def value(self, dims: Mapping[str, int]) -> int | None:
+        """The extent in numbers; None where a dim is not known, 0 where a quotient does not come out whole."""
+        if any(name not in dims for name in self.names):
+            return None
+        try:
+            value = _evaluate(self._tree, dims)
+        except ZeroDivisionError:
+            return _NOT_WHOLE
+        return int(value) if value.denominator == 1 else _NOT_WHOLE
+
+    def solve(self, extent: int, dims: Mapping[str, int]) -> tuple[str, int] | None:
+        """The one dim that is not known and its value, where this is `extent`, linear in it, and it comes out whole."""
+        unknown = [name for name in self.names if name not in dims]
         if len(unknown) != 1:
-            return False
-        rest = math.prod(int(f) if f.isdigit() else dims[f] for f in self.factors if f != unknown[0])
-        if self.extent == 0 or self.extent % rest:
-            return False
-        dims[unknown[0]] = self.extent // rest
-        return True
+            return None
+        (name,) = unknown
+        try:
+            at = [_evaluate(self._tree, {**dims, name: x}) for x in (1, 2, 3)]
+        except ZeroDivisionError:
+            return None
+        slope = at[1] - at[0]
+        if not slope or at[2] - at[1] != slope:
+            return None
+        value = 1 + (extent - at[0]) / slope
+        return (name, int(value)) if value.denominator == 1 and value > 0 else None
+
+
+def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> Fraction:
+    match node:
+        case ast.Constant(value=int(number)):
+            return Fraction(number)
+        case ast.Name(id=name):
+            return Fraction(dims[name])
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _evaluate(left, dims) + _evaluate(right, dims)
+        case ast.BinOp(left=left, op=ast.Sub(), right=right):
+            return _evaluate(left, dims) - _evaluate(right, dims)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _evaluate(left, dims) * _evaluate(right, dims)
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return _evaluate(left, dims) / _evaluate(right, dims)
+    raise ValueError("only +, -, *, / of dims and whole numbers")
+
+
+@cache
+def parse_extent(text: str) -> Extent:
+    """ValueError where `text` is not a sum of products."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+        names = tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
+        with suppress(ZeroDivisionError):  # of A/(A-B) at ones; what it is of real dims is seen then
+            _evaluate(tree, dict.fromkeys(names, 1))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{text!r} cannot be read: {error}") from None
+    return Extent(text, names, tree)
+
+
+@cache
+def parse_shape(shape: str) -> tuple[Extent, ...]:
+    """The extents of "A*D H", row-major. ValueError where one cannot be read."""
+    return tuple(parse_extent(extent) for extent in shape.split())
 
 
 def extents(shape: str, dims: Mapping[str, int]) -> tuple[int, ...] | None:
     """The row-major shape in numbers; None where a dim is not known."""
-    factors = parse_shape(shape)
-    if any(not f.isdigit() and f not in dims for extent in factors for f in extent):
-        return None
-    return tuple(math.prod(int(f) if f.isdigit() else dims[f] for f in extent) for extent in factors)
+    values = [extent.value(dims) for extent in parse_shape(shape)]
+    return None if None in values else tuple(value for value in values if value is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Equation:
+    """An extent found on disk: `left` (in dims) is `extent`."""
+
+    left: Extent
+    extent: int
 
 
 def solve_dims(recipe: Recipe, stated: Mapping[str, int], equations: Iterable[Equation] = ()) -> dict[str, int]:
-    """Every dim that follows: those stated, then those the shapes settle, then the defaults."""
+    """Every dim that follows: those stated, then those that the equations settle, then the defaults."""
     dims = dict(stated)
     pending = list(dict.fromkeys(equations))
-    while solved := [equation for equation in pending if equation.solve(dims)]:
-        pending = [equation for equation in pending if equation not in solved]
+    while solved := [one for one in pending if _solve(one, dims)]:
+        pending = [one for one in pending if one not in solved]
     for name, dim in recipe.dims.items():
-        if name not in dims and (value := _default(dim.default, dims)) is not None:
-            dims[name] = value
+        if name not in dims and dim.default is not None:
+            value = parse_extent(str(dim.default)).value(dims)
+            if value is not None and value >= dim.minimum:
+                dims[name] = value
     return dims
 
 
-def _default(default: int | str | None, dims: Mapping[str, int]) -> int | None:
-    """A Dim's default in numbers: as it is, of another dim, or a quotient that comes out whole."""
-    if not isinstance(default, str):
-        return default
-    whole, _, divisor = default.partition("/")
-    if whole not in dims or (divisor and divisor not in dims):
-        return None
-    quotient, rest = divmod(dims[whole], dims[divisor] if divisor else 1)
-    return None if rest else quotient
+def _solve(equation: Equation, dims: dict[str, int]) -> bool:
+    found = equation.left.solve(equation.extent, dims)
+    if found is not None:
+        dims[found[0]] = found[1]
+    return found is not None
 
 
 def stated_dims(recipe: Recipe, config: Config) -> dict[str, int]:
-    """The dims that the config states explicitly; SourceError where one is no size."""
+    """The dims that the config states; SourceError where one is not a size."""
     stated = {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
     for name, value in stated.items():
-        if value < 1:
+        if value < recipe.dims[name].minimum:
             what = f"{recipe.dims[name].label} comes to {value}"
             raise SourceError(what, file=config.file, hint="correct the config")
     return stated

@@ -20,8 +20,8 @@ from gguf.tensor_mapping import TensorNameMap
 
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.files.store import Place
-from streamconv.recipe.dims import match_name
 from streamconv.recipe.language import all_recipes
+from streamconv.recipe.names import match_name
 
 FUSED = (2, 3, 4)  # parts that one tensor holds: gate and up, the three of a short convolution, and the like
 SPARE_LETTERS = "BCGIJNOPQRSTWXYZ"  # none that DIM_KEYS gives a meaning
@@ -201,7 +201,7 @@ class _Draft:
             "",
             "from __future__ import annotations",
             "",
-            "from streamconv.recipe.language import F32, Dim, Key, Recipe, Tensor",
+            f"from streamconv.recipe import F32, Dim, Key, Recipe, {'Squeeze, ' if self._squeezes() else ''}Tensor",
             "",
             "RECIPE = Recipe(",
             *([] if self.arch in MODEL_ARCH_NAMES.values() else ["    # TODO gguf knows no architecture of this name"]),
@@ -215,6 +215,9 @@ class _Draft:
             ")",
         ]
         return "\n".join(lines) + "\n"
+
+    def _squeezes(self) -> bool:
+        return any(1 in source.shapes[0] for source in self.sources)
 
     def _dim_lines(self) -> Iterator[str]:
         yield "    dims={"
@@ -239,6 +242,7 @@ class _Draft:
             if rivals:
                 notes.append(f"looks like {target} as well: of {_plain(rivals[0].template)} or of this?")
                 target = _unknown_target(source)
+            ops = ", (Squeeze(),)" if 1 in source.shapes[0] else ""
             limit = f", only={_quoted(self.only[source.template])}" if source.template in self.only else ""
             if source.layers and not limit and len(source.layers) < self.n_layers:
                 note = f"in layers {_ranges(source.layers)} alone"
@@ -247,7 +251,7 @@ class _Draft:
             for text in (*notes, note):
                 if text:
                     yield f"        # TODO {text}"
-            yield f"        Tensor({_quoted(source.template)}, {_quoted(target)}, {_quoted(shape)}{limit}),"
+            yield f"        Tensor({_quoted(source.template)}, {_quoted(target)}, {_quoted(shape)}{ops}{limit}),"
         yield "    ),"
 
     def _shape(self, source: _Source) -> tuple[str, list[str]]:
@@ -272,7 +276,10 @@ class _Draft:
             return target + (".bias" if len(source.shapes[0]) == 1 else ".weight"), "is it .weight or .bias?"
         if source.tensor in ROTATED:
             heads = "A" if source.tensor == MODEL_TENSOR.ATTN_Q else "K"
-            return target + ending, f'rows=PairHalves("{heads}"), if llama.cpp permutes this model\'s Q and K'
+            return (
+                target + ending,
+                f'(Permute("{heads}"),) after the shape, if llama.cpp permutes this model\'s Q and K',
+            )
         return target + ending, ""
 
     def _key_lines(self) -> Iterator[str]:

@@ -2,187 +2,33 @@
 
 Owns: the vocabulary that recipes are written in, and finding the recipe of a config. Does not own: any one
 architecture (architectures/), holding a recipe against a checkpoint (recipe/bind.py), output types, dialects.
-Invariant: a recipe is data; what it says of a tensor (source, target, shape, row operation) is said in one row.
-
-Shapes are written in dims, row-major: "A*D H" is [heads * head size, hidden]. Three dims have a meaning here: L counts
-the layers ({i} in a name), E the experts ({e}), V the tokens; every recipe has L and V.
+Invariant: a recipe is data; all that it says of a tensor (source, target, shape, operations) is said in one row.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 
-import numpy as np
-from gguf.constants import GGUFValueType
-from numpy.typing import NDArray
+from gguf.constants import GGMLQuantizationType
 
 from streamconv.checkpoint.config import Config
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf.format import KeyValue, PackedArray, Scalar
+from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.lazy.node import LazyTensor
-
-__all__ = [
-    "BOOL",
-    "F32",
-    "I32",
-    "QUANTIZATION_KEYS",
-    "STRING",
-    "U32",
-    "Claim",
-    "Computed",
-    "Config",
-    "Dim",
-    "Drop",
-    "Key",
-    "Model",
-    "PairHalves",
-    "Part",
-    "PerLayer",
-    "Recipe",
-    "Refusal",
-    "Scalar",
-    "Target",
-    "Tensor",
-    "all_recipes",
-    "find_recipe",
-    "recipe_of",
-]
+from streamconv.recipe.dims import parse_extent
+from streamconv.recipe.names import MAIN_STACK, NameTable, stack_of
+from streamconv.recipe.ops import applied, loss
+from streamconv.recipe.validation import faults
+from streamconv.recipe.words import Claim, Computed, Dim, Drop, Key, Refusal, Tensor
 
 QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, of mlx-lm
 
-U32, I32, F32, BOOL, STRING = (
-    GGUFValueType.UINT32,
-    GGUFValueType.INT32,
-    GGUFValueType.FLOAT32,
-    GGUFValueType.BOOL,
-    GGUFValueType.STRING,
-)
-
-# ---------------------------------------------------------------- what recipes are written in
-
-
-@dataclass(frozen=True, slots=True)
-class Dim:
-    """Where a dim's value comes from: a config key (or a rule over the config), else the shapes, else `default`.
-
-    `default` is a number, another dim ("A"), or a quotient of two ("H/A"). `rule` names a rule in messages.
-    """
-
-    config: str | Callable[[Config], int | None]
-    default: int | str | None = None
-    rule: str = ""
-
-    def stated(self, config: Config) -> int | None:
-        return config.integer(self.config) if isinstance(self.config, str) else self.config(config)
-
-    @property
-    def label(self) -> str:
-        return self.config if isinstance(self.config, str) else self.rule
-
-
-@dataclass(frozen=True, slots=True)
-class PairHalves:
-    """Row operation of Q and K: each of `heads` (a dim) heads from half-split to interleaved RoPE."""
-
-    heads: str
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Of a fused source [..., rows, columns]: block `index` of `count` equal blocks of its rows."""
-
-    index: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A row of the table: source name, target name, shape of the source. {i} is the layer, {e} the expert.
-
-    `rows` and `part` change rows; ones in a shape are squeezed out; `scale` multiplies every element by a factor of the
-    model's. `only` ("axis=kind") limits the row to the layers of that kind. `required` may name a flag of the config:
-    the tensor is then stored just where the flag is true, and either way where the config does not say (Recipe.flags).
-    Rows with the same target are alternatives.
-    """
-
-    source: str
-    target: str
-    shape: str
-    rows: PairHalves | None = None
-    part: Part | None = None
-    only: str = ""
-    required: bool | str = True
-    scale: Callable[[Model], float] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A target made from the config, for each layer (or once), where no source holds it. None: the model has none."""
-
-    target: str
-    value: Callable[[Model], NDArray[np.float32] | None]
-    only: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A source that is known, and not needed."""
-
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One metadata key. `value`: a dim's name, or a rule; None means that the key is not written."""
-
-    name: str
-    value: str | Callable[[Model], Scalar | Sequence[int] | None]
-    type: GGUFValueType = U32
-
-
-@dataclass(frozen=True, slots=True)
-class PerLayer:
-    """A Key's value: a number for each layer, by its kind on `axis`; a dim's name or a number for each kind."""
-
-    axis: str
-    by_kind: Mapping[str, str | int]
-
-    def __call__(self, model: Model) -> list[int]:
-        values = {kind: model.dims[v] if isinstance(v, str) else v for kind, v in self.by_kind.items()}
-        return [values[kind] for kind in model.kinds[self.axis]]
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What the config's `key` says of the layers: the kind of each on `axis`, None where it says nothing."""
-
-    key: str
-    axis: str
-    kinds: Callable[[Config, int], Sequence[str] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """What the GGUF architecture or its run time cannot do: `what`, told of every model for which `applies`.
-
-    `what` may have dims, keys of the config and `rope_type` in braces.
-    """
-
-    what: str
-    applies: Callable[[Model], bool]
-
-    def of(self, model: Model) -> str | None:
-        """The sentence for `model`; None where the model is fine."""
-        if not self.applies(model):
-            return None
-        return self.what.format_map(ChainMap({"rope_type": model.config.rope_type}, model.dims, dict(model.config.raw)))
+# ---------------------------------------------------------------- an architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +37,8 @@ class Recipe:
 
     `axes` are the ways in which layers differ, each with its kinds; `claims` are what the config says of them, all of
     which the tensors must bear out. `flags` are those that rows name in `required`, with the value that transformers
-    gives them where the config does not say. `tie_keys` are the config's flags for a head that is the embedding, the
+    gives them where the config does not say. `stacks` are the dims that count the layers: of "{i}" that of "", of
+    "{i:vision}" that of "vision". `tie_keys` are the config's flags for a head that is the embedding, the
     first that is stated wins. `default_pre` is the pre-tokenizer of a model whose byte-level tokenizer has an unknown
     structure; None: there is no such guess.
     """
@@ -204,6 +51,7 @@ class Recipe:
     keys: tuple[Key, ...]
     computed: tuple[Computed, ...] = ()
     drops: tuple[Drop, ...] = ()
+    stacks: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({MAIN_STACK: "L"}))
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     claims: tuple[Claim, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -213,10 +61,20 @@ class Recipe:
     head: str = "lm_head.weight"
     default_pre: str | None = None
     description: str = ""
+    names: NameTable = field(init=False, repr=False, compare=False)  # of all sources
 
     def __post_init__(self) -> None:
-        if missing := {"L", "V"} - self.dims.keys():
-            raise ValueError(f"the recipe of {self.arch} has no dim {' and '.join(sorted(missing))}")
+        """ValueError, naming the recipe, with all that it cannot mean."""
+        if found := list(faults(self)):
+            raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
+        sources = [row.source for row in self.tensors] + [drop.source for drop in self.drops]
+        object.__setattr__(self, "names", NameTable(sources))
+
+    def stack_of_axis(self, axis: str) -> str:
+        """The stack whose layers differ on `axis`."""
+        rows: tuple[Tensor | Computed, ...] = (*self.tensors, *self.computed)
+        rows = tuple(row for row in rows if row.only.startswith(f"{axis}="))
+        return next((stack for row in rows if (stack := stack_of(row.target)) is not None), MAIN_STACK)
 
 
 # ---------------------------------------------------------------- a recipe that has met its checkpoint
@@ -233,7 +91,10 @@ class Target:
 
 @dataclass(slots=True)
 class Model:
-    """A recipe bound to a checkpoint: every dim known, every layer of one kind on each axis, every target made."""
+    """A recipe bound to a checkpoint: every dim known, every layer of one kind on each axis, every target made.
+
+    `has_config`: whether `config` is the model's; a base that is a GGUF file has none, and not all of its dims.
+    """
 
     recipe: Recipe
     config: Config
@@ -241,23 +102,43 @@ class Model:
     kinds: dict[str, list[str]] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
+    has_config: bool = True
 
     @property
     def n_layers(self) -> int:
         return self.dims["L"]
 
-    def layers(self, only: str) -> list[int]:
-        """The layers that a row with this `only` applies to."""
-        if not only:
-            return list(range(self.n_layers))
-        axis, kind = only.split("=")
+    def depth(self, stack: str) -> int:
+        """How many layers a stack has."""
+        return self.dims[self.recipe.stacks[stack]]
+
+    def layers(self, row: Tensor | Computed) -> list[int]:
+        """The layers that a row of a stack applies to."""
+        if not row.only:
+            return list(range(self.depth(stack_of(row.target) or MAIN_STACK)))
+        axis, kind = row.only.split("=")
         return [i for i, found in enumerate(self.kinds[axis]) if found == kind]
+
+    def value(self, extent: str) -> int:
+        """An extent in dims ("A*D") in numbers. KeyError where a dim is not known."""
+        value = parse_extent(extent).value(self.dims)
+        if value is None:
+            raise KeyError(extent)
+        return value
+
+    def made(self, row: Tensor, tensor: LazyTensor) -> LazyTensor:
+        """The target of a row, of its source or its stack of experts."""
+        return applied(row.ops, tensor, self)
+
+    def loss(self, target: Target, type_: GGMLQuantizationType) -> str | None:
+        """What of a target `type_` would round that its sources do not, as a phrase; None where it is nothing."""
+        return loss(target.row.ops, type_, self)
 
     def keys(self) -> list[KeyValue]:
         """The architecture's own keys, in the recipe's order."""
         result = []
         for key in self.recipe.keys:
-            value = self.dims[key.value] if isinstance(key.value, str) else key.value(self)
+            value = self.value(key.value) if isinstance(key.value, str) else key.value(self)
             name = key.name.format(arch=self.recipe.arch)
             if value is None:
                 continue

@@ -12,7 +12,7 @@ from streamconv.errors import SourceError
 from streamconv.lazy.dtype import BF16, F32
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import TensorSpec
-from streamconv.recipe.language import (
+from streamconv.recipe import (
     Claim,
     Computed,
     Config,
@@ -20,11 +20,12 @@ from streamconv.recipe.language import (
     Drop,
     Key,
     Model,
-    PairHalves,
-    Part,
     PerLayer,
+    Permute,
     Recipe,
     Refusal,
+    Split,
+    Squeeze,
     Tensor,
 )
 from tests import inmemory
@@ -48,12 +49,12 @@ TOY = Recipe(
     },
     tensors=(
         Tensor("embed.weight", "token_embd.weight", "11 H"),
-        Tensor(LAYER + "q.weight", BLOCK + "attn_q.weight", "A*D H", rows=PairHalves("A"), only="mixer=attention"),
+        Tensor(LAYER + "q.weight", BLOCK + "attn_q.weight", "A*D H", (Permute("A"),), only="mixer=attention"),
         Tensor(LAYER + "q.bias", BLOCK + "attn_q.bias", "A*D", required="bias", only="mixer=attention"),
-        Tensor(LAYER + "conv.weight", BLOCK + "conv.weight", "H 1 3", only="mixer=conv"),
+        Tensor(LAYER + "conv.weight", BLOCK + "conv.weight", "H 1 3", (Squeeze(),), only="mixer=conv"),
         Tensor(LAYER + "norm.weight", BLOCK + "norm.weight", "H"),
         Tensor(LAYER + "experts.{e}.up.weight", BLOCK + "up_exps.weight", "M H"),
-        Tensor(LAYER + "experts.gate_up", BLOCK + "up_exps.weight", "E 2*M H", part=Part(1, 2)),
+        Tensor(LAYER + "experts.gate_up", BLOCK + "up_exps.weight", "E 2*M H", (Split(1, 2),)),
         Tensor(LAYER + "offset", BLOCK + "offset.bias", "H", required=False),
         Tensor("lm_head.weight", "output.weight", "11 H", required=False),
     ),

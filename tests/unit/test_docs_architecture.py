@@ -113,14 +113,14 @@ def test_its_error_is_what_a_wrong_shape_gives(reader: Reader) -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ('"attn_q.weight", "A*D H")', '"attn_q.weight", "A*D H", rows=PairHalves("A"))'),
+        ('"attn_q.weight", "A*D H")', '"attn_q.weight", "A*D H", (Permute("A"),))'),
         ('"ffn_gate.weight", "F H"', '"ffn_exchange.weight", "F H"'),
     ],
     ids=["permuted", "exchanged"],
 )
 def test_its_proof_finds_what_shapes_cannot(reader: Reader, right: str, wrong: str) -> None:
     qwen3.build(Path("Qwen3-tiny"))
-    text = recipe_text().replace(right, wrong).replace("Key, Recipe", "Key, PairHalves, Recipe")
+    text = recipe_text().replace(right, wrong).replace("Key, Recipe", "Key, Permute, Recipe")
     text = text.replace("ffn_up", "ffn_gate").replace("ffn_exchange", "ffn_up") if "exchange" in wrong else text
     assert distance(reader, text) > 1e-2
 

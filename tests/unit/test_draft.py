@@ -68,8 +68,8 @@ def test_heads_are_told_from_the_hidden_size_by_the_tensor(tmp_path: Path) -> No
 def test_what_no_file_tells_is_marked(tmp_path: Path) -> None:
     text = draft(tiny.llama(tmp_path, attention_bias=True))
     for mark in (
-        'TODO rows=PairHalves("A"), if llama.cpp permutes',
-        'TODO rows=PairHalves("K"), if llama.cpp permutes',
+        'TODO (Permute("A"),) after the shape, if llama.cpp permutes',
+        'TODO (Permute("K"),) after the shape, if llama.cpp permutes',
         "TODO nothing reads attention_bias: True",
         "TODO nothing reads hidden_act: 'silu'",
     ):

@@ -10,9 +10,10 @@ import pytest
 import streamconv
 from streamconv.errors import SourceError
 from streamconv.lazy.views import Transpose
-from streamconv.lora.base import Slot, open_base
+from streamconv.lora.base import Landing, Slot, open_base
 from streamconv.lora.config import Problem, read_lora_config
 from streamconv.lora.files import LoraFile
+from streamconv.lora.fold import landed
 from streamconv.lora.resolve import Resolved, grouped, orientations, refuse, resolve
 from tests import loras, tiny
 from tests.unit.test_base_model import LLAMA, gguf
@@ -28,7 +29,13 @@ def resolved(adapter: Path, base: Path, scale: float | None = None) -> Resolved:
 
 
 def problems(adapter: Path, base: Path) -> dict[str, Problem]:
-    return {problem.code: problem for problem in grouped(resolved(adapter, base).problems)}
+    found, base_model = resolved(adapter, base), open_base(base, LIMIT)
+    _, landing = landed(found.sound, base_model.model)
+    return {problem.code: problem for problem in grouped([*found.problems, *landing])}
+
+
+def at(target: str) -> tuple[Landing, ...]:
+    return (Landing(target, (0, 0, -1), ()),)
 
 
 def refused(adapter: Path, base: Path) -> SourceError:
@@ -87,11 +94,11 @@ STRAIGHT, TURNED, A_TURNED, B_TURNED = (False, False), (True, True), (True, Fals
     ],
 )
 def test_orientations(a: Any, b: Any, shape: Any, expected: list[tuple[bool, bool]]) -> None:
-    assert orientations([(a, b, Slot("x.weight", (0, 0, 0), shape))]) == [set(expected)]
+    assert orientations([(a, b, Slot(at("x.weight"), shape))]) == [set(expected)]
 
 
 def test_an_embedding_goes_from_the_vocabulary_to_the_hidden_size() -> None:
-    embedding = Slot("token_embd.weight", (-1, 0, -1), (50, 64), is_embedding=True)
+    embedding = Slot(at("token_embd.weight"), (50, 64), is_embedding=True)
     pairs = [((8, 50), (64, 8), STRAIGHT), ((50, 8), (8, 64), TURNED), ((8, 64), (50, 8), None)]
     for a, b, expected in pairs:
         assert orientations([(a, b, embedding)]) == [{expected} - {None}]
@@ -107,7 +114,7 @@ def test_an_embedding_goes_from_the_vocabulary_to_the_hidden_size() -> None:
     ],
 )
 def test_experts_together_are_never_turned(a: Any, b: Any, fits: bool) -> None:
-    slot = Slot("blk.0.ffn_up_exps.weight", (0, 0, -1), (32, 64), n_experts=6)
+    slot = Slot(at("blk.0.ffn_up_exps.weight"), (32, 64), n_experts=6)
     assert orientations([(a, b, slot)]) == [{STRAIGHT} if fits else set()]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as T
@@ -11,9 +13,11 @@ from streamconv.ggml.rows import Encode
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import LazyTensor, TensorSpec
 from streamconv.lazy.views import Transpose
-from streamconv.lora.base import Slot
-from streamconv.lora.fold import choose_alpha, fold, is_power_of_two, slabs
+from streamconv.lora.base import Landing, Slot
+from streamconv.lora.fold import Folded, choose_alpha, is_power_of_two, slabs
+from streamconv.lora.fold import fold as fold_on
 from streamconv.lora.resolve import LoraModule
+from streamconv.recipe import Config, Dim, Model, Permute, Recipe
 from tests import inmemory, tiny
 
 F32, F16, BF16 = T.F32, T.F16, T.BF16
@@ -35,7 +39,13 @@ def module(
 ) -> LoraModule:  # fmt: skip
     a = Stored(tiny.noise(f"{target}.a", (r, 6), 1.0), type_)
     b = Stored(tiny.noise(f"{target}.b", (8, r), 1.0) if values is None else values, type_)
-    return LoraModule(target, Slot(target, (0, order, -1), (8, 6), heads), a, b, scale)
+    ops = (Permute(str(heads)),) if heads else ()
+    return LoraModule(target, Slot((Landing(target, (0, order, -1), ops),), (8, 6)), a, b, scale)
+
+
+def fold(modules: list[LoraModule]) -> Folded:
+    recipe = Recipe(arch="none", hf_names=(), model_type="", dims={"L": Dim("n"), "V": Dim("v")}, tensors=(), keys=())
+    return fold_on(modules, Model(recipe, Config({}, Path("base")), {}, has_config=False))
 
 
 def rows(tensor: LazyTensor) -> np.ndarray:
@@ -172,7 +182,8 @@ def test_heads_are_interleaved_in_b_alone() -> None:
 
 def test_every_difference_in_making_shows_in_the_origin() -> None:
     plain = module(1.0)
-    transposed = LoraModule("x", plain.slot, Transpose(Stored(tiny.noise("t", (6, 4), 1.0))), plain.b, 1.0)
+    a = Transpose(Stored(tiny.noise("t", (6, 4), 1.0)))
+    transposed = LoraModule("x", plain.slot, a, plain.b, 1.0, (True, False))
     made = [plain, transposed, module(1.0, heads=2), module(1.0, heads=4), module(1.0, target="blk.1.x.weight")]
     assert len({fold([one]).pairs[0].origin for one in made}) == len(made)
     other = fold([module(1.0, target="a"), module(1.0, target="b"), module(3.0)]).pairs[2]

@@ -11,7 +11,7 @@ import pytest
 from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
 from streamconv.gguf.format import MAX_NAME_NBYTES
-from streamconv.recipe.dims import match_name, parse_shape
+from streamconv.recipe import Claim, Computed, Dim, Key, PerLayer, Permute, Reshape, Split, Tensor
 from streamconv.recipe.language import Recipe, all_recipes, find_recipe, recipe_of
 
 FILE = Path("model") / "config.json"
@@ -76,28 +76,66 @@ def test_a_gguf_architecture_has_its_recipe() -> None:
 
 
 @RECIPES
-def test_shapes_and_keys_use_dims_that_the_recipe_has(recipe: Recipe) -> None:
-    factors = {f for row in recipe.tensors for extent in parse_shape(row.shape) for f in extent if not f.isdigit()}
-    named = {key.value for key in recipe.keys if isinstance(key.value, str)}
-    assert factors | named <= recipe.dims.keys()
-    assert {row.rows.heads for row in recipe.tensors if row.rows} <= recipe.dims.keys()
-
-
-@RECIPES
-def test_rows_are_limited_to_kinds_that_the_recipe_has(recipe: Recipe) -> None:
-    limits = {row.only for row in (*recipe.tensors, *recipe.computed)} - {""}
-    assert limits == {f"{axis}={kind}" for axis, kinds in recipe.axes.items() for kind in kinds}
-
-
-@RECIPES
-def test_source_names_are_templates(recipe: Recipe) -> None:
-    for row in (*recipe.tensors, *recipe.drops):
-        assert match_name(row.source.replace("{i}", "4").replace("{e}", "9"))[0] == row.source
-
-
-@RECIPES
 def test_target_names_fit_into_a_gguf(recipe: Recipe) -> None:
     assert all(len(row.target.format(i=9999)) <= MAX_NAME_NBYTES for row in recipe.tensors)
+
+
+def recipe(**changed: Any) -> Recipe:
+    fields: dict[str, Any] = {
+        "arch": "made-up",
+        "hf_names": ("MadeUpForCausalLM",),
+        "model_type": "made_up",
+        "dims": {"L": Dim("layers"), "V": Dim("vocabulary"), "H": Dim("hidden"), "A": Dim("heads")},
+        "tensors": (Tensor("embed.weight", "token_embd.weight", "V H"),),
+        "keys": (),
+        "axes": {"mixer": ("attention", "conv")},
+    }
+    return Recipe(**fields | changed)
+
+
+LAYER, BLOCK = "layers.{i}.w.weight", "blk.{i}.w.weight"
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"dims": {"L": Dim("layers")}}, "no dim V"),
+        ({"dims": {"L": Dim("l"), "V": Dim("v"), "H": Dim("h", "V/Q")}}, "the default of dim H: there is no dim Q"),
+        ({"tensors": (Tensor("w", "w", "Z Y"),)}, "w: shape 'Z Y': there is no dim Z"),
+        ({"tensors": (Tensor("w", "w", "(A+2*) H"),)}, "'(A+2*)' cannot be read"),
+        ({"tensors": (Tensor("w", "w", "A**2 H"),)}, "'A**2' cannot be read"),
+        ({"tensors": (Tensor("w", "w", "f(A) H"),)}, "'f(A)' cannot be read"),
+        ({"tensors": (Tensor(LAYER, BLOCK, "H", only="mixr=conv"),)}, "there is no axis 'mixr'"),
+        ({"tensors": (Tensor(LAYER, BLOCK, "H", only="mixer=cnv"),)}, "the kinds of mixer are attention, conv"),
+        ({"tensors": (Tensor(LAYER, BLOCK, "H", only="mixer"),)}, "only='mixer'"),
+        ({"tensors": (Tensor("w", "w", "H", only="mixer=conv"),)}, "it has no layers"),
+        ({"tensors": (Tensor(LAYER, "w", "H"),)}, "its target w counts other layers"),
+        ({"tensors": (Tensor("layers.{i:vision}.w", "v.blk.{i:vision}.w", "H"),)}, "there is no stack 'vision'"),
+        ({"tensors": (Tensor("layers.{j}.w", "blk.{i}.w", "H"),)}, "has braces that are neither"),
+        ({"tensors": (Tensor("layers.{i}.w.{i}.x", "blk.{i}.w", "H"),)}, "counts two kinds of layers"),
+        ({"tensors": (Tensor("layers.{i}.{e}.w", "blk.{i}.w", "H"),)}, "no dim E"),
+        ({"tensors": (Tensor("w", "w", "A H", (Permute("Q"),)),)}, "w: Permute: there is no dim Q"),
+        ({"tensors": (Tensor("w", "w", "A H", (Split(0, "A-Q Q"),)),)}, "w: Split: there is no dim Q"),
+        ({"tensors": (Tensor("w", "w", "A H", (Reshape("A Q"),)),)}, "w: Reshape: there is no dim Q"),
+        ({"computed": (Computed(BLOCK, lambda m: None, only="mixr=conv"),)}, "there is no axis 'mixr'"),
+        ({"keys": (Key("{arch}.heads", "Q"),)}, "{arch}.heads: there is no dim Q"),
+        ({"keys": (Key("{arch}.heads", PerLayer("mixr", {"attention": "A", "conv": 0})),)}, "of an axis 'mixr'"),
+        ({"keys": (Key("{arch}.heads", PerLayer("mixer", {"attention": "A"})),)}, "of an axis 'mixer'"),
+        ({"keys": (Key("{arch}.heads", PerLayer("mixer", {"attention": "Q", "conv": 0})),)}, "no dim Q"),
+        ({"claims": (Claim("types", "mixr", lambda c, n: None),)}, "types: there is no axis 'mixr'"),
+        ({"stacks": {"": "L", "vision": "N"}}, "stack 'vision': there is no dim N"),
+    ],
+)
+def test_a_word_that_means_nothing_is_an_error_when_the_recipe_loads(changed: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValueError, match=r"^the recipe of made-up: ") as caught:
+        recipe(**changed)
+    assert fault in str(caught.value)
+
+
+def test_all_faults_of_a_recipe_are_listed() -> None:
+    with pytest.raises(ValueError, match=r"no dim Z.*no dim Y.*no axis|no dim Z.*no axis") as caught:
+        recipe(tensors=(Tensor("w", "w", "Z"), Tensor(LAYER, BLOCK, "Y", only="mixr=conv")))
+    assert "no dim Y" in str(caught.value)
 
 
 def test_no_name_belongs_to_two_recipes() -> None:

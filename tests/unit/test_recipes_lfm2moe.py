@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.ggml.policy import Q8_0, type_of
+from streamconv.ggml.policy import Q8_0, TensorRole, type_of
 from streamconv.ggml.rows import Encode
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import peak_nbytes
@@ -35,8 +36,9 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def encoded(model: Model, name: str, outtype: str) -> np.ndarray[Any, Any]:
     """A target's values after encoding, by gguf's own decoder."""
-    tensor = next(one.tensor for one in model.targets if one.name == name)
-    type_ = type_of(name, tensor, outtype)
+    one = next(one for one in model.targets if one.name == name)
+    tensor = one.tensor
+    type_ = type_of(TensorRole(name, tensor.spec.shape, partial(model.loss, one)), outtype)
     return gguf.dequantize(inmemory.raw(Encode(tensor, name, type_)), type_).reshape(tensor.spec.shape)
 
 

@@ -1,0 +1,103 @@
+"""Names of tensors as architectures write them: templates with `{i}` for the layer and `{e}` for the expert.
+
+`{i}` counts the layers of the main stack, `{i:vision}` those of the stack named "vision". A number in a template stands
+for itself: "projector.0.weight" is the first of a sequential module, whatever its other members are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+MAIN_STACK = ""  # the stack of "{i}"
+NONE = -1  # the layer or expert of a name that has no such number
+
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
+_PLACEHOLDER = re.compile(r"\{(?:i(?::(\w+))?|(e))\}")
+
+
+def match_name(name: str) -> tuple[str, tuple[int, ...]]:
+    """A tensor's name as template and numbers: layers.3.experts.7.w1 as layers.{i}.experts.{e}.w1 and (3, 7)."""
+    numbers: list[int] = []
+
+    def placeholder(match: re.Match[str]) -> str:
+        numbers.append(int(match[0]))
+        return ("{i}", "{e}", "{?}")[min(len(numbers) - 1, 2)]
+
+    return _NUMBER.sub(placeholder, name), tuple(numbers)
+
+
+def fill(template: str, i: int | None = None, e: int | None = None) -> str:
+    """The name that `template` has for layer `i` and expert `e`."""
+    return _PLACEHOLDER.sub(lambda match: str(e if match[2] else i), template)
+
+
+def stack_of(template: str) -> str | None:
+    """The stack whose layers `template` counts; None where it has no layer."""
+    return next((match[1] or MAIN_STACK for match in _PLACEHOLDER.finditer(template) if not match[2]), None)
+
+
+def has_experts(template: str) -> bool:
+    return "{e}" in template
+
+
+def template_fault(template: str) -> str | None:
+    """Why no tensor could have a name of this template."""
+    found = [match[0] for match in _PLACEHOLDER.finditer(template)]
+    rest = _PLACEHOLDER.sub("0", template)
+    if "{" in rest or "}" in rest:
+        return "has braces that are neither {i}, {i:STACK} nor {e}"
+    if len([one for one in found if one != "{e}"]) > 1 or found.count("{e}") > 1:
+        return "counts two kinds of layers or experts"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a name is: an instance of `template`, of layer `i` and expert `e` (NONE where it has none)."""
+
+    template: str
+    i: int
+    e: int
+
+
+class NameTable:
+    """The templates of an architecture, to find the one that a name is of."""
+
+    def __init__(self, templates: Iterable[str]) -> None:
+        # By the name with every number left open: templates, and what each number of theirs is.
+        self._by_form: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+        for template in dict.fromkeys(templates):
+            slots: list[str] = []
+
+            def number(match: re.Match[str], slots: list[str] = slots) -> str:
+                slots.append(match[0])
+                return "#"
+
+            marked = _PLACEHOLDER.sub(lambda match: "{e}" if match[2] else "{i}", template)
+            form = re.sub(rf"(?<=\.)(?:\{{[ie]\}}|{_NUMBER.pattern})(?=\.)", number, marked)
+            self._by_form[form].append((template, tuple(slots)))
+
+    def find(self, name: str) -> Found | None:
+        """The template of `name`; one with a number of its own comes before one that leaves it open."""
+        return min(self._all(name), key=lambda found: (found.i != NONE, found.e != NONE), default=None)
+
+    def _all(self, name: str) -> Iterator[Found]:
+        numbers: list[int] = []
+
+        def number(match: re.Match[str]) -> str:
+            numbers.append(int(match[0]))
+            return "#"
+
+        form = _NUMBER.sub(number, name)
+        for template, slots in self._by_form.get(form, ()):
+            if len(slots) == len(numbers) and all(_takes(*pair) for pair in zip(slots, numbers, strict=True)):
+                by_slot = dict(zip(slots, numbers, strict=True))
+                yield Found(template, by_slot.get("{i}", NONE), by_slot.get("{e}", NONE))
+
+
+def _takes(slot: str, number: int) -> bool:
+    """Whether `number` can stand at a place of a template: any for a placeholder, else its own."""
+    return slot in ("{i}", "{e}") or int(slot) == number

@@ -1,0 +1,404 @@
+"""The operations between a stored tensor and the tensor of a GGUF file, each saying all that anybody asks of it.
+
+An `Op` answers for the model (`node`), for the two factors of a LoRA (`on_a`, `on_b`), for the numbers that a type can
+hold (`is_exact`) and for shapes (`check`); its node describes it to a run that is resumed. A row of an architecture
+lists its ops in the order in which they are applied; what reads rows asks the ops, and knows none of them.
+
+Conventions: a matrix is [rows, columns], row-major, [out, in] of a linear layer; a stack is [E, rows, columns]; the
+rows of a vector are its elements. W + scale * b @ a is the changed weight, with b [rows, r] and a [r, columns].
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from streamconv.lazy import arithmetic, dtype, views
+from streamconv.lazy.leaves import Leaf
+from streamconv.lazy.node import LazyTensor, TensorSpec
+from streamconv.recipe.dims import parse_extent, parse_shape
+
+if TYPE_CHECKING:
+    from streamconv.recipe.language import Model
+
+F16, F32, BF16, Q8_0 = (
+    GGMLQuantizationType.F16,
+    GGMLQuantizationType.F32,
+    GGMLQuantizationType.BF16,
+    GGMLQuantizationType.Q8_0,
+)
+
+# Below it a block of 8 bits whose largest weight is 0.03 has a scale of less than 8 bits, and errs by that more than by
+# its quants (F16's subnormals are multiples of 2**-24).
+LEAST_F16_FACTOR = 2.0**-4
+
+Index = NDArray[np.int64]
+
+
+class CannotAdapt(Exception):
+    """Why a pair of factors cannot carry a change through an op; `code` is that of the adapter's problem."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+class Op(ABC):
+    """One operation of a row. Ops are values: frozen dataclasses of dims, numbers and rules."""
+
+    __slots__ = ()
+    keeps_shape: ClassVar[bool] = False
+    refuses: ClassVar[str] = ""  # what a tensor is of which no pair of factors can carry a change through this
+
+    @abstractmethod
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        """The operation on `parent`. ValueError where its shape does not suit."""
+
+    def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
+        """What becomes of the factor a [r, columns]. CannotAdapt where no factor can carry a change through this."""
+        if self.refuses:
+            raise CannotAdapt("no-matrix", f"it is {self.refuses}")
+        return a
+
+    def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
+        """What becomes of the factor b [rows, r]. CannotAdapt where the base lacks what that takes."""
+        return b
+
+    def on_factors(self, a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
+        """Both factors of the changed result, (a, b)."""
+        return self.on_a(a, model), self.on_b(b, model)
+
+    def factor(self, model: Model) -> float:
+        """By which number the op multiplies a change, beside what it does to the factors."""
+        return 1.0
+
+    def check(self, shape: tuple[int, ...], model: Model) -> str | None:
+        """What is wrong with a source of `shape`, as "has no heads of two halves"; None where nothing is."""
+        try:
+            self.node(Blank(shape), model)
+        except ValueError as error:
+            return f"does not suit: {error}"
+        return None
+
+    def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
+        """Whether the result loses no more in `type_` than the source would."""
+        return True
+
+    def phrase(self, model: Model) -> str:
+        """What the op does to the weights, as "scales these weights by 2.5"."""
+        return f"changes these weights ({type(self).__name__})"
+
+    def dims(self) -> Iterable[str]:
+        """The dims that the op is written in."""
+        return ()
+
+
+class Blank(Leaf):
+    """A tensor of some shape and without rows, to try operations on."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.spec = TensorSpec(shape, dtype.F32)
+
+    def apply(self, *_: object) -> None:
+        raise AssertionError("a shape has no rows")
+
+    def describe(self) -> str:
+        return ""
+
+
+def applied(ops: Sequence[Op], tensor: LazyTensor, model: Model) -> LazyTensor:
+    """`tensor` after all of the ops."""
+    for op in ops:
+        tensor = op.node(tensor, model)
+    return tensor
+
+
+def first_fault(ops: Sequence[Op], shape: tuple[int, ...], model: Model) -> str | None:
+    """What is wrong with a source of `shape` for the first op that cannot take what comes to it."""
+    tensor: LazyTensor = Blank(shape)
+    for op in ops:
+        if (fault := op.check(tensor.spec.shape, model)) is not None:
+            return fault
+        tensor = op.node(tensor, model)
+    return None
+
+
+def loss(ops: Sequence[Op], type_: GGMLQuantizationType, model: Model) -> str | None:
+    """What `type_` would round that the sources do not, as a phrase; None where it is nothing."""
+    return next((op.phrase(model) for op in ops if not op.is_exact(type_, model)), None)
+
+
+def factors_through(ops: Sequence[Op], a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
+    """The factors (a, b) of the change after all of the ops. CannotAdapt where one of them refuses."""
+    for op in ops:
+        a, b = op.on_factors(a, b, model)
+    return a, b
+
+
+def total_factor(ops: Sequence[Op], model: Model) -> float:
+    """By which number all of the ops together multiply a change."""
+    return math.prod(op.factor(model) for op in ops)
+
+
+def _size(text: str, model: Model) -> int:
+    value = parse_extent(text).value(model.dims)
+    if value is None:
+        raise CannotAdapt("dims", f"the base does not give {text}")
+    return value
+
+
+# ---------------------------------------------------------------- rows and columns in another order
+
+
+@dataclass(frozen=True, slots=True)
+class Permute(Op):
+    """The rows of Q or K: each of `heads` (a dim) heads from half-split to interleaved RoPE."""
+
+    keeps_shape = True
+
+    heads: str
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        return views.PairHalves(parent, _size(self.heads, model))
+
+    def check(self, shape: tuple[int, ...], model: Model) -> str | None:
+        rows = TensorSpec(shape, dtype.F32).n_rows
+        return f"has no heads of two halves: {rows} rows" if rows % (2 * _size(self.heads, model)) else None
+
+    def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
+        heads = parse_extent(self.heads).value(model.dims)
+        if heads is None:
+            raise CannotAdapt("heads", "the base does not tell its number of heads")
+        if b.spec.n_rows % (2 * heads):
+            raise CannotAdapt("heads", f"its {b.spec.n_rows} rows are not {heads} heads of two halves")
+        return views.PairHalves(b, heads)
+
+    def dims(self) -> Iterable[str]:
+        return parse_extent(self.heads).names
+
+
+@dataclass(frozen=True, slots=True)
+class _Indexed(Op):
+    """Rows or columns by number: `index` is a rule, which gives for each of the result the source's number.
+
+    None of the rule means that the model's are in order already.
+    """
+
+    index: Callable[[Model], Index | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(_Indexed):
+    """Rows of each matrix (or elements of a vector) in the order of an index; some may be left out."""
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        index = self.index(model)
+        return parent if index is None else views.IndexRows(parent, index)
+
+    def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
+        return self.node(b, model)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns(_Indexed):
+    """Columns in the order of an index; some may be left out."""
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        index = self.index(model)
+        return parent if index is None else views.IndexColumns(parent, index)
+
+    def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
+        return self.node(a, model)
+
+
+# ---------------------------------------------------------------- one tensor of a fused one
+
+
+@dataclass(frozen=True, slots=True)
+class Split(Op):
+    """Block `index` of the rows of each matrix of a fused tensor (or of the elements of a vector).
+
+    `sizes`: the blocks in dims, as "A*D K*D K*D"; a number N means N equal blocks. `of_columns`: blocks of columns, as
+    in a stack of vectors [E, 2*M].
+    """
+
+    index: int
+    sizes: str | int
+    of_columns: bool = False
+
+    def bounds(self, extent: int, model: Model) -> tuple[int, int]:
+        """(start, size) of the block. ValueError where the blocks do not make up `extent`."""
+        if isinstance(self.sizes, int):
+            size, rest = divmod(extent, self.sizes)
+            if rest:
+                raise ValueError(f"{extent} are not {self.sizes} equal blocks")
+            return self.index * size, size
+        sizes = [_size(text, model) for text in self.sizes.split()]
+        if sum(sizes) != extent:
+            raise ValueError(f"blocks of {sizes} do not make up {extent}")
+        return sum(sizes[: self.index]), sizes[self.index]
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        shape = parent.spec.shape
+        if self.of_columns:
+            start, size = self.bounds(parent.spec.n_columns, model)
+            return views.IndexColumns(parent, np.arange(start, start + size))
+        period = shape[-2] if len(shape) > 1 else shape[0]
+        start, size = self.bounds(period, model)
+        block = views.RowBlocks(parent, period, start, size)
+        return block if len(shape) == 3 else views.Reshape(block, (*shape[:-2], size, *shape[1:][-1:]))
+
+    def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
+        return self.node(a, model) if self.of_columns else a
+
+    def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
+        return b if self.of_columns else self.node(b, model)
+
+    def dims(self) -> Iterable[str]:
+        return () if isinstance(self.sizes, int) else _names(self.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved(Op):
+    """Every `count`-th row of each matrix (or element of a vector) from `index` on: gate and up in turns.
+
+    `of_columns`: columns instead, as in a stack of vectors [E, 2*M].
+    """
+
+    index: int
+    count: int
+    of_columns: bool = False
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        shape = parent.spec.shape
+        extent = parent.spec.n_columns if self.of_columns else shape[-2] if len(shape) > 1 else shape[0]
+        if extent % self.count:
+            raise ValueError(f"{extent} do not come in turns of {self.count}")
+        index = np.arange(self.index, extent, self.count)
+        return views.IndexColumns(parent, index) if self.of_columns else views.IndexRows(parent, index)
+
+    def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
+        return self.node(a, model) if self.of_columns else a
+
+    def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
+        return b if self.of_columns else self.node(b, model)
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Squeeze(Op):
+    """Extents of one left out: a convolution [H, 1, C] as [H, C]."""
+
+    refuses = "a convolution, and LoRA of convolutions is not known here"
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        return _reshaped(parent, tuple(extent for extent in parent.spec.shape if extent != 1) or (1,))
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape(Op):
+    """The same elements in the same order under the shape `to`, in dims: "A D H"."""
+
+    to: str
+    refuses = "seen under another shape by llama.cpp"
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        return _reshaped(parent, tuple(_size(extent.text, model) for extent in parse_shape(self.to)))
+
+    def dims(self) -> Iterable[str]:
+        return _names(self.to)
+
+
+@dataclass(frozen=True, slots=True)
+class Transpose(Op):
+    """[rows, columns] as [columns, rows]; of a stack, each of its matrices."""
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        return views.Transpose(parent)
+
+    def on_factors(self, a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
+        return self.node(b, model), self.node(a, model)
+
+
+def _reshaped(parent: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    if math.prod(shape) != parent.spec.n_elements:
+        raise ValueError(f"{list(parent.spec.shape)} cannot be seen as {list(shape)}")
+    spec = TensorSpec(shape, parent.spec.dtype)
+    keeps_rows = (spec.n_rows, spec.n_columns) == (parent.spec.n_rows, parent.spec.n_columns)
+    return views.Reshape(parent, shape) if keeps_rows else views.Reflow(parent, shape)
+
+
+# ---------------------------------------------------------------- other numbers
+
+
+@dataclass(frozen=True, slots=True)
+class PlusOne(Op):
+    """Every element and one, in F32: a norm that is stored as its distance from one (Gemma)."""
+
+    keeps_shape = True
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        return arithmetic.PlusConstant(parent, 1.0)
+
+    def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
+        return type_ == F32
+
+
+@dataclass(frozen=True, slots=True)
+class MinusExp(Op):
+    """-exp(x) of every element, in F32: the A of a state space model, stored as log(-A)."""
+
+    keeps_shape = True
+    refuses = "stored as a logarithm"
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        return arithmetic.NegExp(parent)
+
+    def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
+        return type_ == F32
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(Op):
+    """Every element times a factor of the model, which `rule` gives."""
+
+    keeps_shape = True
+    rule: Callable[[Model], float]
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        factor = self.rule(model)
+        return parent if factor == 1.0 else arithmetic.Scale(parent, factor)
+
+    def factor(self, model: Model) -> float:
+        if not model.has_config:
+            raise CannotAdapt("factor", "a GGUF does not tell how its experts were scaled: give the base's folder")
+        return self.rule(model)
+
+    def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
+        """A power of two moves exponents alone; another factor costs F32 one rounding, as it does the runtime that
+
+        multiplies by it, and Q8_0 nothing, whose scales are free; but 16-bit weights that were stored exactly would
+        all be rounded. F16, and Q8_0 whose scales are F16, have few exponents: a small factor leaves their numbers
+        subnormal.
+        """
+        factor = self.rule(model)
+        is_power = math.frexp(factor)[0] in (0.5, -0.5, 0.0)
+        if type_ not in (F32, BF16) and 0 < abs(factor) < LEAST_F16_FACTOR:
+            return False
+        return is_power or type_ not in (F16, BF16)
+
+    def phrase(self, model: Model) -> str:
+        return f"scales these weights by {self.rule(model):g}"
+
+
+def _names(shape: str) -> tuple[str, ...]:
+    return tuple(name for extent in parse_shape(shape) for name in extent.names)

@@ -1,0 +1,88 @@
+"""What is wrong with a recipe by itself, found when it is loaded: before any checkpoint, and whichever is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from streamconv.recipe.dims import parse_extent
+from streamconv.recipe.names import has_experts, stack_of, template_fault
+from streamconv.recipe.words import Computed, Key, PerLayer, Tensor
+
+if TYPE_CHECKING:
+    from streamconv.recipe.language import Recipe
+
+
+def faults(recipe: Recipe) -> Iterator[str]:
+    """Every word of a recipe that means nothing: letters, axes, kinds, placeholders."""
+    if missing := {"L", "V"} - recipe.dims.keys():
+        yield f"no dim {' and '.join(sorted(missing))}"
+    for stack, dim_name in recipe.stacks.items():
+        if dim_name not in recipe.dims:
+            yield f"stack {stack!r}: there is no dim {dim_name}"
+    for name, dim in recipe.dims.items():
+        if isinstance(dim.default, str):
+            yield from _extent_faults(recipe, [dim.default], f"the default of dim {name}")
+    for key in recipe.keys:
+        yield from _key_faults(recipe, key)
+    for claim in recipe.claims:
+        if claim.axis not in recipe.axes:
+            yield f"{claim.key}: there is no axis {claim.axis!r}"
+    for row in recipe.tensors:
+        yield from (f"{row.source}: {fault}" for fault in _row_faults(recipe, row))
+    for computed in recipe.computed:
+        yield from (f"{computed.target}: {fault}" for fault in _target_faults(recipe, computed))
+    for drop in recipe.drops:
+        if fault := template_fault(drop.source):
+            yield f"{drop.source}: {fault}"
+
+
+def _key_faults(recipe: Recipe, key: Key) -> Iterator[str]:
+    if isinstance(key.value, str):
+        yield from _extent_faults(recipe, [key.value], key.name)
+    elif isinstance(key.value, PerLayer):
+        axis, by_kind = key.value.axis, key.value.by_kind
+        if set(recipe.axes.get(axis, ())) != set(by_kind):
+            yield f"{key.name}: {', '.join(by_kind)} are not the kinds of an axis {axis!r}"
+        yield from _extent_faults(recipe, [value for value in by_kind.values() if isinstance(value, str)], key.name)
+
+
+def _row_faults(recipe: Recipe, row: Tensor) -> Iterator[str]:
+    if fault := template_fault(row.source):
+        yield fault
+    if stack_of(row.source) != stack_of(row.target):
+        yield f"its target {row.target} counts other layers"
+    if (stack := stack_of(row.source)) is not None and stack not in recipe.stacks:
+        yield f"there is no stack {stack!r}"
+    if has_experts(row.source) and "E" not in recipe.dims:
+        yield "no dim E, which counts the experts"
+    yield from _extent_faults(recipe, row.shape.split(), f"shape {row.shape!r}")
+    for op in row.ops:
+        yield from _extent_faults(recipe, op.dims(), type(op).__name__)
+    yield from _target_faults(recipe, row)
+
+
+def _target_faults(recipe: Recipe, row: Tensor | Computed) -> Iterator[str]:
+    if fault := template_fault(row.target):
+        yield fault
+    if has_experts(row.target):
+        yield f"its target {row.target} counts experts, which are stacked"
+    if row.only:
+        axis, equals, kind = row.only.partition("=")
+        if not equals or axis not in recipe.axes:
+            yield f"only={row.only!r}, and there is no axis {axis!r}"
+        elif kind not in recipe.axes[axis]:
+            yield f"only={row.only!r}, and the kinds of {axis} are {', '.join(recipe.axes[axis])}"
+        if stack_of(row.target) is None:
+            yield f"only={row.only!r}, and it has no layers"
+
+
+def _extent_faults(recipe: Recipe, texts: Iterable[str], where: str) -> Iterator[str]:
+    for text in texts:
+        try:
+            names = parse_extent(text).names
+        except ValueError as error:
+            yield f"{where}: {error}"
+            continue
+        if unknown := [name for name in names if name not in recipe.dims]:
+            yield f"{where}: there is no dim {', '.join(unknown)}"
