@@ -187,7 +187,7 @@ FAMILIES: dict[str, Family] = {
         "SmolLM3ForCausalLM",
         narrow(num_hidden_layers=5, tie_word_embeddings=True),
         tokenizer="llama-bpe",
-        pre="smaug-bpe",
+        pre="llama-bpe",
         seed=8,
         note="Five layers, so that one of them is without RoPE and one behind it has it.",
     ),
@@ -200,7 +200,7 @@ FAMILIES: dict[str, Family] = {
             attention_multiplier=0.11,
             tie_word_embeddings=True,
         ),
-        tokenizer="gpt-2",
+        tokenizer="smollm",
         pre="refact",
         seed=9,
     ),
@@ -213,12 +213,12 @@ FAMILIES: dict[str, Family] = {
             residual_multiplier=0.3,
             attention_multiplier=0.11,
         ),
-        tokenizer="gpt-2",
+        tokenizer="smollm",
         pre="refact",
         seed=10,
         targets=ATTENTION,
     ),
-    "olmo2": Family("Olmo2ForCausalLM", narrow(), tokenizer="llama-bpe", pre="dbrx", seed=11),
+    "olmo2": Family("Olmo2ForCausalLM", narrow(), tokenizer="dbrx", pre="dbrx", seed=11),
     "olmo3": Family(
         "Olmo3ForCausalLM",
         narrow(
@@ -227,7 +227,7 @@ FAMILIES: dict[str, Family] = {
             rope_parameters=ABSENT,
             layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
         ),
-        tokenizer="llama-bpe",
+        tokenizer="dbrx",
         pre="dbrx",
         seed=12,
     ),
@@ -271,7 +271,9 @@ FAMILIES: dict[str, Family] = {
         pre="exaone4",
         seed=17,
     ),
-    "hunyuan-dense": Family("HunYuanDenseV1ForCausalLM", dense(), tokenizer="llama-bpe", pre="hunyuan-dense", seed=18),
+    "hunyuan-dense": Family(
+        "HunYuanDenseV1ForCausalLM", dense(), tokenizer="deepseek-v3", pre="hunyuan-dense", seed=18
+    ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
         narrow(

@@ -50,11 +50,17 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
 )
 _CASED_ENDS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK_V3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 PRE_TOKENIZERS: dict[str, Any] = {
     "lfm2": _split_at(CL100K),
     "llama-bpe": _split_at(CL100K),
+    "dbrx": _split_at(CL100K),
+    "deepseek-v3": _split_at(r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3),
     "qwen2": _split_at(CL100K.replace(r"\p{N}{1,3}", r"\p{N}")),
     "seed-coder": _split_at(
         CL100K.replace(r"\p{N}{1,3}", r"\p{N}{1}").replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")

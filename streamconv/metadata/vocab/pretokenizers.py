@@ -67,20 +67,35 @@ class Runtime:
 
 # The first name fits, unless the recipe asks for another or another has the `ignore_merges` of the file.
 PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
-    (CL100K,): (Runtime("llama-bpe", True), Runtime("lfm2", True), Runtime("smaug-bpe")),
-    (GPT2,): (Runtime("gpt-2"),),
-    (DIGITS, GPT2): (Runtime("smollm"),),
-    (QWEN2,): (Runtime("qwen2"),),
+    (CL100K,): (
+        *(Runtime(name, True) for name in ("llama-bpe", "lfm2", "glm4")),
+        *(Runtime(name) for name in ("smaug-bpe", "dbrx", "chatglm-bpe")),
+    ),
+    (GPT2,): tuple(
+        Runtime(name) for name in ("gpt-2", "olmo", "exaone4", "mpt", "jais", "trillion", "granite-docling")
+    ),
+    (DIGITS, GPT2): tuple(
+        Runtime(name)
+        for name in ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")
+    ),
+    (QWEN2,): tuple(
+        Runtime(name)
+        for name in ("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "grok-2", "solar-open")
+    ),
     (QWEN35,): (Runtime("qwen35"),),
     (UFAKZEKA,): (Runtime("ufakzeka"),),
     (SEED_CODER,): (Runtime("seed-coder"),),
     (JAIS2,): (Runtime("jais-2"),),
     (r"\p{N}{1,3}", MINICPM5): (Runtime("minicpm5", True),),
-    (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_V3): (Runtime("deepseek-v3"),),
+    (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_V3): tuple(
+        Runtime(name) for name in ("deepseek-v3", "hunyuan-dense", "joyai-llm")
+    ),
     ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS): (
         Runtime("deepseek-coder", differs="beside spaces that are not ASCII"),
     ),
-    (O200K,): (Runtime("gpt-4o", differs="at combining marks"),),
+    (O200K,): tuple(
+        Runtime(name, differs="at combining marks") for name in ("gpt-4o", "llama4", "minimax-m2", "kanana2")
+    ),
     (TEKKEN,): (Runtime("tekken", True, differs="at combining marks"),),
 }
 
