@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     unit = match and _UNITS.get(match[2].upper())
     if match is None or unit is None:
-        raise UsageError(f"{text!r} is not a size", hint="write 96MiB, 300M or 1.5G")
+        raise UsageError(f"{text!r} is not a size", hint="write 96MiB, 300M or 1.5G", code="size-syntax")
     return int(float(match[1]) * unit)
 
 

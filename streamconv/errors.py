@@ -36,10 +36,16 @@ class Caution:
 
 
 class StreamconvError(Exception):
-    """Base of all failures that streamconv reports. `kind` and `exit_code` are fixed by the subclass.
+    """Base of all failures that streamconv reports. The subclass fixes `kind` and `exit_code`.
 
-    problems: what the message sums up, one by one and whole, as `--json` prints it.
-    code: stable name of the cause, in kebab-case; words may change, codes do not.
+    Args:
+        message: one line, which may change between versions.
+        code: the cause in kebab-case, which does not; docs/errors.md lists all of them.
+        file: the file that is wrong.
+        tensor: the tensor in it.
+        hint: the way out.
+        problems: what the message sums up, one by one and whole, as `--json` prints it; each has a `code` and a
+            `message`.
     """
 
     kind: ClassVar[str] = "internal"
@@ -49,11 +55,11 @@ class StreamconvError(Exception):
         self,
         message: str,
         *,
+        code: str,
         file: object = None,
         tensor: str | None = None,
         hint: str | None = None,
         problems: Sequence[Mapping[str, Any]] = (),
-        code: str = "",
     ) -> None:
         super().__init__(message)
         self.message = _shortened(message, MAX_MESSAGE_CHARS)
@@ -61,7 +67,7 @@ class StreamconvError(Exception):
         self.tensor = None if tensor is None else _shortened(tensor, MAX_NAME_CHARS)
         self.hint = hint
         self.problems = problems
-        self.code = code or self.kind
+        self.code = code
 
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
@@ -99,6 +105,7 @@ def no_memory() -> BudgetError:
     return BudgetError(
         "the system gives this process no more memory or threads",
         hint="raise its limits (ulimit -v, ulimit -u, the container's), or try --threads 1",
+        code="memory-refused",
     )
 
 

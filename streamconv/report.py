@@ -110,6 +110,7 @@ def error_to_json(error: StreamconvError) -> dict[str, Any]:
     """The object that `--json` prints for a failure."""
     said: dict[str, Any] = {
         "kind": error.kind,
+        "code": error.code,
         "exit_code": error.exit_code,
         "message": error.message,
         "file": error.file,

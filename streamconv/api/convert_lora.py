@@ -99,7 +99,7 @@ def plan_adapter(
     """
     _check_legacy(wanted.dialect, {"--scale": scale})
     if scale is not None and not abs(scale) <= MAX_SCALE:
-        raise UsageError(f"--scale {scale} is no scale")
+        raise UsageError(f"--scale {scale} is no scale", code="scale-range")
     config = read_lora_config(source.config, scale)
     resolved = resolve(source, base, config)
     if wanted.dialect == OLLAMA_LEGACY:
@@ -179,7 +179,10 @@ def _check_legacy(dialect: str, options: Mapping[str, object]) -> None:
     """UsageError where an option is given of which Ollama's converter leaves no choice."""
     given = [option for option, value in options.items() if value is not None]
     if dialect == OLLAMA_LEGACY and given:
-        raise UsageError(f"{given[0]} has no place with --dialect {OLLAMA_LEGACY}: the file is what Ollama wrote")
+        raise UsageError(
+            f"{given[0]} has no place with --dialect {OLLAMA_LEGACY}: the file is what Ollama wrote",
+            code="option-conflict",
+        )
 
 
 def _outtype(tensors: Sequence[PlacedTensor]) -> str:

@@ -155,7 +155,9 @@ def inspect(source: Source) -> Inspection:
     try:
         return _reader_of(path)(path)
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=error.filename or path) from None
+        raise SourceError(
+            f"cannot be read: {error.strerror}", file=error.filename or path, code="cannot-read"
+        ) from None
 
 
 def _reader_of(path: Place) -> Callable[[Place], Inspection]:
@@ -164,7 +166,7 @@ def _reader_of(path: Place) -> Callable[[Place], Inspection]:
     folder = path if path.is_dir() else path.parent
     if not any(folder.glob("*.safetensors")) and (ggufs := sorted(file.name for file in folder.glob("*.gguf"))):
         hint = f"name one of them, as {folder / ggufs[0]}"
-        raise SourceError(f"a folder with {len(ggufs)} GGUF files", file=path, hint=hint)
+        raise SourceError(f"a folder with {len(ggufs)} GGUF files", file=path, hint=hint, code="folder-of-ggufs")
     signs = [ADAPTER_CONFIG, *ADAPTER_WEIGHTS] if path.is_dir() else [ADAPTER_CONFIG]
     is_adapter = any((folder / name).is_file() for name in signs) and (path.is_dir() or "adapter" in path.stem)
     return _adapter if is_adapter else _checkpoint
@@ -308,7 +310,7 @@ def _read_apart(found: Inspection, config_name: str) -> Config:
             _add_tensors(found, shard.tensors.values())
     if not found.tensors and not config:
         first = found.problems[0]
-        raise SourceError(first.message, file=first.file, tensor=first.tensor)
+        raise SourceError(first.message, file=first.file, tensor=first.tensor, code=first.code)
     return Config(config, folder / config_name)
 
 
@@ -339,4 +341,4 @@ def _add_tensors(found: Inspection, tensors: Iterable[SourceTensor]) -> None:
 
 def _problem(error: SourceError, path: Place) -> FileProblem:
     message = f"{error.message} ({error.hint})" if error.hint else error.message
-    return FileProblem("source", message, Path(error.file) if error.file else path, error.tensor)
+    return FileProblem(error.code, message, Path(error.file) if error.file else path, error.tensor)

@@ -83,10 +83,16 @@ def _read(
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"
         stored = _types(found)
     if is_adapter and of_adapters["--base"] is None:
-        raise UsageError("is an adapter, whose tensors follow from its base", file=out, hint="give --base")
+        raise UsageError(
+            "is an adapter, whose tensors follow from its base", file=out, hint="give --base", code="base-missing"
+        )
     for option, value in (of_models if is_adapter else of_adapters).items():
         if value is not None:
-            raise UsageError(f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one", file=out)
+            raise UsageError(
+                f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one",
+                file=out,
+                code="option-conflict",
+            )
     return outputs, stored
 
 

@@ -87,7 +87,7 @@ class JobResult:
 def in_words(error: Mapping[str, Any]) -> str:
     """The line that people read of an error's JSON."""
     file, tensor, hint = (error.get(key) for key in ("file", "tensor", "hint"))
-    return str(StreamconvError(error["message"], file=file, tensor=tensor, hint=hint))
+    return str(StreamconvError(error["message"], file=file, tensor=tensor, hint=hint, code=error["code"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,9 @@ def run_job(job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: in
         return JobResult(job, "cancelled", 128 + abs(code) if code < 0 else code, attempt, error=answer.get("error"))
     if "error" in answer:
         return JobResult(job, "failed", code, attempt, error=answer["error"])
-    return JobResult.failed(job, StreamconvError(_death(code), hint="out of memory? see the system's log"), attempt)
+    return JobResult.failed(
+        job, StreamconvError(_death(code), hint="out of memory? see the system's log", code="job-died"), attempt
+    )
 
 
 def run_process(order: Order) -> tuple[int, dict[str, Any]]:
@@ -251,7 +253,7 @@ def read_order(stdin: IO[str]) -> Order:
     """The order on `stdin`; from then on the end of `stdin` ends this process as SIGTERM does."""
     line = stdin.readline()
     if not line:
-        raise InterruptedByTerm("nobody waits for this job")
+        raise InterruptedByTerm("nobody waits for this job", code="interrupted")
     order = json.loads(line)
 
     def watch() -> None:

@@ -77,20 +77,24 @@ def read_jobs(path: Path) -> list[JobSpec]:
         with path.open("rb") as file:  # a pipe, or a device, has no size
             raw = file.read(MAX_FILE_NBYTES + 1)
         if len(raw) > MAX_FILE_NBYTES:
-            raise UsageError(f"larger than {MAX_FILE_NBYTES >> 20} MiB", file=path)
+            raise UsageError(f"larger than {MAX_FILE_NBYTES >> 20} MiB", file=path, code="jobs-too-large")
         text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read: {getattr(error, 'strerror', error)}", file=path) from None
+        raise UsageError(
+            f"cannot be read: {getattr(error, 'strerror', error)}", file=path, code="cannot-read"
+        ) from None
     entries = list(_toml_entries(text, path) if path.suffix == ".toml" else _json_entries(text, path))
     if not entries:
-        raise UsageError("no job in it", file=path, hint="a [[job]] needs a source at least")
+        raise UsageError("no job in it", file=path, hint="a [[job]] needs a source at least", code="jobs-empty")
     jobs = [job for where, entry in entries for job in _expand(entry, where, path)]
     seen: dict[str, JobSpec] = {}
     for job in jobs:
         if job.command != "verify" and seen.setdefault(job.output, job) is not job:
             other = seen[job.output].name
             hint = "give one another name or output" if other == job.name else "use {name} in output"
-            raise UsageError(f"{other} and {job.name} would both write {job.output}", file=path, hint=hint)
+            raise UsageError(
+                f"{other} and {job.name} would both write {job.output}", file=path, hint=hint, code="jobs-same-output"
+            )
     return sorted(jobs, key=lambda job: (job.output, job.command))
 
 
@@ -98,14 +102,18 @@ def _toml_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
     try:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"not TOML: {error}", file=path) from None
+        raise UsageError(f"not TOML: {error}", file=path, code="jobs-syntax") from None
     defaults, entries = document.get("defaults", {}), document.get("job", [])
     if unknown := sorted(set(document) - {"defaults", "job"}):
-        raise UsageError(f"{', '.join(unknown)}: not known", file=path, hint="a file has [defaults] and [[job]]")
+        raise UsageError(
+            f"{', '.join(unknown)}: not known", file=path, hint="a file has [defaults] and [[job]]", code="jobs-key"
+        )
     if not isinstance(defaults, dict):
-        raise UsageError("defaults is no table", file=path, hint="write [defaults]")
+        raise UsageError("defaults is no table", file=path, hint="write [defaults]", code="jobs-syntax")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError("job is no list of tables", file=path, hint="write [[job]], in double brackets")
+        raise UsageError(
+            "job is no list of tables", file=path, hint="write [[job]], in double brackets", code="jobs-syntax"
+        )
     _check(defaults, "defaults", path)
     for number, entry in enumerate(entries, start=1):
         command = entry.get("command", defaults.get("command", "convert"))
@@ -119,9 +127,9 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UsageError(f"line {number} is not JSON: {error}", file=path) from None
+                raise UsageError(f"line {number} is not JSON: {error}", file=path, code="jobs-syntax") from None
             if not isinstance(entry, dict):
-                raise UsageError(f"line {number} is no JSON object", file=path)
+                raise UsageError(f"line {number} is no JSON object", file=path, code="jobs-syntax")
             yield f"line {number}", entry
 
 
@@ -132,7 +140,7 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
     folder = path.absolute().parent
     matches = _matches(str(entry["source"]), folder, where, path)
     if "name" in entry and len(matches) > 1:
-        raise UsageError(f"{where}: one name for {len(matches)} sources", file=path)
+        raise UsageError(f"{where}: one name for {len(matches)} sources", file=path, code="jobs-name")
     given = dict(entry)
     for key in ("base", "adapter"):
         if key in given:
@@ -152,9 +160,14 @@ def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:
     try:
         matches = sorted(match for match in root.glob(pattern) if _is_model(match, pattern))
     except (ValueError, NotImplementedError, OSError) as error:
-        raise UsageError(f"{where}: {source!r} is no glob: {error}", file=path) from None
+        raise UsageError(f"{where}: {source!r} is no glob: {error}", file=path, code="jobs-glob") from None
     if not matches:
-        raise UsageError(f"{where}: nothing matches {source}", file=path, hint="a glob takes folders and .safetensors")
+        raise UsageError(
+            f"{where}: nothing matches {source}",
+            file=path,
+            hint="a glob takes folders and .safetensors",
+            code="jobs-no-match",
+        )
     return [str(match) for match in matches]
 
 
@@ -177,7 +190,9 @@ def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
     """The template with its fields filled in; a field is a name in braces and nothing more."""
     names = _FIELD.findall(template)
     if set(names) - {"name", "outtype"} or set("{}") & set(_FIELD.sub("", template)):
-        raise UsageError(f"{where}: output {template!r} may hold {{name}} and {{outtype}}", file=path)
+        raise UsageError(
+            f"{where}: output {template!r} may hold {{name}} and {{outtype}}", file=path, code="jobs-output"
+        )
     outtype = job.outtype
     if outtype == "auto" and "outtype" in names and job.command != "lora":
         outtype = _resolved(Path(job.source))
@@ -205,17 +220,23 @@ def _resolved(source: Path) -> str:
 def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
     for key, value in entry.items():
         if key not in _KEYS:
-            raise UsageError(f"{where}: unknown key {key!r}", file=path, hint=f"known: {', '.join(_KEYS)}")
+            raise UsageError(
+                f"{where}: unknown key {key!r}", file=path, hint=f"known: {', '.join(_KEYS)}", code="jobs-key"
+            )
         if not isinstance(value, _KEYS[key]):
-            raise UsageError(f"{where}: {key} must be {_TYPE_NAMES[_KEYS[key]]}", file=path)
+            raise UsageError(f"{where}: {key} must be {_TYPE_NAMES[_KEYS[key]]}", file=path, code="jobs-value")
         if value == "" or "\0" in str(value):
-            raise UsageError(f"{where}: {key} is {value!r}", file=path)
+            raise UsageError(f"{where}: {key} is {value!r}", file=path, code="jobs-value")
         if key in _CHOICES and value not in _CHOICES[key]:
             what = f"{where}: {key} {value!r} is none of {', '.join(_CHOICES[key])}"
-            raise UsageError(what, file=path, hint=outtype_hint(str(value)) if key == "outtype" else None)
+            raise UsageError(
+                what, file=path, hint=outtype_hint(str(value)) if key == "outtype" else None, code="jobs-value"
+            )
     for key in ("max_memory", "split_max_size"):
         if key in entry and not _size(entry[key]):
-            raise UsageError(f"{where}: {key} is {entry[key]!r}", file=path, hint="a size is as 4G or 96MiB")
+            raise UsageError(
+                f"{where}: {key} is {entry[key]!r}", file=path, hint="a size is as 4G or 96MiB", code="jobs-value"
+            )
 
 
 def _size(text: str) -> int:
@@ -230,7 +251,7 @@ def _check_whole(entry: Mapping[str, Any], where: str, path: Path) -> None:
     command = entry.get("command", "convert")
     missing = [key for key in ("source", *_NEEDED.get(command, ())) if key not in entry]
     if missing:
-        raise UsageError(f"{where}: a {command} job needs {missing[0]}", file=path)
+        raise UsageError(f"{where}: a {command} job needs {missing[0]}", file=path, code="jobs-key-missing")
     for key, commands in _ONLY_FOR.items():
         if key in entry and command not in commands:
-            raise UsageError(f"{where}: {key} is not for a {command} job", file=path)
+            raise UsageError(f"{where}: {key} is not for a {command} job", file=path, code="jobs-key")

@@ -53,9 +53,9 @@ def select_array(jobs: Sequence[JobSpec], array: str) -> list[JobSpec]:
     """The share I of N of the sorted jobs, of "I/N" with I from 1: for Slurm arrays and Kubernetes indexed jobs."""
     index, _, count = array.partition("/")
     if not (index.isascii() and count.isascii() and index.isdigit() and count.isdigit()):
-        raise UsageError(f"--array {array!r} is not I/N")
+        raise UsageError(f"--array {array!r} is not I/N", code="array-range")
     if not 1 <= int(index) <= int(count):
-        raise UsageError(f"--array {array}: I counts from 1 to N")
+        raise UsageError(f"--array {array}: I counts from 1 to N", code="array-range")
     return list(jobs[int(index) - 1 :: int(count)])
 
 
@@ -155,7 +155,7 @@ class _Run:
                         self.submit(task.job, task.work, task.attempts)
                     else:
                         what = f"its worker was lost {task.attempts} times: {type(error).__name__}: {error}"
-                        yield JobResult.failed(task.job, StreamconvError(what), task.attempts)
+                        yield JobResult.failed(task.job, StreamconvError(what, code="worker-lost"), task.attempts)
 
     def stop(self) -> None:
         """No job begins any more, and those that run are told to end."""

@@ -91,7 +91,7 @@ class State:
         except OSError as error:
             hint = "--state FILE puts it elsewhere"
             what = f"the state file cannot be written: {error.strerror}"
-            raise DestinationError(what, file=self.path, hint=hint) from None
+            raise DestinationError(what, file=self.path, hint=hint, code="state-file") from None
 
 
 def _read(path: Path) -> bytes:
@@ -101,11 +101,15 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise DestinationError(f"the state file cannot be read: {error.strerror}", file=path) from None
+        raise DestinationError(
+            f"the state file cannot be read: {error.strerror}", file=path, code="state-file"
+        ) from None
     if len(raw) > MAX_FILE_NBYTES:
-        raise DestinationError(f"the state file is larger than {MAX_FILE_NBYTES >> 20} MiB", file=path)
+        raise DestinationError(
+            f"the state file is larger than {MAX_FILE_NBYTES >> 20} MiB", file=path, code="state-file"
+        )
     if raw and not raw.startswith(b"{"):
-        raise DestinationError("is no state file", file=path, hint="it would be appended to")
+        raise DestinationError("is no state file", file=path, hint="it would be appended to", code="state-file")
     return raw
 
 

@@ -47,7 +47,7 @@ def compare_keys(job: Job, file: GGUFFile) -> list[Caution]:
         if difference is None:
             continue
         if _decides(name, ours, file, is_known=name in absent):
-            raise VerifyError(difference, file=file.path)
+            raise VerifyError(difference, file=file.path, code="key-differs")
         cautions.append(Caution("key", difference))
     return cautions
 

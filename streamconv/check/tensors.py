@@ -107,19 +107,22 @@ def _match(job: Job, files: Sequence[GGUFFile]) -> Iterator[_Pair]:
         file, stored = unclaimed.pop(name)
         if stored.shape != step.tensor.spec.shape:
             shapes = f"{list(stored.shape)}, by its source {list(step.tensor.spec.shape)}"
-            raise VerifyError(f"has shape {shapes}", file=file.path, tensor=name)
+            raise VerifyError(f"has shape {shapes}", file=file.path, tensor=name, code="shape-differs")
         if stored.type not in VERIFIABLE:
             raise VerifyError(
                 f"type {stored.type_name} cannot be made from the source here",
                 file=file.path,
                 tensor=name,
                 hint=f"files of {', '.join(type_.name for type_ in sorted(VERIFIABLE))} can be verified",
+                code="type-unverifiable",
             )
         yield _pair(step.tensor, file, stored, stored.type)
     for what, names in (("lacks", missing), ("holds, and its source does not,", list(unclaimed))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise VerifyError(f"the file {what} {names[0]}{more}", file=files[0].path, tensor=names[0])
+            raise VerifyError(
+                f"the file {what} {names[0]}{more}", file=files[0].path, tensor=names[0], code="tensors-differ"
+            )
 
 
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:
@@ -202,7 +205,9 @@ def _compare_rows(pair: _Pair, rows: range, work: Workspace) -> None:
     try:
         read(pair.expected, rows, expected, work)
     except codecs.EncodeError as error:
-        raise VerifyError(f"its source does not fit its type: {error.reason}", tensor=pair.stored.name) from None
+        raise VerifyError(
+            f"its source does not fit its type: {error.reason}", tensor=pair.stored.name, code="value-range"
+        ) from None
     pair.file.read_into(pair.stored, rows.start * width, found)
     differing = (expected != found).reshape(len(rows), width).any(axis=1)
     for row in np.flatnonzero(differing).tolist():
@@ -225,6 +230,7 @@ def _compare_values(pair: _Pair, row: int, expected: NDArray[np.uint8], found: N
         f"({type_.name}; {np.count_nonzero(differ)} of {differ.size} values of the row differ)",
         file=pair.file.path,
         tensor=pair.stored.name,
+        code="value-differs",
     )
 
 

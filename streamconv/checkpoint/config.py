@@ -96,4 +96,9 @@ class Config:
 
     def wrong(self, key: str, expected: str) -> SourceError:
         shown = repr(self.raw.get(key))
-        return SourceError(f"{key} is {shown[:60]}, expected {expected}", file=self.file, hint="correct the config")
+        return SourceError(
+            f"{key} is {shown[:60]}, expected {expected}",
+            file=self.file,
+            hint="correct the config",
+            code="config-value",
+        )

@@ -44,7 +44,7 @@ class Checkpoint:
         if not directory.is_dir():
             if src.exists():
                 raise magic.misplaced(src, "checkpoint directory and no .safetensors file", CONFIG)
-            raise SourceError("no such checkpoint directory", file=src)
+            raise SourceError("no such checkpoint directory", file=src, code="source-missing")
         if not (directory / CONFIG).is_file():
             raise _without_config(directory)
         named = Choice(named_set(src)) if directory != src and not is_index else None
@@ -99,9 +99,11 @@ def _without_config(directory: Place) -> SourceError:
     """The error for a folder that is no checkpoint: what it is instead, and the command for that."""
     if (directory / ADAPTER_CONFIG).is_file():
         hint = f"streamconv lora {directory} --base BASE, or streamconv convert BASE --adapter {directory}"
-        return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint)
+        return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint, code="is-adapter")
     what = "the directory is empty" if not any(True for _ in directory.glob("*")) else f"no {CONFIG}"
-    return SourceError(what, file=directory, hint=f"name the folder that holds {CONFIG} and *.safetensors")
+    return SourceError(
+        what, file=directory, hint=f"name the folder that holds {CONFIG} and *.safetensors", code="config-missing"
+    )
 
 
 def _choose(index_file: Place, index: Mapping[str, Any] | None, max_header_nbytes: int, *, is_named: bool) -> Choice:
@@ -127,7 +129,9 @@ def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file
         for name, tensor in shard.tensors.items():
             if name in tensors:
                 other = tensors[name].shard.path.name
-                raise SourceError(f"the tensor is in {other} as well", file=shard.path, tensor=name)
+                raise SourceError(
+                    f"the tensor is in {other} as well", file=shard.path, tensor=name, code="tensor-twice"
+                )
             tensors[name] = tensor
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].shard.path.name != file_name:
@@ -136,10 +140,13 @@ def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file
                 file=index_file,
                 tensor=name,
                 hint="download the index and its shards again, from the same revision",
+                code="index-mismatch",
             )
     if weight_map and len(tensors) > len(weight_map):
         name = next(name for name in tensors if name not in weight_map)
-        raise SourceError("the index does not name this tensor", file=tensors[name].shard.path, tensor=name)
+        raise SourceError(
+            "the index does not name this tensor", file=tensors[name].shard.path, tensor=name, code="index-mismatch"
+        )
     return tensors
 
 

@@ -112,13 +112,13 @@ class Shard:
     def _read_header(self, max_nbytes: int) -> bytearray:
         """The header's JSON text, once it is certain that parsing it fits into `max_nbytes`."""
         if self.nbytes < 8:
-            raise self._malformed(f"{self.nbytes} bytes are no safetensors file")
+            raise self._malformed(f"{self.nbytes} bytes are no safetensors file", code="safetensors-length")
         prefix = bytearray(8)
         self.file.read_into(0, prefix)
         length = int.from_bytes(prefix, "little")
         if length > min(MAX_HEADER_NBYTES, self.nbytes - 8):
             claim = f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}"
-            raise self._malformed(f"{claim}: truncated or no safetensors")
+            raise self._malformed(f"{claim}: truncated or no safetensors", code="safetensors-length")
         what = f"its header of {length:,} bytes"
         check_affordable(self.path, what, length, max_nbytes)
         text = bytearray(length)
@@ -130,12 +130,14 @@ class Shard:
         """The table that the header describes, which covers the file's data without a hole or an overlap."""
         try:
             if header[:1] != b"{":
-                raise SourceError("the header does not begin with {")
+                raise SourceError("the header does not begin with {", code="header-start")
             entries = parse_object(header, self.path, MAX_HEADER_NBYTES)
             _check_metadata(entries.pop(METADATA, None))
             infos = {name: _read_entry(name, entry) for name, entry in entries.items()}
         except SourceError as error:
-            raise self._malformed(f"not a valid safetensors file: {error.message}", error.tensor) from None
+            raise self._malformed(
+                f"not a valid safetensors file: {error.message}", error.tensor, code=error.code
+            ) from None
         for name in infos:
             _check_name(name, self.path)
         self._check_cover(infos, 8 + len(header))
@@ -161,13 +163,14 @@ class Shard:
                 raise self._malformed(
                     f"not a valid safetensors file: its data begins at byte {first:,} of all data, expected {end:,}",
                     name,
+                    code="data-cover",
                 )
             end = last
         if start + end != self.nbytes:
             what = f"{self.nbytes - start - end:,} bytes follow the last tensor"
-            raise self._malformed(f"not a valid safetensors file: {what}")
+            raise self._malformed(f"not a valid safetensors file: {what}", code="data-cover")
 
-    def _malformed(self, message: str, tensor: str | None = None) -> SourceError:
+    def _malformed(self, message: str, tensor: str | None = None, *, code: str) -> SourceError:
         """`message`, unless the file is of another kind, whose name says more."""
         head = bytearray(min(magic.HEAD_NBYTES, self.nbytes))
         self.file.read_into(0, head)
@@ -175,7 +178,7 @@ class Shard:
             what = f"no safetensors file: this is {other.what}"
             return SourceError(what, file=self.path, hint=other.hint, code="not-safetensors")
         hint = "download the file again, or save it anew"
-        return SourceError(message, file=self.path, tensor=tensor, hint=hint, code="malformed-safetensors")
+        return SourceError(message, file=self.path, tensor=tensor, hint=hint, code=code)
 
 
 _Info = tuple[str, tuple[int, ...], int, int]  # dtype, shape, first byte and end in the data
@@ -184,23 +187,25 @@ _Info = tuple[str, tuple[int, ...], int, int]  # dtype, shape, first byte and en
 def _read_entry(name: str, entry: Any) -> _Info:
     """What a header says of a tensor; SourceError where its dtype, shape and bytes do not fit together."""
     if not isinstance(entry, dict):
-        raise SourceError("its entry is not an object", tensor=name)
+        raise SourceError("its entry is not an object", tensor=name, code="header-entry")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise SourceError(f"dtype {repr(dtype)[:40]} is not known", tensor=name)
+        raise SourceError(f"dtype {repr(dtype)[:40]} is not known", tensor=name, code="header-dtype")
     if not _is_numbers(shape):
-        raise SourceError("its shape is not a list of whole numbers", tensor=name)
+        raise SourceError("its shape is not a list of whole numbers", tensor=name, code="header-shape")
     if not _is_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise SourceError("its data_offsets are not a first byte and an end", tensor=name)
+        raise SourceError("its data_offsets are not a first byte and an end", tensor=name, code="header-offsets")
     n_elements = 1
     for extent in shape:
         n_elements *= extent
         if n_elements > MAX_EXTENT:
-            raise SourceError("its shape has more elements than can be counted in 64 bits", tensor=name)
+            raise SourceError(
+                "its shape has more elements than can be counted in 64 bits", tensor=name, code="header-elements"
+            )
     n_bits = n_elements * DTYPES[dtype].n_bits
     if n_bits > MAX_EXTENT or n_bits % 8 or n_bits // 8 != offsets[1] - offsets[0]:
         what = f"shape {shape} of {dtype} has {n_bits / 8:,.15g} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
-        raise SourceError(what, tensor=name)
+        raise SourceError(what, tensor=name, code="header-nbytes")
     return sys.intern(dtype), tuple(shape), offsets[0], offsets[1]
 
 
@@ -212,7 +217,7 @@ def _check_metadata(value: Any) -> None:
     """SourceError unless the `__metadata__` of a header is absent, null or a map of texts."""
     texts = [*value, *value.values()] if isinstance(value, dict) else [] if value is None else [None]
     if not all(map(_is_unicode, texts)):
-        raise SourceError(f"{METADATA} is not a map of texts")
+        raise SourceError(f"{METADATA} is not a map of texts", code="header-metadata")
 
 
 def _is_unicode(text: Any) -> bool:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StreamconvError as error:
         return _fail(error, as_json)
     except KeyboardInterrupt:
-        return _fail(Interrupted("interrupted", hint=hint), as_json)
+        return _fail(Interrupted("interrupted", hint=hint, code="interrupted"), as_json)
     except BrokenPipeError:
         return _leave_pipe()
     except Exception as error:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if {"-v", "--verbose"} & set(arguments):
             raise
         what = f"a bug of ours: {type(error).__name__}: {error}".replace("\n", " ")
-        return _fail(StreamconvError(what, hint="please report it, with what -v shows"), as_json)
+        return _fail(StreamconvError(what, hint="please report it, with what -v shows", code="internal-error"), as_json)
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:
@@ -101,7 +101,7 @@ def _signals(hint: str | None) -> Iterator[None]:
     """SIGTERM stops a run as Ctrl-C does."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise InterruptedByTerm("terminated", hint=hint)
+        raise InterruptedByTerm("terminated", hint=hint, code="interrupted")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

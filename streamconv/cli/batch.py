@@ -116,13 +116,15 @@ def _dask(address: str) -> Iterator[_Where]:
     try:
         from distributed import Client
     except ImportError:
-        raise UsageError("--dask needs the dask extra", hint='pip install "streamconv[dask]"') from None
+        raise UsageError(
+            "--dask needs the dask extra", hint='pip install "streamconv[dask]"', code="extra-missing"
+        ) from None
     from streamconv.batch.child import end_jobs
 
     try:
         client = Client(address, timeout="10s")
     except (OSError, TimeoutError, ValueError) as error:
-        raise UsageError(f"no Dask scheduler answers at {address}: {error}") from None
+        raise UsageError(f"no Dask scheduler answers at {address}: {error}", code="dask-unreachable") from None
     with client:
         # What a worker has begun is out of an executor's reach.
         yield {"executor": client.get_executor(), "stop": lambda: client.run(end_jobs)}

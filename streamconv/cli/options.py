@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """Reports wrong usage as any other error is reported, so that --json covers it."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"{self.prog} --help")
+        raise UsageError(message, hint=f"{self.prog} --help", code="command-line")
 
 
 def add_command(commands: Any, name: str, *, help: str, description: str, epilog: str = EXIT_CODES) -> Parser:
@@ -115,7 +115,9 @@ def outtype_name(text: str) -> str:
         from streamconv.ggml.policy import outtype_hint
 
         if hint := outtype_hint(name):
-            raise UsageError(f"argument --outtype: {text!r} is none of {', '.join(OUTTYPES)}", hint=hint)
+            raise UsageError(
+                f"argument --outtype: {text!r} is none of {', '.join(OUTTYPES)}", hint=hint, code="outtype-unknown"
+            )
     return name
 
 

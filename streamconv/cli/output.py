@@ -29,7 +29,9 @@ def say(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
         raise
     except OSError as error:
         sys.stdout = None  # or else the interpreter tries again at its end, and exits with 120
-        raise DestinationError(f"cannot be written: {error.strerror}", file="standard output") from None
+        raise DestinationError(
+            f"cannot be written: {error.strerror}", file="standard output", code="cannot-write"
+        ) from None
 
 
 class _Stderr:

@@ -81,10 +81,16 @@ class RunOptions:
         elif isinstance(limit, str):
             limit = parse_size(limit)
         if not isinstance(limit, int):
-            raise UsageError(f"max_memory is {limit!r}", hint='a number of bytes, or a text as "96MiB"')
+            raise UsageError(
+                f"max_memory is {limit!r}", hint='a number of bytes, or a text as "96MiB"', code="size-syntax"
+            )
         object.__setattr__(self, "max_memory", limit)
         if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
-            raise UsageError(f"threads is {self.threads!r}", hint="a whole number from 1, or None for the cores")
+            raise UsageError(
+                f"threads is {self.threads!r}",
+                hint="a whole number from 1, or None for the cores",
+                code="threads-range",
+            )
 
     @property
     def limit_nbytes(self) -> int:
@@ -102,7 +108,7 @@ class RunOptions:
     def cancelled(self) -> Interrupted | None:
         """What to raise, where the caller wants the run to stop."""
         if self.cancel is not None and self.cancel():
-            return Interrupted("cancelled", hint="run it again with --resume to go on")
+            return Interrupted("cancelled", hint="run it again with --resume to go on", code="cancelled")
         return None
 
 
@@ -119,12 +125,12 @@ class OutputOptions:
     def __post_init__(self) -> None:
         if self.outtype not in ("auto", *OUTTYPES):
             what = f"{self.outtype!r} is none of auto, {', '.join(OUTTYPES)}"
-            raise UsageError(what, hint=outtype_hint(str(self.outtype)))
+            raise UsageError(what, hint=outtype_hint(str(self.outtype)), code="outtype-unknown")
         if self.dialect not in tuple(RENAMES):
-            raise UsageError(f"{self.dialect!r} is none of {', '.join(RENAMES)}")
+            raise UsageError(f"{self.dialect!r} is none of {', '.join(RENAMES)}", code="dialect-unknown")
         for text in (self.name, self.pre):
             if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
-                raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is")
+                raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is", code="not-utf8")
 
 
 @dataclass(slots=True)

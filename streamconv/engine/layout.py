@@ -172,4 +172,5 @@ def too_small(limit: int, needed: int, file: object = None) -> BudgetError:
         f"a memory bound of {in_words(limit)} is too small: this conversion needs {needed_mib} MiB",
         file=file,
         hint=f"--max-memory {needed_mib}MiB",
+        code="memory-bound",
     )

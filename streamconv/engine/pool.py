@@ -88,6 +88,7 @@ def _read(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> N
             f"{error.reason}; its largest finite magnitude is {largest}",
             tensor=step.target,
             hint="--outtype bf16 or f32 holds it",
+            code="value-range",
         ) from None
 
 

@@ -34,9 +34,13 @@ class SplitOptions:
     def __post_init__(self) -> None:
         for value in (self.max_nbytes, self.max_tensors, self.only_part):
             if value is not None and not (isinstance(value, int) and value >= 1):
-                raise UsageError("a split needs whole numbers of at least 1")
+                raise UsageError("a split needs whole numbers of at least 1", code="split-size")
         if self.only_part is not None and not self.is_split:
-            raise UsageError("--only-part is for splits", hint="give --split-max-size or --split-max-tensors too")
+            raise UsageError(
+                "--only-part is for splits",
+                hint="give --split-max-size or --split-max-tensors too",
+                code="option-conflict",
+            )
 
     @property
     def is_split(self) -> bool:
@@ -67,9 +71,9 @@ def make_parts(
     groups = list(_groups(tensors, options)) if options.is_split else [tensors]
     count = len(groups)
     if count > MAX_COUNT:
-        raise UsageError(f"{count} parts are more than a split can have", hint="allow larger parts")
+        raise UsageError(f"{count} parts are more than a split can have", hint="allow larger parts", code="split-count")
     if options.only_part is not None and options.only_part > count:
-        raise UsageError(f"there is no part {options.only_part}: the output has {count}")
+        raise UsageError(f"there is no part {options.only_part}: the output has {count}", code="part-unknown")
     if count == 1:
         return (_part(1, dst, keys, groups[0]),)
     numbers = range(1, count + 1) if options.only_part is None else [options.only_part]

@@ -32,7 +32,7 @@ def source_failures() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=error.filename) from None
+        raise SourceError(f"cannot be read: {error.strerror}", file=error.filename, code="cannot-read") from None
 
 
 @source_failures()
@@ -59,12 +59,14 @@ def find_path(source: str | Path) -> Path:
             "no such folder; a repo id is looked up in the local cache with huggingface_hub",
             file=path,
             hint='pip install "streamconv[hub]"',
+            code="source-missing",
         ) from None
     if found is None:
         raise SourceError(
             "no such folder, and not in the local Hugging Face cache",
             file=path,
             hint=f"hf download {source}; nothing is downloaded here",
+            code="source-missing",
         )
     return found
 

@@ -89,30 +89,36 @@ class LocalBlob(Blob):
             # Not blocking: opening a FIFO would wait for its writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            raise SourceError(f"cannot be opened: {getattr(error, 'strerror', error)}", file=path) from None
+            raise SourceError(
+                f"cannot be opened: {getattr(error, 'strerror', error)}", file=path, code="cannot-open"
+            ) from None
         status = os.fstat(self._fd)
         self.identity = _identity(status)
         self.nbytes = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise SourceError("is not a regular file", file=path)
+            raise SourceError("is not a regular file", file=path, code="not-regular-file")
         if (opened := _opened.get()) is not None:
             opened.setdefault((status.st_dev, status.st_ino), path)
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
         if offset + len(view) > self.nbytes:
-            raise SourceError(f"has {self.nbytes:,} bytes, {offset + len(view):,} are needed", file=self.path)
+            raise SourceError(
+                f"has {self.nbytes:,} bytes, {offset + len(view):,} are needed", file=self.path, code="truncated"
+            )
         while view:
             try:
                 n_read = os.preadv(self._fd, [view], offset)
             except OSError as error:
                 message = f"cannot be read at byte {offset}: {error.strerror}"
                 hint = "where the disk comes back, run it again with --resume to go on"
-                raise SourceReadError(message, file=self.path, hint=hint) from None
+                raise SourceReadError(message, file=self.path, hint=hint, code="read-failed") from None
             if not n_read:
                 message = f"ends at byte {offset}, it had {self.nbytes:,} bytes when it was opened"
-                raise SourceError(message, file=self.path, hint="leave the file alone while it is read")
+                raise SourceError(
+                    message, file=self.path, hint="leave the file alone while it is read", code="source-changed"
+                )
             view, offset = view[n_read:], offset + n_read
 
     def check_unchanged(self) -> None:
@@ -212,17 +218,19 @@ class Cursor:
     def n_left(self) -> int:
         return self.end - self.position
 
-    def fail(self, message: str, hint: str | None = None) -> NoReturn:
-        raise SourceError(message, file=self.file.path, tensor=self.tensor, hint=hint)
+    def fail(self, message: str, hint: str | None = None, *, code: str) -> NoReturn:
+        raise SourceError(message, file=self.file.path, tensor=self.tensor, hint=hint, code=code)
 
     def expect(self, nbytes: int) -> None:
         """SourceError unless `nbytes` more are there."""
         if nbytes <= self.n_left:
             return
         if self.end < self.file.nbytes:
-            self.fail(f"{self.where} goes on beyond byte {self.end:,}: {self.limit}")
+            self.fail(f"{self.where} goes on beyond byte {self.end:,}: {self.limit}", code="out-of-bounds")
         hint = "it is damaged, or was not downloaded to its end"
-        self.fail(f"ends inside {self.where}: needs {nbytes:,} more bytes, {self.n_left:,} are left", hint)
+        self.fail(
+            f"ends inside {self.where}: needs {nbytes:,} more bytes, {self.n_left:,} are left", hint, code="truncated"
+        )
 
     def take(self, nbytes: int) -> int:
         """Where in `window` the next `nbytes` (at most WINDOW_NBYTES) are."""

@@ -100,4 +100,6 @@ def misplaced(path: Place, asked: str, config: str) -> SourceError:
         hint = "give it a name that ends in .safetensors"
     elif (path.parent / config).is_file():
         hint = f"name the folder, {absolute(path.parent)}"
-    return SourceError(f"is no {asked}" + (f": this is {found.what}" if found else ""), file=path, hint=hint)
+    return SourceError(
+        f"is no {asked}" + (f": this is {found.what}" if found else ""), file=path, hint=hint, code="other-file-kind"
+    )

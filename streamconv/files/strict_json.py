@@ -28,19 +28,23 @@ _MARKS = (b",", b":", b"[", b"{")
 def parse_object(text: bytes | bytearray, file: object, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
     """The JSON object in `text`: UTF-8, a byte-order mark or none. SourceError naming `file` on anything else."""
     if len(text) > max_nbytes:
-        raise SourceError(f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file)
+        raise SourceError(
+            f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file, code="json-too-large"
+        )
     try:
         value = json.loads(
             text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except UnicodeDecodeError as error:
-        raise _malformed(text, file, f"not UTF-8 at byte {error.start}") from None
+        raise _bad_json(text, file, f"not UTF-8 at byte {error.start}", code="not-utf8") from None
     except RecursionError:
-        raise SourceError("JSON nested too deeply", file=file) from None
+        raise SourceError("JSON nested too deeply", file=file, code="json-nested") from None
     except ValueError as error:  # JSONDecodeError, or one of the hooks below
-        raise _malformed(text, file, f"malformed JSON: {error}", "download the file again") from None
+        raise _bad_json(
+            text, file, f"malformed JSON: {error}", "download the file again", code="json-malformed"
+        ) from None
     if not isinstance(value, dict):
-        raise SourceError(f"expected a JSON object, found {type(value).__name__}", file=file)
+        raise SourceError(f"expected a JSON object, found {type(value).__name__}", file=file, code="json-not-object")
     return value
 
 
@@ -75,11 +79,13 @@ def load_object_if_present(path: Place) -> dict[str, Any]:
     return load_object(path) if path.exists() else {}
 
 
-def _malformed(text: bytes | bytearray, file: object, problem: str, hint: str | None = None) -> SourceError:
+def _bad_json(
+    text: bytes | bytearray, file: object, problem: str, hint: str | None = None, *, code: str
+) -> SourceError:
     """`problem`, unless the text is that of another kind of file, whose name says more."""
     if other := magic.guess_other(bytes(text[: magic.HEAD_NBYTES]), magic.JSON):
-        problem, hint = f"malformed JSON: this is {other.what}", other.hint
-    return SourceError(problem, file=file, hint=hint)
+        return SourceError(f"malformed JSON: this is {other.what}", file=file, hint=other.hint, code="other-file-kind")
+    return SourceError(problem, file=file, hint=hint, code=code)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

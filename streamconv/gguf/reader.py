@@ -79,7 +79,9 @@ def refuse(problems: Iterable[FileProblem], ignore: Collection[str] = ()) -> Non
     if found:
         more = f", and {len(found) - 1} more like it" if len(found) > 1 else ""
         hint = f"streamconv inspect {found[0].file} lists what is wrong"
-        raise SourceError(found[0].message + more, file=found[0].file, tensor=found[0].tensor, hint=hint)
+        raise SourceError(
+            found[0].message + more, file=found[0].file, tensor=found[0].tensor, hint=hint, code=found[0].code
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +200,18 @@ class GGUFFile:
         if entry is None:
             return None
         if type(entry.value) is not kind:
-            raise SourceError(f"key {key} is of type {entry.type_name}, expected {kind.__name__}", file=self.path)
+            raise SourceError(
+                f"key {key} is of type {entry.type_name}, expected {kind.__name__}", file=self.path, code="key-type"
+            )
         return entry.value
 
     def read_into(self, tensor: StoredTensor, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` with the bytes of `tensor` from its byte `offset` on. SourceError where some are missing."""
         end = offset + len(buffer)
         if tensor.nbytes is None or end > tensor.nbytes:
-            raise SourceError(f"has {tensor.nbytes} bytes, not {end}", file=self.path, tensor=tensor.name)
+            raise SourceError(
+                f"has {tensor.nbytes} bytes, not {end}", file=self.path, tensor=tensor.name, code="truncated"
+            )
         self.file.read_into(tensor.offset + offset, buffer)
 
 
@@ -250,14 +256,18 @@ class _Parser:
         if head[:4] != MAGIC:
             guess = magic.guess(bytes(head))
             what = f": this is {guess.what}" if guess else f": it begins with {bytes(head[:4])!r}"
-            cursor.fail(f"not a GGUF file{what}", guess.hint if guess else None)
+            cursor.fail(f"not a GGUF file{what}", guess.hint if guess else None, code="not-gguf")
         cursor.skip(4)
         version = cursor.u32()
         if version and version & 0xFFFF == 0:
-            cursor.fail("is a big-endian GGUF file", "get the little-endian one; this kind is for s390x machines")
+            cursor.fail(
+                "is a big-endian GGUF file",
+                "get the little-endian one; this kind is for s390x machines",
+                code="big-endian",
+            )
         if version not in (2, VERSION):  # 2 has the layout of 3; 1 had 32-bit lengths
             hint = "get a newer file of the model" if version == 1 else None
-            cursor.fail(f"GGUF version {version} is not supported, only 2 and {VERSION}", hint)
+            cursor.fail(f"GGUF version {version} is not supported, only 2 and {VERSION}", hint, code="gguf-version")
         return version
 
     def _problem(self, code: str, message: str, tensor: str | None = None) -> None:
@@ -269,13 +279,16 @@ class _Parser:
         self.kept_nbytes += nbytes
         if self.kept_nbytes > MAX_KEPT_NBYTES:
             where = self.cursor.where
-            self.cursor.fail(f"names and values up to {where} take more than {MAX_KEPT_NBYTES >> 20} MiB of memory")
+            self.cursor.fail(
+                f"names and values up to {where} take more than {MAX_KEPT_NBYTES >> 20} MiB of memory",
+                code="memory-names",
+            )
 
     def _name(self, what: str, max_nbytes: int) -> str:
         nbytes = self.cursor.u64()
         if nbytes > MAX_KEY_NBYTES:
             self.cursor.expect(nbytes)
-            self.cursor.fail(f"{self.cursor.where} has a name of {nbytes:,} bytes")
+            self.cursor.fail(f"{self.cursor.where} has a name of {nbytes:,} bytes", code="name-length")
         raw = self.cursor.raw(nbytes)
         name = self._text(raw)
         self._keep(ENTRY_NBYTES)
@@ -305,7 +318,9 @@ class _Parser:
     def _value_type(self) -> GGUFValueType:
         raw = self.cursor.u32()
         if raw not in _VALUE_TYPE_IDS:
-            self.cursor.fail(f"{self.cursor.where} has a value of type {raw}, which GGUF does not have")
+            self.cursor.fail(
+                f"{self.cursor.where} has a value of type {raw}, which GGUF does not have", code="value-type"
+            )
         return GGUFValueType(raw)
 
     def _value(self, type_: GGUFValueType) -> Scalar | Span:
@@ -327,7 +342,7 @@ class _Parser:
         cursor = self.cursor
         element = self._value_type()
         if element == GGUFValueType.ARRAY:
-            cursor.fail(f"{cursor.where} is an array of arrays, which no loader takes")
+            cursor.fail(f"{cursor.where} is an array of arrays, which no loader takes", code="nested-array")
         length = cursor.u64()
         start = cursor.position
         if element == GGUFValueType.STRING:
@@ -342,7 +357,7 @@ class _Parser:
         cursor.where, cursor.tensor = f"the entry of tensor {_short(name)}", _short(name)
         n_dims = cursor.u32()
         if n_dims > MAX_DIMS:
-            cursor.fail(f"{n_dims:,} dimensions, GGUF takes {MAX_DIMS}")
+            cursor.fail(f"{n_dims:,} dimensions, GGUF takes {MAX_DIMS}", code="dimensions")
         shape = tuple(cursor.u64() for _ in range(n_dims))[::-1]
         self.infos.append((name, shape, cursor.u32(), cursor.u64()))
 

@@ -109,7 +109,11 @@ def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
             files.append(part := GGUFFile.open(path))
             yield from _check_part(part, i, count)
             if sum(file.kept_nbytes for file in files) > MAX_KEPT_NBYTES:
-                raise SourceError(f"the parts up to {path.name} have too many names to keep in memory", file=first.path)
+                raise SourceError(
+                    f"the parts up to {path.name} have too many names to keep in memory",
+                    file=first.path,
+                    code="memory-names",
+                )
         else:
             missing.append(i + 1)
     if missing:

@@ -184,7 +184,7 @@ def open_base(source: Source, max_header_nbytes: int) -> BaseModel:
     if not (path / CONFIG).is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"name the file itself, as {path / ggufs[0]}" if ggufs else "give the base's GGUF, or its folder"
-        raise SourceError(f"no {CONFIG}", file=path, hint=hint)
+        raise SourceError(f"no {CONFIG}", file=path, hint=hint, code="config-missing")
     return _from_folder(path, max_header_nbytes)
 
 
@@ -221,12 +221,22 @@ class _GGUFFacts:
         self.path, self.keys = path, keys
         self.kinds: dict[str, list[str]] = {}
         if self._value("general.type") == "adapter":
-            raise SourceError("is an adapter, not a base", file=path, hint="--base names the model it was trained on")
+            raise SourceError(
+                "is an adapter, not a base",
+                file=path,
+                hint="--base names the model it was trained on",
+                code="is-adapter",
+            )
         arch = self._value("general.architecture")
         recipe = recipe_of(arch) if isinstance(arch, str) else None
         if recipe is None:
             supported = ", ".join(one.arch for one in all_recipes())
-            raise SourceError(f"architecture {arch!r} is not supported", file=path, hint=f"supported: {supported}")
+            raise SourceError(
+                f"architecture {arch!r} is not supported",
+                file=path,
+                hint=f"supported: {supported}",
+                code="architecture-unsupported",
+            )
         self.recipe = recipe
 
     def dims(self) -> dict[str, int]:
@@ -297,7 +307,7 @@ class _GGUFFacts:
         return None if key is None else key.value
 
     def _wrong(self, key: Key, what: str) -> SourceError:
-        return SourceError(f"{key.name.format(arch=self.recipe.arch)} {what}", file=self.path)
+        return SourceError(f"{key.name.format(arch=self.recipe.arch)} {what}", file=self.path, code="base-key")
 
 
 # ---------------------------------------------------------------- a Hugging Face folder
@@ -323,14 +333,20 @@ def _from_config(path: Place, recipe: Recipe, config: Config) -> BaseModel:
     model = Model(recipe, config, solve_dims(recipe, stated_dims(recipe, config)))
     if not 1 <= model.dims.get(N_LAYERS, 0) <= MAX_LAYERS:
         name = recipe.dims[N_LAYERS].label
-        raise SourceError(f"{name} is {model.dims.get(N_LAYERS)}, no number of layers", file=config.file)
+        raise SourceError(
+            f"{name} is {model.dims.get(N_LAYERS)}, no number of layers", file=config.file, code="layer-count"
+        )
     for claim in recipe.claims:
         kinds = claim.kinds(config, model.n_layers)
         if kinds is not None and len(kinds) != model.n_layers:
             what = f"{claim.key} is of {len(kinds)} layers, and there are {model.n_layers}"
-            raise SourceError(what, file=config.file)
+            raise SourceError(what, file=config.file, code="config-contradiction")
         if kinds is not None and model.kinds.setdefault(claim.axis, list(kinds)) != list(kinds):
-            raise SourceError(f"{claim.key} contradicts the config's other word on the layers", file=config.file)
+            raise SourceError(
+                f"{claim.key} contradicts the config's other word on the layers",
+                file=config.file,
+                code="config-contradiction",
+            )
     stated = next((flag for key in recipe.tie_keys if (flag := config.flag(key)) is not None), None)
     return _of_model(path, model, recipe.tied_by_default if stated is None else stated, None)
 

@@ -15,7 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from streamconv.checkpoint.config import Config
 from streamconv.errors import Caution, SourceError
@@ -49,6 +49,12 @@ MAX_CHOICES = 1 << 18  # of all patterns of a configuration, for one module: ten
 LONGEST_NAME, LONGEST_RUN = 64, 8  # of modules; of the same letter in one, or of digits
 
 T = TypeVar("T")
+
+
+_CONFIG_REASONS: Final = {
+    "arrow": "Arrow (arrow_config) computes more than B @ A",
+    "kasa": "KaSA (kasa_config) computes more than B @ A",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +260,9 @@ class PeftConfig(LoraConfig):
                 f"init_lora_weights is {str(init)[:40]!r}: loading it changes the base's weights; "
                 "save it with path_initial_model_for_weight_conversion, as plain LoRA",
             )
-        for key, name in (("arrow_config", "Arrow"), ("kasa_config", "KaSA")):
-            if raw.get(key) is not None:
-                yield Problem(key.removesuffix("_config"), f"{name} ({key}) computes more than B @ A")
+        for code, message in _CONFIG_REASONS.items():
+            if raw.get(f"{code}_config") is not None:
+                yield Problem(code, message)
 
 
 @dataclass(slots=True)

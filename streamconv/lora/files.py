@@ -92,14 +92,17 @@ class LoraFile:
         """
         path = find_source(source)
         if not path.exists():
-            raise SourceError("no such adapter", file=path)
+            raise SourceError("no such adapter", file=path, code="source-missing")
         if path.is_file() and path.suffix != ".safetensors":
             raise magic.misplaced(path, "safetensors file", ADAPTER_CONFIG)
         directory = path if path.is_dir() else path.parent
         weights = _find_weights(path) if path.is_dir() else path
         if not (directory / ADAPTER_CONFIG).is_file():
             raise SourceError(
-                f"no {ADAPTER_CONFIG}", file=directory, hint="it lies beside the weights of every adapter"
+                f"no {ADAPTER_CONFIG}",
+                file=directory,
+                hint="it lies beside the weights of every adapter",
+                code="config-missing",
             )
         raw = load_object(directory / ADAPTER_CONFIG, MAX_CONFIG_NBYTES)
         adapter = cls(directory, Config(raw, directory / ADAPTER_CONFIG), Shard(weights, max_header_nbytes))
@@ -142,7 +145,12 @@ def _find_weights(directory: Place) -> Place:
     """The weights in a folder: the finished adapter, else the one numbered checkpoint."""
     finished = [directory / name for name in WEIGHTS if (directory / name).is_file()]
     if len(finished) > 1:
-        raise SourceError(f"{' and '.join(WEIGHTS)} are both there", file=directory, hint=f"name one, as {finished[0]}")
+        raise SourceError(
+            f"{' and '.join(WEIGHTS)} are both there",
+            file=directory,
+            hint=f"name one, as {finished[0]}",
+            code="weights-ambiguous",
+        )
     if finished:
         return finished[0]
     numbered = sorted(directory.glob(NUMBERED), key=lambda path: path.name)
@@ -150,9 +158,17 @@ def _find_weights(directory: Place) -> Place:
         return numbered[0]
     if numbered:
         raise SourceError(
-            f"{len(numbered)} checkpoints and no {WEIGHTS[1]}", file=directory, hint=f"name one, as {numbered[-1]}"
+            f"{len(numbered)} checkpoints and no {WEIGHTS[1]}",
+            file=directory,
+            hint=f"name one, as {numbered[-1]}",
+            code="weights-ambiguous",
         )
-    raise SourceError("no adapter_model.safetensors or adapters.safetensors", file=directory, hint=_missing(directory))
+    raise SourceError(
+        "no adapter_model.safetensors or adapters.safetensors",
+        file=directory,
+        hint=_missing(directory),
+        code="weights-missing",
+    )
 
 
 def _missing(directory: Place) -> str:

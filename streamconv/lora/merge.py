@@ -135,7 +135,13 @@ class _Merge:
         for adapter in self.adapters:
             problems = [problem for other, problem in self.problems if other is adapter]
             try:
-                refuse_all("cannot be merged", problems, adapter.file.directory, base_hint(problems, adapter.file))
+                refuse_all(
+                    "cannot be merged",
+                    problems,
+                    adapter.file.directory,
+                    base_hint(problems, adapter.file),
+                    code="adapter-unmergeable",
+                )
             except SourceError as error:
                 errors.append(error)
         if errors:
@@ -143,7 +149,7 @@ class _Merge:
             what = first.message + "".join(f"; and {error.file}: {error.message}" for error in others)
             hint = None if others else first.hint
             listed = [one for error in errors for one in error.problems]
-            raise SourceError(what, file=first.file, hint=hint, problems=listed)
+            raise SourceError(what, file=first.file, hint=hint, problems=listed, code="adapter-unmergeable")
 
     def _problem(self, adapter: Adapter, code: str, message: str, *modules: str) -> None:
         self.problems.append((adapter, Problem(code, message, modules)))

@@ -97,7 +97,7 @@ def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> N
     """SourceError with all of `problems`, if there are any; its hint is merging where that can carry all of them."""
     merges = all(_is_mergeable(problem, base) for problem in problems)
     hint = f"streamconv convert BASE --adapter {adapter.directory}" if merges else base_hint(problems, adapter)
-    refuse_all("no GGUF adapter can carry this exactly", problems, adapter.directory, hint)
+    refuse_all("no GGUF adapter can carry this exactly", problems, adapter.directory, hint, code="adapter-unsupported")
 
 
 def base_hint(problems: Sequence[Problem], adapter: LoraFile) -> str | None:
@@ -107,7 +107,7 @@ def base_hint(problems: Sequence[Problem], adapter: LoraFile) -> str | None:
     return f"{adapter.config.file.name} names its base: {name:.200}" if name and is_other else None
 
 
-def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | None = None) -> None:
+def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | None = None, *, code: str) -> None:
     """SourceError with all problems `found`, if there are any: in its line in short, in its `problems` whole."""
     if not found:
         return
@@ -116,7 +116,7 @@ def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | Non
     if len(problems) > MAX_PROBLEMS_SHOWN:
         shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
     listed = [{"code": one.code, "message": one.message, "modules": list(one.modules)} for one in problems]
-    raise SourceError(f"{what}: {shown}", file=file, hint=hint, problems=listed)
+    raise SourceError(f"{what}: {shown}", file=file, hint=hint, problems=listed, code=code)
 
 
 # Kinds of problems that a merge does not have, each with what of a module it needs the base to have.

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from streamconv.errors import DestinationError
 from streamconv.files.local import FileId
@@ -37,24 +38,43 @@ _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _ELSEWHERE = "choose another place"
-_WORDS: dict[int, tuple[str, str]] = {
-    errno.ENOSPC: ("no space left on its filesystem", "free some, then run it again with --resume"),
-    errno.EDQUOT: ("the quota on its filesystem is used up", "free some, then run it again with --resume"),
-    errno.EIO: ("the disk failed while writing", "see the system's log; --resume goes on where it stopped"),
-    errno.EFBIG: ("its filesystem, or ulimit -f, does not take a file of this size", _ELSEWHERE),
-    errno.EROFS: ("its filesystem is read-only", _ELSEWHERE),
-    errno.EACCES: ("permission denied", _ELSEWHERE),
-    errno.EPERM: ("the system does not allow it to be written", _ELSEWHERE),
-    errno.ENOENT: ("the folder for it does not exist", "make it first"),
-    errno.ENOTDIR: ("a part of its path is not a directory", _ELSEWHERE),
-    errno.EISDIR: ("is a directory", "name a file in it"),
-    errno.ELOOP: ("is a loop of symbolic links", _ELSEWHERE),
-    errno.ENAMETOOLONG: ("its name is too long", "choose a shorter one"),
-    errno.EMFILE: (
+
+
+class _Words(NamedTuple):
+    """How an errno is reported."""
+
+    message: str
+    hint: str | None
+    code: str
+
+
+_WORDS: dict[int, _Words] = {
+    errno.ENOSPC: _Words(
+        "no space left on its filesystem", "free some, then run it again with --resume", code="no-space"
+    ),
+    errno.EDQUOT: _Words(
+        "the quota on its filesystem is used up", "free some, then run it again with --resume", code="no-space"
+    ),
+    errno.EIO: _Words(
+        "the disk failed while writing", "see the system's log; --resume goes on where it stopped", code="write-failed"
+    ),
+    errno.EFBIG: _Words(
+        "its filesystem, or ulimit -f, does not take a file of this size", _ELSEWHERE, code="file-size-limit"
+    ),
+    errno.EROFS: _Words("its filesystem is read-only", _ELSEWHERE, code="read-only"),
+    errno.EACCES: _Words("permission denied", _ELSEWHERE, code="permission-denied"),
+    errno.EPERM: _Words("the system does not allow it to be written", _ELSEWHERE, code="permission-denied"),
+    errno.ENOENT: _Words("the folder for it does not exist", "make it first", code="folder-missing"),
+    errno.ENOTDIR: _Words("a part of its path is not a directory", _ELSEWHERE, code="folder-missing"),
+    errno.EISDIR: _Words("is a directory", "name a file in it", code="is-folder"),
+    errno.ELOOP: _Words("is a loop of symbolic links", _ELSEWHERE, code="link-loop"),
+    errno.ENAMETOOLONG: _Words("its name is too long", "choose a shorter one", code="name-too-long"),
+    errno.EMFILE: _Words(
         "the limit on open files is too low for this many parts",
         "raise it with ulimit -n, or make larger parts",
+        code="open-files-limit",
     ),
-    errno.EEXIST: ("exists already", "--force replaces it, once the new file is complete"),
+    errno.EEXIST: _Words("exists already", "--force replaces it, once the new file is complete", code="exists"),
 }
 
 
@@ -104,7 +124,9 @@ class PartFile:
         DestinationError where something else has the part file's name by now: that must not become it.
         """
         if not self.is_there():
-            raise DestinationError("was removed or replaced by something else while it was written", file=self.path)
+            raise DestinationError(
+                "was removed or replaced by something else while it was written", file=self.path, code="output-changed"
+            )
         if replaces:
             self.path.replace(path)
         else:
@@ -123,10 +145,10 @@ class PartFile:
 
 def failure(exc: OSError, path: Path) -> DestinationError:
     """What the system said, in our words; `path` where it did not say of which file."""
-    words, hint = _WORDS.get(exc.errno or 0, (exc.strerror or str(exc), None))
+    words = _WORDS.get(exc.errno or 0, _Words(exc.strerror or str(exc), None, code="cannot-write"))
     # The system names an open file by its number, and of a missing folder the first file that was to lie in it.
     is_told = isinstance(exc.filename, str | Path) and exc.errno != errno.ENOENT
-    return DestinationError(words, file=exc.filename if is_told else path, hint=hint)
+    return DestinationError(words.message, file=exc.filename if is_told else path, hint=words.hint, code=words.code)
 
 
 @contextmanager
@@ -150,7 +172,7 @@ def claim(paths: Sequence[Path], sources: Mapping[FileId, Path]) -> list[Place]:
     places = [resolve(path, sources) for path in paths]
     for name, count in Counter(name for place in places for name in place.names).items():
         if count > 1:
-            raise DestinationError("would be written twice", file=name, hint=_ELSEWHERE)
+            raise DestinationError("would be written twice", file=name, hint=_ELSEWHERE, code="same-output")
     return places
 
 
@@ -168,16 +190,23 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
     except OSError as exc:
         raise failure(exc, dst) from None
     except ValueError as exc:  # a NUL, or characters that the system's encoding lacks
-        raise DestinationError(f"is not a file name: {exc}", file=repr(str(dst)), hint=_ELSEWHERE) from None
+        raise DestinationError(
+            f"is not a file name: {exc}", file=repr(str(dst)), hint=_ELSEWHERE, code="file-name"
+        ) from None
     if found is not None and stat.S_ISDIR(found.st_mode):
         raise failure(IsADirectoryError(errno.EISDIR, ""), dst)
     if found is not None and not stat.S_ISREG(found.st_mode):
         raise DestinationError(
-            "is a pipe or a device", file=dst, hint="the output is not written in order: name a file"
+            "is a pipe or a device",
+            file=dst,
+            hint="the output is not written in order: name a file",
+            code="not-regular-file",
         )
     for status in taken:
         if (source := sources.get((status.st_dev, status.st_ino))) is not None:
-            raise DestinationError(f"is a file of the source, or would be written over one: {source}", file=dst)
+            raise DestinationError(
+                f"is a file of the source, or would be written over one: {source}", file=dst, code="output-is-source"
+            )
     for path, status in siblings.items():
         _check_sibling(path, status)
     return place
@@ -222,7 +251,7 @@ def lock_part(path: Path) -> PartFile:
             part.close()
             raise
         part.close()
-    raise DestinationError("another run is writing it", file=path, hint="wait for that one, or stop it")
+    raise DestinationError("another run is writing it", file=path, hint="wait for that one, or stop it", code="locked")
 
 
 def check_folder(place: Place) -> None:
@@ -279,6 +308,7 @@ def _too_little(needed: int, available: int, path: Path) -> DestinationError:
         f"needs {needed:,} bytes, and its filesystem has {available:,} free",
         file=path,
         hint=f"free some, or {_ELSEWHERE}",
+        code="no-space",
     )
 
 
@@ -292,7 +322,9 @@ def _held_nbytes(place: Place) -> int:
 
 def _check_sibling(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise DestinationError("stands where the unfinished output would be", file=path, hint="move it away")
+        raise DestinationError(
+            "stands where the unfinished output would be", file=path, hint="move it away", code="part-foreign"
+        )
 
 
 def _open_part(path: Path) -> PartFile | None:

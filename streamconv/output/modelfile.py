@@ -80,13 +80,14 @@ def plan_modelfile(output: Part, place: Place | None = None) -> Modelfile:
     UsageError where Ollama could not take it: a part of a split, an adapter whose base is no GGUF file.
     """
     if output.is_of_split:
-        raise UsageError("--modelfile is for one file: Ollama imports no split ones")
+        raise UsageError("--modelfile is for one file: Ollama imports no split ones", code="option-conflict")
     base = None if place is None else local_path(place)
     if place is not None and not (base and base.is_file()):
         raise UsageError(
             "--modelfile needs the base's GGUF, to which Ollama applies the adapter",
             file=place,
             hint="convert the base first and give its GGUF as --base",
+            code="option-conflict",
         )
     path = modelfile_path(output.path)
     model = output.path if base is None else base
@@ -105,7 +106,7 @@ def _beside(target: Path, path: Path) -> str:
     # Only between real folders does ../ lead from one to the other.
     seen = os.path.relpath(Path(os.path.realpath(target.parent), target.name), os.path.realpath(path.parent))
     if not seen.isprintable():
-        raise UsageError("a Modelfile cannot name this path", file=target)
+        raise UsageError("a Modelfile cannot name this path", file=target, code="modelfile-path")
     return seen if seen.startswith("..") else f"./{seen}"
 
 

@@ -166,12 +166,18 @@ class Sink:
         if self._is_published:
             return
         if self._covered.prefix != self._nbytes:
-            raise StreamconvError(f"{self._covered.prefix} of {self._nbytes} bytes were written", file=self._place.path)
+            raise StreamconvError(
+                f"{self._covered.prefix} of {self._nbytes} bytes were written",
+                file=self._place.path,
+                code="internal-error",
+            )
         with failures(self._place.path):
             self._file.sync()
             stamp = Stamp.of(self._part.status())
             if stamp.nbytes != self._nbytes:
-                raise DestinationError("was changed by something else while it was written", file=self._place.part)
+                raise DestinationError(
+                    "was changed by something else while it was written", file=self._place.part, code="output-changed"
+                )
             self._journal.append(Record(self._nbytes, self._state if state is None else state, stamp))
 
     def publish(self) -> None:
@@ -292,6 +298,7 @@ def _find_past(place: Place, header: Header, part: PartFile) -> Contents | None:
             f"the run to resume was another one: {difference}",
             file=part.path,
             hint="use what that one used, or leave out --resume to start anew",
+            code="resume-mismatch",
         )
     status, finished = part.status(), past.record.finished
     is_its_own = status.st_size == header.nbytes and finished in (None, Stamp.of(status))

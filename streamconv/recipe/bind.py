@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from streamconv.checkpoint.config import Config
 from streamconv.errors import Caution, SourceError
@@ -55,12 +55,19 @@ class _Choice:
     sources: tuple[str, ...]
 
 
+class Problem(NamedTuple):
+    """One of the reasons why a checkpoint cannot be bound to a recipe."""
+
+    code: str
+    message: str
+
+
 class _Binding:
     """One run of `bind`; exists to collect problems."""
 
     def __init__(self, recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> None:
         self.recipe, self.config, self.stored = recipe, config, stored
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.missing: list[str] = []
         self.forbidden: dict[str, list[str]] = {}  # flag of the config -> tensors that it denies
         self.unsaid: dict[str, list[str]] = {}  # flag that the config lacks -> tensors that it would ask for
@@ -84,7 +91,7 @@ class _Binding:
             model.cautions.append(Caution("flag-missing", what))
         refusals = []
         if model.dims.keys() >= self.recipe.dims.keys():
-            refusals = [told for refusal in self.recipe.refusals if (told := refusal.of(model))]
+            refusals = [Problem("unrunnable", told) for refusal in self.recipe.refusals if (told := refusal.of(model))]
         if self.problems or refusals:
             raise self._error(refusals)
         model.targets += [target for choice in choices if (target := self._make(model, choice))]
@@ -99,7 +106,7 @@ class _Binding:
             elif found.template in self.rows_of:
                 self.found[found.template][found.i][found.e] = name
         if unknown:
-            self.problems.append(f"unknown tensors: {_listed(unknown)}")
+            self._problem("tensors-unknown", f"unknown tensors: {_listed(unknown)}")
 
     # -- dims
 
@@ -111,13 +118,15 @@ class _Binding:
             layers = (max(by) for template, by in self.found.items() if by and stack_of(template) == stack)
             counted.setdefault(count, 1 + max(layers, default=NONE))
             if not self.recipe.dims[count].minimum <= counted[count] <= MAX_LAYERS:
-                raise SourceError(f"{counted[count]} layers are no model", file=self.config.file.parent)
+                raise SourceError(
+                    f"{counted[count]} layers are no model", file=self.config.file.parent, code="layer-count"
+                )
         if n_experts := 1 + max((e for by in self.found.values() for es in by.values() for e in es), default=NONE):
             counted.setdefault("E", n_experts)
         self.dims = solve_dims(self.recipe, counted, self._equations())
         for name, dim in self.recipe.dims.items():
             if name not in self.dims:
-                self.problems.append(f"{dim.label} is not in config.json and does not follow from the tensors")
+                self._problem("dim-unknown", f"{dim.label} is not in config.json and does not follow from the tensors")
         for template in self.found:
             self._check_shapes(self.rows_of[template], list(self._names(template)), stated)
 
@@ -142,14 +151,15 @@ class _Binding:
             if wrong:
                 used = dict.fromkeys(name for one in parse_shape(row.shape) for name in one.names if name in stated)
                 origin = ", ".join(f"{self.recipe.dims[f].label}={stated[f]}" for f in used)
-                self.problems.append(
+                self._problem(
+                    "shape-mismatch",
                     f"{wrong[0]} has shape {list(self.stored[wrong[0]].shape)}, expected {list(expected)}"
                     + (f" from {origin}" if origin else "")
-                    + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
+                    + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""),
                 )
                 return
             if (fault := self._op_fault(row, expected, len(names))) is not None:
-                self.problems.append(f"{names[0]} {fault}")
+                self._problem("heads", f"{names[0]} {fault}")
                 return
 
     def _op_fault(self, row: Tensor, shape: tuple[int, ...], n_names: int) -> str | None:
@@ -181,17 +191,21 @@ class _Binding:
 
     def _report_layers(self, layers: Sequence[int], what: str) -> None:
         if layers:
-            self.problems.append(f"layer{'s' if len(layers) > 1 else ''} {_listed(layers)} with {what}")
+            self._problem("layer-tensors", f"layer{'s' if len(layers) > 1 else ''} {_listed(layers)} with {what}")
 
     def _check_claim(self, key: str, claimed: Sequence[str], settled: Sequence[str]) -> None:
         if len(claimed) != len(settled):
-            self.problems.append(f"{key} in config.json is of {len(claimed)} layers, and there are {len(settled)}")
+            self._problem(
+                "config-contradiction",
+                f"{key} in config.json is of {len(claimed)} layers, and there are {len(settled)}",
+            )
         wrong = [i for i, (theirs, ours) in enumerate(zip(claimed, settled, strict=False)) if ours and theirs != ours]
         if wrong:
             i = wrong[0]
-            self.problems.append(
+            self._problem(
+                "config-contradiction",
                 f"{key} in config.json makes layer {i} {claimed[i]!r}, its tensors are those of {settled[i]!r}"
-                + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
+                + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""),
             )
 
     # -- targets
@@ -225,7 +239,7 @@ class _Binding:
         ]
         if len(stored) > 1:
             firsts = _listed([next(iter(names.values())) for _, names in stored])
-            self.problems.append(f"{fill(rows[0].target, i)} has {len(stored)} sources: {firsts}")
+            self._problem("tensor-sources", f"{fill(rows[0].target, i)} has {len(stored)} sources: {firsts}")
         if stored:
             row, names = stored[0]
             yield _Choice(fill(row.target, i), row, self._in_order(row, i, names))
@@ -261,15 +275,19 @@ class _Binding:
     def _check_accounts(self, choices: Sequence[_Choice]) -> None:
         """Every tensor found is taken by a target, and every tensor that must be there was found."""
         if self.missing:
-            self.problems.append(f"missing tensors: {_listed(self.missing)}")
+            self._problem("tensors-missing", f"missing tensors: {_listed(self.missing)}")
         for flag, names in self.forbidden.items():
-            self.problems.append(f"config.json says that {flag} is false, and there are {_listed(names)}")
+            self._problem(
+                "config-contradiction", f"config.json says that {flag} is false, and there are {_listed(names)}"
+            )
         taken = {source for choice in choices for source in choice.sources}
         left = [name for template in self.found for name in self._names(template) if name not in taken]
         if left:
             counting = {*self.recipe.stacks.values(), "E"} & self.dims.keys()
             counts = [f"{dim.label}={self.dims[n]}" for n, dim in self.recipe.dims.items() if n in counting]
-            self.problems.append(f"tensors with no place in the model ({', '.join(counts)}): {_listed(left)}")
+            self._problem(
+                "tensors-misplaced", f"tensors with no place in the model ({', '.join(counts)}): {_listed(left)}"
+            )
 
     def _check_head(self, model: Model) -> None:
         """A head that is stored is always written; a config that promises one must have it."""
@@ -277,7 +295,9 @@ class _Binding:
         stated = next((flag for key in self.recipe.tie_keys if (flag := self.config.flag(key)) is not None), None)
         tied = self.recipe.tied_by_default if stated is None else stated
         if not has_head and not tied and stated is not None:
-            self.problems.append(f"the config says untied and there is no {self.recipe.head}: an incomplete checkpoint")
+            self._problem(
+                "head-missing", f"the config says untied and there is no {self.recipe.head}: an incomplete checkpoint"
+            )
         elif not has_head and not tied:
             model.cautions.append(
                 Caution("head-missing", f"no {self.recipe.head} in the checkpoint: written as a tied model")
@@ -300,13 +320,18 @@ class _Binding:
             lazy = [Stack(lazy)]
         return Target(choice.name, model.made(row, lazy[0]), row)
 
-    def _error(self, refusals: Sequence[str]) -> SourceError:
+    def _problem(self, code: str, message: str) -> None:
+        self.problems.append(Problem(code, message))
+
+    def _error(self, refusals: Sequence[Problem]) -> SourceError:
         problems = [*refusals, *self.problems]
-        shown = "; ".join(problems[:MAX_PROBLEMS_SHOWN])
+        shown = "; ".join(problem.message for problem in problems[:MAX_PROBLEMS_SHOWN])
         if len(problems) > MAX_PROBLEMS_SHOWN:
             shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
         return SourceError(
             f"cannot be converted as {self.recipe.arch}: {shown}",
+            code="checkpoint-mismatch" if self.problems else "model-unrunnable",
+            problems=[problem._asdict() for problem in problems],
             file=self.config.file.parent,
             hint="checkpoint and config.json must belong together"
             if self.problems

@@ -135,5 +135,5 @@ def stated_dims(recipe: Recipe, config: Config) -> dict[str, int]:
     for name, value in stated.items():
         if value < recipe.dims[name].minimum:
             what = f"{recipe.dims[name].label} comes to {value}"
-            raise SourceError(what, file=config.file, hint="correct the config")
+            raise SourceError(what, file=config.file, hint="correct the config", code="config-value")
     return stated

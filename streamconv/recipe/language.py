@@ -166,7 +166,7 @@ def find_recipe(config: Config) -> Recipe:
         if settings := config.raw.get(key):
             method = settings.get("quant_method") if isinstance(settings, dict) else None
             what = f"the checkpoint is quantised ({method or key})"
-            raise SourceError(what, file=config.file, hint="convert the original 16-bit checkpoint")
+            raise SourceError(what, file=config.file, hint="convert the original 16-bit checkpoint", code="quantised")
     names = config.list_of("architectures", str) or []
     for recipe in all_recipes():
         if set(names) & set(recipe.hf_names) or (not names and config.text("model_type") == recipe.model_type):
@@ -176,7 +176,7 @@ def find_recipe(config: Config) -> Recipe:
     if wrapped:
         what += f" (a wrapper with {', '.join(wrapped)}: convert the text model's own checkpoint)"
     supported = ", ".join(name for recipe in all_recipes() for name in recipe.hf_names)
-    raise SourceError(what, file=config.file, hint=f"supported: {supported}")
+    raise SourceError(what, file=config.file, hint=f"supported: {supported}", code="architecture-unsupported")
 
 
 def recipe_of(arch: str) -> Recipe | None:

@@ -119,13 +119,13 @@ def check_journal(directory: Path) -> None:
         file.truncate(OUTPUT_NBYTES)
     with Sink.create(resolve(dst), OUTPUT_NBYTES, identity={"seed": "7"}, resume=True) as sink:
         assert 0 <= sink.resumed_nbytes <= OUTPUT_NBYTES
-        raise SourceError("leave")
+        raise SourceError("leave", code="leave")
 
 
 def _first(directory: Path, pattern: str) -> Path:
     path = next(iter(sorted(directory.glob(pattern))), None)
     if path is None:
-        raise StreamconvError("the mutation removed the file")
+        raise StreamconvError("the mutation removed the file", code="removed")
     return path
 
 

@@ -43,7 +43,7 @@ class TwoLines(SourceError):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("x"), Silent("x"), TwoLines("x"), RecursionError(), MemoryError()], ids=repr
+    "error", [KeyError("x"), Silent("x", code="x"), TwoLines("x", code="x"), RecursionError(), MemoryError()], ids=repr
 )
 def test_the_oracle_sees_what_is_no_error_for_people(error: Exception, tmp_path: Path) -> None:
     def fail(_: Path) -> None:

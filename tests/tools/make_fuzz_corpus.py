@@ -215,7 +215,7 @@ def _journal(scratch: Path) -> None:
         with Sink.create(resolve(dst), OUTPUT_NBYTES, identity={"seed": "7"}) as sink:
             sink.write(0, np.zeros(4096, dtype=np.uint8))
             sink.record(4096, {"a": [1, 0]})
-            raise DestinationError("leave it")
+            raise DestinationError("leave it", code="leave")
     except DestinationError:
         pass
     journal = dst.with_name("out.gguf.part.journal").read_bytes()

@@ -451,7 +451,7 @@ def test_the_command_prints_one_object_for_a_failure_too(tmp_path: Path) -> None
     done = command("convert", tmp_path / "nothing", "--json")
     assert done.returncode == 3
     error = json.loads(done.stdout)["error"]
-    assert set(error) == {"kind", "exit_code", "message", "file", "tensor", "hint"} and error["exit_code"] == 3
+    assert set(error) == {"kind", "code", "exit_code", "message", "file", "tensor", "hint"} and error["exit_code"] == 3
     assert done.stderr.startswith("streamconv: ") and done.stderr.count("\n") == 1
 
 

@@ -37,7 +37,7 @@ class Counted:
     def check_unchanged(self) -> None:
         self.calls["check"] += 1
         if self.changed:
-            raise SourceError("changed", file=self.name)
+            raise SourceError("changed", file=self.name, code="source-changed")
 
 
 class Written:

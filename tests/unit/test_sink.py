@@ -277,7 +277,12 @@ def test_without_locks_there_is_a_note(dst: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [KeyboardInterrupt(), Interrupted("stop"), InterruptedByTerm("stop"), DestinationError("full")],
+    [
+        KeyboardInterrupt(),
+        Interrupted("stop", code="interrupted"),
+        InterruptedByTerm("stop", code="interrupted"),
+        DestinationError("full", code="no-space"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_what_can_go_on_is_kept(dst: Path, data: NDArray[np.uint8], error: BaseException) -> None:
@@ -288,7 +293,9 @@ def test_what_can_go_on_is_kept(dst: Path, data: NDArray[np.uint8], error: BaseE
 
 
 @pytest.mark.parametrize(
-    "error", [SourceError("changed"), MemoryError(), ZeroDivisionError()], ids=lambda error: type(error).__name__
+    "error",
+    [SourceError("changed", code="source-changed"), MemoryError(), ZeroDivisionError()],
+    ids=lambda error: type(error).__name__,
 )
 def test_what_cannot_go_on_leaves_nothing(dst: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), create(dst):

@@ -104,7 +104,7 @@ def _read_source(directory: Place, companions: Companions, n_vocab: int) -> _Sou
     if not path.exists():
         problem = f"no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL}"
         hint = "download the tokenizer's files too; a slow tokenizer's become tokenizer.json by save_pretrained"
-        raise SourceError(problem, file=directory, hint=hint)
+        raise SourceError(problem, file=directory, hint=hint, code="tokenizer-missing")
     return _read_fast(path, companions, n_vocab)
 
 
@@ -130,11 +130,21 @@ def _read_json(path: Place, companions: Companions, n_vocab: int) -> _Source:
         return _Source("gpt2", byte_level_tokens(tokenizer, companions, n_vocab), tokenizer)
     if not tokenizer.model.get("byte_fallback"):
         problem = "a BPE of characters, and llama.cpp has it of bytes alone: no ByteLevel step, and no byte_fallback"
-        raise SourceError(problem, file=path, hint=f"where there is a {SENTENCEPIECE_MODEL}, put it beside")
+        raise SourceError(
+            problem,
+            file=path,
+            hint=f"where there is a {SENTENCEPIECE_MODEL}, put it beside",
+            code="tokenizer-unsupported",
+        )
     prefix = space_prefix(tokenizer.parts["normalizer"], tokenizer.parts["pre_tokenizer"])
     if prefix is None:
         hint = f"put the model's {SENTENCEPIECE_MODEL} beside it"
-        raise SourceError("normalizer and pre-tokenizer are not those of Llama's tokenizers", file=path, hint=hint)
+        raise SourceError(
+            "normalizer and pre-tokenizer are not those of Llama's tokenizers",
+            file=path,
+            hint=hint,
+            code="tokenizer-unsupported",
+        )
     tokens = byte_fallback_tokens(tokenizer, merges, companions, n_vocab)
     if fault := space_fault(tokenizer.parts["pre_tokenizer"]):
         message = f"llama.cpp puts a space {fault}, where the tokenizer (Metaspace) puts none"
@@ -149,16 +159,23 @@ def _is_byte_level(tokenizer: TokenizerJson) -> bool:
 def _check_supported(tokenizer: TokenizerJson) -> Merges:
     if tokenizer.model_type != "BPE":
         problem = f"a tokenizer model {shown(tokenizer.model_type)} is not supported, BPE and SentencePiece's are"
-        raise SourceError(problem, file=tokenizer.path, hint=f"where there is a {SENTENCEPIECE_MODEL}, put it beside")
+        raise SourceError(
+            problem,
+            file=tokenizer.path,
+            hint=f"where there is a {SENTENCEPIECE_MODEL}, put it beside",
+            code="tokenizer-unsupported",
+        )
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if tokenizer.model.get(name):
-            raise SourceError(f"llama.cpp has no {name!r}, which the model has", file=tokenizer.path)
+            raise SourceError(
+                f"llama.cpp has no {name!r}, which the model has", file=tokenizer.path, code="tokenizer-unsupported"
+            )
     for name in ("byte_fallback", "ignore_merges"):
         if not isinstance(tokenizer.model.get(name, False), bool | None):
             problem = f"{name!r} is {shown(tokenizer.model[name])}, which is true or false"
-            raise SourceError(problem, file=tokenizer.path)
+            raise SourceError(problem, file=tokenizer.path, code="tokenizer-malformed")
     if not tokenizer.vocab or tokenizer.merges is None:
-        raise SourceError("the model has no vocabulary or no merges", file=tokenizer.path)
+        raise SourceError("the model has no vocabulary or no merges", file=tokenizer.path, code="tokenizer-unsupported")
     return tokenizer.merges
 
 

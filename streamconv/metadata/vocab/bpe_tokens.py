@@ -124,7 +124,7 @@ class _Placement:
             row = known
         else:
             problem = f"token {shown(token.text)} has the id {known} and, as an added token, {token.id}"
-            raise SourceError(problem, file=self.tokens.file)
+            raise SourceError(problem, file=self.tokens.file, code="token-ids")
         self.rows[token.id] = row
         self.is_placed[row] = True
         self.next_row = max(self.next_row, row + 1)
@@ -144,7 +144,7 @@ class _Placement:
         """SourceError if there is a token `held` already."""
         if held is not None:
             problem = f"tokens {shown(held)} and {shown(token.text)} both have the id {token.id}"
-            raise SourceError(problem, file=self.tokens.file)
+            raise SourceError(problem, file=self.tokens.file, code="token-ids")
 
 
 def _decoded(text: bytes) -> bytes:

@@ -56,13 +56,15 @@ def _find(companions: Companions) -> tuple[dict[str, str], list[Caution]]:
         cautions.append(Caution("chat-template-twice", message))
     templates = in_config or in_files
     if sum(map(len, templates.values())) > MAX_NBYTES:
-        raise SourceError(f"chat templates of more than {MAX_NBYTES:,} characters", file=path)
+        raise SourceError(
+            f"chat templates of more than {MAX_NBYTES:,} characters", file=path, code="chat-template-size"
+        )
     for name, text in templates.items():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             problem = f"chat template {shown(name)} has half of a surrogate pair, which is no character"
-            raise SourceError(problem, file=path) from None
+            raise SourceError(problem, file=path, code="not-utf8") from None
     return templates, cautions
 
 
@@ -85,7 +87,11 @@ def _from_value(value: Any, path: Place) -> dict[str, str]:
     pairs = [(e.get("name"), e.get("template")) for e in entries if isinstance(e, Mapping)]
     named = [(name, text) for name, text in pairs if isinstance(name, str) and isinstance(text, str)]
     if len(named) < len(entries):
-        raise SourceError("'chat_template' is a text, or a list of objects with 'name' and 'template'", file=path)
+        raise SourceError(
+            "'chat_template' is a text, or a list of objects with 'name' and 'template'",
+            file=path,
+            code="chat-template-malformed",
+        )
     return _by_name(named, path)
 
 
@@ -95,7 +101,7 @@ def _by_name(named: list[tuple[str, str]], file: Place) -> dict[str, str]:
     for name, text in named:
         key = "".join(letter if letter in _NAME_LETTERS else "_" for letter in name)
         if key in result:
-            raise SourceError(f"two chat templates would have the name {key!r}", file=file)
+            raise SourceError(f"two chat templates would have the name {key!r}", file=file, code="chat-template-names")
         if key:
             result[key] = text
     return result
@@ -104,9 +110,9 @@ def _by_name(named: list[tuple[str, str]], file: Place) -> dict[str, str]:
 def _read_text(path: Place) -> str:
     raw = read_start(path, MAX_NBYTES + 1)
     if len(raw) > MAX_NBYTES:
-        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path)
+        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path, code="chat-template-size")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SourceError(f"not UTF-8 at byte {error.start}", file=path) from None
+        raise SourceError(f"not UTF-8 at byte {error.start}", file=path, code="not-utf8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")

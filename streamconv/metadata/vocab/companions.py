@@ -43,7 +43,9 @@ class Companions:
         path = self.directory / TOKENIZER_CONFIG
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, Mapping):
-            raise SourceError("'added_tokens_decoder' is an object of added tokens by id", file=path)
+            raise SourceError(
+                "'added_tokens_decoder' is an object of added tokens by id", file=path, code="tokenizer-malformed"
+            )
         for key, entry in decoder.items():
             id_ = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else key
             yield parse_added_token(entry if not isinstance(entry, Mapping) else {**entry, "id": id_}, path)

@@ -114,7 +114,11 @@ class JsonStream:
         self._n_read = 0  # of the file, up to the window's end
         if self._file.nbytes > max_nbytes:
             self.close()
-            raise SourceError(f"{self._file.nbytes:,} bytes, more than the {max_nbytes:,} it may have", file=path)
+            raise SourceError(
+                f"{self._file.nbytes:,} bytes, more than the {max_nbytes:,} it may have",
+                file=path,
+                code="json-too-large",
+            )
         self._fill(len(codecs.BOM_UTF8))
         self._start = len(codecs.BOM_UTF8) if self._window.startswith(codecs.BOM_UTF8) else 0
         self._at = self._start
@@ -137,18 +141,23 @@ class JsonStream:
         """Go on reading from `position`."""
         self._window, self._at, self._n_read = b"", 0, position
 
-    def fail(self, problem: str, position: int | None = None) -> NoReturn:
+    def fail(self, problem: str, position: int | None = None, *, code: str) -> NoReturn:
         place = self.position if position is None else position
-        raise SourceError(f"byte {place:,}: {problem}", file=self._file.path)
+        raise SourceError(f"byte {place:,}: {problem}", file=self._file.path, code=code)
 
     def expected(self, what: str) -> NoReturn:
         """The error for bytes that the grammar does not have here, showing the first of them."""
         self.peek()
         self._fill(magic.HEAD_NBYTES)
         if self.position == self._start and (other := magic.guess_other(self._window[: magic.HEAD_NBYTES], magic.JSON)):
-            raise SourceError(f"malformed JSON: this is {other.what}", file=self._file.path, hint=other.hint)
+            raise SourceError(
+                f"malformed JSON: this is {other.what}", file=self._file.path, hint=other.hint, code="other-file-kind"
+            )
         found = self._window[self._at : self._at + 40].decode("utf-8", "replace")
-        self.fail(f"expected {what}, found {found!r}" if found else f"the file ends where {what} should come")
+        self.fail(
+            f"expected {what}, found {found!r}" if found else f"the file ends where {what} should come",
+            code="json-malformed",
+        )
 
     def peek(self) -> int:
         """The next byte that is no white space, -1 at the end of the file; the white space is passed over."""
@@ -186,10 +195,10 @@ class JsonStream:
             position = self.position
             key = self._key()
             if key in seen:
-                self.fail(f"duplicate key {key!r}", position)
+                self.fail(f"duplicate key {key!r}", position, code="json-duplicate-key")
             seen.add(key)
             if len(seen) > MAX_KEYS:
-                self.fail(f"an object of more than {MAX_KEYS:,} keys")
+                self.fail(f"an object of more than {MAX_KEYS:,} keys", code="json-too-large")
             self.take(b":")
             yield key
             if self._takes(b"}"):
@@ -225,7 +234,9 @@ class JsonStream:
         """The next value as Python objects. SourceError if these may take more than `max_nbytes` of memory."""
         value = self.value_or(max_nbytes, _TOO_LARGE)
         if value is _TOO_LARGE:
-            self.fail(f"a value that may take more than {max_nbytes:,} bytes of memory ends here")
+            self.fail(
+                f"a value that may take more than {max_nbytes:,} bytes of memory ends here", code="json-too-large"
+            )
         return value
 
     def value_or(self, max_nbytes: int, oversized: Any) -> Any:
@@ -242,7 +253,7 @@ class JsonStream:
         try:
             return parse_object(b'{"":' + text + b"}", self._file.path)[""]
         except SourceError as error:
-            self.fail(error.message, position)
+            self.fail(error.message, position, code=error.code)
 
     def skip(self) -> None:
         """Pass over the next value."""
@@ -258,7 +269,7 @@ class JsonStream:
                 closings.append(_CLOSING[byte])
                 self._at += 1
                 if len(closings) > MAX_DEPTH:
-                    self.fail(f"nested deeper than {MAX_DEPTH}")
+                    self.fail(f"nested deeper than {MAX_DEPTH}", code="json-nested")
             else:
                 self._literal(MAX_STRING_NBYTES)
             if not closings:
@@ -278,7 +289,7 @@ class JsonStream:
         try:
             return Batch(position, self._literal(MAX_ENTRY_NBYTES)).strings()[0][0].decode("utf-8")
         except ValueError as error:
-            self.fail(str(error), position)
+            self.fail(str(error), position, code="json-malformed")
 
     def _literal(self, max_nbytes: int) -> bytes:
         """A string, or a bare word such as a number or `null`, as it is written."""

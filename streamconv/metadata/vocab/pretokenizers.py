@@ -139,7 +139,7 @@ def identify(
         what = "the pre-tokenizer" if _is_kept(normalizer) else "the normalizer"
         if default is None or not is_byte_level(pre_tokenizer):
             problem = f"{what} is none that is known to be one of llama.cpp's"
-            raise SourceError(problem, file=file, hint="name one of llama.cpp's with --pre NAME")
+            raise SourceError(problem, file=file, hint="name one of llama.cpp's with --pre NAME", code="pre-unknown")
         message = f"{what} is none that is known; {default!r} is written, as this architecture's models have it"
         return Match(default, _ignores_merges(default), (Caution("pre-tokenizer-unknown", message),))
     names = [runtime.name for runtime in known]
@@ -201,7 +201,11 @@ def check_name(name: str) -> None:
     if name not in NAMES:
         alike = get_close_matches(name, sorted(NAMES), n=3) or ["llama-bpe", "gpt-2", "qwen2"]
         hint = f"as llama.cpp has them: {', '.join(alike)}, {len(NAMES) - len(alike)} more"
-        raise UsageError(f"--pre {name!r} is no pre-tokenizer of llama.cpp's, which would not load the file", hint=hint)
+        raise UsageError(
+            f"--pre {name!r} is no pre-tokenizer of llama.cpp's, which would not load the file",
+            hint=hint,
+            code="pre-unknown",
+        )
 
 
 def _step(part: Mapping[str, Any]) -> Sequence[str] | None:

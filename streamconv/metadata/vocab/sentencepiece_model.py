@@ -60,13 +60,15 @@ def read_sentencepiece_model(path: Place, n_vocab: int) -> SentencePieceModel:
     """The file at `path`. SourceError if it is malformed or has more pieces than `n_vocab`."""
     data = read_start(path, MAX_NBYTES + 1)
     if len(data) > MAX_NBYTES:
-        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path)
+        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path, code="sentencepiece-size")
     result = SentencePieceModel(path)
     try:
         _read_model(data, result, n_vocab)
     except ValueError as error:
         hint = "Llama 3's own tokenizer.model is of another kind: tokenizer.json is read in its place where it is there"
-        raise SourceError(f"no SentencePiece model: {error}", file=path, hint=hint) from None
+        raise SourceError(
+            f"no SentencePiece model: {error}", file=path, hint=hint, code="sentencepiece-malformed"
+        ) from None
     return result
 
 

@@ -26,7 +26,7 @@ def sentencepiece_tokens(
     for index, text in enumerate(model.texts):
         if ids.setdefault(text, index) != index:
             problem = f"llama.cpp aborts on piece {shown(text)} standing twice, at {ids[text]} and {index}"
-            raise SourceError(problem, file=model.path)
+            raise SourceError(problem, file=model.path, code="token-twice")
     tokens = TokenList.of(model.path, ids, n_vocab)
     n_pieces = len(model.texts)
     kinds = np.frombuffer(model.kinds, dtype=np.uint8)

@@ -61,7 +61,9 @@ class TokenList:
             texts[id_] = text
         if n_vocab - texts.count(None) != len(ids):
             first, second = next((text, texts[id_]) for text, id_ in ids.items() if texts[id_] != text)
-            raise SourceError(f"tokens {shown(first)} and {shown(second)} both have the id {ids[first]}", file=file)
+            raise SourceError(
+                f"tokens {shown(first)} and {shown(second)} both have the id {ids[first]}", file=file, code="token-ids"
+            )
         types = np.full(n_vocab, TokenType.UNUSED, dtype=np.int32)
         types[np.fromiter(ids.values(), np.int64, len(ids))] = TokenType.NORMAL
         return cls(file, ids, texts, types)
@@ -73,7 +75,11 @@ class TokenList:
             if held is not None:
                 del self.ids[held]
             if text in self.ids:
-                raise SourceError(f"token {shown(text)} would have two ids, {self.ids[text]} and {id_}", file=self.file)
+                raise SourceError(
+                    f"token {shown(text)} would have two ids, {self.ids[text]} and {id_}",
+                    file=self.file,
+                    code="token-ids",
+                )
             self.ids[text] = id_
             self.texts[id_] = text
         self.types[id_] = type_
@@ -113,4 +119,4 @@ class TokenList:
             cut = text.partition(b"\0")[0]
             if cut and self.ids.setdefault(cut, id_) != id_:
                 problem = f"llama.cpp reads token {id_} as {shown(cut)}, which is token {self.ids[cut]} too"
-                raise SourceError(problem, file=self.file)
+                raise SourceError(problem, file=self.file, code="token-twice")

@@ -153,7 +153,7 @@ class _Reader:
                     self.result.parts[key] = value
         self.stream.end()
         if not has_model:
-            self.stream.fail("the file has no 'model'")
+            self.stream.fail("the file has no 'model'", code="tokenizer-malformed")
         if self.early_merges is not None:
             self.stream.seek(self.early_merges)
             self._read_merges()
@@ -182,7 +182,10 @@ class _Reader:
             for entry in batch.values(path):
                 added.append(parse_added_token(entry, path))
             if len(added) > self.n_vocab or added.text_nbytes > MAX_ADDED_NBYTES:
-                self.stream.fail(f"more added tokens than the model's {self.n_vocab:,} rows, or of too many bytes")
+                self.stream.fail(
+                    f"more added tokens than the model's {self.n_vocab:,} rows, or of too many bytes",
+                    code="tokens-beyond-rows",
+                )
 
     def _read_vocab(self) -> None:
         vocab = self.result.vocab
@@ -197,13 +200,17 @@ class _Reader:
             if highest >= self.n_vocab:
                 token = shown(tokens[ids.index(highest)])
                 self.stream.fail(
-                    f"token {token} has id {highest:,}, the model has {self.n_vocab:,} rows", batch.position
+                    f"token {token} has id {highest:,}, the model has {self.n_vocab:,} rows",
+                    batch.position,
+                    code="tokens-beyond-rows",
                 )
             n_before = len(vocab)
             if list(map(vocab.setdefault, tokens, ids)) != ids or len(vocab) != n_before + len(ids):
                 self._fail_repeated(batch, tokens, ids, n_before)
             if len(vocab) > self.n_vocab:
-                self.stream.fail(f"more tokens than the model's {self.n_vocab:,} rows", batch.position)
+                self.stream.fail(
+                    f"more tokens than the model's {self.n_vocab:,} rows", batch.position, code="tokens-beyond-rows"
+                )
 
     def _fail_repeated(self, batch: Batch, tokens: list[bytes], ids: list[int], n_before: int) -> NoReturn:
         vocab = self.result.vocab
@@ -211,7 +218,9 @@ class _Reader:
         for token, id_ in zip(tokens, ids, strict=True):
             if token in seen:
                 self.stream.fail(
-                    f"token {shown(token)} stands twice, with ids {vocab[token]} and {id_}", batch.position
+                    f"token {shown(token)} stands twice, with ids {vocab[token]} and {id_}",
+                    batch.position,
+                    code="token-twice",
                 )
             seen.add(token)
         raise AssertionError("no token was repeated")
@@ -247,7 +256,9 @@ class _Reader:
                 merges = _MergeBatch.of_lines(lines)
                 if merges is None:
                     wrong = next(line for line in lines if line.count(b" ") != 1)
-                    self.stream.fail(f"merge {shown(wrong)} is not two tokens and one space", batch.position)
+                    self.stream.fail(
+                        f"merge {shown(wrong)} is not two tokens and one space", batch.position, code="merge-malformed"
+                    )
                 yield batch, merges
 
     def _fail_unknown(self, batch: Batch, merges: _MergeBatch) -> NoReturn:
@@ -255,16 +266,18 @@ class _Reader:
             for token in (left, right, made):
                 if token not in self.result.vocab or not token:
                     merge = f"merge of {shown(left)} and {shown(right)}"
-                    self.stream.fail(f"{merge} names {shown(token)}, which is no token", batch.position)
+                    self.stream.fail(
+                        f"{merge} names {shown(token)}, which is no token", batch.position, code="merge-unknown-token"
+                    )
         raise AssertionError("all tokens are known")
 
     def _strings(self, batch: Batch) -> tuple[list[bytes], list[bytes]]:
         try:
             return batch.strings()
         except UnicodeDecodeError as error:
-            self.stream.fail("not UTF-8", batch.position + error.start)
+            self.stream.fail("not UTF-8", batch.position + error.start, code="not-utf8")
         except ValueError as error:
-            self.stream.fail(f"in the entries from here on: {error}", batch.position)
+            self.stream.fail(f"in the entries from here on: {error}", batch.position, code="tokenizer-malformed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +333,7 @@ def parse_added_token(entry: Any, file: Place) -> AddedToken:
     """An added token from its JSON object. SourceError unless it has a text, an id and true flags."""
     problem = _added_problem(entry)
     if problem:
-        raise SourceError(problem, file=file)
+        raise SourceError(problem, file=file, code="tokenizer-malformed")
     return AddedToken(entry["id"], entry["content"].encode("utf-8"), *(entry.get(name, False) for name in _FLAGS))
 
 
