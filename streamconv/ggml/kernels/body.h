@@ -29,35 +29,28 @@ static quantiser_t quantiser_of(int type) {
     }
 }
 
-/* n elements from `start` on as F32. */
+/* n elements from `start` on as F32; n is at most PIECE. */
 INLINE void widen(const request_t *request, int64_t start, int n, float *x) {
-    uint16_t narrow[SUPER];
-    uint32_t *bits = (uint32_t *)(void *)x;
+    uint16_t narrow[PIECE];
+    uint32_t wide[PIECE];
     if (request->source == F32) {
         memcpy(x, request->rows + 4 * start, 4 * (size_t)n);
         return;
     }
-    for (int first = 0; first < n; first += SUPER) {
-        int count = n - first < SUPER ? n - first : SUPER;
-        memcpy(narrow, request->rows + 2 * (start + first), 2 * (size_t)count);
-        if (request->source == BF16)
-            for (int i = 0; i < count; i++) {
-                uint32_t wide = (uint32_t)narrow[i] << 16;
-                memcpy(bits + first + i, &wide, 4);
-            }
-        else
-            for (int i = 0; i < count; i++) x[first + i] = f16_value(narrow[i]);
+    memcpy(narrow, request->rows + 2 * start, 2 * (size_t)n);
+    if (request->source == F16) {
+        for (int i = 0; i < n; i++) x[i] = f16_value(narrow[i]);
+        return;
     }
+    for (int i = 0; i < n; i++) wide[i] = (uint32_t)narrow[i] << 16;
+    memcpy(x, wide, 4 * (size_t)n);
 }
 
-/* The place of the first element that is not finite, or -1. */
+/* The place of the first element that is not finite, or -1; n is a multiple of 32. */
 INLINE int first_not_finite(const float *x, int n) {
-    int32_t largest = 0;
-    for (int i = 0; i < n; i++) {
-        int32_t bits = (int32_t)(bits_of_float(x[i]) & 0x7fffffff);
-        largest = bits > largest ? bits : largest;
-    }
-    if (largest < 0x7f800000) return -1;
+    ints_t beyond = splat_int(0);
+    for (int i = 0; i < n; i += LANES) beyond |= ((ints_t)load(x + i) & 0x7fffffff) >= 0x7f800000;
+    if (!any(beyond)) return -1;
     int i = 0;
     while ((bits_of_float(x[i]) & 0x7fffffff) < 0x7f800000) i++;
     return i;
@@ -78,40 +71,44 @@ INLINE void row_means(const request_t *request, int64_t first_row, int n_rows, f
     for (int row = 0; row < n_rows; row++) means[row] = sums[row] / (float)request->n_per_row;
 }
 
-/* Weights of a piece: the importance times sqrt(mean square + x * x), or the importance itself. */
-INLINE void weigh(const request_t *request, const float *x, int64_t start, int n, float *w, float *means, int64_t *n_means) {
-    const int root = request->type->root, block = root == ROOT_BLOCK ? request->type->n_elements : LEGACY;
-    float sums[PIECE / LEGACY];
-    if (root == ROOT_BLOCK) {
-        memset(sums, 0, sizeof sums);
-        for (int first = 0; first < PIECE / block; first += N_SUPER)
-            for (int i = 0; i < block; i++)
-                for (int j = 0; j < N_SUPER; j++) {
-                    float at = x[(first + j) * block + i];
-                    sums[first + j] += at * at;
-                }
+/* The sums of squares of N_SUPER runs of n elements, each from its first element to its last. */
+INLINE void sum_squares(const float *x, int n, float *sums) {
+    float total[N_SUPER] = {0};
+    for (int i = 0; i < n; i++)
+        UNROLL for (int j = 0; j < N_SUPER; j++) total[j] += x[j * n + i] * x[j * n + i];
+    memcpy(sums, total, sizeof total);
+}
+
+/* importance * sqrt(mean + x * x) of n elements. */
+INLINE void weigh_run(const float *x, const float *importance, float mean, int n, float *w) {
+    for (int i = 0; i < n; i += LANES) {
+        floats_t at = load(x + i);
+        store(w + i, load(importance + i) * square_root(mean + at * at));
     }
+}
+
+/* Weights of the n elements of a piece that starts at `start`. */
+INLINE void weigh(const request_t *request, const float *x, int64_t start, int n, float *w, float *means, int64_t *n_means) {
+    const block_type_t *type = request->type;
+    const int block = type->root == ROOT_ROW ? LEGACY : type->n_elements;
+    float sums[PIECE / LEGACY];
+    if (type->root == ROOT_BLOCK)
+        for (int first = 0; first < PIECE / block; first += N_SUPER) sum_squares(x + first * block, block, sums + first);
     for (int first = 0; first < n; first += block) {
         const int64_t row = (start + first) / request->n_per_row, column = (start + first) % request->n_per_row;
         const float *importance = request->importance + column;
-        int count = n - first < block ? n - first : block;
-        float mean = 0;
-        if (root == ROOT_NONE) {
-            memcpy(w + first, importance, (size_t)count * sizeof *w);
-            continue;
-        }
-        if (root == ROOT_ROW) {
+        if (type->root == ROOT_NONE) {
+            memcpy(w + first, importance, (size_t)block * sizeof *w);
+        } else if (type->root == ROOT_BLOCK) {
+            weigh_run(x + first, importance, type->root_factor * sums[first / block] / (float)block, block, w + first);
+        } else {
             if (row >= *n_means) { /* rows come in order */
                 int64_t n_rows = request->n_elements / request->n_per_row - row;
                 row_means(request, row, n_rows < N_ROWS ? (int)n_rows : N_ROWS, means);
                 *n_means = row + N_ROWS;
             }
-            mean = means[row % N_ROWS];
-        } else {
-            mean = request->type->root_factor * sums[first / block] / (float)block;
+            weigh_run(x + first, importance, means[row % N_ROWS], LEGACY, w + first);
         }
-        for (int i = 0; i < count; i++)
-            w[first + i] = importance[i] * __builtin_sqrtf(mean + x[first + i] * x[first + i]);
     }
 }
 

@@ -5,11 +5,11 @@ enum { N_VALUES = 16, IQ4_BLOCK = 32 };
 static const float IQ4_VALUES[N_VALUES] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 #define IQ4_MIDPOINT(k) ((IQ4_VALUES[k] + IQ4_VALUES[(k) + 1]) / 2) /* exact */
 
-/* The place of the nearest value; halfway goes up. */
-INLINE int32_t iq4_place(float f) {
-    int32_t place = N_VALUES - 1;
-    UNROLL for (int k = 0; k < N_VALUES - 1; k++) place -= f < IQ4_MIDPOINT(k);
-    return place;
+/* Places of the nearest values; halfway goes up. */
+INLINE ints_t iq4_places(floats_t f) {
+    ints_t places = splat_int(N_VALUES - 1);
+    UNROLL for (int k = 0; k < N_VALUES - 1; k++) places += f < IQ4_MIDPOINT(k);
+    return places;
 }
 INLINE floats_t iq4_nearest(floats_t f) {
     floats_t value = splat(IQ4_VALUES[N_VALUES - 1]);
@@ -76,7 +76,7 @@ INLINE void search_iq4(const float *x, const float *w, float *scales) {
 
 INLINE void iq4_pack(const float *x, float inverse, uint8_t *out) {
     int32_t places[IQ4_BLOCK];
-    for (int i = 0; i < IQ4_BLOCK; i++) places[i] = iq4_place(x[i] * inverse);
+    for (int i = 0; i < IQ4_BLOCK; i += LANES) store_ints(places + i, iq4_places(load(x + i) * inverse));
     for (int i = 0; i < 16; i++) out[i] = (uint8_t)(places[i] | places[i + 16] << 4);
 }
 

@@ -144,8 +144,8 @@ INLINE void q45_k(const float *x, const float *w, int n_blocks, uint8_t *out, in
             if (step != 0)
                 requantise(x + 32 * j, 32, step, f16_at(out + 2) * (float)minimum, 0, n_max, levels + 32 * j);
             else
-                for (int i = 0; i < 32; i++)
-                    levels[32 * j + i] = affine_level(fit, lane + j, x[32 * j + i], n_max, weighted);
+                for (int i = 32 * j; i < 32 * j + 32; i += LANES)
+                    store_ints(levels + i, affine_levels(fit, lane + j, x + i, n_max, weighted));
         }
         out += 16;
         if (is_q5) {
@@ -214,8 +214,8 @@ static void q2_k(const float *x, const float *w, int n_blocks, uint8_t *out) {
             if (step != 0)
                 requantise(x + 16 * j, 16, step, f16_at(out + 82) * (float)(out[j] >> 4), 0, 3, levels + 16 * j);
             else
-                for (int i = 0; i < 16; i++)
-                    levels[16 * j + i] = affine_level(fit, lane + j, x[16 * j + i], 3, weighted);
+                for (int i = 16 * j; i < 16 * j + 16; i += LANES)
+                    store_ints(levels + i, affine_levels(fit, lane + j, x + i, 3, weighted));
         }
         pack_two_bits(levels, out + 16);
     }
@@ -281,10 +281,11 @@ static void q3_k(const float *x, const float *w, int n_blocks, uint8_t *out) {
             const int sub_block = 16 * block + j, group = sub_block / GROUP, lane = sub_block % GROUP;
             if (step != 0)
                 requantise(x + 16 * j, 16, step, 0, -4, 3, levels + 16 * j);
+            else if (w != NULL)
+                for (int i = 16 * j; i < 16 * j + 16; i += LANES)
+                    store_ints(levels + i, symmetric_levels(&fits[group], lane, x + i, 4));
             else
-                for (int i = 0; i < 16; i++)
-                    levels[16 * j + i] = w != NULL ? symmetric_level(&fits[group], lane, x[16 * j + i], 4)
-                                                   : searched[(group * 16 + i) * GROUP + lane];
+                for (int i = 0; i < 16; i++) levels[16 * j + i] = searched[(group * 16 + i) * GROUP + lane];
         }
         for (int j = 0; j < 8; j++)
             for (int i = 0; i < 32; i++) high[i] |= levels[32 * j + i] >> 2 << j;
@@ -321,8 +322,8 @@ static void q6_k(const float *x, const float *w, int n_blocks, uint8_t *out) {
             if (step != 0)
                 requantise(x + 16 * j, 16, step, 0, -32, 31, levels + 16 * j);
             else
-                for (int i = 0; i < 16; i++)
-                    levels[16 * j + i] = symmetric_level(fit, block * 16 % GROUP + j, x[16 * j + i], 32);
+                for (int i = 16 * j; i < 16 * j + 16; i += LANES)
+                    store_ints(levels + i, symmetric_levels(fit, block * 16 % GROUP + j, x + i, 32));
         }
         for (int half = 0; half < 2; half++) {
             const int32_t *l = levels + 128 * half;

@@ -7,75 +7,83 @@ typedef struct {
     int has_minimum;
 } legacy_t;
 
-/* Quants of a block from 0 to n_max, after d and the minimum. */
-INLINE void pack_legacy(const uint8_t *quants, int n_max, uint8_t *out) {
-    if (n_max == 31) {
-        for (int part = 0; part < 4; part++) {
-            uint64_t eight;
-            memcpy(&eight, quants + 8 * part, 8);
-            /* Bit 4 of byte i becomes bit i of the top byte. */
-            *out++ = (uint8_t)((eight >> 4 & 0x0101010101010101u) * 0x0102040810204080u >> 56);
-        }
-    }
-    for (int i = 0; i < 16; i++) out[i] = (uint8_t)((quants[i] & 15) | quants[i + 16] << 4);
-}
-
-/* The least and the largest element. Of zeros of both signs, either. */
-INLINE void extremes(const float *x, float *least, float *largest) {
-    float lows[LANES], highs[LANES];
+/* The least and the largest element of a block, in every lane. Of zeros of both signs, either. */
+INLINE void extremes(const float *x, floats_t *least, floats_t *largest) {
     floats_t low = load(x), high = low;
     UNROLL for (int v = 1; v < LEGACY_VECTORS; v++) {
         floats_t at = load(x + v * LANES);
         low = lesser(at, low);
         high = greater(at, high);
     }
-    store(lows, low);
-    store(highs, high);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) {
-            lows[i] = lows[i] < lows[i + half] ? lows[i] : lows[i + half];
-            highs[i] = highs[i] > highs[i + half] ? highs[i] : highs[i + half];
-        }
-    *least = lows[0];
-    *largest = highs[0];
+    UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) {
+        low = lesser(low, exchange(low, apart));
+        high = greater(high, exchange(high, apart));
+    }
+    *least = low;
+    *largest = high;
 }
 
-INLINE void quantise_legacy(const float *x, legacy_t how, uint8_t *out) {
-    float least, largest, d, from = 0, half = 0.5f;
-    extremes(x, &least, &largest);
-    if (how.has_minimum) {
-        if (least == 0) { /* the sign is that of the first zero */
-            int i = 0;
-            while (x[i] != 0) i++;
-            least = x[i];
+/* Scale and minimum of each block of a piece, as ggml chooses them. */
+INLINE void legacy_scales(const float *x, legacy_t how, int n_blocks, float *d, float *minimum) {
+    for (int block = 0; block < n_blocks; block++, x += LEGACY) {
+        floats_t low, high;
+        extremes(x, &low, &high);
+        float least = low[0], largest = high[0];
+        if (how.has_minimum) {
+            if (least == 0) { /* the sign is that of the first zero */
+                int i = 0;
+                while (x[i] != 0) i++;
+                least = x[i];
+            }
+            minimum[block] = least;
+            d[block] = largest == least ? 0 : largest - least;
+        } else {
+            d[block] = largest > -least ? largest : least;
+            if (largest == -least) { /* the first of both */
+                int i = 0;
+                while (x[i] != largest && x[i] != least) i++;
+                d[block] = largest == 0 ? 0 : x[i];
+            }
         }
-        d = largest == least ? 0 : (largest - least) / (float)how.n_max;
-        from = least;
-        store_f16(out + 2, least);
-    } else {
-        float top = largest > -least ? largest : least;
-        if (largest == -least) { /* the first of both */
-            int i = 0;
-            while (x[i] != largest && x[i] != least) i++;
-            top = largest == 0 ? 0 : x[i];
-        }
-        d = top / (float)-((how.n_max + 1) / 2);
-        half = (float)((how.n_max + 1) / 2) + 0.5f;
     }
-    store_f16(out, d);
-    uint8_t quants[LEGACY] = {0};
-    float inverse = d != 0 ? 1 / d : 0;
-    if (magnitude(splat(inverse))[0] <= 0x1.fffffep127f) { /* else ggml makes zeros */
-        int32_t wide[LEGACY];
-        for (int v = 0; v < LEGACY; v += LANES) {
-            floats_t at = load(x + v);
-            if (how.has_minimum) at -= from;
-            ints_t l = __builtin_convertvector(at * inverse + half, ints_t);
-            store_ints(wide + v, lesser_ints(l, splat_int(how.n_max)));
-        }
-        for (int i = 0; i < LEGACY; i++) quants[i] = (uint8_t)wide[i];
+    const float divisor = how.has_minimum ? (float)how.n_max : (float)-((how.n_max + 1) / 2);
+    for (int block = 0; block < PIECE / LEGACY; block += LANES) store(d + block, load(d + block) / divisor);
+}
+
+/* Quants of a block from 0 to n_max. */
+INLINE void pack_legacy(const ints_t *l, int n_max, uint8_t *out) {
+    int32_t pairs[16];
+    if (n_max == 31) {
+        ints_t bits = splat_int(0);
+        for (int v = 0; v < LEGACY_VECTORS; v++) bits |= (l[v] >> 4) << (LANE_NUMBERS + v * LANES);
+        UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) bits |= (ints_t)exchange((floats_t)bits, apart);
+        int32_t high = bits[0];
+        memcpy(out, &high, 4);
+        out += 4;
     }
-    pack_legacy(quants, how.n_max, out + (how.has_minimum ? 4 : 2));
+    for (int v = 0; v < LEGACY_VECTORS / 2; v++)
+        store_ints(pairs + v * LANES, (l[v] & 15) | l[v + LEGACY_VECTORS / 2] << 4);
+    for (int i = 0; i < 16; i++) out[i] = (uint8_t)pairs[i];
+}
+
+INLINE void quantise_legacy(const float *x, legacy_t how, int n_blocks, int nbytes, uint8_t *out) {
+    float d[PIECE / LEGACY] = {0}, minimum[PIECE / LEGACY];
+    const float half = how.has_minimum ? 0.5f : (float)((how.n_max + 1) / 2) + 0.5f;
+    legacy_scales(x, how, n_blocks, d, minimum);
+    for (int block = 0; block < n_blocks; block++, x += LEGACY, out += nbytes) {
+        float inverse = d[block] != 0 ? 1 / d[block] : 0;
+        store_f16(out, d[block]);
+        if (how.has_minimum) store_f16(out + 2, minimum[block]);
+        ints_t l[LEGACY_VECTORS];
+        for (int v = 0; v < LEGACY_VECTORS; v++) {
+            floats_t at = load(x + v * LANES);
+            if (how.has_minimum) at -= minimum[block];
+            l[v] = __builtin_convertvector(lesser(at * inverse + half, splat((float)how.n_max)), ints_t);
+        }
+        if (__builtin_fabsf(inverse) > 0x1.fffffep127f) /* ggml makes zeros of what no integer holds */
+            memset(l, 0, sizeof l);
+        pack_legacy(l, how.n_max, out + (how.has_minimum ? 4 : 2));
+    }
 }
 
 SEARCH_AFFINE(search_q4_1, 32, 15, -0.9f, 0.05f, 36, 0, 1)
@@ -96,17 +104,13 @@ INLINE void search_legacy(const float *x, const float *w, int n_blocks, legacy_t
             search_q5_1(xt, wt, &affine);
         for (int lane = 0; lane < GROUP && first + lane < n_blocks; lane++, out += nbytes) {
             const float *at = x + (first + lane) * LEGACY;
-            uint8_t quants[LEGACY];
-            if (how.has_minimum) {
-                store_f16(out, affine.scale[lane]);
-                store_f16(out + 2, -affine.minimum[lane]);
-                for (int i = 0; i < LEGACY; i++) quants[i] = (uint8_t)affine_level(&affine, lane, at[i], how.n_max, 1);
-            } else {
-                store_f16(out, symmetric.scale[lane]);
-                for (int i = 0; i < LEGACY; i++)
-                    quants[i] = (uint8_t)symmetric_level(&symmetric, lane, at[i], (how.n_max + 1) / 2);
-            }
-            pack_legacy(quants, how.n_max, out + (how.has_minimum ? 4 : 2));
+            ints_t l[LEGACY_VECTORS];
+            for (int v = 0; v < LEGACY_VECTORS; v++)
+                l[v] = how.has_minimum ? affine_levels(&affine, lane, at + v * LANES, how.n_max, 1)
+                                       : symmetric_levels(&symmetric, lane, at + v * LANES, (how.n_max + 1) / 2);
+            store_f16(out, how.has_minimum ? affine.scale[lane] : symmetric.scale[lane]);
+            if (how.has_minimum) store_f16(out + 2, -affine.minimum[lane]);
+            pack_legacy(l, how.n_max, out + (how.has_minimum ? 4 : 2));
         }
     }
 }
@@ -118,7 +122,7 @@ INLINE void search_legacy(const float *x, const float *w, int n_blocks, legacy_t
             search_legacy(x, w, n_blocks, how, NBYTES, out);                                                           \
             return;                                                                                                    \
         }                                                                                                              \
-        for (int block = 0; block < n_blocks; block++) quantise_legacy(x + block * LEGACY, how, out + block * NBYTES); \
+        quantise_legacy(x, how, n_blocks, NBYTES, out);                                                                \
     }
 
 LEGACY_TYPE(q4_0, 15, 0, 18)

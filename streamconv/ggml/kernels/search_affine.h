@@ -30,11 +30,11 @@ INLINE floats_t affine_quant(floats_t f, floats_t rounder, int n_max, int bounde
     return to_floats(clamped_ints(nearest_ints(f), 0, n_max));
 }
 
-/* The quant of one element after a search. */
-INLINE int32_t affine_level(const affine_fit_t *fit, int lane, float x, int n_max, int weighted) {
-    float f = fit->inverse[lane] * (x - fit->low[lane]);
-    if (weighted && !fit->is_first[lane]) return f > 0 ? nearest(f < (float)n_max ? f : (float)n_max) : 0;
-    return clamped(nearest(f), 0, n_max);
+/* Quants of elements of one lane's sub-block after a search. */
+INLINE ints_t affine_levels(const affine_fit_t *fit, int lane, const float *x, int n_max, int weighted) {
+    floats_t f = fit->inverse[lane] * (load(x) - fit->low[lane]);
+    if (!weighted || fit->is_first[lane]) return clamped_ints(nearest_ints(f), 0, n_max);
+    return nearest_ints(choose(f > 0, lesser(f, splat((float)n_max)), splat(0)));
 }
 
 /* Sums over one pair of vectors: of w * l, (w * l) * l and (w * l) * x. The quants stay for the error. */

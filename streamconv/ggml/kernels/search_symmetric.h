@@ -8,9 +8,10 @@ typedef struct {
     int32_t is_zero[GROUP];
 } symmetric_fit_t;
 
-/* The quant of one element after a search, from 0 to 2 * n_max - 1. */
-INLINE int32_t symmetric_level(const symmetric_fit_t *fit, int lane, float x, int n_max) {
-    return fit->is_zero[lane] ? 0 : n_max + clamped(nearest(fit->inverse[lane] * x), -n_max, n_max - 1);
+/* Quants of elements of one lane's sub-block after a search, from 0 to 2 * n_max - 1. */
+INLINE ints_t symmetric_levels(const symmetric_fit_t *fit, int lane, const float *x, int n_max) {
+    ints_t l = n_max + clamped_ints(nearest_ints(fit->inverse[lane] * load(x)), -n_max, n_max - 1);
+    return l & ~fit->is_zero[lane];
 }
 
 /* The signed value of the first largest magnitude among n rows of n_lanes. */

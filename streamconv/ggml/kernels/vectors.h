@@ -9,7 +9,7 @@
 #pragma STDC FP_CONTRACT OFF
 #define UNROLL _Pragma("unroll")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 typedef float floats_t __attribute__((vector_size(VECTOR_NBYTES)));
@@ -75,6 +75,25 @@ INLINE floats_t square_root(floats_t vector) {
     return result;
 }
 
+/* Each lane's neighbour: the numbers of lanes that differ by `apart`, a power of two, change places. */
+#if VECTOR_NBYTES == 32
+#define LANE_NUMBERS ((ints_t){0, 1, 2, 3, 4, 5, 6, 7})
+#else
+#define LANE_NUMBERS ((ints_t){0, 1, 2, 3})
+#endif
+INLINE floats_t exchange(floats_t vector, int apart) {
+#if !defined(__clang__)
+    return __builtin_shuffle(vector, LANE_NUMBERS ^ apart);
+#elif VECTOR_NBYTES == 32
+    return apart == 4   ? __builtin_shufflevector(vector, vector, 4, 5, 6, 7, 0, 1, 2, 3)
+           : apart == 2 ? __builtin_shufflevector(vector, vector, 2, 3, 0, 1, 6, 7, 4, 5)
+                        : __builtin_shufflevector(vector, vector, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return apart == 2 ? __builtin_shufflevector(vector, vector, 2, 3, 0, 1)
+                      : __builtin_shufflevector(vector, vector, 1, 0, 3, 2);
+#endif
+}
+
 INLINE int any(ints_t mask) {
     int32_t found = 0;
     for (int i = 0; i < LANES; i++) found |= mask[i];
@@ -95,8 +114,26 @@ INLINE ints_t clamped_ints(ints_t vector, int32_t low, int32_t high) {
     return lesser_ints(greater_ints(vector, splat_int(low)), splat_int(high));
 }
 
-/* `n_lanes` runs of n elements become n rows of n_lanes. */
+typedef float quad_t __attribute__((vector_size(16)));
+typedef int32_t quad_ints_t __attribute__((vector_size(16)));
+#ifdef __clang__
+#define SHUFFLE_TWO(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE_TWO(a, b, ...) __builtin_shuffle(a, b, (quad_ints_t){__VA_ARGS__})
+#endif
+
+/* `n_lanes` runs of n elements become n rows of n_lanes; both are multiples of 4. */
 INLINE void transpose(const float *from, int n, int n_lanes, float *to) {
-    for (int lane = 0; lane < n_lanes; lane++)
-        for (int i = 0; i < n; i++) to[i * n_lanes + lane] = from[lane * n + i];
+    for (int lane = 0; lane < n_lanes; lane += 4)
+        for (int i = 0; i < n; i += 4) {
+            quad_t runs[4];
+            UNROLL for (int j = 0; j < 4; j++) memcpy(&runs[j], from + (lane + j) * n + i, sizeof runs[j]);
+            quad_t a = SHUFFLE_TWO(runs[0], runs[1], 0, 4, 1, 5), b = SHUFFLE_TWO(runs[0], runs[1], 2, 6, 3, 7);
+            quad_t c = SHUFFLE_TWO(runs[2], runs[3], 0, 4, 1, 5), d = SHUFFLE_TWO(runs[2], runs[3], 2, 6, 3, 7);
+            runs[0] = SHUFFLE_TWO(a, c, 0, 1, 4, 5);
+            runs[1] = SHUFFLE_TWO(a, c, 2, 3, 6, 7);
+            runs[2] = SHUFFLE_TWO(b, d, 0, 1, 4, 5);
+            runs[3] = SHUFFLE_TWO(b, d, 2, 3, 6, 7);
+            UNROLL for (int j = 0; j < 4; j++) memcpy(to + (i + j) * n_lanes + lane, &runs[j], sizeof runs[j]);
+        }
 }
