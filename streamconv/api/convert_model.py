@@ -20,6 +20,7 @@ from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_wo
 from streamconv.engine.split import SplitOptions, make_parts
 from streamconv.files.hub import Source, find_source, source_failures
 from streamconv.files.local import noting_files
+from streamconv.files.store import Place
 from streamconv.ggml.policy import PlainTypes, StoredTypes, TensorRole, TypePolicy, resolve_auto
 from streamconv.gguf.format import KeyValue
 from streamconv.gguf.names import LLAMA_CPP, written_name
@@ -27,6 +28,7 @@ from streamconv.lazy.leaves import sources
 from streamconv.lora.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
+from streamconv.metadata.vocab.choice import choose_vocabulary
 from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind
 from streamconv.recipe.language import Model, find_recipe
@@ -45,6 +47,7 @@ def convert(
     pre: str | None = None,
     split: SplitOptions | None = None,
     adapters: Sequence[AdapterSpec] = (),
+    tokenizer: str = "auto",
     **keywords: Unpack[RunKeywords],
 ) -> Report:
     """What was written to `dst`: the checkpoint in the directory `src`, or in a `Store`, as one GGUF file.
@@ -52,11 +55,12 @@ def convert(
     dst: by default GGUF's naming convention, in the current directory. outtype: auto, f32, f16, bf16 or q8_0.
     name, pre: override general.name and tokenizer.ggml.pre. split: several files, named after `dst`.
     adapters: LoRA or DoRA adapters that are merged into the weights, as a list of folders, or of folders with weights.
+    tokenizer: whose tokenizer a merged model gets, base or adapter; auto takes the trained one (docs/merging.md).
     keywords: how the run goes, see `RunKeywords`.
     Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
     """
     options = RunOptions(**keywords)
-    wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions())
+    wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions(), tokenizer)
     with open_model_job(src, dst, wanted, options.limit_nbytes, adapters) as job:
         return run(job, options)
 
@@ -104,7 +108,7 @@ def plan_model(
         specs=[(target.name, target.tensor.spec) for target in model.targets],
         merged=merged.directories,
     )
-    vocabulary = _bounded_vocabulary(merged, wanted.pre, tensors, limit_nbytes)
+    vocabulary = _bounded_vocabulary(merged, wanted, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", policy.file_type)
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
     return Job(
@@ -145,16 +149,25 @@ def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]
 
 
 def _bounded_vocabulary(
-    merged: Merged, pre: str | None, tensors: Sequence[PlacedTensor], limit_nbytes: int
+    merged: Merged, wanted: OutputOptions, tensors: Sequence[PlacedTensor], limit_nbytes: int
 ) -> Vocabulary:
     """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
-    directory, model = merged.vocabulary, merged.model
+    model = merged.model
     n_vocab = model.dims["V"]
-    kept, extra = vocabulary_nbytes(directory, n_vocab)
-    # What parsing needs beside the keys is given back before workers start.
-    needed = resident_nbytes()[0] + kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
-    if needed > limit_nbytes:
-        raise too_small(limit_nbytes, needed, directory)
-    return read_vocabulary(
-        directory, config=model.config.raw, n_vocab=n_vocab, default_pre=model.recipe.default_pre, pre=pre
-    )
+
+    def read(directory: Place, over: Place | None) -> Vocabulary:
+        kept, extra = vocabulary_nbytes(directory, n_vocab, over)
+        # What parsing needs beside the keys is given back before workers start.
+        needed = resident_nbytes()[0] + kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
+        if needed > limit_nbytes:
+            raise too_small(limit_nbytes, needed, directory)
+        return read_vocabulary(
+            directory,
+            over=over,
+            config=model.config.raw,
+            n_vocab=n_vocab,
+            default_pre=model.recipe.default_pre,
+            pre=wanted.pre,
+        )
+
+    return choose_vocabulary(merged.tokenizers, wanted.tokenizer, read)

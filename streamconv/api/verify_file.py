@@ -38,15 +38,17 @@ def verify(
     dialect: str = LLAMA_CPP,
     scale: float | None = None,
     pre: str | None = None,
+    tokenizer: str = "auto",
     **keywords: Unpack[WorkKeywords],
 ) -> Report:
     """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
 
     out: a GGUF file of any tool, or the first of a split, its tensors in any order and in F32, F16, BF16 or Q8_0.
-    source: the checkpoint, with the `adapters` that were merged into it and the `pre` that it was converted with; or
+    source: the checkpoint, with the `adapters` that were merged into it, and the `pre` and `tokenizer` of that call; or
     the folder of an adapter that was written as one, with `base`, `dialect` and `scale` as `convert_adapter` had them.
     """
-    options, wanted, started = RunOptions(**keywords), OutputOptions(dialect=dialect, pre=pre), time.monotonic()
+    options, started = RunOptions(**keywords), time.monotonic()
+    wanted = OutputOptions(dialect=dialect, pre=pre, tokenizer=tokenizer)
     outputs, stored = _read(out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre})
     with (
         open_model_job(source, out, wanted, options.limit_nbytes, adapters, stored)

@@ -17,6 +17,7 @@ from streamconv.cli.options import (
     add_resource_options,
     add_run_options,
     add_split_options,
+    add_tokenizer_option,
     src_path,
 )
 from streamconv.cli.output import progress_bar, say, show_report, tell_warnings
@@ -47,6 +48,7 @@ def add_convert(commands: Any) -> None:
     )
     parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
     add_adapter_option(parser, "merge this LoRA or DoRA adapter into the weights; may be repeated")
+    add_tokenizer_option(parser, "whose tokenizer a merged model gets; default: the trained one, where its tokens fit")
     add_output_options(
         parser,
         example="Name-1.2B-BF16.gguf",
@@ -106,6 +108,7 @@ def add_verify(commands: Any) -> None:
     parser.add_argument("--scale", metavar="S", type=float, help="of an adapter: the scale it was made with")
     parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="the dialect it was made with")
     parser.add_argument("--pre", metavar="NAME", help="the tokenizer.ggml.pre that it was made with")
+    add_tokenizer_option(parser, "the tokenizer that it was made with")
     group = parser.add_argument_group("run")
     add_resource_options(group)
     add_report_options(group)
@@ -125,6 +128,7 @@ def _convert(options: argparse.Namespace) -> int:
             dialect=options.dialect,
             name=options.name,
             pre=options.pre,
+            tokenizer=options.tokenizer,
             split=_split(options),
             adapters=[parse_adapter(text) for text in options.adapters],
             **keywords,
@@ -171,6 +175,7 @@ def _verify(options: argparse.Namespace) -> int:
             dialect=options.dialect,
             scale=options.scale,
             pre=options.pre,
+            tokenizer=options.tokenizer,
             max_memory=options.max_memory,
             threads=options.threads,
             progress=progress,

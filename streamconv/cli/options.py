@@ -60,6 +60,10 @@ def add_adapter_option(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--adapter", metavar="PATH[=WEIGHT]", dest="adapters", action="append", default=[], help=help)
 
 
+def add_tokenizer_option(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--tokenizer", choices=("base", "adapter"), default="auto", help=help)
+
+
 def add_split_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first")
     group.add_argument("--split-max-size", metavar="SIZE", help="tensor data in a file, as 4G")

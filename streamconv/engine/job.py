@@ -24,6 +24,7 @@ from streamconv.files.store import Place
 from streamconv.ggml.policy import OUTTYPES, outtype_hint
 from streamconv.gguf.format import Buffer, KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, RENAMES
+from streamconv.metadata.vocab.choice import PREFERENCES
 from streamconv.report import Output, Report, TypeTotal
 from streamconv.timing import Profile, Stopwatch
 
@@ -121,6 +122,7 @@ class OutputOptions:
     name: str | None = None
     pre: str | None = None
     split: SplitOptions = field(default_factory=SplitOptions)
+    tokenizer: str = "auto"
 
     def __post_init__(self) -> None:
         if self.outtype not in ("auto", *OUTTYPES):
@@ -128,6 +130,10 @@ class OutputOptions:
             raise UsageError(what, hint=outtype_hint(str(self.outtype)), code="outtype-unknown")
         if self.dialect not in tuple(RENAMES):
             raise UsageError(f"{self.dialect!r} is none of {', '.join(RENAMES)}", code="dialect-unknown")
+        if self.tokenizer not in PREFERENCES:
+            raise UsageError(
+                f"tokenizer {self.tokenizer!r} is none of {', '.join(PREFERENCES)}", code="tokenizer-unknown"
+            )
         for text in (self.name, self.pre):
             if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
                 raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is", code="not-utf8")

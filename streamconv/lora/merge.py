@@ -32,7 +32,9 @@ from streamconv.lora.files import parse_name
 from streamconv.lora.fold import turned
 from streamconv.lora.resolve import LoraModule, base_hint, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
-from streamconv.lora.whole_weights import WholeWeight, alone, has_tokenizer, left_out, one_by_one
+from streamconv.lora.whole_weights import WholeWeight, alone, one_by_one
+from streamconv.metadata.vocab.choice import Tokenizers
+from streamconv.metadata.vocab.files import has_tokens
 from streamconv.recipe.bind import Stored, bind
 from streamconv.recipe.language import Model
 from streamconv.recipe.names import fill
@@ -52,10 +54,10 @@ _Weights = dict[str, tuple[str, Stored]]  # by stored name: the adapter's module
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A model with its adapters merged. vocabulary: the folder of its tokenizer. options: what decides its bytes."""
+    """A model with its adapters merged. tokenizers: where its tokenizer may lie. options: what decides its bytes."""
 
     model: Model
-    vocabulary: Place
+    tokenizers: Tokenizers
     adapters: tuple[Adapter, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     cautions: tuple[Caution, ...] = ()
@@ -81,7 +83,7 @@ def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> 
     that cannot be merged.
     """
     if not adapters:
-        return Merged(model, checkpoint.directory)
+        return Merged(model, Tokenizers(checkpoint.directory))
     return _Merge(checkpoint, model, adapters).run()
 
 
@@ -123,11 +125,11 @@ class _Merge:
             digest = hashlib.sha256("\n".join(origins).encode()).hexdigest()
             options[f"adapter {number}"] = f"{adapter.weight!r} {adapter.file.shard.fingerprint} {digest}"
         self._settle_ends()
-        vocabulary = self._tokenizer()
+        tokenizers = self._tokenizers()
         self._refuse()
         overlay = self.stored | {name: _Made(tensor) for name, tensor in self.made.items()}
         model = bind(self.recipe, self._config(), overlay)
-        return Merged(model, vocabulary, self.adapters, options, tuple(self.cautions))
+        return Merged(model, tokenizers, self.adapters, options, tuple(self.cautions))
 
     def _refuse(self) -> None:
         """SourceError with all problems, those of one adapter together."""
@@ -389,21 +391,15 @@ class _Merge:
             raw |= {key: False for key in self.recipe.tie_keys if key in raw}
         return Config(raw, self.model.config.file)
 
-    def _tokenizer(self) -> Place:
-        """The folder of the tokenizer: beside the adapter that brought or changed embedding or head, where it is."""
-        taken = self.checkpoint.directory
+    def _tokenizers(self) -> Tokenizers:
+        """Where the tokenizer may lie. An adapter that brought or changed embedding or head has the trained one."""
         beside = [adapter.file.directory for adapter in self._ends_from()]
-        found = next(filter(has_tokenizer, beside), None)
-        if found is not None:
-            taken = found
-        elif self.n_vocab != self.model.dims[N_VOCAB]:
+        with_rows = next(filter(has_tokens, beside), None)
+        if with_rows is None and self.n_vocab != self.model.dims[N_VOCAB]:
             what = (
                 f"the vocabulary has {self.n_vocab} tokens, the base's {self.model.dims[N_VOCAB]}, and there is no "
                 "tokenizer beside the adapter: tokenizer.save_pretrained(folder) puts it there"
             )
             self._problem(next(self._ends_from()), "tokenizer", what)
-        for adapter in self.adapters:
-            if (file := left_out(adapter.file.directory, taken)) is not None:
-                what = f"{file} was left out: {taken} has the tokenizer that is written"
-                self.cautions.append(Caution("tokenizer-left-out", what))
-        return taken
+        folders = tuple(dict.fromkeys(adapter.file.directory for adapter in self.adapters))
+        return Tokenizers(self.checkpoint.directory, folders, with_rows)

@@ -1,4 +1,4 @@
-"""What an adapter has whole beside its factors: weights in place of the base's, and the tokenizer's files.
+"""What an adapter has whole beside its factors: weights in place of the base's.
 
 Owns: telling whether two of a kind are the same. Does not own: which of them a merge takes (merge.py).
 """
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamconv.checkpoint.safetensors import SourceTensor
-from streamconv.files.local import has_same_content
-from streamconv.files.store import Place
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import matrix_of
 from streamconv.lora.specs import Adapter
@@ -23,8 +21,6 @@ from streamconv.recipe.names import fill, has_experts
 from streamconv.recipe.ops import applied
 from streamconv.recipe.words import Tensor
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-CHAT_TEMPLATE = "chat_template.jinja"
 COMPARED_NBYTES = 1 << 20  # at a time
 
 
@@ -79,16 +75,3 @@ def one_by_one(model: Model, name: str, stack: LazyTensor) -> Iterator[tuple[str
         for e in range(stack.spec.shape[0]):
             expert = applied(row.ops[:n], matrix_of(stack, e, stack.spec.shape[1]), model)
             yield fill(single.source, found.i, e), expert
-
-
-def has_tokenizer(folder: Place) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZERS)
-
-
-def left_out(folder: Place, taken: Place) -> Place | None:
-    """A tokenizer's file in `folder` that is another one than in `taken`, or that is not there; None: there is none."""
-    for name in (*TOKENIZERS, CHAT_TEMPLATE):
-        ours, theirs = folder / name, taken / name
-        if ours.is_file() and not (theirs.is_file() and has_same_content(ours, theirs)):
-            return ours
-    return None

@@ -307,20 +307,6 @@ def test_adapters_with_different_grown_embeddings_are_refused(tmp_path: Path) ->
         assert f"model.embed_tokens.weight is replaced by {one} as well" in refusal(base, tmp_path, one, two)
 
 
-@pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("q_proj",)])
-def test_the_tokenizer_is_that_of_who_changed_the_ends(llama: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
-    adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=targets)
-    tiny.write_bpe(adapter, pre="llama-bpe")
-    (adapter / "tokenizer_config.json").unlink()
-    (adapter / "chat_template.jinja").write_text("{{ messages }} of the fine-tune")
-    report = streamconv.convert(llama, tmp_path / "merged.gguf", adapters=[adapter])
-    template = ggufs.read(tmp_path / "merged.gguf")["tokenizer.chat_template"]
-    assert (template == "{{ messages }} of the fine-tune") == (targets != ("q_proj",))
-    cautions = [caution.message for caution in report.warnings if caution.code == "tokenizer-left-out"]
-    left_out = f"{adapter / 'chat_template.jinja'} was left out: {llama} has the tokenizer that is written"
-    assert cautions == ([left_out] if targets == ("q_proj",) else [])
-
-
 @pytest.mark.parametrize(
     ("modules", "tokenizer", "message"),
     [

@@ -11,13 +11,14 @@ import pytest
 from streamconv.errors import SourceError
 from streamconv.metadata.vocab.chat_templates import MAX_NBYTES, chat_template_keys
 from streamconv.metadata.vocab.companions import Companions
+from streamconv.metadata.vocab.files import TokenizerFiles
 from tests.vocab_keys import unpacked
 
 EVIL = "{% for x in ().__class__.__base__.__subclasses__() %}{{ x('rm -rf /') }}{% endfor %}\r\n\x00 ü 🚀"
 
 
 def templates(directory: Path, in_config: Any = None) -> tuple[dict[str, Any], list[str]]:
-    beside = Companions(directory, {}, {"chat_template": in_config}, {}, {})
+    beside = Companions(TokenizerFiles(directory), {}, {"chat_template": in_config}, {}, {}, directory)
     keys, cautions = chat_template_keys(beside)
     return {entry.key: unpacked(entry.value) for entry in keys}, [caution.code for caution in cautions]
 

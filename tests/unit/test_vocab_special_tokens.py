@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from streamconv.metadata.vocab.companions import Companions, token_id, token_text
+from streamconv.metadata.vocab.files import TokenizerFiles
 from streamconv.metadata.vocab.special_tokens import Tokens, find_ids, find_roles
 from tests import vocab_cases, vocab_keys
 from tests.tiny import tokenizer as tiny
@@ -21,7 +22,7 @@ def companions(**files: Any) -> Companions:
     empty: dict[str, Any] = {
         name: {} for name in ("config", "tokenizer_config", "special_tokens_map", "generation_config")
     }
-    return Companions(Path("x"), **(empty | files))
+    return Companions(TokenizerFiles(Path("x")), templates=Path("x"), **(empty | files))
 
 
 def ids_of(n_vocab: int = 40, post_processor: Any = None, **files: Any) -> tuple[dict[str, int], list[str]]:

@@ -22,14 +22,13 @@ from streamconv.metadata.vocab.agreement import FastTokens
 from streamconv.metadata.vocab.bpe_tokens import byte_fallback_tokens, byte_level_tokens
 from streamconv.metadata.vocab.chat_templates import chat_template_keys
 from streamconv.metadata.vocab.companions import Companions
+from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TOKENIZER_JSON, TokenizerFiles
 from streamconv.metadata.vocab.footprint import vocabulary_nbytes
 from streamconv.metadata.vocab.pretokenizers import check_name, identify, is_byte_level, space_fault, space_prefix
-from streamconv.metadata.vocab.sentencepiece_model import FILE_NAME as SENTENCEPIECE_MODEL
 from streamconv.metadata.vocab.sentencepiece_model import read_sentencepiece_model
 from streamconv.metadata.vocab.special_tokens import ADD_KEYS, ID_KEYS, Tokens, find_ids, find_roles
 from streamconv.metadata.vocab.spm_tokens import sentencepiece_tokens
 from streamconv.metadata.vocab.token_list import TokenList
-from streamconv.metadata.vocab.tokenizer_json import FILE_NAME as TOKENIZER_JSON
 from streamconv.metadata.vocab.tokenizer_json import Merges, TokenizerJson, read_tokenizer_json, shown
 
 __all__ = ["Vocabulary", "read_vocabulary", "vocabulary_nbytes"]
@@ -44,18 +43,25 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    directory: Place, *, config: Mapping[str, Any], n_vocab: int, default_pre: str | None, pre: str | None
+    directory: Place,
+    *,
+    config: Mapping[str, Any],
+    n_vocab: int,
+    default_pre: str | None,
+    pre: str | None,
+    over: Place | None = None,
 ) -> Vocabulary:
     """The tokenizer in `directory` as keys, with `n_vocab` tokens, the embedding's rows.
 
-    `default_pre` names the pre-tokenizer of an unknown structure (a caution), None makes that an error; `pre` is the
-    user's own name for it. SourceError on anything missing, malformed or unsupported, UsageError on a `pre` that
-    llama.cpp does not know.
+    `over` is a folder whose files count before those of `directory`, as an adapter's before its base's. `default_pre`
+    names the pre-tokenizer of an unknown structure (a caution), None makes that an error; `pre` is the user's own
+    name for it. SourceError on anything missing, malformed or unsupported, UsageError on a `pre` that llama.cpp
+    does not know.
     """
     if pre is not None:
         check_name(pre)
-    companions = Companions.load(directory, config)
-    source = _read_source(directory, companions, n_vocab)
+    companions = Companions.load(TokenizerFiles(directory, over), config)
+    source = _read_source(companions, n_vocab)
     tokens = source.tokens
     name = _pre_tokenizer(source, default_pre, pre) if source.model == "gpt2" else pre or "default"
     keys = [KeyValue.string(Keys.Tokenizer.MODEL, source.model), KeyValue.string(Keys.Tokenizer.PRE, name)]
@@ -85,8 +91,9 @@ class _Source:
         return self.tokenizer.merges if self.tokenizer else None
 
 
-def _read_source(directory: Place, companions: Companions, n_vocab: int) -> _Source:
-    path, model_path = directory / TOKENIZER_JSON, directory / SENTENCEPIECE_MODEL
+def _read_source(companions: Companions, n_vocab: int) -> _Source:
+    files = companions.files
+    path, model_path = files.find(TOKENIZER_JSON), files.find(SENTENCEPIECE_MODEL)
     tokenizer = None
     if model_path.exists():
         # A byte-level tokenizer beside a tokenizer.model is Llama 3's, whose tokenizer.model is no SentencePiece.
@@ -104,7 +111,7 @@ def _read_source(directory: Place, companions: Companions, n_vocab: int) -> _Sou
     if not path.exists():
         problem = f"no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL}"
         hint = "download the tokenizer's files too; a slow tokenizer's become tokenizer.json by save_pretrained"
-        raise SourceError(problem, file=directory, hint=hint, code="tokenizer-missing")
+        raise SourceError(problem, file=files.folder, hint=hint, code="tokenizer-missing")
     return _read_fast(path, companions, n_vocab)
 
 

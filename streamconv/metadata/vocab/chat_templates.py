@@ -16,12 +16,10 @@ from streamconv.files.local import read_start
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
 from streamconv.gguf.format import KeyValue, PackedArray
-from streamconv.metadata.vocab.companions import TOKENIZER_CONFIG, Companions
+from streamconv.metadata.vocab.companions import Companions
+from streamconv.metadata.vocab.files import OLD_TEMPLATE, TEMPLATE, TOKENIZER_CONFIG, template_files
 from streamconv.metadata.vocab.tokenizer_json import shown
 
-TEMPLATE = "chat_template.jinja"
-OLD_TEMPLATE = "chat_template.json"
-NAMED_TEMPLATES = "additional_chat_templates"
 MAX_NBYTES = 1 << 20  # of all; published ones have up to 40 KB
 DEFAULT = "default"
 
@@ -40,16 +38,10 @@ def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[Cau
     return keys, cautions
 
 
-def template_files(directory: Place) -> list[Place]:
-    """The files that hold nothing but templates, the default one first, in the order of their names."""
-    named = sorted(directory.glob(f"{NAMED_TEMPLATES}/*.jinja"), key=lambda path: path.name)
-    return [path for path in (directory / TEMPLATE, *named, directory / OLD_TEMPLATE) if path.exists()]
-
-
 def _find(companions: Companions) -> tuple[dict[str, str], list[Caution]]:
-    directory, cautions = companions.directory, []
-    in_files = _from_files(directory)
-    path = directory / TOKENIZER_CONFIG
+    cautions = []
+    in_files = _from_files(companions.templates)
+    path = companions.files.find(TOKENIZER_CONFIG)
     in_config = _from_value(companions.tokenizer_config.get("chat_template"), path)
     if in_config and in_files and in_config.get(DEFAULT) != in_files.get(DEFAULT):
         message = f"{TOKENIZER_CONFIG} and {TEMPLATE} have different chat templates; the former is written"

@@ -8,39 +8,63 @@ Invariant: a field of a wrong type counts as absent, as it does for llama.cpp's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.errors import SourceError
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
+from streamconv.metadata.vocab.files import (
+    ADDED_TOKENS,
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TokenizerFiles,
+    template_files,
+)
 from streamconv.metadata.vocab.tokenizer_json import AddedToken, parse_added_token
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-GENERATION_CONFIG = "generation_config.json"
-ADDED_TOKENS = "added_tokens.json"
 FILE_NAMES = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG, ADDED_TOKENS)
+CHAT_TEMPLATE = "chat_template"
 
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """Their contents, each empty where there is no such file. `config` is the model's."""
+    """Their contents, each empty where there is no such file. `config` is the model's.
 
-    directory: Place
+    Attributes:
+        templates: The folder whose template files count.
+        brought: Where one folder lies over another: what it says otherwise than that of special tokens, by the fields'
+            names (eos_token is a text, eos_token_id an id), each with its file.
+    """
+
+    files: TokenizerFiles
     config: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
     special_tokens_map: Mapping[str, Any]
     generation_config: Mapping[str, Any]
+    templates: Place
+    brought: Mapping[str, tuple[Place, Any]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, directory: Place, config: Mapping[str, Any]) -> Companions:
-        names = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG)
-        return cls(directory, config, *(load_object_if_present(directory / name) for name in names))
+    def load(cls, files: TokenizerFiles, config: Mapping[str, Any]) -> Companions:
+        below = _load(files.folder)
+        if files.over is None:
+            return cls(files, config, *below, files.folder)
+        above, templates = _load(files.over), files.folder
+        tokenizer_config, special_tokens, generation = (a | b for a, b in zip(below, above, strict=True))
+        own = above[0].get(CHAT_TEMPLATE)
+        if own == below[0].get(CHAT_TEMPLATE):
+            own = None  # a copy of what lies below says less than a template file of its own
+        if own is not None or template_files(files.over):
+            templates = files.over
+            tokenizer_config[CHAT_TEMPLATE] = own
+        brought = _brought(below, above, files.over)
+        return cls(files, config, tokenizer_config, special_tokens, generation, templates, brought)
 
     def added_tokens(self) -> Iterator[AddedToken]:
         """tokenizer_config's `added_tokens_decoder`. Ids may be beyond the model's rows; SourceError for no token."""
-        path = self.directory / TOKENIZER_CONFIG
+        path = self.files.find(TOKENIZER_CONFIG)
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, Mapping):
             raise SourceError(
@@ -52,9 +76,30 @@ class Companions:
 
     def old_added_tokens(self) -> Iterator[AddedToken]:
         """added_tokens.json, beside old SentencePiece models: ids by text."""
-        path = self.directory / ADDED_TOKENS
+        path = self.files.find(ADDED_TOKENS)
         for text, id_ in load_object_if_present(path).items():
             yield parse_added_token({"content": text, "id": id_}, path)
+
+
+_MERGED = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG)
+_Contents = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]  # of the files in _MERGED
+
+
+def _load(folder: Place) -> _Contents:
+    one, two, three = (load_object_if_present(folder / name) for name in _MERGED)
+    return one, two, three
+
+
+def _brought(below: _Contents, above: _Contents, folder: Place) -> dict[str, tuple[Place, Any]]:
+    """The special tokens that the files `above` name otherwise than those `below`; the first file's word counts."""
+    brought: dict[str, tuple[Place, Any]] = {}
+    for name, ours, theirs in zip(_MERGED, above, below, strict=True):
+        for key, value in ours.items():
+            if key.endswith("_token") and token_text(value) not in (None, token_text(theirs.get(key))):
+                brought.setdefault(key, (folder / name, token_text(value)))
+            elif key.endswith("_token_id") and token_id(value) is not None and value != theirs.get(key):
+                brought.setdefault(key, (folder / name, token_id(value)))
+    return brought
 
 
 def token_text(entry: Any) -> str | None:

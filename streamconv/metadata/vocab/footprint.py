@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from streamconv.files.local import file_nbytes, open_blob
 from streamconv.files.store import Place
 from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE, objects_nbytes
-from streamconv.metadata.vocab.chat_templates import template_files
 from streamconv.metadata.vocab.companions import FILE_NAMES
+from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TOKENIZER_JSON, TokenizerFiles, template_files
 from streamconv.metadata.vocab.json_stream import MAX_STRING_NBYTES
-from streamconv.metadata.vocab.sentencepiece_model import FILE_NAME as SENTENCEPIECE_MODEL
 from streamconv.metadata.vocab.tokenizer_json import (
     FIELDS,
     MAX_ADDED_NBYTES,
@@ -23,7 +22,6 @@ from streamconv.metadata.vocab.tokenizer_json import (
     MAX_PART_NBYTES,
     PARTS,
 )
-from streamconv.metadata.vocab.tokenizer_json import FILE_NAME as TOKENIZER_JSON
 
 _PIECE_NBYTES = 128 << 10
 _LENGTH_NBYTES = 8  # of a string in GGUF
@@ -45,16 +43,17 @@ _WORKING_NBYTES = 4 << 20
 _ADDED_PER_BYTE = 20
 
 
-def vocabulary_nbytes(directory: Place, n_vocab: int) -> tuple[int, int]:
+def vocabulary_nbytes(directory: Place, n_vocab: int, over: Place | None = None) -> tuple[int, int]:
     """(bytes of the keys, which stay; bytes on top of them while the files are read), each an upper bound.
 
-    SourceError where a file cannot be read.
+    `over`: the folder whose files count first. SourceError where a file cannot be read.
     """
-    tokenizer_json, model = file_nbytes(directory / TOKENIZER_JSON), file_nbytes(directory / SENTENCEPIECE_MODEL)
-    lengths, texts = _strings_nbytes(directory / TOKENIZER_JSON)
-    companions = [path for name in FILE_NAMES if file_nbytes(path := directory / name)]
+    files = TokenizerFiles(directory, over)
+    tokenizer_json, model = file_nbytes(files.find(TOKENIZER_JSON)), file_nbytes(files.find(SENTENCEPIECE_MODEL))
+    lengths, texts = _strings_nbytes(files.find(TOKENIZER_JSON))
+    companions = [path for folder in files.folders for name in FILE_NAMES if file_nbytes(path := folder / name)]
     n_companions = sum(map(file_nbytes, companions))
-    templates = sum(map(file_nbytes, template_files(directory)))
+    templates = sum(file_nbytes(path) for folder in files.folders for path in template_files(folder))
     payload = max(lengths + texts, model * 11 // 6)  # a piece has at least 6 bytes, 3 of them text
     kept = payload * 9 // 8 + n_vocab * _ROW_NBYTES + 4 * (n_companions + templates)  # it grows by an eighth at a time
     extra = n_vocab * _ENTRY_NBYTES + _DICT_NBYTES * (1 << (n_vocab * 3 // 2).bit_length())

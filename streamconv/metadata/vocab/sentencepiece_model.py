@@ -18,7 +18,6 @@ from streamconv.errors import SourceError
 from streamconv.files.local import read_start
 from streamconv.files.store import Place
 
-FILE_NAME = "tokenizer.model"
 MAX_NBYTES = 64 << 20  # the largest published ones have some 5 MB
 
 

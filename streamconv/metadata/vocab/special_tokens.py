@@ -16,14 +16,9 @@ from gguf.constants import Keys
 
 from streamconv.errors import Caution
 from streamconv.files.hub import CONFIG
-from streamconv.metadata.vocab.companions import (
-    GENERATION_CONFIG,
-    SPECIAL_TOKENS_MAP,
-    TOKENIZER_CONFIG,
-    Companions,
-    token_id,
-    token_text,
-)
+from streamconv.files.store import Place
+from streamconv.metadata.vocab.companions import Companions, token_id, token_text
+from streamconv.metadata.vocab.files import GENERATION_CONFIG, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from streamconv.metadata.vocab.tokenizer_json import shown
 
 ID_KEYS = {
@@ -158,7 +153,7 @@ def find_ids(roles: Roles, companions: Companions, tokens: Tokens) -> tuple[dict
     ids: dict[str, int] = {}
     cautions: list[Caution] = []
     for role in ID_KEYS:
-        inside = []
+        inside: list[tuple[str, int]] = []
         for source, id_ in _candidates(role, roles, companions, tokens):
             if id_ >= tokens.n_rows:
                 message = f"{source} names token {shown(id_)} as {role}, the model has {tokens.n_rows:,} rows"
@@ -171,12 +166,17 @@ def find_ids(roles: Roles, companions: Companions, tokens: Tokens) -> tuple[dict
         cautions += _unknown(role, roles, companions, tokens)
         if inside:
             source, ids[role] = inside[0]
+        if inside and source not in {str(path) for path, _ in _brought(role, companions)}:
             cautions += _disagreement(role, source, ids[role], companions, tokens)
     return ids, cautions
 
 
 def _candidates(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[tuple[str, int]]:
-    """Sources and ids, the first one wins. The first two are SpecialVocab's."""
+    """Sources and ids, the first one wins. What a folder over another brought, then SpecialVocab's two."""
+    for path, named in _brought(role, companions):
+        id_ = named if isinstance(named, int) else _first(tokens.added(named), tokens.any(named))
+        if id_ is not None:
+            yield str(path), id_
     text = roles.texts.get(role) or _BY_TEXT.get(role)
     mapped = token_text(companions.special_tokens_map.get(f"{role}_token"))
     written = _config_id(role, companions)
@@ -189,6 +189,14 @@ def _candidates(role: str, roles: Roles, companions: Companions, tokens: Tokens)
         (CONFIG, token_id(written) if isinstance(written, list) else None),
     )
     yield from ((source, id_) for source, id_ in found if id_ is not None)
+
+
+def _brought(role: str, companions: Companions) -> Iterator[tuple[Place, str | int]]:
+    yield from (companions.brought[key] for key in (f"{role}_token", f"{role}_token_id") if key in companions.brought)
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((id_ for id_ in ids if id_ is not None), None)
 
 
 def _unknown(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[Caution]:

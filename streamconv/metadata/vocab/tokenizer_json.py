@@ -25,7 +25,6 @@ from streamconv.gguf.format import PackedArray
 from streamconv.metadata.vocab.json_stream import FLAT, SPACE, STRING, Batch, EntryKind, JsonStream
 from streamconv.metadata.vocab.packing import BETWEEN, encode_joined, joined, split
 
-FILE_NAME = "tokenizer.json"
 MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
 MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a model of speech has 28,000 of 20 bytes
 MAX_PART_NBYTES = 256 << 10  # of memory, of a pre-tokenizer, a post-processor: real ones take at most some 20 KB

@@ -1,0 +1,140 @@
+"""Which tokenizer a merged model gets: its base's, or the one that was trained and saved beside an adapter.
+
+An adapter that brings rows of the embedding or head brings their tokens. One that brings none may still have been
+trained with another end token or chat template, which trainers save beside it; these are written where the tokens are
+the base's, one for one, so that an id means the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from gguf.constants import Keys
+
+from streamconv.errors import Caution, SourceError, UsageError
+from streamconv.files.local import has_same_content
+from streamconv.files.store import Place
+from streamconv.gguf.format import PackedArray
+from streamconv.metadata.vocab import Vocabulary
+from streamconv.metadata.vocab.files import has_tokens, tokenizer_files
+
+Preference = Literal["auto", "base", "adapter"]
+PREFERENCES: tuple[str, ...] = get_args(Preference)
+
+Read = Callable[[Place, Place | None], Vocabulary]  # of a folder, and of another one over it
+Values = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizers:
+    """The folders that may have the tokenizer of a model.
+
+    Attributes:
+        base: The model's own.
+        adapters: Those of the adapters that are merged into it, in order.
+        with_rows: The adapter's whose rows of the embedding or head the model has, with a tokenizer; else None.
+    """
+
+    base: Place
+    adapters: tuple[Place, ...] = ()
+    with_rows: Place | None = None
+
+
+def choose_vocabulary(tokenizers: Tokenizers, preference: str, read: Read) -> Vocabulary:
+    """The vocabulary of a model, with a warning where another folder has a tokenizer of its own.
+
+    Args:
+        tokenizers: Where to look.
+        preference: `base` or `adapter` where the user decided.
+        read: Reads one folder, with another one over it.
+
+    Raises:
+        SourceError: A tokenizer that would be written cannot be.
+        UsageError: `adapter`, and no adapter has a tokenizer.
+    """
+    taken = tokenizers.base
+    if tokenizers.with_rows is not None and preference != "base":
+        taken = tokenizers.with_rows
+        return _with_left_out(read(taken, None), taken, tokenizers.adapters)
+    own = [folder for folder in tokenizers.adapters if _first_own_file(folder, taken) is not None]
+    if preference == "adapter" and not any(any(tokenizer_files(folder)) for folder in tokenizers.adapters):
+        raise UsageError("--tokenizer adapter, and no adapter has a tokenizer beside it", code="tokenizer-missing")
+    if not own or preference == "base":
+        return _with_left_out(read(taken, None), taken, own)
+    if preference == "adapter" or not has_tokens(taken):
+        return _with_left_out(read(taken, own[0]), taken, own[1:])
+    return _trained(taken, own, read)
+
+
+def _trained(base: Place, own: Sequence[Place], read: Read) -> Vocabulary:
+    """The vocabulary with the first of the folders `own` that has the base's tokens and says anything else of them."""
+    before = _values(read(base, None))
+    cautions = []
+    for number, folder in enumerate(own):
+        try:
+            vocabulary = read(base, folder)
+        except SourceError as error:
+            cautions.append(_left_out(folder, base, f": {error.message}"))
+            continue
+        after = _values(vocabulary)
+        if after[Keys.Tokenizer.LIST] != before[Keys.Tokenizer.LIST]:
+            cautions.append(_left_out(folder, base, ", which has other tokens, and the adapter has no rows for them"))
+        elif after != before:
+            what = "; ".join(_differences(before, after))
+            message = f"the tokenizer in {folder} was written, as the adapter was trained with it ({what})"
+            cautions.append(Caution("tokenizer-of-adapter", f"{message}; --tokenizer base keeps the base's"))
+            return _with_left_out(_with(vocabulary, cautions), base, own[number + 1 :])
+    return _with(read(base, None), cautions)
+
+
+def _with(vocabulary: Vocabulary, cautions: Sequence[Caution]) -> Vocabulary:
+    return replace(vocabulary, cautions=(*vocabulary.cautions, *cautions))
+
+
+def _with_left_out(vocabulary: Vocabulary, taken: Place, folders: Sequence[Place]) -> Vocabulary:
+    found = [(folder, file) for folder in folders if (file := _first_own_file(folder, taken)) is not None]
+    return _with(vocabulary, [_left_out(file, taken, "") for _, file in found])
+
+
+def _left_out(what: Place, taken: Place, why: str) -> Caution:
+    return Caution("tokenizer-left-out", f"{what} was left out{why}: {taken} has the tokenizer that is written")
+
+
+def _first_own_file(folder: Place, taken: Place) -> Place | None:
+    """A tokenizer's file of `folder` that is another one than in `taken`, or that is not there; None: there is none."""
+    for name in tokenizer_files(folder):
+        ours, theirs = folder / name, taken / name
+        if folder != taken and not (theirs.is_file() and has_same_content(ours, theirs)):
+            return ours
+    return None
+
+
+def _values(vocabulary: Vocabulary) -> Values:
+    """Keys and values, arrays and long texts as digests."""
+    return {key.key: _value(key.value) for key in vocabulary.keys}
+
+
+def _value(value: object) -> object:
+    if isinstance(value, PackedArray):
+        return value.length, hashlib.sha256(value.payload).hexdigest()
+    return value
+
+
+def _differences(before: Values, after: Values) -> Iterator[str]:
+    """What changed, key by key, in the words of the keys."""
+    for key in dict.fromkeys((*after, *before)):
+        old, new = before.get(key), after.get(key)
+        if old == new:
+            continue
+        name = key.removeprefix("tokenizer.").removeprefix("ggml.")
+        if all(value is None or isinstance(value, int) for value in (old, new)):
+            yield f"{name} {_number(new)} in place of {_number(old)}"
+        else:
+            yield name
+
+
+def _number(value: object) -> str:
+    return "none" if value is None else str(value)
