@@ -41,7 +41,7 @@ def render() -> str:
     for group, attacks in GROUPS.items():
         lines.append(f"## {TITLES[group]}\n\n| idea | outcome |\n|---|---|\n")
         lines += [
-            f"| {_cell(name)} | {_outcome(attack.expected, attack.exit_code)} |\n" for name, attack in attacks.items()
+            f"| {_cell(name)} | {_outcome(attack.code, attack.exit_code)} |\n" for name, attack in attacks.items()
         ]
         lines.append("\n")
     lines += [GGUF_HEAD, "| idea | outcome |\n|---|---|\n", *_gguf_rows()]
@@ -49,14 +49,14 @@ def render() -> str:
 
 
 def _gguf_rows() -> Iterator[str]:
-    for name, (_, message) in FATAL.items():
-        yield f"| {_cell(name)} | refused, exit 3: `{_cell(message)}` |\n"
+    for name, (_, code) in FATAL.items():
+        yield f"| {_cell(name)} | refused, exit 3: `{code}` |\n"
     for name, (_, code) in LISTED.items():
         yield f"| {_cell(name)} | shown, with the problem `{code}`; refused elsewhere, exit 3 |\n"
 
 
-def _outcome(expected: str, exit_code: int) -> str:
-    return f"refused, exit {exit_code}: `{_cell(expected)}`" if expected else "converted"
+def _outcome(code: str, exit_code: int) -> str:
+    return f"refused, exit {exit_code}: `{code}`" if code else "converted"
 
 
 def _cell(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -58,20 +57,26 @@ def command(attack: Attack, src: Path, bases: Path, out: Path) -> list[str]:
     return [*how, "-o", str(out), "--json", "--quiet", *attack.options]
 
 
-def assert_refused(arguments: list[str], pattern: str, exit_code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(
+    arguments: list[str], expected: str | None, exit_code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     started = time.process_time()
     code = main(arguments)
     seconds = time.process_time() - started
     printed = capsys.readouterr()
     assert code == exit_code, printed.err
     assert printed.err.startswith("streamconv: ")
-    assert re.search(pattern, printed.err), printed.err
     assert printed.err.endswith("\n")
     assert printed.err[:-1].isprintable()  # so it is one line
     assert len(printed.err) < 6000
     error = json.loads(printed.out)["error"]
     assert error["exit_code"] == exit_code
     assert error["kind"] == "source"
+    assert expected is None or expected in {
+        error["code"],
+        *(problem["code"] for problem in error.get("problems", ())[:1]),
+    }, printed.err
+    assert error["file"]
     assert error["message"]
     assert seconds < MAX_SECONDS
 
@@ -92,8 +97,8 @@ def test_attack(name: str, bases: Path, tmp_path: Path, capsys: pytest.CaptureFi
     attack.edit(src)
     before = state(src)
     arguments = command(attack, src, bases, out / "model.gguf")
-    if attack.expected:
-        assert_refused(arguments, attack.expected, attack.exit_code, capsys)
+    if attack.code:
+        assert_refused(arguments, attack.code, attack.exit_code, capsys)
         assert list(out.iterdir()) == []
     else:
         assert main(arguments) == 0
@@ -105,18 +110,18 @@ def test_attack(name: str, bases: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("name", [*FATAL, *LISTED])
 def test_gguf_as_base_and_in_verify(name: str, bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content, pattern = (FATAL | LISTED)[name]
+    content, code = (FATAL | LISTED)[name]
     (tmp_path / "src").mkdir()
     path = tmp_path / "src" / "hostile.gguf"
     path.write_bytes(content)
     before = state(tmp_path / "src")
-    pattern = pattern if name in FATAL else "hostile.gguf"
-    assert_refused(["verify", str(path), "--source", str(bases / "llama"), "--json"], pattern, 3, capsys)
+    assert_refused(["verify", str(path), "--source", str(bases / "llama"), "--json"], code, 3, capsys)
     out = tmp_path / "out.gguf"
     arguments = ["lora", str(bases / "peft"), "--base", str(path), "-o", str(out), "--json", "--quiet"]
-    assert_refused(arguments, pattern, 3, capsys)
+    # Of a base only names and shapes are needed: what is refused there may be another problem of the file.
+    assert_refused(arguments, code if name in FATAL else None, 3, capsys)
     if name in FATAL:
-        assert_refused(["inspect", str(path), "--json"], pattern, 3, capsys)
+        assert_refused(["inspect", str(path), "--json"], code, 3, capsys)
     else:
         assert main(["inspect", str(path), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)

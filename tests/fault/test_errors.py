@@ -15,6 +15,7 @@ from streamconv.errors import DestinationError
 from streamconv.output import directio
 from tests.fault.calls import Call, syncs_skipped, watched
 from tests.fault.trial import CHUNK_NBYTES, OLD, Trial, in_child
+from tests.raising import raises
 
 
 def fail_at(trial: Trial, number: int, code: int) -> str | None:
@@ -85,7 +86,7 @@ def test_the_disk_fills_up_all_the_same(tmp_path: Path) -> None:
                 raise OSError(errno.ENOSPC, "")
         return call.do()
 
-    with watched(handle), pytest.raises(DestinationError, match="no space left") as caught:
+    with watched(handle), raises(DestinationError, code="no-space") as caught:
         trial.run()
     assert "--resume" in (caught.value.hint or "")
     assert trial.left_behind() == {"out.gguf.part", "out.gguf.part.journal"}
@@ -117,7 +118,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-        with pytest.raises(DestinationError, match="does not take a file of this size"):
+        with raises(DestinationError, code="file-size-limit"):
             Trial(tmp_path / "out.gguf", force=False).run()
         assert not list(tmp_path.iterdir())
 
@@ -193,7 +194,7 @@ def test_a_part_file_that_was_cut(tmp_path: Path) -> None:
             os.truncate(call.path, 5)
         return call.do()
 
-    with watched(handle), pytest.raises(DestinationError, match="changed by something else"):
+    with watched(handle), raises(DestinationError, code="output-changed"):
         trial.run()
     assert not trial.dst.exists()
 

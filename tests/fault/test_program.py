@@ -20,6 +20,7 @@ from tests.fault.calls import Call, syncs_skipped, watched
 from tests.fault.kills import kill_at_random
 from tests.fault.program import Finished, Program, empty, make_source, small_steps
 from tests.fault.trial import OLD, in_child, kill_self
+from tests.raising import raises
 
 WAYS = {"one file": SplitOptions(), "three parts": SplitOptions(max_tensors=14)}
 
@@ -241,7 +242,7 @@ def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
 
     def second() -> None:
         if not errors:
-            with pytest.raises(DestinationError, match="another run is writing it") as caught:
+            with raises(DestinationError, code="locked") as caught:
                 program.run()
             errors.append(caught.value)
 

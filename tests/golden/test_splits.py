@@ -14,6 +14,7 @@ from streamconv.errors import DestinationError, Interrupted, SourceError, UsageE
 from streamconv.ggml.element_types import tensor_nbytes
 from tests import cases, tiny
 from tests.oracles import runtime
+from tests.raising import raises
 
 LIMITS = [SplitOptions(60_000), SplitOptions(None, 7), SplitOptions(70_000, 5), SplitOptions(1), SplitOptions(None, 1)]
 
@@ -113,7 +114,7 @@ def test_verify_takes_the_set_and_names_what_is_wrong(tmp_path: Path, source: Pa
     with pytest.raises(VerifyError):
         streamconv.verify(report.output, source)
     last.unlink()
-    with pytest.raises(SourceError, match="parts missing"):
+    with raises(SourceError, code="split-missing"):
         streamconv.verify(report.output, source)
 
 
@@ -159,7 +160,7 @@ def test_an_interrupted_set_goes_on(tmp_path: Path, source: Path) -> None:
 def test_an_existing_part_is_not_replaced(tmp_path: Path, source: Path) -> None:
     split = SplitOptions(None, 10)
     (tmp_path / "m-00003-of-00004.gguf").write_bytes(b"mine")
-    with pytest.raises(DestinationError, match="exists already"):
+    with raises(DestinationError, code="exists"):
         streamconv.convert(source, tmp_path / "m.gguf", split=split)
     assert [path.name for path in tmp_path.glob("m-*")] == ["m-00003-of-00004.gguf"]
     streamconv.convert(source, tmp_path / "m.gguf", split=split, force=True)
@@ -170,7 +171,7 @@ def test_what_is_no_split(tmp_path: Path, source: Path) -> None:
     for wrong in ((0, None, None), (None, 0, None), (10, None, 0)):
         with pytest.raises(UsageError, match="at least 1"):
             SplitOptions(*wrong)
-    with pytest.raises(UsageError, match="--only-part is for splits"):
+    with raises(UsageError, code="option-conflict"):
         SplitOptions(only_part=1)
     with pytest.raises(UsageError, match="there is no part 5: the output has 4"):
         streamconv.convert(source, tmp_path / "m.gguf", split=SplitOptions(None, 10, 5))

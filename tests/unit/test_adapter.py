@@ -15,6 +15,7 @@ from streamconv.cli import main
 from streamconv.errors import SourceError, UsageError
 from tests import loras, tiny
 from tests.oracles import deltas, ggufs
+from tests.raising import raises
 from tests.unit.test_base_model import LLAMA, gguf
 
 TOLERANCE = 1e-6  # relative, in Frobenius norms
@@ -123,7 +124,7 @@ def test_one_module_that_is_off(tmp_path: Path, llama: Path) -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39])
 def test_a_scale_that_is_none(tmp_path: Path, llama: Path, scale: float) -> None:
-    with pytest.raises(UsageError, match="--scale"):
+    with raises(UsageError, code="scale-range"):
         loras.convert(tiny.peft_adapter(tmp_path, llama), llama, scale=scale)
 
 
@@ -179,8 +180,8 @@ MLX_RUN = {"fine_tune_type": "lora", "num_layers": 16, "optimizer": "adam", "see
         (ALL, 16, {"lora_alpha": 32, "auto_mapping": {"unsloth_fixed": True}, "target_parameters": None}, 32.0),
         (ALL, 64, {"lora_alpha": 64, "use_rslora": True, "target_modules": None}, 512.0),
         (LFM2, 16, {"lora_alpha": 32, "lora_dropout": 0.05}, 32.0),
-        (ALL[:4], 32, {"lora_alpha": 64, "use_dora": True}, "DoRA"),
-        (ALL[4:], 14, {"lora_alpha": 28, "use_bdlora": BD_LORA}, "BD-LoRA"),
+        (ALL[:4], 32, {"lora_alpha": 64, "use_dora": True}, "dora"),
+        (ALL[4:], 14, {"lora_alpha": 28, "use_bdlora": BD_LORA}, "bd-lora"),
         # MLX: with and without an alpha, with and without a mark of the version that wrote it.
         (ALL, 8, MLX_RUN | {"lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}}, 160.0),
         (ALL, 8, MLX_RUN | {"lora_parameters": {"rank": 8, "alpha": 16, "scale": 10.0}}, 80.0),
@@ -205,7 +206,7 @@ def test_configurations_as_they_are_found(
     if isinstance(expected, float):
         assert loras.convert(adapter, base)["adapter.lora.alpha"] == expected
         return
-    with pytest.raises(SourceError, match=expected):
+    with raises(SourceError, code=expected):
         loras.convert(adapter, base)
 
 

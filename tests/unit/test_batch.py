@@ -27,6 +27,7 @@ from streamconv.engine.split import SplitOptions
 from streamconv.errors import UsageError
 from tests import tiny
 from tests.holding import await_end, held_processes, hold
+from tests.raising import raises
 
 JOBS = """
 [defaults]
@@ -353,7 +354,7 @@ def test_an_array_shares_the_sorted_jobs(tmp_path: Path) -> None:
     assert [[job.name for job in share] for share in shares] == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
     assert select_array(jobs, "9/9") == []
     for wrong in ("0/3", "4/3", "1", "a/b", "-1/3", "1/3/5", "²/3"):
-        with pytest.raises(UsageError, match="--array"):
+        with raises(UsageError, code="array-range"):
             select_array(jobs, wrong)
 
 

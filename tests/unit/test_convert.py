@@ -32,6 +32,7 @@ from tests import tiny
 from tests.fault.calls import watched
 from tests.fault.test_errors import refusing
 from tests.oracles import ggufs
+from tests.raising import raises
 
 MIB = 1 << 20
 
@@ -276,7 +277,7 @@ def test_what_the_system_does_not_give_is_no_bug(
         return give(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, refuse)
-    with pytest.raises(BudgetError, match="no more memory or threads"):
+    with raises(BudgetError, code="memory-refused"):
         streamconv.convert(large, tmp_path / "out.gguf", threads=2)
     assert not list(tmp_path.iterdir())
 
@@ -367,7 +368,7 @@ def test_a_shard_is_not_taken_for_the_model(tmp_path: Path, capsys: pytest.Captu
 def test_an_existing_destination_is_kept_until_force(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_bytes(b"mine")
-    with pytest.raises(DestinationError, match="exists"):
+    with raises(DestinationError, code="exists"):
         streamconv.convert(source, out)
     assert out.read_bytes() == b"mine"
     streamconv.convert(source, out, force=True)

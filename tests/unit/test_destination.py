@@ -12,6 +12,7 @@ import pytest
 from streamconv.errors import DestinationError
 from streamconv.output.destination import Place, lock_part, reserve_space, resolve
 from tests.fault.calls import Call, watched
+from tests.raising import raises
 
 
 def test_siblings() -> None:
@@ -36,13 +37,13 @@ def test_a_relative_name_survives_a_change_of_directory(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("directory", "is a directory"),
-        ("fifo", "is a pipe or a device"),
-        ("loop", "loop of symbolic links"),
-        ("nul\0", "is not a file name"),
-        ("\udfff", "is not a file name"),
-        ("file/out.gguf", "is not a directory"),
-        ("n" * 300, "too long"),
+        ("directory", "is-folder"),
+        ("fifo", "not-regular-file"),
+        ("loop", "link-loop"),
+        ("nul\0", "file-name"),
+        ("\udfff", "file-name"),
+        ("file/out.gguf", "folder-missing"),
+        ("n" * 300, "name-too-long"),
     ],
 )
 def test_what_can_never_be_written(tmp_path: Path, name: str, words: str) -> None:
@@ -50,7 +51,7 @@ def test_what_can_never_be_written(tmp_path: Path, name: str, words: str) -> Non
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
-    with pytest.raises(DestinationError, match=words) as caught:
+    with raises(DestinationError, code=words) as caught:
         resolve(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
@@ -58,11 +59,11 @@ def test_what_can_never_be_written(tmp_path: Path, name: str, words: str) -> Non
 
 def test_devices_and_standard_streams_are_refused() -> None:
     for path in ("/dev/null", "/dev/full"):
-        with pytest.raises(DestinationError, match="is a pipe or a device"):
+        with raises(DestinationError, code="not-regular-file"):
             resolve(Path(path))
     reading, writing = os.pipe()
     try:
-        with pytest.raises(DestinationError, match="is a pipe or a device"):
+        with raises(DestinationError, code="not-regular-file"):
             resolve(Path(f"/dev/fd/{writing}"))
     finally:
         os.close(reading)
@@ -78,7 +79,7 @@ def test_a_source_is_never_written_over(tmp_path: Path, name: str, way: str) -> 
         (tmp_path / name).hardlink_to(source)
     if way == "symbolic link":
         (tmp_path / name).symlink_to(source)
-    with pytest.raises(DestinationError, match="file of the source"):
+    with raises(DestinationError, code="output-is-source"):
         resolve(tmp_path / "out.gguf", {(source.stat().st_dev, source.stat().st_ino): source})
 
 
@@ -87,7 +88,7 @@ def test_another_run_has_the_lock(tmp_path: Path) -> None:
     first = lock_part(path)
     assert first.is_new
     assert first.is_locked
-    with pytest.raises(DestinationError, match="another run is writing it"):
+    with raises(DestinationError, code="locked"):
         lock_part(path)
     assert path.exists()
     first.close()
@@ -143,7 +144,7 @@ def test_a_race_that_never_ends_is_given_up(tmp_path: Path) -> None:
             Path(call.path).unlink()
         return call.do()
 
-    with watched(handle), pytest.raises(DestinationError, match="another run is writing it"):
+    with watched(handle), raises(DestinationError, code="locked"):
         lock_part(tmp_path / "out.gguf.part")
 
 
@@ -233,7 +234,7 @@ def test_what_cannot_fit_is_not_even_tried(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize(
     ("left", "message"),
-    [(1, "needs 8,192 bytes, and its filesystem has 4,096 free"), (9, "no space left|the quota .* is used up")],
+    [(1, "no-space"), (9, "no-space")],
 )
 def test_the_filesystem_has_the_last_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, left: int, message: str
@@ -248,7 +249,7 @@ def test_the_filesystem_has_the_last_word(
         return call.do()
 
     with (tmp_path / "part").open("wb") as file, watched(handle):
-        with pytest.raises(DestinationError, match=message) as caught:
+        with raises(DestinationError, code=message) as caught:
             reserve_space(file.fileno(), 8192, tmp_path)
     assert caught.value.file == str(tmp_path)
 

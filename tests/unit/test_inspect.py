@@ -22,6 +22,7 @@ from streamconv.cli.inspection import render
 from streamconv.errors import SourceError
 from tests.attacks.gguf_files import FATAL, LISTED
 from tests.oracles import ggufs
+from tests.raising import raises
 from tests.tools import gguf_bytes as raw
 from tests.unit.test_gguf_set import make_part
 
@@ -146,9 +147,9 @@ class TestGGUF:
         assert f"[{code}]" in "\n".join(lines)
         assert all(line.isprintable() and len(line) <= 80 for line in lines)
 
-    @pytest.mark.parametrize(("content", "message"), FATAL.values(), ids=FATAL.keys())
-    def test_what_cannot_be_parsed_is_an_error(self, content: bytes, message: str, tmp_path: Path) -> None:
-        with pytest.raises(SourceError, match=message):
+    @pytest.mark.parametrize(("content", "code"), FATAL.values(), ids=FATAL.keys())
+    def test_what_cannot_be_parsed_is_an_error(self, content: bytes, code: str, tmp_path: Path) -> None:
+        with raises(SourceError, code=code):
             inspect(write(tmp_path / "x.gguf", content))
 
     def test_a_folder_of_ggufs(self, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from streamconv.errors import SourceError
 from streamconv.lora.files import LoraFile, parse_name
 from tests import loras, tiny
+from tests.raising import raises
 
 Q = loras.Q
 LIMIT = 1 << 28
@@ -102,7 +103,7 @@ def test_what_is_missing_is_said(tmp_path: Path, files: dict[str, bytes], messag
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no such adapter"):
+    with raises(SourceError, code="source-missing"):
         opened(tmp_path / "nothing")
 
 

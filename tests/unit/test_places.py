@@ -20,6 +20,7 @@ from streamconv.errors import DestinationError
 from streamconv.output import destination
 from streamconv.output.destination import Place, check_room, claim, write_text
 from tests import tiny
+from tests.raising import raises
 
 # Python tells an audit hook of every file that it opens, by whatever function, in whosever code.
 OPENED = """
@@ -267,7 +268,7 @@ def test_a_file_that_is_another_s_is_not_taken_for_one_of_a_resumed_run(tmp_path
     (place,) = claim([tmp_path / "m.json"], {})
     write_text(place, "first", replaces=False)
     write_text(place, "first", replaces=False)
-    with pytest.raises(DestinationError, match="exists already"):
+    with raises(DestinationError, code="exists"):
         write_text(place, "other", replaces=False)
     assert place.path.read_text() == "first"
     write_text(place, "other", replaces=True)
@@ -283,7 +284,7 @@ def test_a_refused_run_leaves_what_an_earlier_one_kept(tmp_path: Path, small: Pa
     left = {paths[0].with_name(f"{paths[0].name}.part{end}"): b"kept" for end in ("", ".journal")}
     for path, data in left.items():
         path.write_bytes(data)
-    with pytest.raises(DestinationError, match="exists already"):
+    with raises(DestinationError, code="exists"):
         streamconv.convert(small, tmp_path / "z.gguf", split=split)
     assert {path: path.read_bytes() for path in left} == left
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from streamconv.engine.layout import MemoryProof, PlacedTensor, make_layout
 from streamconv.engine.pool import stream
 from streamconv.errors import SourceError
+from streamconv.lazy.dtype import BF16
 from streamconv.lazy.leaves import Source
 from streamconv.lazy.node import TensorSpec
 from streamconv.timing import Stopwatch
@@ -61,7 +62,7 @@ def made(calls: Counter[str]) -> tuple[list[Counted], Written]:
     type_ = GGMLQuantizationType.BF16
     files = [Counted(calls, f"shard-{n}") for n in range(N_FILES)]
     tensors = [
-        PlacedTensor(f"blk.{n}.attn_q.weight", Source(f"{n}", file, 0, TensorSpec(SHAPE, type_)), (f"{n}",), type_)
+        PlacedTensor(f"blk.{n}.attn_q.weight", Source(f"{n}", file, 0, TensorSpec(SHAPE, BF16)), (f"{n}",), type_)
         for n, file in enumerate(files)
     ]
     layout = make_layout([], tensors)

@@ -13,6 +13,7 @@ from streamconv.errors import SourceError
 from streamconv.gguf.format import MAX_NAME_NBYTES
 from streamconv.recipe import Claim, Computed, Dim, Key, PerLayer, Permute, Reshape, Split, Tensor
 from streamconv.recipe.language import Recipe, all_recipes, find_recipe, recipe_of
+from tests.raising import raises
 
 FILE = Path("model") / "config.json"
 RECIPES = pytest.mark.parametrize("recipe", all_recipes(), ids=lambda recipe: recipe.arch)
@@ -187,7 +188,7 @@ def test_nonsense_is_an_error_that_names_the_key(reader: str, value: object) -> 
 
 @pytest.mark.parametrize("value", [{}, "0", [1, True], [1, 2.0], [None]])
 def test_a_list_holds_one_kind(value: object) -> None:
-    with pytest.raises(SourceError, match="expected a list of int"):
+    with raises(SourceError, code="config-value"):
         config(the_key=value).list_of("the_key", int)
 
 

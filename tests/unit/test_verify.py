@@ -38,6 +38,7 @@ from streamconv.lazy.node import Workspace, peak_nbytes
 from streamconv.lazy.scratch import Scratch
 from tests import cases, tiny
 from tests.oracles import ggufs
+from tests.raising import raises
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
@@ -175,7 +176,7 @@ def test_adapters(tmp_path: Path) -> None:
     out = tmp_path / "adapter.gguf"
     convert_adapter(adapter, base, out)
     assert verify(out, adapter, base=base).verified
-    with pytest.raises(UsageError, match="--base"):
+    with raises(UsageError, code="base-missing"):
         verify(out, adapter)
     flip(out, "blk.0.attn_q.weight.lora_b", 5, 3)
     with pytest.raises(VerifyError, match=r"blk\.0\.attn_q\.weight\.lora_b: row 0, column 1 is"):
@@ -422,16 +423,16 @@ def test_a_double_that_was_rounded_once_more_is_the_same(source: Path, tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: {n: t for n, t in data.items() if n != QUERY}, rf"{QUERY}: the file lacks {QUERY}"),
-        (lambda data: {**data, "blk.9.extra.weight": data[NORM]}, r"blk\.9\.extra\.weight: the file holds, and its"),
-        (lambda data: {**data, NORM: (data[NORM][0].reshape(2, 32), data[NORM][1])}, r"has shape \[2, 32\], by its"),
-        (lambda data: {**data, NORM: (np.zeros((2, 18), np.uint8), gguf.GGMLQuantizationType.Q4_0)}, "shape"),
+        (lambda data: {n: t for n, t in data.items() if n != QUERY}, "tensors-differ"),
+        (lambda data: {**data, "blk.9.extra.weight": data[NORM]}, "tensors-differ"),
+        (lambda data: {**data, NORM: (data[NORM][0].reshape(2, 32), data[NORM][1])}, "shape-differs"),
+        (lambda data: {**data, NORM: (np.zeros((2, 18), np.uint8), gguf.GGMLQuantizationType.Q4_0)}, "shape-differs"),
     ],
     ids=["lacking", "extra", "reshaped", "another type and shape"],
 )
 def test_the_wrong_tensors(source: Path, change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
     other = rewritten(made(source, tmp_path), tmp_path / "other.gguf", tensors=change)
-    with pytest.raises(VerifyError, match=words):
+    with raises(VerifyError, code=words):
         verify(other, source)
 
 

@@ -12,6 +12,7 @@ from streamconv.errors import SourceError
 from streamconv.metadata.vocab.chat_templates import MAX_NBYTES, chat_template_keys
 from streamconv.metadata.vocab.companions import Companions
 from streamconv.metadata.vocab.files import TokenizerFiles
+from tests.raising import raises
 from tests.vocab_keys import unpacked
 
 EVIL = "{% for x in ().__class__.__base__.__subclasses__() %}{{ x('rm -rf /') }}{% endfor %}\r\n\x00 ü 🚀"
@@ -61,18 +62,18 @@ def test_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (3, "'chat_template' is a text, or a list"),
-        ({"default": "x"}, "'chat_template' is a text, or a list"),
-        ([{"name": "x"}], "'chat_template' is a text, or a list"),
-        ([{"name": 1, "template": "x"}], "'chat_template' is a text, or a list"),
-        ([3], "'chat_template' is a text, or a list"),
-        ([{"name": n, "template": "x"} for n in ("a-b", "a.b")], "two chat templates would have the name 'a_b'"),
-        ("\ud800", "half of a surrogate pair"),
-        ("x" * (MAX_NBYTES + 1), "more than 1,048,576 characters"),
+        (3, "chat-template-malformed"),
+        ({"default": "x"}, "chat-template-malformed"),
+        ([{"name": "x"}], "chat-template-malformed"),
+        ([{"name": 1, "template": "x"}], "chat-template-malformed"),
+        ([3], "chat-template-malformed"),
+        ([{"name": n, "template": "x"} for n in ("a-b", "a.b")], "chat-template-names"),
+        ("\ud800", "not-utf8"),
+        ("x" * (MAX_NBYTES + 1), "chat-template-size"),
     ],
 )
 def test_hostile_values(value: Any, problem: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=problem):
+    with raises(SourceError, code=problem):
         templates(tmp_path, value)
 
 
@@ -86,5 +87,5 @@ def test_hostile_files(tmp_path: Path) -> None:
         templates(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(SourceError, match="not a regular file"):
+    with raises(SourceError, code="not-regular-file"):
         templates(tmp_path)
