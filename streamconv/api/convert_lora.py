@@ -199,7 +199,7 @@ def _tensors(pair: Pair, outtype: str, stored: StoredTypes | None) -> Iterator[P
         if stored is not None:
             type_ = stored.choose(TensorRole(target, tensor.spec.shape))
         else:
-            type_ = own_type if outtype == "auto" else choose_type(target, tensor.spec.shape, outtype)
+            type_ = own_type if outtype == "auto" else choose_type(TensorRole(target, tensor.spec.shape), outtype)
         yield PlacedTensor(target, tensor, tuple(source.name for source in sources(tensor)), type_)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -21,7 +20,7 @@ from streamconv.engine.split import SplitOptions, make_parts
 from streamconv.files.hub import Source, find_source, source_failures
 from streamconv.files.local import noting_files
 from streamconv.files.store import Place
-from streamconv.ggml.policy import PlainTypes, StoredTypes, TensorRole, TypePolicy, resolve_auto
+from streamconv.ggml.policy import PlainTypes, StoredTypes, TypePolicy, resolve_auto
 from streamconv.gguf.format import KeyValue
 from streamconv.gguf.names import LLAMA_CPP, written_name
 from streamconv.lazy.leaves import sources
@@ -124,6 +123,7 @@ def plan_model(
             "dialect": wanted.dialect,
             **merged.options,
         },
+        defaults=model.defaults(),
         cautions=[*checkpoint.cautions, *model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
@@ -142,7 +142,7 @@ def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]
             written_name(target.name, dialect),
             target.tensor,
             tuple(source.name for source in sources(target.tensor)),
-            policy.choose(TensorRole(target.name, target.tensor.spec.shape, partial(model.loss, target))),
+            policy.choose(model.role(target)),
         )
         for target in model.targets
     ]

@@ -257,7 +257,7 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     totals: dict[str, Total] = {}
     for target in model.targets:
         shape = target.tensor.spec.shape
-        kind = choose_type(target.name, shape, outtype)
+        kind = choose_type(model.role(target), outtype)
         totals.setdefault(kind.name, Total()).add(math.prod(shape), tensor_nbytes(shape, kind))
     found.conversion = Conversion(recipe.arch, outtype, totals)
     found.cautions += model.cautions

@@ -66,7 +66,7 @@ MIXER = (
     Tensor(LAYER + "self_attn.out_proj.weight", BLOCK + "attn_output.weight", "H A*D", only=ATTENTION),
     Tensor(LAYER + "self_attn.q_layernorm.weight", BLOCK + "attn_q_norm.weight", "D", only=ATTENTION),
     Tensor(LAYER + "self_attn.k_layernorm.weight", BLOCK + "attn_k_norm.weight", "D", only=ATTENTION),
-    Tensor(LAYER + "conv.conv.weight", BLOCK + "shortconv.conv.weight", "H 1 C", (Squeeze(),), only=CONV),
+    Tensor(LAYER + "conv.conv.weight", BLOCK + "shortconv.conv.weight", "H 1 C", (Squeeze(),), only=CONV, f32=True),
     Tensor(LAYER + "conv.in_proj.weight", BLOCK + "shortconv.in_proj.weight", "3*H H", only=CONV),
     Tensor(LAYER + "conv.out_proj.weight", BLOCK + "shortconv.out_proj.weight", "H H", only=CONV),
     Tensor(LAYER + "ffn_norm.weight", BLOCK + "ffn_norm.weight", "H"),

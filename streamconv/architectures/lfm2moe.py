@@ -77,7 +77,7 @@ RECIPE = Recipe(
         Tensor(FFN + "w1.weight", BLOCK + "ffn_gate.weight", "F H", only=DENSE),
         Tensor(FFN + "w2.weight", BLOCK + "ffn_down.weight", "H F", only=DENSE),
         Tensor(FFN + "w3.weight", BLOCK + "ffn_up.weight", "F H", only=DENSE),
-        Tensor(FFN + "gate.weight", BLOCK + "ffn_gate_inp.weight", "E H", only=MOE),
+        Tensor(FFN + "gate.weight", BLOCK + "ffn_gate_inp.weight", "E H", only=MOE, f32=True),
         Tensor(FFN + "expert_bias", BLOCK + "exp_probs_b.bias", "E", only=MOE, required="use_expert_bias"),
         # Experts one by one ...
         Tensor(FFN + "experts.{e}.w1.weight", BLOCK + "ffn_gate_exps.weight", "M H", only=MOE),

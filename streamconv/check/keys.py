@@ -38,7 +38,8 @@ Values = dict[str, Scalar | PackedArray]
 def compare_keys(job: Job, file: GGUFFile) -> list[Caution]:
     """What differs from the source and changes no result; VerifyError with the first key that does change it."""
     ours = {entry.key: entry for entry in job.keys}
-    absent = _absent(job.architecture, {entry.key: entry.value for entry in job.keys})
+    absent = {Keys.General.TYPE: ("model",), **job.defaults}
+    absent |= _absent_in_vocabulary({entry.key: entry.value for entry in job.keys})
     cautions = []
     for name in (*ours, *(name for name in file.keys if name not in ours)):
         if not _counts(name, job, is_in_both=name in ours and name in file.keys):
@@ -75,40 +76,6 @@ def _decides(name: str, ours: dict[str, KeyValue], file: GGUFFile, *, is_known: 
 
 
 # ---------------------------------------------------------------- what llama.cpp takes where a key is missing
-
-
-def _absent(arch: str, ours: Values) -> dict[str, tuple[Scalar, ...]]:
-    """By key, the values that mean what a missing key means: the first is llama.cpp's default, others do the same.
-
-    ours: the values of the source, from which some defaults follow.
-    """
-    found: dict[str, tuple[Scalar, ...]] = {
-        Keys.General.TYPE: ("model",),
-        f"{arch}.rope.freq_base": (10_000.0,),
-        f"{arch}.rope.scaling.type": ("linear", "none"),  # by a factor of 1
-        f"{arch}.rope.scaling.factor": (1.0, 0.0),
-        f"{arch}.rope.scaling.attn_factor": (1.0,),
-        f"{arch}.rope.scaling.yarn_beta_fast": (32.0,),
-        f"{arch}.rope.scaling.yarn_beta_slow": (1.0,),
-        f"{arch}.expert_count": (0,),
-        f"{arch}.expert_used_count": (0,),
-        f"{arch}.leading_dense_block_count": (0,),
-    }
-    heads, width = ours.get(f"{arch}.attention.head_count"), ours.get(f"{arch}.embedding_length")
-    if isinstance(heads, int) and isinstance(width, int) and heads:
-        found |= {f"{arch}.attention.{name}": (width // heads,) for name in ("key_length", "value_length")}
-        found[f"{arch}.attention.head_count_kv"] = (heads,)
-    for name, other in (
-        ("rope.dimension_count", "attention.key_length"),
-        ("rope.scaling.original_context_length", "context_length"),
-    ):
-        value = ours.get(f"{arch}.{other}")
-        if isinstance(value, int):
-            found[f"{arch}.{name}"] = (value,)
-    tokens = ours.get(Keys.Tokenizer.LIST)
-    if isinstance(tokens, PackedArray):
-        found[f"{arch}.vocab_size"] = (tokens.length,)
-    return found | _absent_in_vocabulary(ours)
 
 
 def _absent_in_vocabulary(ours: Values) -> dict[str, tuple[Scalar, ...]]:

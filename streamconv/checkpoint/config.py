@@ -19,8 +19,8 @@ MAX_NUMBER = 3.4e38  # of float32, which is what GGUF's keys hold
 class Config:
     """A JSON object of a model's config. SourceError, naming the file and the key, where it holds nonsense."""
 
-    def __init__(self, raw: Mapping[str, Any], file: Place) -> None:
-        self.raw, self.file = raw, file
+    def __init__(self, raw: Mapping[str, Any], file: Place, parent: Config | None = None) -> None:
+        self.raw, self.file, self.parent = raw, file, parent
 
     def integer(self, key: str, minimum: int = 1) -> int | None:
         value = self.raw.get(key)
@@ -73,6 +73,17 @@ class Config:
         if not isinstance(value, dict):
             raise self.wrong(key, "an object")
         return Config(value, self.file) if value else None
+
+    def within(self, key: str) -> Config:
+        """The section `key` with all that stands beside it, where that does not say otherwise: a wrapped model's own.
+
+        This config itself where there is no such section.
+        """
+        section = self.section(key) if key else None
+        if section is None:
+            return self
+        beside = {name: value for name, value in self.raw.items() if name != key}
+        return Config({**beside, **section.raw}, self.file, self)
 
     @property
     def rope(self) -> Config:

@@ -22,7 +22,7 @@ from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.files.local import FileId, files_read
 from streamconv.files.store import Place
 from streamconv.ggml.policy import OUTTYPES, outtype_hint
-from streamconv.gguf.format import Buffer, KeyValue, PackedArray
+from streamconv.gguf.format import Buffer, KeyValue, PackedArray, Scalar
 from streamconv.gguf.names import LLAMA_CPP, RENAMES
 from streamconv.metadata.vocab.choice import PREFERENCES
 from streamconv.report import Output, Report, TypeTotal
@@ -151,6 +151,7 @@ class Job:
     outtype: str
     shards: Sequence[Shard]
     options: Mapping[str, str]
+    defaults: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)  # of keys that are missing, by name
     cautions: list[Caution] = field(default_factory=list)
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     base: Place | None = None  # of an adapter: the model it is for

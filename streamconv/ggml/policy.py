@@ -39,8 +39,8 @@ FILE_TYPES: Final[Mapping[GGMLQuantizationType, LlamaFileType]] = {
 _MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
 _QUANTIZED: Final = frozenset(form for name in _MOSTLY for form in (name, name.replace("_K_M", "_K")))
 
-# Small and sensitive: norms, routers, convolution kernels, and whatever is no weight matrix (biases, tables).
-_ALWAYS_F32 = re.compile(r".*(_norm|ffn_gate_inp|shortconv\.conv)\.weight|.*(?<!\.weight)(?<!\.lora_a)(?<!\.lora_b)")
+# Norms, and whatever is not a weight matrix: biases, tables. What else an architecture keeps in F32 its rows say.
+_ALWAYS_F32 = re.compile(r".*_norm\.weight|.*(?<!\.weight)(?<!\.lora_a)(?<!\.lora_b)")
 
 
 def outtype_hint(word: str) -> str | None:
@@ -60,12 +60,12 @@ def resolve_auto(specs: Iterable[TensorSpec]) -> str:
     return "f16"
 
 
-def choose_type(target: str, shape: tuple[int, ...], outtype: str) -> GGMLQuantizationType:
-    """The type that the tensor `target` of row-major `shape` gets in a file of `outtype`."""
-    if len(shape) <= 1 or _ALWAYS_F32.fullmatch(target):
+def choose_type(role: TensorRole, outtype: str) -> GGMLQuantizationType:
+    """The type that a tensor gets in a file of `outtype`."""
+    if role.is_f32 or len(role.shape) <= 1 or _ALWAYS_F32.fullmatch(role.name):
         return F32
     wanted = OUTTYPES[outtype]
-    if shape[-1] % TYPES[wanted].dtype.block:
+    if role.shape[-1] % TYPES[wanted].dtype.block:
         return F16
     return wanted
 
@@ -81,11 +81,13 @@ class TensorRole:
     Attributes:
         name: What llama.cpp calls it.
         shape: Row-major.
+        is_f32: Whether its architecture keeps it in F32 in every outtype.
         loss: What of the model a type would round beyond the source's own numbers, as a phrase; None where nothing.
     """
 
     name: str
     shape: tuple[int, ...]
+    is_f32: bool = False
     loss: Callable[[GGMLQuantizationType], str | None] = _loses_nothing
 
 
@@ -149,9 +151,9 @@ def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
 
 def type_of(role: TensorRole, outtype: str) -> GGMLQuantizationType:
     """`choose_type`, where the type rounds nothing that the model's operations made; else SourceError."""
-    type_ = choose_type(role.name, role.shape, outtype)
+    type_ = choose_type(role, outtype)
     if (what := role.loss(type_)) is not None:
-        able = [name for name in OUTTYPES if role.loss(choose_type(role.name, role.shape, name)) is None]
+        able = [name for name in OUTTYPES if role.loss(choose_type(role, name)) is None]
         raise SourceError(
             f"the model {what}, which {type_.name} cannot hold exactly",
             tensor=role.name,

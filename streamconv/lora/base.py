@@ -7,7 +7,7 @@ Invariant: both kinds of base are seen through the architecture's recipe, so an 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamconv.checkpoint.config import Config
@@ -106,11 +106,11 @@ class BaseModel:
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor of this name in its checkpoint; a tied base's head counts."""
-        return name == self.recipe.head or any(self._rows(name))
+        return self.recipe.canonical(name) == self.recipe.head or any(self._rows(name))
 
     def slot(self, module: str) -> Slot | Problem:
         """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
-        if self.is_tied and f"{module}.weight" == self.recipe.head:
+        if self.is_tied and self.recipe.canonical(f"{module}.weight") == self.recipe.head:
             return Problem("tied", "the base is tied: it has no head of its own that llama.cpp could adapt", (module,))
         rows = list(self._rows(f"{module}.weight"))
         if not rows:
@@ -132,7 +132,7 @@ class BaseModel:
 
     def _rows(self, name: str) -> Iterator[tuple[int, Found, Tensor]]:
         """The recipe's rows that take the tensor `name`, each with its number, as far as this base has them."""
-        found = self.recipe.names.find(name)
+        found = self.recipe.find(name)
         if found is not None:
             for number, row in enumerate(self.recipe.tensors):
                 if row.source == found.template and self._has(row, found):
@@ -164,6 +164,8 @@ def _is_stack(row: Tensor) -> bool:
 
 def _no_matrix(row: Tensor) -> str:
     """Why a row of the recipe is nothing that a pair of factors could change; empty where it is."""
+    if row.no_adapter:
+        return row.no_adapter
     for ending, what in _IGNORED_TARGETS.items():
         if row.target.endswith(ending):
             return f"it is {what}"
@@ -194,7 +196,7 @@ def open_base(source: Source, max_header_nbytes: int) -> BaseModel:
 def _from_gguf(path: Place) -> BaseModel:
     with GGUFSet.open(path) as file:
         refuse(file.problems, ignore=("truncated", "split-missing"))  # only names and shapes are needed
-        facts = _GGUFFacts(path, file.keys)
+        facts = _GGUFFacts(path, file.keys, file.tensors)
         dims = facts.dims()
         shapes = {name: tensor.shape for name, (_, tensor) in file.tensors.items()}
         is_whole = bool(shapes) and not any(problem.code == "split-missing" for problem in file.problems)
@@ -217,7 +219,7 @@ def _from_gguf(path: Place) -> BaseModel:
 class _GGUFFacts:
     """A recipe's keys read backwards: from the values in a file to dims and kinds of layers."""
 
-    def __init__(self, path: Place, keys: Mapping[str, GGUFKey]) -> None:
+    def __init__(self, path: Place, keys: Mapping[str, GGUFKey], tensors: Collection[str]) -> None:
         self.path, self.keys = path, keys
         self.kinds: dict[str, list[str]] = {}
         if self._value("general.type") == "adapter":
@@ -228,7 +230,7 @@ class _GGUFFacts:
                 code="is-adapter",
             )
         arch = self._value("general.architecture")
-        recipe = recipe_of(arch) if isinstance(arch, str) else None
+        recipe = recipe_of(arch, tensors) if isinstance(arch, str) else None
         if recipe is None:
             supported = ", ".join(one.arch for one in all_recipes())
             raise SourceError(
@@ -323,13 +325,14 @@ def _from_folder(path: Place, max_header_nbytes: int) -> BaseModel:
         with Checkpoint.open(path, max_header_nbytes=max_header_nbytes) as checkpoint:
             model = bind(recipe, config, checkpoint.tensors)
             targets = frozenset(target.name for target in model.targets)
-            base = _of_model(path, model, recipe.head not in checkpoint.tensors, targets)
+            base = _of_model(path, model, model.is_tied, targets)
             base.cautions += checkpoint.cautions
             return base
     return _from_config(path, recipe, config)
 
 
 def _from_config(path: Place, recipe: Recipe, config: Config) -> BaseModel:
+    config = config.within(recipe.config_root)
     model = Model(recipe, config, solve_dims(recipe, stated_dims(recipe, config)))
     if not 1 <= model.dims.get(N_LAYERS, 0) <= MAX_LAYERS:
         name = recipe.dims[N_LAYERS].label

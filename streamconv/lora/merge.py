@@ -107,7 +107,10 @@ class _Merge:
     def __init__(self, checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> None:
         self.checkpoint, self.model, self.adapters = checkpoint, model, tuple(adapters)
         self.recipe = model.recipe
-        self.stored: dict[str, Stored] = dict(checkpoint.tensors)
+        self.base: Mapping[str, Stored] = {
+            self.recipe.canonical(name): tensor for name, tensor in checkpoint.tensors.items()
+        }
+        self.stored = dict(self.base)
         self.embedding = next(row.source for row in self.recipe.tensors if row.target == EMBEDDING)
         self.made: dict[str, LazyTensor] = {}
         self.wholes: dict[str, WholeWeight] = {}  # by stored name
@@ -211,20 +214,21 @@ class _Merge:
 
     def _experts(self, name: str, stack: SourceTensor) -> dict[str, LazyTensor]:
         """Stacked experts that an adapter saved whole, one by one; none where the tensor is another."""
-        is_known = len(stack.shape) == 3 and self.recipe.names.find(name) is not None
+        is_known = len(stack.shape) == 3 and self.recipe.find(name) is not None
         return dict(one_by_one(self.model, name, stack.lazy())) if is_known else {}
 
     def _stored_name(self, name: str) -> str | None:
         """The base's name for an adapter's, whose model may have been one without a head, and so without "model."."""
-        known = self.checkpoint.tensors.keys() | {self.recipe.head}
-        return next((one for one in (name, f"model.{name}") if one in known), None)
+        known = self.base.keys() | {self.recipe.head}
+        spelled = (self.recipe.canonical(one) for one in (name, f"model.{name}"))
+        return next((one for one in spelled if one in known), None)
 
     def _is_end(self, name: str) -> bool:
         return name in (self.embedding, self.recipe.head)
 
     def _original(self, name: str) -> Stored:
         """The checkpoint's tensor `name`; of a tied head the embedding."""
-        return self.checkpoint.tensors.get(name) or self.checkpoint.tensors[self.embedding]
+        return self.base.get(name) or self.base[self.embedding]
 
     def _base_of(self, name: str) -> Stored:
         """The tensor that `name` begins as, which an adapter may have brought; a tied head begins as the embedding."""
@@ -371,7 +375,7 @@ class _Merge:
         of_embedding, of_head = self.changed_by[self.embedding], self.changed_by[self.recipe.head]
         tying = [adapter for adapter in of_embedding if adapter.file.config.flag("ensure_weight_tying")]
         alone = [adapter for adapter in (*of_embedding, *of_head) if adapter not in tying]
-        if tying and alone and self.recipe.head not in self.checkpoint.tensors:
+        if tying and alone and self.recipe.head not in self.base:
             what = f"{tying[0].label} ties embedding and head (ensure_weight_tying), and this one changes one of them"
             self._problem(alone[0], "tying", what)
         return bool(tying)
@@ -387,7 +391,7 @@ class _Merge:
         raw = dict(self.model.config.raw)
         if self.n_vocab != self.model.dims[N_VOCAB]:
             raw[self.recipe.dims[N_VOCAB].label] = self.n_vocab
-        if self.recipe.head in self.made.keys() | (self.stored.keys() - self.checkpoint.tensors.keys()):
+        if self.recipe.head in self.made.keys() | (self.stored.keys() - self.base.keys()):
             raw |= {key: False for key in self.recipe.tie_keys if key in raw}
         return Config(raw, self.model.config.file)
 

@@ -64,7 +64,7 @@ def one_by_one(model: Model, name: str, stack: LazyTensor) -> Iterator[tuple[str
     As transformers 5 holds experts, and PEFT saves those that were trained whole, whatever the checkpoint's way. What a
     row does to the stack beyond what the row of single experts does to them is what makes the one of the other.
     """
-    singles, found = alone(model.recipe), model.recipe.names.find(name)
+    singles, found = alone(model.recipe), model.recipe.find(name)
     for row in model.recipe.tensors:
         if found is None or row.source != found.template or row.target not in singles:
             continue

@@ -66,7 +66,7 @@ class _Binding:
     """One run of `bind`; exists to collect problems."""
 
     def __init__(self, recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> None:
-        self.recipe, self.config, self.stored = recipe, config, stored
+        self.recipe, self.config, self.stored = recipe, config.within(recipe.config_root), stored
         self.problems: list[Problem] = []
         self.missing: list[str] = []
         self.forbidden: dict[str, list[str]] = {}  # flag of the config -> tensors that it denies
@@ -99,12 +99,18 @@ class _Binding:
 
     def _match_names(self) -> None:
         unknown = []
+        stated = stated_dims(self.recipe, self.config)
+        depths = {stack: stated[dim] for stack, dim in self.recipe.stacks.items() if dim in stated}
         for name in self.stored:
-            found = self.recipe.names.find(name)
+            if self.recipe.drop_of(name, depths) is not None:
+                continue
+            found = self.recipe.find(name)
             if found is None:
                 unknown.append(name)
             elif found.template in self.rows_of:
-                self.found[found.template][found.i][found.e] = name
+                other = self.found[found.template][found.i].setdefault(found.e, name)
+                if other is not name:
+                    self._problem("tensor-twice", f"{other} and {name} are the same tensor")
         if unknown:
             self._problem("tensors-unknown", f"unknown tensors: {_listed(unknown)}")
 
@@ -159,7 +165,7 @@ class _Binding:
                 )
                 return
             if (fault := self._op_fault(row, expected, len(names))) is not None:
-                self._problem("heads", f"{names[0]} {fault}")
+                self._problem("op-shape", f"{names[0]} {fault}")
                 return
 
     def _op_fault(self, row: Tensor, shape: tuple[int, ...], n_names: int) -> str | None:
@@ -291,7 +297,7 @@ class _Binding:
 
     def _check_head(self, model: Model) -> None:
         """A head that is stored is always written; a config that promises one must have it."""
-        has_head = self.recipe.head in self.stored
+        has_head = self.recipe.head in self.found
         stated = next((flag for key in self.recipe.tie_keys if (flag := self.config.flag(key)) is not None), None)
         tied = self.recipe.tied_by_default if stated is None else stated
         if not has_head and not tied and stated is not None:

@@ -80,7 +80,10 @@ def parse_extent(text: str) -> Extent:
     """ValueError where `text` is not a sum of products."""
     try:
         tree = ast.parse(text, mode="eval").body
-        names = tuple(dict.fromkeys(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
+        found = sorted(
+            (node for node in ast.walk(tree) if isinstance(node, ast.Name)), key=lambda node: node.col_offset
+        )
+        names = tuple(dict.fromkeys(node.id for node in found))
         with suppress(ZeroDivisionError):  # of A/(A-B) at ones; what it is of real dims is seen then
             _evaluate(tree, dict.fromkeys(names, 1))
     except (SyntaxError, ValueError) as error:

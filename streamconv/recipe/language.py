@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -18,10 +18,12 @@ from gguf.constants import GGMLQuantizationType
 
 from streamconv.checkpoint.config import Config
 from streamconv.errors import Caution, SourceError
-from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.ggml.policy import TensorRole
+from streamconv.gguf.format import KeyValue, PackedArray, Scalar
 from streamconv.lazy.node import LazyTensor
+from streamconv.recipe.defaults import common_defaults
 from streamconv.recipe.dims import parse_extent
-from streamconv.recipe.names import MAIN_STACK, NameTable, stack_of
+from streamconv.recipe.names import MAIN_STACK, Found, NameTable, number_after, stack_of
 from streamconv.recipe.ops import applied, loss
 from streamconv.recipe.validation import faults
 from streamconv.recipe.words import Claim, Computed, Dim, Drop, Key, Refusal, Tensor
@@ -38,7 +40,10 @@ class Recipe:
     `axes` are the ways in which layers differ, each with its kinds; `claims` are what the config says of them, all of
     which the tensors must bear out. `flags` are those that rows name in `required`, with the value that transformers
     gives them where the config does not say. `stacks` are the dims that count the layers: of "{i}" that of "", of
-    "{i:vision}" that of "vision". `tie_keys` are the config's flags for a head that is the embedding, the
+    "{i:vision}" that of "vision". `prefixes` says how names begin in other checkpoints of the architecture, each with
+    the beginning that rows have: {"model.language_model.": "model."}. `config_root` is the section of the config that
+    is this model's, "text_config" of a wrapper; what stands beside it counts where the section does not say otherwise.
+    `tie_keys` are the config's flags for a head that is the embedding, the
     first that is stated wins. `default_pre` is the pre-tokenizer of a model whose byte-level tokenizer has an unknown
     structure; None: there is no such guess.
     """
@@ -52,6 +57,8 @@ class Recipe:
     computed: tuple[Computed, ...] = ()
     drops: tuple[Drop, ...] = ()
     stacks: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({MAIN_STACK: "L"}))
+    prefixes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    config_root: str = ""
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     claims: tuple[Claim, ...] = ()
     refusals: tuple[Refusal, ...] = ()
@@ -67,8 +74,22 @@ class Recipe:
         """ValueError, naming the recipe, with all that it cannot mean."""
         if found := list(faults(self)):
             raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
-        sources = [row.source for row in self.tensors] + [drop.source for drop in self.drops]
+        sources = [row.source for row in self.tensors] + [drop.source for drop in self.drops if not drop.is_open]
         object.__setattr__(self, "names", NameTable(sources))
+
+    def canonical(self, name: str) -> str:
+        """A checkpoint's name as rows are written."""
+        found = max((prefix for prefix in self.prefixes if name.startswith(prefix)), key=len, default=None)
+        return name if found is None else self.prefixes[found] + name.removeprefix(found)
+
+    def find(self, name: str) -> Found | None:
+        """Which template a checkpoint's name is of; None where it is of none."""
+        return self.names.find(self.canonical(name))
+
+    def drop_of(self, name: str, depths: Mapping[str, int]) -> Drop | None:
+        """Why the tensor `name` is not needed, where that is known; `depths`: of the stacks, as the config states."""
+        name = self.canonical(name)
+        return next((drop for drop in self.drops if drop.is_open and _covers(drop, name, depths)), None)
 
     def stack_of_axis(self, axis: str) -> str:
         """The stack whose layers differ on `axis`."""
@@ -78,6 +99,14 @@ class Recipe:
 
 
 # ---------------------------------------------------------------- a recipe that has met its checkpoint
+
+
+def _covers(drop: Drop, name: str, depths: Mapping[str, int]) -> bool:
+    stack = stack_of(drop.source)
+    if stack is None:
+        return name.startswith(drop.source.removesuffix("*"))
+    i = number_after(drop.source.removesuffix("*"), name)
+    return i is not None and (not drop.beyond or i >= depths.get(stack, i + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +137,11 @@ class Model:
     def n_layers(self) -> int:
         return self.dims["L"]
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether there is no head of its own."""
+        return all(target.row.source != self.recipe.head for target in self.targets if isinstance(target.row, Tensor))
+
     def depth(self, stack: str) -> int:
         """How many layers a stack has."""
         return self.dims[self.recipe.stacks[stack]]
@@ -130,15 +164,29 @@ class Model:
         """The target of a row, of its source or its stack of experts."""
         return applied(row.ops, tensor, self)
 
-    def loss(self, target: Target, type_: GGMLQuantizationType) -> str | None:
-        """What of a target `type_` would round that its sources do not, as a phrase; None where it is nothing."""
-        return loss(target.row.ops, type_, self)
+    def role(self, target: Target) -> TensorRole:
+        """A target as a type policy sees it."""
+
+        def lost(type_: GGMLQuantizationType) -> str | None:
+            return loss(target.row.ops, type_, self)
+
+        return TensorRole(target.name, target.tensor.spec.shape, target.row.f32, lost)
+
+    def defaults(self) -> dict[str, tuple[Scalar, ...]]:
+        """By key, the values that mean the same as its absence does to llama.cpp, its default first."""
+        arch = self.recipe.arch
+        found = common_defaults(arch, {entry.key: entry.value for entry in self.keys()}, self.dims.get("V"))
+        for key in self.recipe.keys:
+            default = key.default(self) if callable(key.default) else key.default
+            if default is not None:
+                found[key.name.format(arch=arch)] = default if isinstance(default, tuple) else (default,)
+        return found
 
     def keys(self) -> list[KeyValue]:
         """The architecture's own keys, in the recipe's order."""
         result = []
         for key in self.recipe.keys:
-            value = self.value(key.value) if isinstance(key.value, str) else key.value(self)
+            value = self.value(key.value) if isinstance(key.value, str) else key.value(self) if key.value else None
             name = key.name.format(arch=self.recipe.arch)
             if value is None:
                 continue
@@ -179,6 +227,12 @@ def find_recipe(config: Config) -> Recipe:
     raise SourceError(what, file=config.file, hint=f"supported: {supported}", code="architecture-unsupported")
 
 
-def recipe_of(arch: str) -> Recipe | None:
-    """The recipe of a GGUF architecture name."""
-    return next((recipe for recipe in all_recipes() if recipe.arch == arch), None)
+def recipe_of(arch: str, tensors: Collection[str] = ()) -> Recipe | None:
+    """The recipe of a GGUF architecture name; of several, the one that makes most of the file's `tensors`."""
+    recipes = [recipe for recipe in all_recipes() if recipe.arch == arch]
+
+    def n_known(recipe: Recipe) -> int:
+        table = NameTable(row.target for row in recipe.tensors)
+        return sum(table.find(name) is not None for name in tensors)
+
+    return max(recipes, key=n_known, default=None)

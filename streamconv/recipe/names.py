@@ -15,6 +15,7 @@ MAIN_STACK = ""  # the stack of "{i}"
 NONE = -1  # the layer or expert of a name that has no such number
 
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
+_LAYER = re.compile(r"\{i(?::\w+)?\}")
 _PLACEHOLDER = re.compile(r"\{(?:i(?::(\w+))?|(e))\}")
 
 
@@ -52,6 +53,13 @@ def template_fault(template: str) -> str | None:
     if len([one for one in found if one != "{e}"]) > 1 or found.count("{e}") > 1:
         return "counts two kinds of layers or experts"
     return None
+
+
+def number_after(beginning: str, name: str) -> int | None:
+    """The layer of a name that begins as a template with one `{i}` does; None where it begins otherwise."""
+    before, after = (re.escape(part) for part in _LAYER.split(beginning, maxsplit=1))
+    match = re.match(rf"{before}(0|[1-9]\d{{0,5}}){after}", name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ def faults(recipe: Recipe) -> Iterator[str]:
     for drop in recipe.drops:
         if fault := template_fault(drop.source):
             yield f"{drop.source}: {fault}"
+        if drop.beyond and not (drop.is_open and stack_of(drop.source) is not None):
+            yield f"{drop.source}: beyond= is for names of layers that end in *"
 
 
 def _key_faults(recipe: Recipe, key: Key) -> Iterator[str]:

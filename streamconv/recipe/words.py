@@ -31,6 +31,9 @@ U32, I32, F32, BOOL, STRING = (
 )
 
 
+Value = Scalar | Sequence[int] | Sequence[float]  # of a key
+
+
 @dataclass(frozen=True, slots=True)
 class Dim:
     """Where a dim's value comes from: config keys (or a rule over the config), else the shapes, else `default`.
@@ -63,6 +66,9 @@ class Tensor:
     limits the row to the layers of that kind. `required` may name a flag of the config: the tensor is then stored just
     where the flag is true, and either way where the config does not say (Recipe.flags). Rows with the same target are
     alternatives; rows with the same source take parts of it.
+
+    `f32`: it stays F32 in every outtype, as llama.cpp keeps it. `no_adapter`: why no adapter can change it although it
+    is a matrix, as "it is a table of positions, for which llama.cpp asks no adapter".
     """
 
     source: str
@@ -71,6 +77,8 @@ class Tensor:
     ops: tuple[Op, ...] = ()
     only: str = ""
     required: bool | str = True
+    f32: bool = False
+    no_adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,7 @@ class Computed:
     target: str
     value: Callable[[Model], NDArray[np.float32] | None]
     only: str = ""
+    f32: bool = True
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -88,19 +97,32 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A source that is known, and not needed."""
+    """A source that is known, and not needed. One that ends in "*" is every name that begins so.
+
+    `beyond`: only those of layers past the stack's depth, as the config states it: "model.layers.{i}.*".
+    """
 
     source: str
     reason: str
+    beyond: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        return self.source.endswith("*")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One metadata key. `value`: an extent in dims ("A", "D/2"), or a rule; None means that the key is not written."""
+    """One metadata key. `value`: an extent in dims ("A", "D/2"), or a rule; None means that the key is not written.
+
+    `default`: what llama.cpp takes where the key is missing, or a rule for that; of several values the first is its
+    default, and the others mean the same. What it takes for the keys of every architecture is in defaults.py.
+    """
 
     name: str
-    value: str | Callable[[Model], Scalar | Sequence[int] | None]
+    value: str | Callable[[Model], Value | None] | None
     type: GGUFValueType = U32
+    default: Scalar | tuple[Scalar, ...] | Callable[[Model], Scalar | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
+from streamconv.ggml.policy import choose_type
 from streamconv.lazy.dtype import BF16, F32
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import TensorSpec
 from streamconv.recipe import (
+    BOOL,
     Claim,
     Computed,
     Config,
@@ -27,10 +29,12 @@ from streamconv.recipe import (
     Split,
     Squeeze,
     Tensor,
+    words,
 )
 from tests import inmemory
 from tests.inmemory import ABSENT, bound, made, target
 
+FLOAT = words.F32
 LAYER, BLOCK = "layers.{i}.", "blk.{i}."
 
 TOY = Recipe(
@@ -151,6 +155,135 @@ def test_a_stored_tensor_comes_before_a_computed_one() -> None:
 
 def test_a_dropped_source_is_no_target_and_no_problem() -> None:
     assert len(toy({"layers.0.cache": (9, 9)}).targets) == len(toy().targets)
+
+
+def test_open_drops_are_names_that_begin_so() -> None:
+    drops = (Drop("tower.*", "another model's"), Drop(LAYER + "*", "predicts more tokens", beyond=True))
+    shapes = {"tower.1.w": (3, 3), "tower.x": (2,), "layers.2.q.weight": (8, 6), "layers.3.other.5.w": (1,)}
+    recipe = replace(TOY, drops=drops)
+    assert len(bound(CONFIG, made(SHAPES | shapes), recipe).targets) == len(toy().targets)
+    with pytest.raises(SourceError, match=r"unknown tensors: layers\.3\.other\.5\.w"):
+        bound(CONFIG, made(SHAPES | shapes), recipe, n_layers=ABSENT)  # then they are layers of the model
+    with pytest.raises(SourceError, match=r"unknown tensors: towers\.x"):
+        bound(CONFIG, made(SHAPES | {"towers.x": (2,)}), recipe)
+
+
+def test_names_begin_as_in_other_checkpoints() -> None:
+    recipe = replace(TOY, prefixes={"language_model.": "", "model.language_model.layers.": "layers."})
+    for prefix in ("", "language_model."):
+        stored = {prefix + name: one for name, one in made(SHAPES).items()}
+        model = bound(CONFIG, stored, recipe)
+        assert [one.name for one in model.targets] == [one.name for one in toy().targets]
+    mixed = {name.replace("layers.", "model.language_model.layers.", 1): shape for name, shape in SHAPES.items()}
+    assert len(bound(CONFIG, made(mixed), recipe).targets) == len(toy().targets)
+    with pytest.raises(SourceError, match=r"missing tensors: embed\.weight"):
+        bound(CONFIG, made({f"x.{name}": shape for name, shape in SHAPES.items()}), recipe)
+    both = made(SHAPES | {"language_model.embed.weight": (11, 6)})
+    with pytest.raises(SourceError, match=r"embed\.weight and language_model\.embed\.weight are the same tensor"):
+        bound(CONFIG, both, recipe)
+
+
+def test_a_wrapped_models_config_is_a_section() -> None:
+    recipe = replace(TOY, config_root="text_config")
+    model = bound({"text_config": CONFIG, "hidden": 99, "bias": None}, made(SHAPES), recipe)
+    assert model.dims == toy().dims
+    assert model.config.parent is not None and model.config.parent.integer("hidden") == 99
+    beside = {key: value for key, value in CONFIG.items() if key != "hidden"}
+    assert bound({"text_config": beside, "hidden": 6}, made(SHAPES), recipe).dims == toy().dims
+    assert bound(CONFIG, made(SHAPES), recipe).dims == toy().dims
+    again = bound(model.config.raw, made(SHAPES), recipe)
+    assert again.dims == toy().dims
+    with pytest.raises(SourceError, match="text_config is 3, expected an object"):
+        bound({"text_config": 3}, made(SHAPES), recipe)
+
+
+def test_a_second_stack_has_its_own_depth_and_kinds() -> None:
+    recipe = replace(
+        TOY,
+        dims={**TOY.dims, "N": Dim("n_vision")},
+        stacks={"": "L", "vision": "N"},
+        axes={**TOY.axes, "window": ("local", "global")},
+        tensors=(
+            *TOY.tensors,
+            Tensor("v.layers.{i:vision}.w", "v.blk.{i:vision}.w.weight", "H"),
+            Tensor("v.layers.{i:vision}.local", "v.blk.{i:vision}.a.weight", "H", only="window=local"),
+            Tensor("v.layers.{i:vision}.global", "v.blk.{i:vision}.b.weight", "H H", only="window=global"),
+            Tensor("v.merger.0.w", "mm.0.weight", "H H"),
+            Tensor("v.merger.2.w", "mm.2.weight", "H H"),
+        ),
+    )
+    shapes: dict[str, tuple[int, ...]] = {f"v.layers.{i}.w": (6,) for i in range(4)}
+    shapes |= {f"v.layers.{i}.{'global' if i == 2 else 'local'}": (6, 6) if i == 2 else (6,) for i in range(4)}
+    shapes |= {"v.merger.0.w": (6, 6), "v.merger.2.w": (6, 6)}
+    model = bound(CONFIG, made(SHAPES | shapes), recipe)
+    assert (model.dims["L"], model.dims["N"]) == (2, 4)
+    assert model.kinds["window"] == ["local", "local", "global", "local"]
+    names = [one.name for one in model.targets]
+    assert names[-10:] == [
+        "v.blk.0.w.weight", "v.blk.0.a.weight", "v.blk.1.w.weight", "v.blk.1.a.weight", "v.blk.2.w.weight",
+        "v.blk.2.b.weight", "v.blk.3.w.weight", "v.blk.3.a.weight", "mm.0.weight", "mm.2.weight",
+    ]  # fmt: skip
+    with pytest.raises(SourceError, match=r"no place in the model \(n_layers=2, experts=3, n_vision=3\)"):
+        bound(CONFIG, made(SHAPES | shapes), recipe, n_vision=3)
+    with pytest.raises(SourceError, match=r"unknown tensors: v\.merger\.1\.w"):
+        bound(CONFIG, made(SHAPES | shapes | {"v.merger.1.w": (6, 6)}), recipe)
+
+
+def test_a_fused_tensor_is_split_by_sums() -> None:
+    recipe = replace(
+        TOY,
+        dims={**TOY.dims, "K": Dim("kv_heads", "A")},
+        tensors=tuple(row for row in TOY.tensors if ".q." not in row.source)
+        + tuple(
+            Tensor(LAYER + "qkv.weight", BLOCK + f"attn_{x}.weight", "(A+2*K)*D H", (Split(n, "A*D K*D K*D"), *ops),
+                   only="mixer=attention")
+            for n, (x, ops) in enumerate({"q": (Permute("A"),), "k": (Permute("K"),), "v": ()}.items())
+        ),
+    )  # fmt: skip
+    shapes = without("layers.1.q.weight") | {"layers.1.qkv.weight": (16, 6)}
+    stored = made(shapes)
+    w = stored["layers.1.qkv.weight"].values
+    for overrides in ({"kv_heads": 1}, {}):  # stated, or solved of the shape
+        model = bound(CONFIG, stored, recipe, **overrides)
+        assert model.dims["K"] == 1
+        np.testing.assert_array_equal(target(model, "blk.1.attn_v.weight"), w[12:])
+        np.testing.assert_array_equal(
+            target(model, "blk.1.attn_k.weight"), w[8:12].reshape(1, 2, 2, 6).swapaxes(1, 2).reshape(4, 6)
+        )
+    with pytest.raises(
+        SourceError, match=r"has shape \[16, 6\], expected \[24, 6\] from heads=2, kv_heads=2, head_dim=4"
+    ):
+        bound(CONFIG, stored, recipe, kv_heads=2)
+
+
+def test_a_row_may_say_that_it_stays_f32() -> None:
+    rows = tuple(replace(row, f32=row.source == "embed.weight") for row in TOY.tensors)
+    model = bound(CONFIG, made(SHAPES), replace(TOY, tensors=rows))
+    types = {one.name: choose_type(model.role(one), "f16").name for one in model.targets}
+    assert (types["token_embd.weight"], types["blk.0.up_exps.weight"]) == ("F32", "F16")
+
+
+def test_defaults_of_keys_are_those_of_every_architecture_and_its_own() -> None:
+    keys = (
+        Key("{arch}.attention.head_count", "A"),
+        Key("{arch}.embedding_length", "H"),
+        Key("{arch}.rope.freq_base", lambda m: 7.0, FLOAT, default=500.0),
+        Key("{arch}.attention.causal", None, BOOL, default=True),
+        Key("{arch}.window", "W", default=(0, 1)),
+        Key("{arch}.half", "H/2", default=lambda m: m.dims["H"] * 2),
+    )
+    model = bound(CONFIG, made(SHAPES), replace(TOY, keys=keys))
+    assert inmemory.keys(model) == {
+        "attention.head_count": 2, "embedding_length": 6, "rope.freq_base": 7.0, "window": 7, "half": 3
+    }  # fmt: skip
+    defaults = model.defaults()
+    assert {name: defaults[f"toy.{name}"] for name in ("rope.freq_base", "attention.causal", "window", "half")} == {
+        "rope.freq_base": (500.0,), "attention.causal": (True,), "window": (0, 1), "half": (12,)
+    }  # fmt: skip
+    assert defaults["toy.attention.head_count_kv"] == (2,)
+    assert defaults["toy.attention.key_length"] == (3,)
+    assert defaults["toy.expert_count"] == (0,)
+    assert defaults["toy.vocab_size"] == (11,)
 
 
 def test_experts_of_two_types_meet_in_float32() -> None:

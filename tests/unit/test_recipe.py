@@ -11,7 +11,7 @@ import pytest
 from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
 from streamconv.gguf.format import MAX_NAME_NBYTES
-from streamconv.recipe import Claim, Computed, Dim, Key, PerLayer, Permute, Reshape, Split, Tensor
+from streamconv.recipe import Claim, Computed, Dim, Drop, Key, PerLayer, Permute, Reshape, Split, Tensor, language
 from streamconv.recipe.language import Recipe, all_recipes, find_recipe, recipe_of
 from tests.raising import raises
 
@@ -73,6 +73,17 @@ def test_a_gguf_architecture_has_its_recipe() -> None:
     assert recipe_of("mamba") is None
 
 
+def test_of_two_recipes_of_one_architecture_the_files_tensors_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = recipe(tensors=(Tensor(LAYER, "blk.{i}.ffn_up.weight", "H"),))
+    experts = recipe(
+        tensors=(Tensor("layers.{i}.x.{e}.w", "blk.{i}.ffn_up_exps.weight", "H"),),
+        dims={"L": Dim("l"), "V": Dim("v"), "H": Dim("h"), "E": Dim("e")},
+    )
+    monkeypatch.setattr(language, "all_recipes", lambda: (dense, experts))
+    assert recipe_of("made-up", ["blk.0.ffn_up.weight"]) is dense
+    assert recipe_of("made-up", ["blk.0.ffn_up_exps.weight"]) is experts
+
+
 # ---------------------------------------------------------------- what every recipe must be
 
 
@@ -125,6 +136,9 @@ LAYER, BLOCK = "layers.{i}.w.weight", "blk.{i}.w.weight"
         ({"keys": (Key("{arch}.heads", PerLayer("mixer", {"attention": "Q", "conv": 0})),)}, "no dim Q"),
         ({"claims": (Claim("types", "mixr", lambda c, n: None),)}, "types: there is no axis 'mixr'"),
         ({"stacks": {"": "L", "vision": "N"}}, "stack 'vision': there is no dim N"),
+        ({"drops": (Drop("layers.{j}.w", "no"),)}, "layers.{j}.w: has braces"),
+        ({"drops": (Drop("tower.*", "no", beyond=True),)}, "tower.*: beyond="),
+        ({"drops": (Drop("layers.{i}.w", "no", beyond=True),)}, "layers.{i}.w: beyond="),
     ],
 )
 def test_a_word_that_means_nothing_is_an_error_when_the_recipe_loads(changed: dict[str, Any], fault: str) -> None:
@@ -142,7 +156,6 @@ def test_all_faults_of_a_recipe_are_listed() -> None:
 def test_no_name_belongs_to_two_recipes() -> None:
     for names in (
         [name for recipe in all_recipes() for name in recipe.hf_names],
-        [recipe.arch for recipe in all_recipes()],
         [recipe.model_type for recipe in all_recipes()],
     ):
         assert len(names) == len(set(names))

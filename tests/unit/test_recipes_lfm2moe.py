@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.ggml.policy import Q8_0, TensorRole, type_of
+from streamconv.ggml.policy import Q8_0, type_of
 from streamconv.ggml.rows import Encode
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import peak_nbytes
@@ -39,7 +38,7 @@ def encoded(model: Model, name: str, outtype: str) -> np.ndarray[Any, Any]:
     """A target's values after encoding, by gguf's own decoder."""
     one = next(one for one in model.targets if one.name == name)
     tensor = one.tensor
-    type_ = type_of(TensorRole(name, tensor.spec.shape, partial(model.loss, one)), outtype)
+    type_ = type_of(model.role(one), outtype)
     return gguf.dequantize(inmemory.raw(Encode(tensor, name, type_)), type_).reshape(tensor.spec.shape)
 
 
