@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -24,7 +25,7 @@ from streamconv.engine.split import make_parts
 from streamconv.errors import Caution, UsageError
 from streamconv.files.hub import Source, source_failures
 from streamconv.files.local import noting_files
-from streamconv.ggml.policy import StoredTypes, TensorRole, choose_type
+from streamconv.ggml.policy import ModelFacts, OuttypePolicy, StoredTypes, TensorRole, TypePolicy
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.lazy.leaves import sources
@@ -121,7 +122,8 @@ def _plan(
     # gguf counts the matrices that an adapter changes, for the heuristics that read names like my-1B-lora.
     specs = [(pair.target, pair.changed) for pair in folded.pairs]
     general = read_general(source.directory, arch=base.recipe.arch, name=wanted.name, specs=specs, kind="adapter")
-    tensors = [tensor for pair in folded.pairs for tensor in _tensors(pair, wanted.outtype, stored)]
+    policy = stored or (None if wanted.outtype == "auto" else OuttypePolicy(wanted.outtype))
+    tensors = _place([factor for pair in folded.pairs for factor in _factors(pair)], base.recipe.arch, policy)
     outtype = wanted.outtype if wanted.outtype != "auto" else _outtype(tensors)
     path = output_path(dst, general.file_name(outtype, "LoRA"))
     keys = [*general.keys, *_adapter_keys(folded.alpha, invocation_tokens), *base.keys]
@@ -151,15 +153,8 @@ def _plan_legacy(
     refuse([*resolved.problems, *legacy_problems(base, resolved.sound, source.config)], source, base)
     legacy = legacy_adapter(base, resolved.modules, source.factors, source.config)
     general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
-    tensors = [
-        PlacedTensor(
-            one.target,
-            one.tensor,
-            (one.source,),
-            stored.choose(TensorRole(one.target, one.tensor.spec.shape)) if stored else one.type,
-        )
-        for one in legacy.tensors
-    ]
+    own = [PlacedTensor(one.target, one.tensor, (one.source,), one.type) for one in legacy.tensors]
+    tensors = _place(own, base.recipe.arch, stored)
     path = output_path(dst, general.file_name("f16", "LoRA"))
     return Job(
         command="lora",
@@ -191,16 +186,21 @@ def _outtype(tensors: Sequence[PlacedTensor]) -> str:
     return types.pop() if len(types) == 1 else "mixed"
 
 
-def _tensors(pair: Pair, outtype: str, stored: StoredTypes | None) -> Iterator[PlacedTensor]:
+def _factors(pair: Pair) -> Iterator[PlacedTensor]:
+    """Both factors of a pair, each in the type that loses nothing."""
     for target, tensor, own_type in (
         (f"{pair.target}.lora_a", pair.a, pair.a_type),
         (f"{pair.target}.lora_b", pair.b, pair.b_type),
     ):
-        if stored is not None:
-            type_ = stored.choose(TensorRole(target, tensor.spec.shape))
-        else:
-            type_ = own_type if outtype == "auto" else choose_type(TensorRole(target, tensor.spec.shape), outtype)
-        yield PlacedTensor(target, tensor, tuple(source.name for source in sources(tensor)), type_)
+        yield PlacedTensor(target, tensor, tuple(source.name for source in sources(tensor)), own_type)
+
+
+def _place(tensors: Sequence[PlacedTensor], arch: str, policy: TypePolicy | None) -> list[PlacedTensor]:
+    """The tensors in the types that `policy` chooses; in their own without one."""
+    if policy is None:
+        return list(tensors)
+    types = policy.choose([TensorRole(one.target, one.rows.spec.shape) for one in tensors], ModelFacts(arch))
+    return [replace(one, type=type_) for one, type_ in zip(tensors, types, strict=True)]
 
 
 def _switched_off(modules: Sequence[LoraModule]) -> Iterator[Caution]:

@@ -20,7 +20,7 @@ from streamconv.engine.split import SplitOptions, make_parts
 from streamconv.files.hub import Source, find_source, source_failures
 from streamconv.files.local import noting_files
 from streamconv.files.store import Place
-from streamconv.ggml.policy import PlainTypes, StoredTypes, TypePolicy, resolve_auto
+from streamconv.ggml.policy import OuttypePolicy, StoredTypes, TypePolicy, facts_of, resolve_auto
 from streamconv.gguf.format import KeyValue
 from streamconv.gguf.names import LLAMA_CPP, written_name
 from streamconv.lazy.leaves import sources
@@ -98,7 +98,7 @@ def plan_model(
     bound = bind(find_recipe(config), config, checkpoint.tensors)
     merged = merge(checkpoint, bound, adapters)
     model = merged.model
-    policy = stored or PlainTypes(auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype)
+    policy = stored or OuttypePolicy(auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype)
     tensors = _place(model, wanted.dialect, policy)
     general = read_general(
         checkpoint.directory,
@@ -137,14 +137,15 @@ def auto_outtype(checkpoint: Checkpoint, model: Model) -> str:
 
 def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]:
     """The model's tensors under the names, and of the types, that the file will have."""
+    types = policy.choose([model.role(target) for target in model.targets], facts_of(model.recipe.arch, model.keys()))
     return [
         PlacedTensor(
             written_name(target.name, dialect),
             target.tensor,
             tuple(source.name for source in sources(target.tensor)),
-            policy.choose(model.role(target)),
+            type_,
         )
-        for target in model.targets
+        for target, type_ in zip(model.targets, types, strict=True)
     ]
 
 

@@ -29,7 +29,7 @@ from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, Source, find_source
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
 from streamconv.ggml.element_types import tensor_nbytes
-from streamconv.ggml.policy import choose_type
+from streamconv.ggml.policy import OuttypePolicy, facts_of
 from streamconv.gguf.format import Scalar
 from streamconv.gguf.reader import FileProblem, GGUFKey, Span
 from streamconv.gguf.splits import GGUFSet
@@ -255,9 +255,11 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     model = bind(recipe, config, checkpoint.tensors)
     outtype = auto_outtype(checkpoint, model)
     totals: dict[str, Total] = {}
-    for target in model.targets:
+    kinds = OuttypePolicy(outtype).choose(
+        [model.role(target) for target in model.targets], facts_of(recipe.arch, model.keys())
+    )
+    for target, kind in zip(model.targets, kinds, strict=True):
         shape = target.tensor.spec.shape
-        kind = choose_type(model.role(target), outtype)
         totals.setdefault(kind.name, Total()).add(math.prod(shape), tensor_nbytes(shape, kind))
     found.conversion = Conversion(recipe.arch, outtype, totals)
     found.cautions += model.cautions

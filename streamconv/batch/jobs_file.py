@@ -27,7 +27,8 @@ from typing import Any, Literal, get_args
 from streamconv.budget import parse_size
 from streamconv.errors import UsageError
 from streamconv.files.hub import find_cached, is_repo_id, model_name
-from streamconv.ggml.policy import OUTTYPES, outtype_hint
+from streamconv.ggml.outtypes import WORDS
+from streamconv.ggml.policy import outtype_hint
 from streamconv.gguf.names import RENAMES
 
 Command = Literal["convert", "lora", "verify"]
@@ -64,7 +65,7 @@ _KEYS: dict[str, type] = {
     "dialect": str, "max_memory": str, "split_max_size": str, "verify": bool, "force": bool,
 }  # fmt: skip
 _TYPE_NAMES = {str: "a string", bool: "true or false"}
-_CHOICES = {"command": get_args(Command), "outtype": ("auto", *OUTTYPES), "dialect": tuple(RENAMES)}
+_CHOICES = {"command": get_args(Command), "outtype": WORDS, "dialect": tuple(RENAMES)}
 
 # Keys that a kind of job must have, and keys that only some kinds have; as a default the others pass them by.
 _NEEDED = {"lora": ("base",), "verify": ("output",)}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from streamconv.errors import UsageError
+from streamconv.ggml.outtypes import WORDS
 
-OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 DIALECTS = ("llama.cpp", "ollama-legacy")
 EXIT_CODES = """exit codes:
   0 done   2 usage   3 something wrong with the sources   4 memory bound too small
@@ -45,7 +45,7 @@ def add_output_options(
     """example: a default name of OUT; auto, dialect: what these options mean here; outtype: its default."""
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="OUT", type=dst_name, help=f"default: {example}, in this folder")
-    group.add_argument("--outtype", type=outtype_name, choices=OUTTYPES, default=outtype, help=f"default: auto, {auto}")
+    group.add_argument("--outtype", type=outtype_name, choices=WORDS, default=outtype, help=f"default: auto, {auto}")
     group.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help=dialect)
     group.add_argument("--name", metavar="NAME", help="the name in the file, general.name")
     group.add_argument(
@@ -115,12 +115,12 @@ positive.__name__ = "number"  # argparse names it where it refuses a word
 def outtype_name(text: str) -> str:
     """The word in small letters; UsageError, with the way to it, on one that only llama.cpp knows."""
     name = text.lower()
-    if name not in OUTTYPES:
+    if name not in WORDS:
         from streamconv.ggml.policy import outtype_hint
 
         if hint := outtype_hint(name):
             raise UsageError(
-                f"argument --outtype: {text!r} is none of {', '.join(OUTTYPES)}", hint=hint, code="outtype-unknown"
+                f"argument --outtype: {text!r} is none of {', '.join(WORDS)}", hint=hint, code="outtype-unknown"
             )
     return name
 

@@ -21,7 +21,8 @@ from streamconv.engine.split import Part, SplitOptions
 from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.files.local import FileId, files_read
 from streamconv.files.store import Place
-from streamconv.ggml.policy import OUTTYPES, outtype_hint
+from streamconv.ggml.outtypes import WORDS
+from streamconv.ggml.policy import outtype_hint
 from streamconv.gguf.format import Buffer, KeyValue, PackedArray, Scalar
 from streamconv.gguf.names import LLAMA_CPP, RENAMES
 from streamconv.metadata.vocab.choice import PREFERENCES
@@ -125,8 +126,8 @@ class OutputOptions:
     tokenizer: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.outtype not in ("auto", *OUTTYPES):
-            what = f"{self.outtype!r} is none of auto, {', '.join(OUTTYPES)}"
+        if self.outtype not in WORDS:
+            what = f"{self.outtype!r} is none of {', '.join(WORDS)}"
             raise UsageError(what, hint=outtype_hint(str(self.outtype)), code="outtype-unknown")
         if self.dialect not in tuple(RENAMES):
             raise UsageError(f"{self.dialect!r} is none of {', '.join(RENAMES)}", code="dialect-unknown")

@@ -1,51 +1,58 @@
-"""Which type each tensor of the output gets: one table, llama.cpp's rules.
+"""Which type each tensor of a file gets: a type policy, as data.
 
-Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and measured on its output.
+An outtype (outtypes.py) has a default type and perhaps a mix; overrides by pattern come before both. Tensors that stay
+F32 are named in the architecture's file (`f32` of a row), beside norms, vectors and whatever is not a weight; rows that
+do not divide into blocks fall back. A policy chooses for the whole list of tensors at once, since mixes count.
+
+Sources: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py and measured on its output (plain outtypes);
+llama_tensor_get_type and tensor_type_fallback in llama.cpp's llama-quant.cpp (fallbacks, overrides).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from gguf.constants import GGMLQuantizationType, LlamaFileType
+import numpy as np
+from gguf.constants import GGMLQuantizationType as T
+from gguf.constants import LlamaFileType
 
 from streamconv.errors import SourceError
 from streamconv.ggml.element_types import TYPES, VERIFIABLE
+from streamconv.ggml.outtypes import AUTO, OUTTYPES, Outtype
+from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray
 from streamconv.gguf.names import spellings
 from streamconv.lazy import dtype
 from streamconv.lazy.node import TensorSpec
 
-F32, F16, BF16, Q8_0 = (
-    GGMLQuantizationType.F32,
-    GGMLQuantizationType.F16,
-    GGMLQuantizationType.BF16,
-    GGMLQuantizationType.Q8_0,
-)
-
-OUTTYPES: Final[Mapping[str, GGMLQuantizationType]] = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
-
-FILE_TYPES: Final[Mapping[GGMLQuantizationType, LlamaFileType]] = {
-    F32: LlamaFileType.ALL_F32,
-    F16: LlamaFileType.MOSTLY_F16,
-    BF16: LlamaFileType.MOSTLY_BF16,
-    Q8_0: LlamaFileType.MOSTLY_Q8_0,
+# By what a type is replaced where a row does not divide into its blocks, again and again until it does.
+FALLBACKS: Final[Mapping[T, T]] = {
+    T.Q2_K: T.Q4_0,
+    T.Q3_K: T.Q4_0,
+    T.Q4_K: T.Q5_0,
+    T.Q5_K: T.Q5_1,
+    T.Q6_K: T.Q8_0,
+    T.IQ4_XS: T.IQ4_NL,
+    T.Q4_0: T.F16,
+    T.Q4_1: T.F16,
+    T.Q5_0: T.F16,
+    T.Q5_1: T.F16,
+    T.Q8_0: T.F16,
+    T.IQ4_NL: T.F16,
 }
 
 # llama-quantize's names; Q4_K and the like are its short ones for Q4_K_M.
 _MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
 _QUANTIZED: Final = frozenset(form for name in _MOSTLY for form in (name, name.replace("_K_M", "_K")))
-
-# Norms, and whatever is not a weight matrix: biases, tables. What else an architecture keeps in F32 its rows say.
-_ALWAYS_F32 = re.compile(r".*_norm\.weight|.*(?<!\.weight)(?<!\.lora_a)(?<!\.lora_b)")
+_LAYER: Final = re.compile(r"\bblk\.(\d+)\.")
 
 
 def outtype_hint(word: str) -> str | None:
     """The way out where `word` is no outtype: its small letters, or llama-quantize for what only llama.cpp writes."""
-    if word.lower() in ("auto", *OUTTYPES):
+    if word.lower() in (AUTO, *OUTTYPES):
         return f"write {word.lower()}"
     if word.upper() in _QUANTIZED:
         return f"llama.cpp's llama-quantize makes {word.upper()} of a converted model"
@@ -60,17 +67,10 @@ def resolve_auto(specs: Iterable[TensorSpec]) -> str:
     return "f16"
 
 
-def choose_type(role: TensorRole, outtype: str) -> GGMLQuantizationType:
-    """The type that a tensor gets in a file of `outtype`."""
-    if role.is_f32 or len(role.shape) <= 1 or _ALWAYS_F32.fullmatch(role.name):
-        return F32
-    wanted = OUTTYPES[outtype]
-    if role.shape[-1] % TYPES[wanted].dtype.block:
-        return F16
-    return wanted
+# ---------------------------------------------------------------- what a policy sees
 
 
-def _loses_nothing(type_: GGMLQuantizationType) -> str | None:
+def _loses_nothing(type_: T) -> str | None:
     return None
 
 
@@ -81,14 +81,88 @@ class TensorRole:
     Attributes:
         name: What llama.cpp calls it.
         shape: Row-major.
-        is_f32: Whether its architecture keeps it in F32 in every outtype.
+        is_f32: Whether its architecture keeps it F32 in files of every type.
         loss: What of the model a type would round beyond the source's own numbers, as a phrase; None where nothing.
     """
 
     name: str
     shape: tuple[int, ...]
     is_f32: bool = False
-    loss: Callable[[GGMLQuantizationType], str | None] = _loses_nothing
+    loss: Callable[[T], str | None] = _loses_nothing
+
+    @property
+    def layer(self) -> int | None:
+        """The number of its layer; None of a tensor that has none."""
+        match = _LAYER.search(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it may be of another type than F32: a matrix of weights, or a factor of one."""
+        is_named_so = self.name.endswith((".weight", ".lora_a", ".lora_b")) and not self.name.endswith("_norm.weight")
+        return len(self.shape) > 1 and is_named_so and not self.is_f32
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What of a model decides types, beside its tensors.
+
+    Attributes:
+        arch: general.architecture.
+        n_layers: Blocks.
+        n_experts: 0 of a dense model.
+        n_heads: Of layer 0.
+        n_kv_heads: Of layer 0; 0 where that layer does not attend.
+        has_importance: Whether there is an importance matrix.
+    """
+
+    arch: str = ""
+    n_layers: int = 0
+    n_experts: int = 0
+    n_heads: int = 0
+    n_kv_heads: int = 0
+    has_importance: bool = False
+
+
+def facts_of(arch: str, keys: Iterable[KeyValue], *, has_importance: bool = False) -> ModelFacts:
+    """The facts that a file's keys state."""
+    values = {entry.key: _first(entry.value) for entry in keys if entry.key.startswith(f"{arch}.")}
+    layers, experts, heads, kv_heads = (
+        values.get(f"{arch}.{name}", 0)
+        for name in ("block_count", "expert_count", "attention.head_count", "attention.head_count_kv")
+    )
+    return ModelFacts(arch, layers, experts, heads, kv_heads or 0, has_importance)
+
+
+def _first(value: object) -> int:
+    """A number, or the first of an array."""
+    if isinstance(value, PackedArray) and value.element in SCALAR_FORMATS and value.length:
+        first = np.frombuffer(value.payload, np.dtype(SCALAR_FORMATS[value.element]), count=1)
+        return int(first[0])
+    return value if isinstance(value, int) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A type for tensors whose name has a pattern in it, as llama-quantize's --tensor-type."""
+
+    pattern: re.Pattern[str]
+    type: T
+
+    @classmethod
+    def of(cls, pattern: str, type_: T) -> Override:
+        """re.error where the pattern is not a regular expression."""
+        return cls(re.compile(pattern.lower()), type_)
+
+
+# Types by name of the tensors that a mix gives another type than its outtype's. The tensors are all that may be
+# quantised, in llama-quantize's order: by layer and then by name. Those named in the third argument have a type by an
+# override already: they are counted, and advance no counter.
+Mix = Callable[[Sequence[TensorRole], ModelFacts, Collection[str]], Mapping[str, T]]
+MIXES: Final[Mapping[str, Mix]] = {}
+
+
+# ---------------------------------------------------------------- choosing
 
 
 class TypePolicy(Protocol):
@@ -103,23 +177,24 @@ class TypePolicy(Protocol):
     def outtype(self) -> str: ...
     @property
     def file_type(self) -> int: ...
-    def choose(self, role: TensorRole) -> GGMLQuantizationType:
-        """The type of a tensor. SourceError where that cannot hold it."""
+    def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
+        """The type of each tensor. SourceError where a type cannot hold its tensor."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class PlainTypes:
-    """One of OUTTYPES for all weight matrices, as llama.cpp's converter does."""
+class OuttypePolicy:
+    """The types of an outtype, but for overrides; the first whose pattern is found counts."""
 
     outtype: str
+    overrides: tuple[Override, ...] = ()
 
     @property
     def file_type(self) -> int:
-        return FILE_TYPES[OUTTYPES[self.outtype]]
+        return file_type_of(OUTTYPES[self.outtype])
 
-    def choose(self, role: TensorRole) -> GGMLQuantizationType:
-        return type_of(role, self.outtype)
+    def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
+        return choose(roles, facts, OUTTYPES[self.outtype], self.overrides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +207,70 @@ class StoredTypes:
 
     outtype: str
     file_type: int
-    types: Mapping[str, tuple[tuple[int, ...], GGMLQuantizationType]]
+    types: Mapping[str, tuple[tuple[int, ...], T]]
 
-    def choose(self, role: TensorRole) -> GGMLQuantizationType:
+    def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
+        return [self._stored(role) for role in roles]
+
+    def _stored(self, role: TensorRole) -> T:
         found = (self.types[name] for name in spellings(role.name) if name in self.types)
-        shape, type_ = next(found, ((), F32))
-        return type_ if shape == role.shape and type_ in VERIFIABLE else F32
+        shape, type_ = next(found, ((), T.F32))
+        return type_ if shape == role.shape and type_ in VERIFIABLE else T.F32
+
+
+def file_type_of(outtype: Outtype) -> LlamaFileType:
+    """general.file_type of a file of `outtype`."""
+    own = TYPES[T[outtype.type]].file_type
+    if outtype.file_type or own is None:
+        return LlamaFileType[f"MOSTLY_{outtype.file_type}"]
+    return own
+
+
+def choose(
+    roles: Sequence[TensorRole], facts: ModelFacts, outtype: Outtype, overrides: Sequence[Override] = ()
+) -> list[T]:
+    """The type of each tensor, in the order of `roles`.
+
+    Raises:
+        SourceError: A type would round what the model's operations made of a tensor (code "inexact-type").
+    """
+    weights = [role for role in roles if role.is_weight]
+    wanted = {role.name: T[outtype.type] for role in weights}
+    forced = {role.name: type_ for role in weights if (type_ := _override(role, overrides)) is not None}
+    if outtype.mix:
+        wanted |= MIXES[outtype.mix](sorted(weights, key=_order), facts, forced.keys())
+    wanted |= forced
+    return [_checked(role, settled(role, wanted.get(role.name, T.F32))) for role in roles]
+
+
+def settled(role: TensorRole, type_: T) -> T:
+    """`type_`, or what it falls back to; F32 of a tensor that is always that."""
+    if not role.is_weight:
+        return T.F32
+    while role.shape[-1] % TYPES[type_].dtype.block:
+        type_ = FALLBACKS[type_]
+    return type_
+
+
+def _override(role: TensorRole, overrides: Sequence[Override]) -> T | None:
+    return next((one.type for one in overrides if one.pattern.search(role.name.lower())), None)
+
+
+def _order(role: TensorRole) -> tuple[int, str]:
+    return -1 if role.layer is None else role.layer, role.name
+
+
+def _checked(role: TensorRole, type_: T) -> T:
+    """The type, where it rounds nothing that the model's operations made; else SourceError."""
+    if (what := role.loss(type_)) is not None:
+        able = [name for name, row in OUTTYPES.items() if role.loss(settled(role, T[row.type])) is None]
+        raise SourceError(
+            f"the model {what}, which {type_.name} cannot hold exactly",
+            tensor=role.name,
+            hint=f"--outtype {' or '.join(able)}",
+            code="inexact-type",
+        )
+    return type_
 
 
 def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
@@ -147,17 +280,3 @@ def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
         if any(said.startswith(name) for name in nbytes if name != "F32"):  # which all files have
             return said.lower()
     return max(nbytes, key=lambda name: nbytes[name], default="f32").lower()
-
-
-def type_of(role: TensorRole, outtype: str) -> GGMLQuantizationType:
-    """`choose_type`, where the type rounds nothing that the model's operations made; else SourceError."""
-    type_ = choose_type(role, outtype)
-    if (what := role.loss(type_)) is not None:
-        able = [name for name in OUTTYPES if role.loss(choose_type(role, name)) is None]
-        raise SourceError(
-            f"the model {what}, which {type_.name} cannot hold exactly",
-            tensor=role.name,
-            hint=f"--outtype {' or '.join(able)}",
-            code="inexact-type",
-        )
-    return type_

@@ -17,7 +17,7 @@ import pytest
 import tokenizers as library
 
 import streamconv
-from streamconv.ggml.policy import OUTTYPES
+from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.recipe.language import all_recipes
 from tests import cases, families
 from tests.families.table import FAMILIES

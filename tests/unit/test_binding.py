@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.ggml.policy import choose_type
+from streamconv.ggml.policy import ModelFacts, OuttypePolicy
 from streamconv.lazy.dtype import BF16, F32
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import TensorSpec
@@ -259,7 +259,8 @@ def test_a_fused_tensor_is_split_by_sums() -> None:
 def test_a_row_may_say_that_it_stays_f32() -> None:
     rows = tuple(replace(row, f32=row.source == "embed.weight") for row in TOY.tensors)
     model = bound(CONFIG, made(SHAPES), replace(TOY, tensors=rows))
-    types = {one.name: choose_type(model.role(one), "f16").name for one in model.targets}
+    chosen = OuttypePolicy("f16").choose([model.role(one) for one in model.targets], ModelFacts())
+    types = {one.name: type_.name for one, type_ in zip(model.targets, chosen, strict=True)}
     assert (types["token_embd.weight"], types["blk.0.up_exps.weight"]) == ("F32", "F16")
 
 

@@ -20,7 +20,7 @@ import pytest
 import streamconv
 from streamconv import cli
 from streamconv.cli.parser import build_parser
-from streamconv.ggml.policy import OUTTYPES
+from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.gguf.names import RENAMES
 from tests import tiny
 from tests.tools import cli_docs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.ggml.policy import Q8_0, type_of
+from streamconv.ggml.policy import ModelFacts, OuttypePolicy
 from streamconv.ggml.rows import Encode
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import peak_nbytes
@@ -38,7 +38,7 @@ def encoded(model: Model, name: str, outtype: str) -> np.ndarray[Any, Any]:
     """A target's values after encoding, by gguf's own decoder."""
     one = next(one for one in model.targets if one.name == name)
     tensor = one.tensor
-    type_ = type_of(model.role(one), outtype)
+    (type_,) = OuttypePolicy(outtype).choose([model.role(one)], ModelFacts())
     return gguf.dequantize(inmemory.raw(Encode(tensor, name, type_)), type_).reshape(tensor.spec.shape)
 
 
@@ -86,7 +86,7 @@ def test_memory_does_not_grow_with_the_experts() -> None:
     """A stack's scratch is that of one expert's rows, whatever their number."""
 
     expert = Resident(tiny.noise("expert", (96, 64), 1.0))
-    peaks = {peak_nbytes(Encode(Stack([expert] * n), "made", Q8_0), 32) for n in (2, 8, 128)}
+    peaks = {peak_nbytes(Encode(Stack([expert] * n), "made", gguf.GGMLQuantizationType.Q8_0), 32) for n in (2, 8, 128)}
     assert len(peaks) == 1
 
 
