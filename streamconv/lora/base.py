@@ -350,7 +350,7 @@ def _from_config(path: Place, recipe: Recipe, config: Config) -> BaseModel:
                 file=config.file,
                 code="config-contradiction",
             )
-    stated = next((flag for key in recipe.tie_keys if (flag := config.flag(key)) is not None), None)
+    stated = recipe.stated_tie(config)
     return _of_model(path, model, recipe.tied_by_default if stated is None else stated, None)
 
 

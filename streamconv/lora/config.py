@@ -87,6 +87,7 @@ class LoraConfig(ABC):
     cautions: list[Caution] = field(default_factory=list)
     is_dora: bool = False
     invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA (aLoRA)
+    ties_ends: bool = False  # whether a change of a tied model's embedding is one of its head
 
     @abstractmethod
     def scale(self, module: str, rank: int) -> float:
@@ -162,6 +163,7 @@ class PeftConfig(LoraConfig):
         self.tells_ranks = self.fixed_scale is None and not self.problems
         self.is_dora = self._read(config.flag, "use_dora") or False
         self.is_rslora = self._read(config.flag, "use_rslora") or False
+        self.ties_ends = self._read(config.flag, "ensure_weight_tying") or False
         alpha = self._read(config.number, "lora_alpha")
         self.default_alpha = DEFAULT_ALPHA if alpha is None else alpha
         if alpha is None and self.fixed_scale is None:
@@ -273,6 +275,7 @@ class MlxConfig(LoraConfig):
     _rank: int | None = None
 
     def __post_init__(self) -> None:
+        self.ties_ends = True  # the one shared matrix is the head: LoRAEmbedding.as_linear, and fuse
         parameters = self.config.section("lora_parameters") or Config({}, self.config.file)
         kind = self._read(self.config.text, "fine_tune_type")
         self.is_dora = kind == "dora" or (kind is None and bool(self._read(self.config.flag, "use_dora")))

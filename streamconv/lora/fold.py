@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,11 @@ from streamconv.ggml.element_types import TYPE_OF
 from streamconv.lazy.arithmetic import Scale, widened
 from streamconv.lazy.dtype import BF16, F16, F32, Dtype
 from streamconv.lazy.leaves import Zeros
-from streamconv.lazy.node import LazyTensor, TensorSpec, Workspace, description, peak_nbytes, read
-from streamconv.lazy.scratch import Scratch
+from streamconv.lazy.node import LazyTensor, TensorSpec, description
 from streamconv.lazy.views import Stack, Transpose
 from streamconv.lora.base import Landing
 from streamconv.lora.config import Problem
+from streamconv.lora.factors import slabs
 from streamconv.lora.resolve import LoraModule
 from streamconv.recipe.language import Model
 from streamconv.recipe.ops import CannotAdapt, factors_through, total_factor
@@ -32,7 +32,6 @@ from streamconv.recipe.ops import CannotAdapt, factors_through, total_factor
 # Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a ratio folded into B.
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30
 SIGNIFICANT_DIGITS = 12  # of an alpha: s * r is rounded there, so that alpha / r * r is alpha again
-READ_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +131,6 @@ def choose_alpha(needed: Sequence[float]) -> float:
 def is_power_of_two(ratio: float) -> bool:
     """Whether multiplying by `ratio` only moves an exponent; true of 0, which leaves nothing to be inexact."""
     return abs(math.frexp(ratio)[0]) in (0.0, 0.5)
-
-
-def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
-    """All rows of a tensor in order as float32, some at a time; each slab is valid until the next."""
-    wide = widened(tensor)
-    n_rows = max(1, READ_NBYTES // wide.spec.row_nbytes)
-    work = Workspace(Scratch(peak_nbytes(wide, n_rows)))
-    out = np.empty(n_rows * wide.spec.row_nbytes, dtype=np.uint8)
-    for start in range(0, wide.spec.n_rows, n_rows):
-        rows = range(start, min(start + n_rows, wide.spec.n_rows))
-        part = out[: len(rows) * wide.spec.row_nbytes]
-        read(wide, rows, part, work)
-        yield part.view("<f4").reshape(len(rows), wide.spec.n_columns)
 
 
 # ---------------------------------------------------------------- pairs

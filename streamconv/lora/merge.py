@@ -7,7 +7,8 @@ Invariant: merging happens in the checkpoint's own names, rows and shapes, befor
 be merged exactly is refused, all of it at once.
 
 What is merged is the adapted model as PEFT runs it: on a tied base a changed embedding leaves the head as it was, and a
-changed head the embedding, so the model gets an `output.weight` of its own.
+changed head the embedding, so the model gets an `output.weight` of its own. MLX trains the one matrix that both are, as
+PEFT does with `ensure_weight_tying`: there both change, and the model stays tied.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ _REPLACING: Mapping[str, str] = {"weight": ".weight", "norm": ".weight", "bias":
 _MERGEABLE = frozenset(("dora", *_REPLACING))
 _FROZEN = (".base_layer.weight", ".original_module.weight")
 
+SAVE_ENDS = "save the grown embedding and head with the adapter (save_embedding_layers=True, or modules_to_save)"
+
 _Weights = dict[str, tuple[str, Stored]]  # by stored name: the adapter's module, and its tensor
 
 
@@ -87,6 +90,11 @@ def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> 
     return _Merge(checkpoint, model, adapters).run()
 
 
+def _lacks_rows(problems: Sequence[Problem]) -> bool:
+    """Whether rows of a grown vocabulary are all that is missing."""
+    return bool(problems) and all(problem.code == "vocabulary" for problem in problems)
+
+
 @dataclass(frozen=True, slots=True)
 class _Made:
     """A tensor that is not stored as it is, for binding."""
@@ -118,6 +126,7 @@ class _Merge:
         self.problems: list[tuple[Adapter, Problem]] = []
         self.cautions: list[Caution] = []
         self.n_vocab = model.dims[N_VOCAB]
+        self.tying: list[Adapter] = []  # those whose change of a tied embedding is one of the head
 
     def run(self) -> Merged:
         options = {}
@@ -144,7 +153,7 @@ class _Merge:
                     "cannot be merged",
                     problems,
                     adapter.file.directory,
-                    base_hint(problems, adapter.file),
+                    SAVE_ENDS if _lacks_rows(problems) else base_hint(problems, adapter.file),
                     code="adapter-unmergeable",
                 )
             except SourceError as error:
@@ -239,6 +248,8 @@ class _Merge:
     def _add(self, adapter: Adapter) -> list[str]:
         """Add the adapter's products to what it changes; what of its configuration and of the base decided them."""
         config = read_lora_config(adapter.file.config)
+        if config.ties_ends:
+            self.tying.append(adapter)
         base = self._base_model()
         resolved = resolve(adapter.file, base, config)
         self.problems += [(adapter, problem) for problem in resolved.problems if problem.code not in _MERGEABLE]
@@ -346,6 +357,10 @@ class _Merge:
             self._problem(adapter, "scale", f"its scale comes to {scale:g}, beyond float32", module.name)
             return
         before = self.made.get(name) or self._base_of(name).lazy()
+        if (n_rows := left.spec.n_rows) != before.spec.n_rows:  # the vocabulary grew, and the frozen rows are missing
+            what = f"its factors are of {n_rows} rows, and {name} has {before.spec.n_rows}"
+            self._problem(adapter, "vocabulary", what, module.name)
+            return
         merged: LazyTensor = AddProduct(before, left, right, scale)
         if magnitudes is not None:
             vector, by_column = magnitudes
@@ -356,28 +371,35 @@ class _Merge:
     # -- embedding, head and tokenizer
 
     def _settle_ends(self) -> None:
-        """Untie a head whose embedding changed, unless PEFT tied them; refuse one that the vocabulary outgrew."""
+        """Untie a head whose embedding changed, unless both are one; refuse one that the vocabulary outgrew."""
         head, embedding = self.recipe.head, self.embedding
-        is_tied = head not in self.made and head not in self.stored
-        if not self._tie() and embedding in self.made and is_tied:
+        if self._tie():
+            if head not in self.made and self._has_copied_head():
+                del self.stored[head]
+        elif embedding in self.made and head not in self.made and head not in self.stored:
             self.made[head] = self.stored[embedding].lazy()
-        for name in (embedding, head):
+        is_told = any(problem.code == "vocabulary" for _, problem in self.problems)
+        for name in () if is_told else (embedding, head):
             tensor = self.made.get(name) or (self.stored[name].lazy() if name in self.stored else None)
             if tensor is not None and tensor.spec.shape[0] != self.n_vocab:
-                what = (
-                    f"the vocabulary grew from {tensor.spec.shape[0]} to {self.n_vocab} tokens, and the adapter has no "
-                    f"{name} of that size: save both with it, as modules_to_save"
-                )
+                grew = f"the vocabulary grew from {tensor.spec.shape[0]} to {self.n_vocab} tokens"
+                what = f"{grew}, and the adapter has no {name} of that size"
                 self._problem(next(self._ends_from()), "vocabulary", what)
 
+    def _has_copied_head(self) -> bool:
+        """Whether a head is stored that the config calls the embedding, as tying frameworks make it when they load."""
+        return self.recipe.head in self.base and bool(self.recipe.stated_tie(self.model.config))
+
     def _tie(self) -> bool:
-        """Whether those who changed the embedding of a tied base changed the head with it (ensure_weight_tying)."""
+        """Whether who changed the embedding of a tied base changed the head with it (MLX, and ensure_weight_tying)."""
+        if self.recipe.head in self.base and not self._has_copied_head():
+            return False
         of_embedding, of_head = self.changed_by[self.embedding], self.changed_by[self.recipe.head]
-        tying = [adapter for adapter in of_embedding if adapter.file.config.flag("ensure_weight_tying")]
-        alone = [adapter for adapter in (*of_embedding, *of_head) if adapter not in tying]
-        if tying and alone and self.recipe.head not in self.base:
-            what = f"{tying[0].label} ties embedding and head (ensure_weight_tying), and this one changes one of them"
-            self._problem(alone[0], "tying", what)
+        tying = [adapter for adapter in of_embedding if adapter in self.tying]
+        others = [adapter for adapter in (*of_embedding, *of_head) if adapter not in tying]
+        if tying and others:
+            what = f"{tying[0].label} changes embedding and head as one, and this one changes one of them"
+            self._problem(others[0], "tying", what)
         return bool(tying)
 
     def _ends_from(self) -> Iterator[Adapter]:

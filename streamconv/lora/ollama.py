@@ -29,8 +29,9 @@ from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import PairHalves, Reflow, Transpose
 from streamconv.lora.base import BaseModel
 from streamconv.lora.config import Problem
+from streamconv.lora.factors import slabs
 from streamconv.lora.files import Factors
-from streamconv.lora.fold import landed, slabs
+from streamconv.lora.fold import landed
 from streamconv.lora.resolve import LoraModule
 from streamconv.recipe.language import Model
 

@@ -9,7 +9,7 @@ an orientation that shapes leave open is never guessed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from streamconv.checkpoint.safetensors import SourceTensor
@@ -19,6 +19,7 @@ from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import Transpose
 from streamconv.lora.base import BaseModel, Slot
 from streamconv.lora.config import LoraConfig, Problem, stated_base
+from streamconv.lora.factors import is_zero
 from streamconv.lora.files import LoraFile
 
 MAX_PROBLEMS_SHOWN = 12
@@ -64,7 +65,7 @@ class Resolved:
 
 
 def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
-    """The adapter's modules on `base`. Nothing is raised: what is wrong is in `problems`."""
+    """The adapter's modules on `base`; `problems` has what is wrong. Factors are read only to see that one is not 0."""
     problems = [*adapter.problems, *config.problems, *_whole_problems(adapter, base, config)]
     placed, is_taken = [], _Taken()
     for name, factors in adapter.factors.items():
@@ -90,7 +91,11 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     for module in modules:
         problems += _misfits(module, base, config)
     modules.sort(key=lambda module: module.slot.order)
-    return Resolved(modules, problems, [*base.cautions, *config.cautions])
+    cautions = [*base.cautions, *config.cautions]
+    if modules and not problems and all(is_zero(module.b) or is_zero(module.a) for module in modules):
+        message = f"{adapter.directory}: every product of factors is zero, so the adapter changes nothing"
+        cautions.append(Caution("adapter-zero", f"{message}: was it saved before it was trained?"))
+    return Resolved(modules, problems, cautions)
 
 
 def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> None:
@@ -120,7 +125,14 @@ def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | Non
 
 
 # Kinds of problems that a merge does not have, each with what of a module it needs the base to have.
-_MERGEABLE = {"dora": "weight", "weight": "weight", "norm": "weight", "bias": "bias", "tied": "weight"}
+_MERGEABLE = {
+    "dora": "weight",
+    "weight": "weight",
+    "norm": "weight",
+    "bias": "bias",
+    "tied": "weight",
+    "vocabulary": "weight",
+}
 
 
 def _is_mergeable(problem: Problem, base: BaseModel) -> bool:
@@ -205,8 +217,23 @@ class _Placed:
         for a, b in product(*((shape, shape[::-1]) for shape in (self.a.shape, self.b.shape))):
             if len(a) == len(b) == 2 and _fit((b[1], a[1]), b, self.slot):
                 return _Unfit("rank", f"the ranks disagree: {shapes}", self.name)
+        if (n_rows := self._other_vocabulary()) is not None:
+            known = f", the base's {self.slot.shape[0]}" if self.slot.shape[0] is not None else ""
+            return _Unfit("vocabulary", f"the adapter's vocabulary has {n_rows} rows{known}", self.name)
         expected = ["?" if extent is None else extent for extent in self.slot.shape]
         return _Unfit("shape", f"{shapes} do not fit the base's {self.slot.target} {expected}", self.name)
+
+    def _other_vocabulary(self) -> int | None:
+        """The rows of an embedding or head that the factors are for; None where they are not for another vocabulary."""
+        if not (self.slot.is_embedding or self.slot.is_head):
+            return None
+        slot = replace(self.slot, shape=(None, self.slot.shape[1]))
+        ways = sorted(_fitting(self.a.shape, self.b.shape, slot) & _longer(self.a.shape, self.b.shape, slot))
+        if not ways:
+            return None
+        (a_turned, b_turned), is_embedding = ways[0], self.slot.is_embedding
+        factor, is_turned = (self.a, a_turned) if is_embedding else (self.b, b_turned)
+        return factor.shape[0 if is_turned == is_embedding else 1]
 
 
 def orientations(pairs: Sequence[tuple[Shape, Shape, Slot]]) -> list[frozenset[Orientation]]:

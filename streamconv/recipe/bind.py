@@ -298,7 +298,7 @@ class _Binding:
     def _check_head(self, model: Model) -> None:
         """A head that is stored is always written; a config that promises one must have it."""
         has_head = self.recipe.head in self.found
-        stated = next((flag for key in self.recipe.tie_keys if (flag := self.config.flag(key)) is not None), None)
+        stated = self.recipe.stated_tie(self.config)
         tied = self.recipe.tied_by_default if stated is None else stated
         if not has_head and not tied and stated is not None:
             self._problem(

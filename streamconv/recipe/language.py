@@ -91,6 +91,10 @@ class Recipe:
         name = self.canonical(name)
         return next((drop for drop in self.drops if drop.is_open and _covers(drop, name, depths)), None)
 
+    def stated_tie(self, config: Config) -> bool | None:
+        """Whether the config says that the head is the embedding; None where it says nothing."""
+        return next((flag for key in self.tie_keys if (flag := config.flag(key)) is not None), None)
+
     def stack_of_axis(self, axis: str) -> str:
         """The stack whose layers differ on `axis`."""
         rows: tuple[Tensor | Computed, ...] = (*self.tensors, *self.computed)

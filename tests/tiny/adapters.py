@@ -86,11 +86,16 @@ def mlx_adapter(
     dtype: str = "F32",
     config: Config = NOTHING,
 ) -> Path:
-    """An MLX LoRA adapter: at the same seed, targets and rank the values of `peft_adapter`, both factors transposed."""
+    """An MLX LoRA adapter: at the same seed, targets and rank the values of `peft_adapter`, both factors transposed.
+
+    An embedding's factors are stored as they are, those of `peft_adapter` being transposed there.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for module, weight in _modules(base, list(targets), layers):
         a, b = _factors(module, weight.shape, r, seed)
+        if module.endswith("embed_tokens"):  # LoRAEmbedding: lora_a [tokens, r], lora_b [r, hidden]
+            a, b = b.T, a.T
         tensors |= {f"{module}.lora_a": Tensor.of(a.T, dtype), f"{module}.lora_b": Tensor.of(b.T, dtype)}
     write_safetensors(directory / "adapters.safetensors", tensors)
     settings = {
