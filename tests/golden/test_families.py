@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers as library
 
 import streamconv
 from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.recipe.language import all_recipes
 from tests import cases, families
+from tests.extras import tokenizers
 from tests.families.table import FAMILIES
 from tests.oracles import ggufs, runtime
 
@@ -113,7 +113,7 @@ def test_a_merged_adapter_is_the_applied_one(workshop: Workshop, name: str, tmp_
 
 @pytest.mark.parametrize("name", [name for name in NAMES if (FAMILIES[name].tokenizer not in ("spm", "gemma", "phi3"))])
 def test_run_time_tokenizes_as_the_library_does(workshop: Workshop, name: str) -> None:
-    reference = library.Tokenizer.from_file(str(workshop.source(name) / "tokenizer.json"))
+    reference = tokenizers.Tokenizer.from_file(str(workshop.source(name) / "tokenizer.json"))
     _, tokens = workshop.predictions(name)
     assert tokens == {text: reference.encode(text, add_special_tokens=False).ids for text in tokens}
 

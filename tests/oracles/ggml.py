@@ -10,9 +10,10 @@ import functools
 from pathlib import Path
 
 import numpy as np
-import xllamacpp  # type: ignore[import-untyped]
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
+
+from tests.extras import xllamacpp
 
 
 @functools.cache

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from streamconv.errors import SourceError
 from tests import cases, vocab_keys
+from tests.extras import tokenizers
 from tests.oracles import runtime
 from tests.tiny import tokenizer as tiny
 from tests.vocab_cases import added, edit
@@ -77,7 +77,7 @@ def test_tokenizer_json_is_believed_with_a_warning(folder: tuple[Path, int]) -> 
 
 def test_llama_cpp_splits_texts_as_transformers_does(folder: tuple[Path, int], tmp_path: Path) -> None:
     directory, n_vocab = folder
-    reference = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    reference = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     model = vocab_keys.write_model(tmp_path / "m.gguf", vocab_keys.read(directory, n_vocab).keys, n_vocab)
     with runtime.Runtime(model) as llama:
         for text in ("jump the qx", *TEXTS):
