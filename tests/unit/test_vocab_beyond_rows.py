@@ -10,8 +10,7 @@ import pytest
 
 import streamconv
 from streamconv.errors import SourceError
-from tests import tiny, vocab_keys
-from tests.extras import tokenizers
+from tests import extras, tiny, vocab_keys
 from tests.oracles import ggufs, runtime
 from tests.tiny import tokenizer as tokenizers
 from tests.tiny import write_json
@@ -84,7 +83,7 @@ def test_a_token_below_the_rows_stays_where_tokenizers_puts_it(tmp_path: Path) -
     edit(tmp_path / "tokenizer.json", lambda value: value["added_tokens"].extend(new))
     vocabulary = vocab_keys.read(tmp_path, BPE + 3, default_pre="lfm2")
     tokens = vocab_keys.values(vocabulary)["tokenizer.ggml.tokens"]
-    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference = extras.tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("<near>", "<next>"):
         assert tokens[reference.token_to_id(text)] == text
     assert "<far>" not in tokens
