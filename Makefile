@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard streamconv/ggml/kernels/*.[ch])
-CONVERSIONS := tests/golden tests/unit
+CONVERSIONS := tests/golden $(patsubst %,tests/unit/test_%.py,convert adapter merge verify batch_dask sources cli vocab*)
 TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -93,6 +93,10 @@ class SourceReadError(SourceError):
     """The disk failed under a source: its file may be well, and what was written can be gone on with."""
 
 
+class ResumeError(SourceError):
+    """An unfinished output was begun with other sources, options or versions than these; its work is kept."""
+
+
 class BudgetError(StreamconvError):
     """The memory bound is too small: the message carries the bound that would be needed. Or the system gave less."""
 

@@ -16,12 +16,12 @@ from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job, RunOptions
 from streamconv.engine.layout import MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
-from streamconv.errors import Caution
+from streamconv.errors import Caution, DestinationError
 from streamconv.ggml import encode as codecs
 from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
 from streamconv.output.manifest import digest, manifest_path, manifest_text
 from streamconv.output.modelfile import Modelfile, plan_modelfile
-from streamconv.output.sink import Sink, refuse_taken
+from streamconv.output.sink import Sink, is_begun, refuse_foreign, refuse_taken
 from streamconv.report import Output, PlannedTensor, Report
 
 
@@ -43,24 +43,32 @@ class _Places:
         places = claim([*outputs, *beside, *profile], job.sources)
         n, m = len(outputs), len(outputs) + len(beside)
         for place in places[m:]:  # it is written by the caller, of a dry run, too
-            refuse_taken(place, force=options.force, resume=False)
+            refuse_foreign(place)
+            refuse_taken(place, force=options.force)
             check_folder(place)
         return cls(places[:n], places[n:m], modelfile)
 
     def refuse_taken(self, options: RunOptions) -> None:
         """DestinationError where a file is there that must stay, before an unfinished one is touched."""
         for place in self.outputs:
-            refuse_taken(place, force=options.force, resume=options.resume)
-        resumes = options.resume and any(os.path.lexists(place.journal) for place in self.outputs)
-        for place in () if resumes else self.beside:  # that run may have been stopped after it wrote them
-            refuse_taken(place, force=options.force, resume=False)
+            refuse_foreign(place)
+            refuse_taken(place, force=options.force)
+        goes_on = any(is_begun(place) for place in self.outputs)
+        for place in () if goes_on else self.beside:  # that run may have been stopped while it wrote them
+            refuse_foreign(place)
+            refuse_taken(place, force=options.force)
 
-    def in_the_way(self) -> Iterator[Caution]:
-        """What the run itself would refuse without --force."""
+    def in_the_way(self, options: RunOptions) -> Iterator[Caution]:
+        """What the run itself would refuse."""
         for place in (*self.outputs, *self.beside):
             with failures(place.path):
-                if os.path.lexists(place.path):
+                if not options.force and os.path.lexists(place.path):
                     yield Caution("exists", f"{place.path} exists already: the run would refuse it without --force")
+        for place in self.outputs:
+            try:
+                refuse_foreign(place)
+            except DestinationError as error:
+                yield Caution(error.code, f"the run would refuse this: {error}")
 
 
 def run(job: Job, options: RunOptions) -> Report:
@@ -77,7 +85,7 @@ def run(job: Job, options: RunOptions) -> Report:
     places = _Places.claim(job, options)
     if options.dry_run:
         report.plan = list(_plan(job))
-        report.warnings += places.in_the_way() if not options.force else ()
+        report.warnings += places.in_the_way(options)
         report.memory = _memory(proof)
     else:
         _write(job, places, proof, options, report)
@@ -125,7 +133,7 @@ def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, r
 def _sinks(job: Job, places: _Places, options: RunOptions) -> Iterator[Sink]:
     for part, place in zip(job.parts, places.outputs, strict=True):
         yield Sink.create(
-            place, part.layout.nbytes, identity=job.identity(part), force=options.force, resume=options.resume
+            place, part.layout.nbytes, identity=job.identity(part), force=options.force, restart=options.restart
         )
 
 

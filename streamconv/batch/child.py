@@ -95,7 +95,7 @@ class Order:
     """What a job's process is told on its stdin."""
 
     job: JobSpec
-    resume: bool = False
+    restart: bool = False
     dry_run: bool = False
 
 
@@ -115,14 +115,14 @@ _is_stopping = threading.Event()
 def run_job(job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: int = 0) -> JobResult:
     """The result of `job`, run in a process of its own; tried again where that process was killed.
 
-    stale: journals that are none of this batch's, and not to be taken up. n_before: tries that the batch knows of.
+    stale: journals of an earlier batch, to be discarded. n_before: tries that the batch knows of.
     """
     attempt, answer, code = max(n_before, int(_has_journal(job, stale))), dict[str, Any](), -1
     while True:
         if attempt:
             _await_earlier_try(job)
         attempt += 1
-        code, answer = run_process(Order(job, resume=_has_journal(job, stale)))
+        code, answer = run_process(Order(job, restart=not stale.isdisjoint(journals(job))))
         if code >= 0 or code in _STOPPED or attempt >= MAX_ATTEMPTS:
             break
     if code == 0 and "outputs" in answer:
@@ -206,13 +206,13 @@ def _has_journal(job: JobSpec, stale: frozenset[Leftover]) -> bool:
 
 
 def _await_earlier_try(job: JobSpec) -> None:
-    """Returns once nobody has a lock on the job's part files: a job whose starter was killed takes a moment to go.
+    """Returns once nobody has a lock on the job's journals: a job whose starter was killed takes a moment to go.
 
     Whoever still has one after PATIENCE_SECONDS is no try of ours; this one will say so.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     for place in _unfinished(job):
-        while _is_locked(place.part) and time.monotonic() < deadline and not _is_stopping.wait(0.02):
+        while _is_locked(place.journal) and time.monotonic() < deadline and not _is_stopping.wait(0.02):
             pass
 
 
@@ -262,13 +262,13 @@ def read_order(stdin: IO[str]) -> Order:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    return Order(JobSpec(**order["job"]), order["resume"], order["dry_run"])
+    return Order(JobSpec(**order["job"]), order["restart"], order["dry_run"])
 
 
 def obey(order: Order) -> Report:
     """The report of the order's job. StreamconvError where it fails, with a hint where its source may be a repo."""
     try:
-        return perform(order.job, resume=order.resume, dry_run=order.dry_run)
+        return perform(order.job, restart=order.restart, dry_run=order.dry_run)
     except SourceError as error:
         name = "/".join(Path(error.file or "").parts[-2:])  # an absolute path keeps the name of a repo as its end
         is_missing = error.file in (order.job.source, order.job.base) and not os.path.lexists(error.file or "")
@@ -277,7 +277,7 @@ def obey(order: Order) -> Report:
         raise
 
 
-def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_memory: int | None = None) -> Report:
+def perform(job: JobSpec, *, dry_run: bool = False, restart: bool = False, max_memory: int | None = None) -> Report:
     """The report of the job, done in this process. StreamconvError where it fails. max_memory: instead of the job's."""
     from streamconv.api.convert_lora import convert_adapter
     from streamconv.api.convert_model import convert
@@ -293,7 +293,7 @@ def perform(job: JobSpec, *, dry_run: bool = False, resume: bool = False, max_me
     keywords: RunKeywords = {
         "max_memory": limit,
         "force": job.force,
-        "resume": resume,
+        "restart": restart,
         "dry_run": dry_run,
         "verify": job.verify,
     }

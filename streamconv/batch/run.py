@@ -66,19 +66,19 @@ def run_batch(
     executor: Executor | None = None,
     stop: Callable[[], object] = stop_jobs,
     n_parallel: int = 1,
-    resume: bool = False,
+    restart: bool = False,
     finished: Callable[[JobResult], None] = lambda result: None,
 ) -> list[JobResult]:
     """The result of every job, in the jobs' order; `finished` hears of each as it ends, in this thread.
 
     executor: by default `n_parallel` threads, each of which watches one process. stop: what ends the jobs that have
-    begun, wherever the executor's workers are (`end_jobs`, called there). resume: take up what an earlier batch
-    left, too; what a try of this batch left is always taken up. KeyboardInterrupt and SIGTERM stop the processes; what
-    was not done is then cancelled, and can be resumed.
+    begun, wherever the executor's workers are (`end_jobs`, called there). restart: discard what an earlier batch
+    left unfinished; what a try of this batch left is always taken up. KeyboardInterrupt and SIGTERM stop the processes;
+    what was not done is then cancelled, and the next batch goes on with it.
     """
     allow_jobs()
     pool = executor or ThreadPoolExecutor(n_parallel)
-    run = _Run(pool, {job: frozenset() if resume else frozenset(journals(job)) for job in jobs}, stop)
+    run = _Run(pool, {job: frozenset(journals(job)) if restart else frozenset() for job in jobs}, stop)
     results: dict[JobSpec, JobResult] = {}
 
     def settle(result: JobResult) -> None:

@@ -21,7 +21,7 @@ from streamconv.cli.output import say, tell
 from streamconv.cli.parser import build_parser
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory
 
-RESUME = "run it again with --resume to go on"
+RESUME = "run it again to go on"
 RESUMED = frozenset({"convert", "lora", "batch"})  # the commands that have something to resume
 
 

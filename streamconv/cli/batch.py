@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from streamconv.cli.options import add_command, add_verbose, dst_path, positive, src_path
+from streamconv.cli.options import add_command, add_resume_options, add_verbose, dst_path, positive, src_path
 from streamconv.cli.output import say, tell
 from streamconv.errors import StreamconvError, UsageError
 
@@ -45,7 +45,7 @@ def add_batch(commands: Any) -> None:
     parser.add_argument(
         "--jobs", dest="n_parallel", metavar="N", type=positive, default=1, help="at a time; default: 1"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with what an earlier batch left unfinished")
+    add_resume_options(parser, "what an earlier batch left unfinished")
     parser.add_argument("--dry-run", action="store_true", help="what would run, its size, and the space needed in all")
     parser.add_argument(
         "--state", metavar="FILE", type=dst_path, help="where what is done is remembered; default: JOBS.state.jsonl"
@@ -83,7 +83,7 @@ def _batch(options: argparse.Namespace) -> int:
             state,
             **where,
             n_parallel=options.n_parallel,
-            resume=options.resume,
+            restart=options.restart,
             finished=lambda result: say(json.dumps(result.to_json()), flush=True),
         )
     if not options.quiet:

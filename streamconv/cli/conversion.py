@@ -204,6 +204,7 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
                 "threads": options.threads,
                 "force": options.force,
                 "resume": options.resume,
+                "restart": options.restart,
                 "dry_run": options.dry_run,
                 "sha256": options.sha256,
                 "modelfile": options.modelfile,
@@ -215,7 +216,7 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
     if profile is not None:
         try:
             write_text(resolve(options.profile), json.dumps(profile.as_json()) + "\n", replaces=options.force)
-        except DestinationError as error:  # the run is over: --resume, as the hint may say, has nothing to go on with
+        except DestinationError as error:  # the run is over: there is nothing to go on with, as the hint may say
             error.hint = None if options.dry_run else f"{report.output} is complete, the profile alone is missing"
             raise
     show_report(report, options)

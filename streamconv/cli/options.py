@@ -73,7 +73,7 @@ def add_split_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    add_resume_options(group, "an unfinished run of the same conversion")
     group.add_argument("--dry-run", action="store_true", help="print the plan and the memory proof, write nothing")
     group.add_argument("--verify", action="store_true", help="read the result back and compare it with the source")
     group.add_argument("--sha256", action="store_true", help="digest of the file, and a manifest of each tensor's")
@@ -82,6 +82,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add_resource_options(group)
     add_report_options(group)
+
+
+def add_resume_options(group: Any, unfinished: str) -> None:
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help=f"go on with {unfinished}; the default")
+    either.add_argument("--restart", action="store_true", help=f"discard {unfinished}, and start over")
 
 
 def add_resource_options(group: Any) -> None:

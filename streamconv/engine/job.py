@@ -49,10 +49,15 @@ class WorkKeywords(TypedDict, total=False):
 
 
 class RunKeywords(WorkKeywords, total=False):
-    """How a run goes; nothing here changes a byte of the output."""
+    """How a run goes; nothing here changes a byte of the output.
+
+    A run goes on with what an earlier one of the same conversion left unfinished; restart discards that. resume is
+    the default, and accepted.
+    """
 
     force: bool
     resume: bool
+    restart: bool
     dry_run: bool
     sha256: bool
     modelfile: bool
@@ -68,6 +73,7 @@ class RunOptions:
     threads: int | None = None
     force: bool = False
     resume: bool = False
+    restart: bool = False
     dry_run: bool = False
     sha256: bool = False
     modelfile: bool = False
@@ -77,6 +83,8 @@ class RunOptions:
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
+        if self.resume and self.restart:
+            raise UsageError("resume goes on with an earlier run, restart discards it: use one of them")
         limit = self.max_memory
         if limit is None:  # settled now: it follows from what is resident before the run
             limit = default_limit_nbytes()
@@ -110,7 +118,7 @@ class RunOptions:
     def cancelled(self) -> Interrupted | None:
         """What to raise, where the caller wants the run to stop."""
         if self.cancel is not None and self.cancel():
-            return Interrupted("cancelled", hint="run it again with --resume to go on", code="cancelled")
+            return Interrupted("cancelled", hint="run it again to go on", code="cancelled")
         return None
 
 

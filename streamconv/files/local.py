@@ -112,7 +112,7 @@ class LocalBlob(Blob):
                 n_read = os.preadv(self._fd, [view], offset)
             except OSError as error:
                 message = f"cannot be read at byte {offset}: {error.strerror}"
-                hint = "where the disk comes back, run it again with --resume to go on"
+                hint = "once the disk is back, run it again to go on"
                 raise SourceReadError(message, file=self.path, hint=hint, code="read-failed") from None
             if not n_read:
                 message = f"ends at byte {offset}, it had {self.nbytes:,} bytes when it was opened"

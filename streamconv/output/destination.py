@@ -4,7 +4,8 @@ Owns: the names of every file that a run writes and of their siblings, refusals 
 the final name, small files as a whole, the words for what the system says. Does not own: an output's content (sink.py),
 the journal's (journal.py).
 Invariant: no file that the run reads is ever written over; another existing file is replaced only where that is
-allowed, in one step, once the new one is complete; a part file is touched only under its lock.
+allowed, in one step, once the new one is complete; a part file is touched only under the lock on its journal, and only
+where that journal says that streamconv wrote it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,10 +36,14 @@ from streamconv.output.directio import (
 )
 
 _LOCK_ATTEMPTS = 100  # each lost to another run that finished or began at that very moment
+# A batch looks for a moment whether a lock is held, and takes it for that; a run holds it for as long as it writes.
+_LOCK_PATIENCE_SECONDS = 0.25
+_LOCK_PAUSE_SECONDS = 0.01
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _ELSEWHERE = "choose another place"
+_AGAIN = "run it again: it goes on where it stopped"
 
 
 class _Words(NamedTuple):
@@ -50,13 +56,13 @@ class _Words(NamedTuple):
 
 _WORDS: dict[int, _Words] = {
     errno.ENOSPC: _Words(
-        "no space left on its filesystem", "free some, then run it again with --resume", code="no-space"
+        "no space left on its filesystem", f"free some, then {_AGAIN}", code="no-space"
     ),
     errno.EDQUOT: _Words(
-        "the quota on its filesystem is used up", "free some, then run it again with --resume", code="no-space"
+        "the quota on its filesystem is used up", f"free some, then {_AGAIN}", code="no-space"
     ),
     errno.EIO: _Words(
-        "the disk failed while writing", "see the system's log; --resume goes on where it stopped", code="write-failed"
+        "the disk failed while writing", f"see the system's log, then {_AGAIN}", code="write-failed"
     ),
     errno.EFBIG: _Words(
         "its filesystem, or ulimit -f, does not take a file of this size", _ELSEWHERE, code="file-size-limit"
@@ -102,13 +108,16 @@ class Place:
 
 
 @dataclass(slots=True)
-class PartFile:
-    """The part file, open. `is_new`: it was not there before. `is_locked`: false where the filesystem has no locks."""
+class OpenFile:
+    """A file of a run, open.
+
+    is_new: it was not there before. is_locked: nobody else has it; false on a filesystem without locks.
+    """
 
     path: Path
     fd: int
     is_new: bool
-    is_locked: bool
+    is_locked: bool = False
 
     def status(self) -> os.stat_result:
         return os.fstat(self.fd)
@@ -119,9 +128,9 @@ class PartFile:
         return there is not None and os.path.samestat(there, self.status())
 
     def take_name(self, path: Path, *, replaces: bool) -> None:
-        """The part file becomes the file at `path`. OSError where there is one, unless `replaces`.
+        """This file becomes the one at `path`. OSError where there is one, unless `replaces`.
 
-        DestinationError where something else has the part file's name by now: that must not become it.
+        DestinationError where something else has this file's name by now: that must not become it.
         """
         if not self.is_there():
             raise DestinationError(
@@ -134,7 +143,7 @@ class PartFile:
         sync_directory(path.parent)
 
     def remove(self) -> None:
-        """The name goes, if it is still ours; the lock stays until `close`."""
+        """Removes the name, if it still is that of the open file; a lock stays until `close`."""
         unlink_own(self.path, self.fd)
 
     def close(self) -> None:
@@ -222,7 +231,7 @@ def write_text(place: Place, text: str, *, replaces: bool) -> None:
         if place.path.stat().st_size == len(data) and place.path.read_bytes() == data:
             return  # written by the run that this one resumes
     with failures(place.path), ExitStack() as stack:
-        part = lock_part(place.part)
+        part = open_locked(place.part)
         stack.callback(part.close)
         stack.callback(part.remove)  # where it still has that name
         os.ftruncate(part.fd, 0)
@@ -231,27 +240,56 @@ def write_text(place: Place, text: str, *, replaces: bool) -> None:
         part.take_name(place.path, replaces=replaces)
 
 
-def lock_part(path: Path) -> PartFile:
-    """The part file at `path`, locked, made where it was missing. DestinationError where another run has it."""
+def open_locked(path: Path) -> OpenFile:
+    """The file at `path`, locked, made where it was missing. DestinationError where another run has it."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
     for _ in range(_LOCK_ATTEMPTS):
-        part = _open_part(path)
-        if part is None:
+        file = _open_or_create(path)
+        if file is None:
             continue
         try:
-            part.is_locked = _lock(part.fd)
-            # Whoever held the lock before may have renamed or removed the file that we opened.
-            if part.is_there():
-                return part
+            file.is_locked = _lock(file.fd, deadline)
+            # The run that held the lock before may have renamed or removed the file that was opened here.
+            if file.is_there():
+                return file
         except BlockingIOError:
-            part.close()
+            file.close()
             break
         except BaseException:
-            if part.is_new:
-                part.remove()
-            part.close()
+            if file.is_new:
+                file.remove()
+            file.close()
             raise
-        part.close()
+        file.close()
     raise DestinationError("another run is writing it", file=path, hint="wait for that one, or stop it", code="locked")
+
+
+def create_part(path: Path) -> OpenFile:
+    """A new part file. DestinationError where something else has taken its name."""
+    try:
+        return OpenFile(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True)
+    except FileExistsError:
+        raise foreign(path) from None
+
+
+def open_part(path: Path) -> OpenFile | None:
+    """The part file that an earlier run left; None where there is none."""
+    if (there := _status(path, follow_symlinks=False)) is None:
+        return None
+    _check_sibling(path, there)
+    with suppress(FileNotFoundError):
+        return OpenFile(path, open_plain(path, os.O_RDWR), is_new=False)
+    return None
+
+
+def foreign(path: Path) -> DestinationError:
+    """The error for a file that has the name of an unfinished output and was not written by streamconv."""
+    return DestinationError(
+        "was not left by a run of streamconv, and is not touched",
+        file=path,
+        hint=f"move it away, or {_ELSEWHERE}",
+        code="part-foreign",
+    )
 
 
 def check_folder(place: Place) -> None:
@@ -327,27 +365,28 @@ def _check_sibling(path: Path, status: os.stat_result) -> None:
         )
 
 
-def _open_part(path: Path) -> PartFile | None:
+def _open_or_create(path: Path) -> OpenFile | None:
     """None where it vanished between two looks."""
     with suppress(FileExistsError):
-        return PartFile(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True, is_locked=False)
-    if (there := _status(path, follow_symlinks=False)) is None:
-        return None
-    _check_sibling(path, there)
-    with suppress(FileNotFoundError):
-        return PartFile(path, open_plain(path, os.O_RDWR), is_new=False, is_locked=False)
-    return None
+        return OpenFile(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True)
+    return open_part(path)
 
 
-def _lock(fd: int) -> bool:
-    """True once we have the lock; BlockingIOError where another has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        if exc.errno in _NO_LOCKS:
-            return False
-        raise
-    return True
+def _lock(fd: int, deadline: float) -> bool:
+    """True once this process has the lock; BlockingIOError where another still has it at the deadline."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_LOCK_PAUSE_SECONDS)
+        except OSError as exc:
+            if exc.errno in _NO_LOCKS:
+                return False
+            raise
+        else:
+            return True
 
 
 def _status(path: Path, *, follow_symlinks: bool = True) -> os.stat_result | None:

@@ -108,6 +108,15 @@ def read(path: Path) -> Contents | None:
     return contents
 
 
+def is_torn(path: Path) -> bool:
+    """Whether a file that `read` gives nothing of can be a header that a power cut left empty, or in pieces.
+
+    Raises OSError where the file cannot be read.
+    """
+    with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        return not file.read(2 * _DIGEST_NBYTES).strip(b"0123456789abcdef\0")
+
+
 class Journal:
     """An open journal, ready for the next record. Every method raises OSError as the system gives it."""
 
@@ -118,31 +127,33 @@ class Journal:
         self._digest = digest
 
     @classmethod
-    def create(cls, path: Path, header: Header, n_records: int) -> Journal:
-        """A new journal, its header durable, with disk space for `n_records`. FileExistsError where there is one."""
-        journal = cls(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), 0, b"")
-        try:
-            # A disk that others fill must not stop a run whose output has its space already.
-            reserve_beyond_end(journal._fd, n_records * _RECORD_ALLOWANCE_NBYTES)
-            journal._append(asdict(header))
-        except BaseException:
-            journal.remove()
-            raise
+    def begin(cls, path: Path, fd: int, header: Header) -> Journal:
+        """A journal in the open file at `path`, in place of what was there, its header durable.
+
+        `fd` belongs to the journal from now on.
+        """
+        journal = cls(path, fd, 0, b"")
+        if os.fstat(fd).st_size:
+            os.ftruncate(fd, 0)
+        journal._append(asdict(header))
         return journal
 
     @classmethod
-    def reopen(cls, path: Path, contents: Contents) -> Journal:
+    def reopen(cls, path: Path, fd: int, contents: Contents) -> Journal:
         """The journal that `contents` was read from. What follows its last whole record is written over."""
-        return cls(path, open_plain(path, os.O_RDWR), contents.end, contents.digest)
+        return cls(path, fd, contents.end, contents.digest)
+
+    def reserve(self, n_records: int) -> None:
+        """Takes disk space for so many records: others that fill the disk must not stop a run that has its space."""
+        reserve_beyond_end(self._fd, self._end + n_records * _RECORD_ALLOWANCE_NBYTES)
 
     def append(self, record: Record) -> None:
         """Returns when the record is durable. The caller has synced what it covers."""
         self._append(asdict(record))
 
     def remove(self) -> None:
-        """Ends the journal: the file goes, unless the name belongs to another run by now."""
+        """Removes the file, unless the name belongs to another run by now."""
         unlink_own(self._path, self._fd)
-        self.close()
 
     def close(self) -> None:
         os.close(self._fd)

@@ -7,12 +7,13 @@ Invariant: whatever stops a run, the destination is the old file or the complete
 complete new one, or one without its first part, which nothing loads), and a journal never claims more than the disk
 holds. The order is all there is to it:
 
-    lock the part file > reserve its space > journal header          a power cut here: nothing to resume
+    lock the journal > its header, synced > part file, its space     a power cut here: nothing to resume
     > chunks > sync them > journal record > ...                      a record follows the bytes that it speaks of
     > sync the file > "finished" record > rename > sync the directory > remove the journal
 
-A part file is given up in the reverse order: its journal first, and the directory synced, so that no journal can ever
-speak of another file's bytes.
+So a part file without a journal was never a run's: it is somebody else's, and never touched. For the same reason a part
+file is given up before its journal, and the directory synced in between. A journal that is left alone is begun over
+before there is a part file again, so that it can never speak of another file's bytes.
 """
 
 from __future__ import annotations
@@ -24,49 +25,69 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Condition
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.errors import Caution, DestinationError, Interrupted, SourceError, SourceReadError, StreamconvError
+from streamconv.errors import (
+    Caution,
+    DestinationError,
+    Interrupted,
+    ResumeError,
+    SourceError,
+    SourceReadError,
+    StreamconvError,
+    VerifyError,
+)
 from streamconv.output import journal as journals
-from streamconv.output.destination import PartFile, Place, failures, lock_part, reserve_space
+from streamconv.output.destination import (
+    OpenFile,
+    Place,
+    create_part,
+    failures,
+    foreign,
+    open_locked,
+    open_part,
+    reserve_space,
+)
 from streamconv.output.directio import ChunkFile, sync_directory
 from streamconv.output.journal import Contents, Header, Journal, Record, Stamp
 
 MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for records no closer than this
 
+_Begun: TypeAlias = tuple[OpenFile, Journal]
+
 
 class Sink:
     """One output being written. A context manager: left before `publish`, it leaves the destination as it was.
 
-    After KeyboardInterrupt and Interrupted, and after a failing disk on either side once there was a write, the part
-    file and its journal stay, for `resume`; else they go. Leaving waits for the writes that other threads have begun.
+    Once there was a write the part file and its journal stay, whatever ended the run, and the next one goes on with
+    them; unless what was written is known to be wrong, as it is after a SourceError or a VerifyError. Leaving waits for
+    the writes that other threads have begun.
     """
 
     def __init__(
         self,
         place: Place,
         nbytes: int,
-        part: PartFile,
+        part: OpenFile | None,
         journal: Journal,
         begun_with: Record,
         *,
         replaces: bool,
-        is_published: bool,
         notes: tuple[Caution, ...],
     ) -> None:
         self.notes = notes
         self._place = place
         self._nbytes = nbytes
         self._part = part
-        self._file = ChunkFile(part.fd, part.path)
+        self._file = None if part is None else ChunkFile(part.fd, part.path)
         self._journal = journal
         self._begun_with = begun_with
         self._state = begun_with.state
         self._replaces = replaces
-        self._is_published = is_published
+        self._is_published = part is None  # by an earlier run, of which only the journal was left
         self._covered = Coverage(begun_with.prefix_nbytes)
         self._has_work = begun_with.prefix_nbytes > 0
         self._idle = Condition()
@@ -75,35 +96,51 @@ class Sink:
 
     @classmethod
     def create(
-        cls, place: Place, nbytes: int, *, identity: Mapping[str, str], force: bool = False, resume: bool = False
+        cls, place: Place, nbytes: int, *, identity: Mapping[str, str], force: bool = False, restart: bool = False
     ) -> Self:
         """A sink for the `nbytes` at `place`: its space is reserved, its journal begun or taken up.
 
-        identity: every input and option that changes bytes, by name; a resumed run must have the same. force: an
-        existing file may be replaced. resume: go on with what an earlier run left; without it, that is discarded with
-        a note.
-        Raises DestinationError where `place` cannot or must not be written, SourceError where `identity` is not that
-        of the run to resume; then all is as it was before.
+        What an earlier run of the same conversion left is gone on with.
+
+        Args:
+            place: the names of the output.
+            nbytes: the output's size.
+            identity: every input and option that changes bytes, by name.
+            force: an existing file may be replaced.
+            restart: what an earlier run left is discarded.
+
+        Raises:
+            DestinationError: `place` cannot or must not be written; then all is as it was before.
+            ResumeError: another conversion left its work there; then all is as it was before.
         """
         if nbytes <= 0:
             raise ValueError("an output has at least one byte")
         header = Header(nbytes, dict(identity))
         with failures(place.path), ExitStack() as undo:
-            refuse_taken(place, force=force, resume=resume)
-            part = _lock(place, undo)
-            past = _find_past(place, header, part) if resume else None
-            is_published = past is not None and _is_published(past, place)
+            refuse_taken(place, force=force)
+            lock = _lock(place, undo)
+            past = journals.read(place.journal)
+            is_published = not restart and _is_published(place, header, past)
+            left = None if is_published else open_part(place.part)
+            if left is not None:
+                undo.callback(left.close)
             if not force and not is_published:
                 place.refuse_existing()
-            notes: tuple[Caution, ...] = ()
-            if past is None:
-                part, notes = _start_anew(place, part, undo)
-            if past is None or past.record.finished is None:  # a finished file has its space, and its stamp to keep
+            if not is_published:
+                _refuse_foreign(place, past)
+            notes = _without_locks(lock)
+            taken_up = past if is_published else None if restart else _find_past(header, past, left)
+            if taken_up is not None:
+                part, journal = None if is_published else left, Journal.reopen(place.journal, lock.fd, taken_up)
+            else:
+                if left is not None and not restart:
+                    notes += (Caution("stale-part", f"{place.part} is not as its run left it: it is begun again"),)
+                part, journal = _begin(place, header, lock, left, undo)
+            record = Record() if taken_up is None else taken_up.record
+            if part is not None and record.finished is None:  # a finished file has its space, and its stamp to keep
                 reserve_space(part.fd, nbytes, place.path)
-            notes += _without_locks(part)
-            journal = _open_journal(place, header, past, undo)
-            record = Record() if past is None else past.record
-            sink = cls(place, nbytes, part, journal, record, replaces=force, is_published=is_published, notes=notes)
+                journal.reserve(nbytes // MIN_RECORD_STEP_NBYTES + 2)
+            sink = cls(place, nbytes, part, journal, record, replaces=force, notes=notes)
             undo.pop_all()
         return sink
 
@@ -136,6 +173,8 @@ class Sink:
             self._has_work = True
             self._n_writing += 1
         try:
+            if self._file is None:
+                raise ValueError(f"bytes {offset} to {offset + view.nbytes} were written twice")
             with failures(self._place.path):
                 self._file.write(view, offset)
             with self._idle:
@@ -153,6 +192,7 @@ class Sink:
         """
         if prefix_nbytes > self._covered.prefix:
             raise ValueError(f"a record of {prefix_nbytes} bytes, of which {self._covered.prefix} were written")
+        assert self._file is not None
         with failures(self._place.path):
             self._file.sync_data()
             self._journal.append(Record(prefix_nbytes, state))
@@ -163,7 +203,7 @@ class Sink:
 
         Raises DestinationError; StreamconvError where a byte was never written.
         """
-        if self._is_published:
+        if self._is_published or self._part is None or self._file is None:
             return
         if self._covered.prefix != self._nbytes:
             raise StreamconvError(
@@ -186,7 +226,7 @@ class Sink:
         The journal stays until the context is left in peace: of several outputs published together, those that had
         their turn before an interrupt are known again when the rest is resumed.
         """
-        if self._is_published:
+        if self._is_published or self._part is None:
             return
         with failures(self._place.path):
             self._part.take_name(self._place.path, replaces=self._replaces)
@@ -220,22 +260,20 @@ class Sink:
             # A descriptor closed under a write could be another file's by the time it is used.
             self._idle.wait_for(lambda: self._n_writing == 0)
         with ExitStack() as closing:
-            closing.callback(self._part.close)  # and with it the lock, last
-            closing.callback(self._file.close)
-            keeps = self._keeps(error)
-            with suppress(OSError):  # what stays is discarded by the next run
-                if keeps:
-                    self._journal.close()
-                else:
-                    self._journal.remove()
-                if self._is_published or not keeps:
-                    self._part.remove()
+            closing.callback(self._journal.close)  # and with it the lock, last
+            if self._part is not None and self._file is not None:
+                closing.callback(self._part.close)
+                closing.callback(self._file.close)
+            if not self._keeps(error):
+                _forget(None if self._is_published else self._part, self._journal, self._place)
 
     def _keeps(self, error: BaseException | None) -> bool:
-        """Whether `error` lets the run go on later: its input and its program were right, and it had begun."""
-        if isinstance(error, DestinationError | SourceReadError):  # perhaps of another output, before any work
-            return self._has_work
-        return isinstance(error, Interrupted | KeyboardInterrupt)
+        """Whether what was done is of use after `error`: all of it is, but for bytes that are known to be wrong."""
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            return True
+        if isinstance(error, VerifyError | SourceError) and not isinstance(error, SourceReadError | ResumeError):
+            return False
+        return error is not None and self._has_work  # it may be of another output, before any work on this one
 
 
 class Coverage:
@@ -263,41 +301,56 @@ class Coverage:
                 self._starts.pop(left + 1)
 
 
-def refuse_taken(place: Place, *, force: bool, resume: bool) -> None:
-    """DestinationError where there is a file that must stay; with a journal, `resume` may find that it is its own."""
-    if not force and not (resume and os.path.lexists(place.journal)):
+def refuse_taken(place: Place, *, force: bool) -> None:
+    """DestinationError where there is a file that must stay; one beside a journal may be that run's own, finished."""
+    if not force and not os.path.lexists(place.journal):
         place.refuse_existing()
 
 
-def _without_locks(part: PartFile) -> tuple[Caution, ...]:
-    if part.is_locked:
+def is_begun(place: Place) -> bool:
+    """Whether an earlier run left a journal there."""
+    with failures(place.path):
+        return journals.read(place.journal) is not None
+
+
+def _lock(place: Place, undo: ExitStack) -> OpenFile:
+    """The journal's file, locked; empty where it is new."""
+    lock = open_locked(place.journal)
+    undo.callback(lock.close)
+    if lock.is_new:
+        undo.callback(lock.remove)
+    return lock
+
+
+def refuse_foreign(place: Place) -> None:
+    """DestinationError where a file has the part file's name, or the journal's, that streamconv did not write."""
+    with failures(place.path):
+        _refuse_foreign(place, journals.read(place.journal))
+
+
+def _refuse_foreign(place: Place, past: Contents | None) -> None:
+    """A run makes its journal durable before it makes its part file, and renames that before the journal goes."""
+    if (past is None or _was_renamed(place, past)) and os.path.lexists(place.part):
+        raise foreign(place.part)
+    if past is None and os.path.lexists(place.journal) and not journals.is_torn(place.journal):
+        raise foreign(place.journal)
+
+
+def _without_locks(lock: OpenFile) -> tuple[Caution, ...]:
+    if lock.is_locked:
         return ()
-    return (Caution("no-lock", f"{part.path.parent} has no file locks: run one conversion at a time"),)
+    return (Caution("no-lock", f"{lock.path.parent} has no file locks: run one conversion at a time"),)
 
 
-def _lock(place: Place, undo: ExitStack) -> PartFile:
-    part = lock_part(place.part)
-    undo.callback(part.close)
-    if part.is_new:
-        undo.callback(part.remove)
-    return part
-
-
-def _find_past(place: Place, header: Header, part: PartFile) -> Contents | None:
-    """What an earlier run left that this one can go on with. SourceError where that one was another conversion."""
-    past = journals.read(place.journal)
-    if past is None:
+def _find_past(header: Header, past: Contents | None, part: OpenFile | None) -> Contents | None:
+    """What an earlier run left that this one can go on with. ResumeError where that one was another conversion."""
+    if past is None or part is None:
         return None
-    difference = past.header.differences(header)
-    if not difference and _is_published(past, place):
-        return past
-    if part.is_new:
-        return None
-    if difference:
-        raise SourceError(
-            f"the run to resume was another one: {difference}",
+    if difference := past.header.differences(header):
+        raise ResumeError(
+            f"was begun by another conversion: {difference}",
             file=part.path,
-            hint="use what that one used, or leave out --resume to start anew",
+            hint="use what that one used, or discard its work and start over with --restart",
             code="resume-mismatch",
         )
     status, finished = part.status(), past.record.finished
@@ -305,34 +358,39 @@ def _find_past(place: Place, header: Header, part: PartFile) -> Contents | None:
     return past if is_its_own else None
 
 
-def _is_published(past: Contents, place: Place) -> bool:
-    """Whether that run got as far as the rename, and only its journal was left."""
+def _is_published(place: Place, header: Header, past: Contents | None) -> bool:
+    """Whether a run of the same conversion got as far as the rename, and only its journal was left."""
+    return past is not None and not past.header.differences(header) and _was_renamed(place, past)
+
+
+def _was_renamed(place: Place, past: Contents) -> bool:
     with suppress(FileNotFoundError):
         return past.record.finished == Stamp.of(place.path.stat())
     return False
 
 
-def _start_anew(place: Place, part: PartFile, undo: ExitStack) -> tuple[PartFile, tuple[Caution, ...]]:
-    """An empty part file without a journal, and a note where an earlier run had left one."""
-    notes: tuple[Caution, ...] = ()
-    while True:
-        if os.path.lexists(place.journal):
-            place.journal.unlink()
-            sync_directory(place.path.parent)  # or else, after a power cut, it could speak of the next part file
-        if part.is_new:
-            return part, notes
-        notes = (Caution("stale-part", f"discarded {part.path}, left by a run that did not finish"),)
-        part.remove()
-        part.close()
-        part = _lock(place, undo)
+def _begin(place: Place, header: Header, lock: OpenFile, old: OpenFile | None, undo: ExitStack) -> _Begun:
+    """An empty part file behind a durable journal; the part file of an earlier run goes before."""
+    if old is not None:
+        old.remove()
+        old.close()
+        sync_directory(place.path.parent)  # or else, after a power cut, the new journal could speak of the old file
+    with ExitStack() as failing:
+        failing.callback(lock.remove)
+        journal = Journal.begin(place.journal, lock.fd, header)
+        sync_directory(place.path.parent)
+        part = create_part(place.part)
+        failing.pop_all()
+    undo.callback(part.close)
+    undo.callback(_forget, part, journal, place)
+    sync_directory(place.path.parent)  # a record will speak of what has this name
+    return part, journal
 
 
-def _open_journal(place: Place, header: Header, past: Contents | None, undo: ExitStack) -> Journal:
-    if past is not None:
-        journal = Journal.reopen(place.journal, past)
-        undo.callback(journal.close)
-        return journal
-    journal = Journal.create(place.journal, header, header.nbytes // MIN_RECORD_STEP_NBYTES + 2)
-    undo.callback(journal.remove)
-    sync_directory(place.path.parent)
-    return journal
+def _forget(part: OpenFile | None, journal: Journal, place: Place) -> None:
+    """Remove the part file, and its journal once that is durable: a part file alone would pass for a stranger's."""
+    with suppress(OSError):  # what stays is found by the next run
+        if part is not None:
+            part.remove()
+            sync_directory(place.path.parent)
+        journal.remove()

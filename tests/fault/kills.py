@@ -19,7 +19,7 @@ from tests.fault.program import Finished, Program, empty, make_source
 from tests.fault.trial import CHUNK_NBYTES, OLD, Trial
 
 
-def kill_at_random(run: Trial | Program, n_steps: int, *, resume: bool) -> bool:
+def kill_at_random(run: Trial | Program, n_steps: int) -> bool:
     """Run it in another process that is killed once it has reported `n_steps`; False where it was done before."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -28,7 +28,7 @@ def kill_at_random(run: Trial | Program, n_steps: int, *, resume: bool) -> bool:
         try:
             os.close(reading)
             run.progress = lambda: _report_step(writing)
-            run.run(resume=resume)
+            run.run()
             code = 0
         finally:
             os._exit(code)
@@ -53,10 +53,10 @@ def kill_writer(directory: Path, chance: random.Random) -> tuple[int, int]:
     )
     trial.dst.write_bytes(OLD)
     n_kills = 0
-    for attempt in range(chance.randrange(1, 4)):
-        n_kills += kill_at_random(trial, chance.randrange(1, 70), resume=attempt > 0)
+    for _ in range(chance.randrange(1, 4)):
+        n_kills += kill_at_random(trial, chance.randrange(1, 70))
         trial.assert_old_or_new()
-    trial.run(resume=True)
+    trial.run()
     trial.assert_done()
     return n_kills, trial.resumed_nbytes
 
@@ -66,10 +66,10 @@ def kill_conversion(directory: Path, source: Path, expected: Finished, chance: r
     program = Program(source, empty(directory) / "out.gguf", threads=3)
     program.put_old(set(expected.outputs))
     n_kills = 0
-    for attempt in range(chance.randrange(1, 4)):
-        n_kills += kill_at_random(program, chance.randrange(1, 20), resume=attempt > 0)
+    for _ in range(chance.randrange(1, 4)):
+        n_kills += kill_at_random(program, chance.randrange(1, 20))
         expected.assert_old_or_new(program)
-    report = program.run(resume=True)
+    report = program.run()
     expected.assert_same(program, report)
     return n_kills, int(report.resumed)
 

@@ -56,7 +56,7 @@ class Program:
     threads: int = 1
     progress: Callable[[], None] = field(default=lambda: None)
 
-    def run(self, *, resume: bool = False) -> Report:
+    def run(self) -> Report:
         with small_steps():
             return streamconv.convert(
                 self.source,
@@ -65,7 +65,6 @@ class Program:
                 split=self.split,
                 threads=self.threads,
                 force=True,
-                resume=resume,
                 progress=lambda done, total: self.progress(),
             )
 

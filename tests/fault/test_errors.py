@@ -66,7 +66,7 @@ def test_a_failing_call(tmp_path: Path, code: int) -> None:
             assert trial.left_behind() in (set(), {"out.gguf.part", "out.gguf.part.journal"})
         (kept if trial.left_behind() else nothing).append(number)
         with syncs_skipped():
-            trial.run(resume=True)
+            trial.run()
         trial.assert_done()
     assert number > 30
     assert nothing == list(range(1, len(nothing) + 1))  # nothing stays of a run that had not begun
@@ -88,9 +88,9 @@ def test_the_disk_fills_up_all_the_same(tmp_path: Path) -> None:
 
     with watched(handle), raises(DestinationError, code="no-space") as caught:
         trial.run()
-    assert "--resume" in (caught.value.hint or "")
+    assert "run it again" in (caught.value.hint or "")
     assert trial.left_behind() == {"out.gguf.part", "out.gguf.part.journal"}
-    trial.run(resume=True)
+    trial.run()
     assert trial.resumed_nbytes == 6 * CHUNK_NBYTES
     trial.assert_done()
 

@@ -25,12 +25,12 @@ def make(tmp_path: Path, seed: int, **sizes: int) -> tuple[Trial, Disk]:
     return trial, Disk(directory, tmp_path / "keepers", random.Random(seed))
 
 
-def run_until_cut(trial: Trial, disk: Disk, n_calls: int, *, resume: bool) -> bool:
+def run_until_cut(trial: Trial, disk: Disk, n_calls: int, *, restart: bool = False) -> bool:
     """True where the run came to its end first."""
     disk.cut_after(n_calls)
     with watched(disk.handle):
         try:
-            trial.run(resume=resume)
+            trial.run(restart=restart)
         except PowerCut:
             return False
     return True
@@ -43,12 +43,12 @@ def test_cut_after_every_call(tmp_path: Path, survival: float) -> None:
     while True:
         (tmp_path / str(n_calls)).mkdir()
         trial, disk = make(tmp_path / str(n_calls), n_calls)
-        if run_until_cut(trial, disk, n_calls, resume=False):
+        if run_until_cut(trial, disk, n_calls):
             break
         disk.lose(survival)
         trial.assert_old_or_new()
         with syncs_skipped():
-            trial.run(resume=True)
+            trial.run()
         resumed.add(trial.resumed_nbytes)
         trial.assert_done()
         n_calls += 1
@@ -58,7 +58,7 @@ def test_cut_after_every_call(tmp_path: Path, survival: float) -> None:
 
 def test_what_was_sealed_stays(tmp_path: Path) -> None:
     trial, disk = make(tmp_path, 1)
-    assert run_until_cut(trial, disk, NEVER, resume=False)
+    assert run_until_cut(trial, disk, NEVER)
     disk.lose(0.0)
     assert trial.dst.read_bytes() == trial.expected.tobytes()
 
@@ -68,14 +68,14 @@ def test_what_was_recorded_stays(tmp_path: Path) -> None:
     trial, disk = make(tmp_path / "whole", 1)
     records: list[int] = []
     trial.progress = lambda: records.append(disk.n_calls)
-    assert run_until_cut(trial, disk, NEVER, resume=False)
+    assert run_until_cut(trial, disk, NEVER)
     step = trial.chunks_per_record
     for number, n_calls in enumerate(records[step :: step + 1], 1):  # each record follows the reports of its chunks
         (tmp_path / str(number)).mkdir()
         trial, disk = make(tmp_path / str(number), number)
-        assert not run_until_cut(trial, disk, n_calls, resume=False)
+        assert not run_until_cut(trial, disk, n_calls)
         disk.lose(0.0)
-        trial.run(resume=True)
+        trial.run()
         assert trial.resumed_nbytes == number * step * CHUNK_NBYTES
 
 
@@ -87,15 +87,15 @@ def test_cut_while_discarding(tmp_path: Path, n_calls: int) -> None:
         trial, disk = make(
             tmp_path / str(attempt), 100 * n_calls + attempt, nbytes=3 * CHUNK_NBYTES, chunks_per_record=1
         )
-        run_until_cut(trial, disk, 11, resume=False)
+        run_until_cut(trial, disk, 11)
         assert (trial.dst.parent / "out.gguf.part.journal").read_bytes().count(b"\n") > 1  # it has a record
         disk.adopt()
         trial.seed = 8
-        run_until_cut(trial, disk, n_calls, resume=False)
+        run_until_cut(trial, disk, n_calls, restart=True)
         disk.lose(0.5)
         trial.seed = 7
         with suppress(SourceError), syncs_skipped():
-            trial.run(resume=True)
+            trial.run()
             trial.assert_done()
 
 
@@ -112,13 +112,13 @@ def test_chains_of_cuts(tmp_path: Path, seed: int) -> None:
         trial.seed = chance.choice([7, 8])
         contents.append(trial.expected.tobytes())
         with suppress(SourceError):  # another conversion's: refused, and nothing changed
-            run_until_cut(trial, disk, chance.randrange(45), resume=chance.random() < 0.7)
+            run_until_cut(trial, disk, chance.randrange(45), restart=chance.random() < 0.3)
         disk.lose(chance.choice(SURVIVALS))
         assert trial.dst.read_bytes() in contents
     for seed_of_last in (7, 8):
         trial.seed = seed_of_last
         with suppress(SourceError):
-            trial.run(resume=True)
+            trial.run()
             trial.assert_done()
     trial.run()
     trial.assert_done()

@@ -84,7 +84,7 @@ def test_killed_at_every_call(source: Path, tmp_path: Path, way: str) -> None:
         expected.assert_old_or_new(program)
         program.threads = 2
         with syncs_skipped():
-            report = program.run(resume=True)
+            report = program.run()
         n_resumed += report.resumed
         expected.assert_same(program, report)
         shutil.rmtree(program.dst.parent)
@@ -98,11 +98,11 @@ def test_killed_at_any_moment(source: Path, tmp_path: Path) -> None:
     for number in range(10):
         program = Program(source, empty(tmp_path / str(number)) / "out.gguf", threads=3)
         program.put_old(set(expected.outputs))
-        for attempt in range(2):
+        for _ in range(2):
             with syncs_skipped():
-                n_kills += kill_at_random(program, chance.randrange(1, 20), resume=attempt > 0)
+                n_kills += kill_at_random(program, chance.randrange(1, 20))
             expected.assert_old_or_new(program)
-        expected.assert_same(program, program.run(resume=True))
+        expected.assert_same(program, program.run())
     assert n_kills >= 8
 
 
@@ -131,10 +131,10 @@ def test_signals(source: Path, tmp_path: Path, number: signal.Signals, code: int
     assert interrupted(program, moment, lambda: os.kill(os.getpid(), number)) == code
     message = (tmp_path / "stderr").read_text()
     assert message.count("\n") == 1
-    assert "--resume" in message
+    assert "run it again" in message
     assert program.dst.read_bytes() == OLD
     assert program.left_behind() == (set() if moment < 10 else {"out.gguf.part", "out.gguf.part.journal"})
-    report = program.run(resume=True)
+    report = program.run()
     # The thread that writes makes 33 calls at most, even where the one that records comes late; a record takes 3.
     assert report.resumed >= (moment == 37)
     expected.assert_same(program, report)
@@ -157,7 +157,7 @@ def test_a_disk_that_fails(source: Path, tmp_path: Path, code: int, moment: int)
     assert (tmp_path / "stderr").read_text().count("\n") == 1
     assert program.dst.read_bytes() == OLD
     assert bool(program.left_behind()) == (moment > 10)
-    expected.assert_same(program, program.run(resume=True))
+    expected.assert_same(program, program.run())
 
 
 # ---------------------------------------------------------------- sources
@@ -205,14 +205,14 @@ def test_a_source_that_changed_before_resuming(source: Path, tmp_path: Path, cha
     os.utime(shard, ns=(1, 1))
     left = program.left_behind()
     with pytest.raises(SourceError, match=shard.name):
-        program.run(resume=True)
+        program.run()
     assert program.left_behind() == left
 
 
 def test_options_that_changed_before_resuming(source: Path, tmp_path: Path) -> None:
     program = Program(source, empty(tmp_path / "out") / "out.gguf")
     assert interrupted(program, 26, lambda: os.kill(os.getpid(), signal.SIGINT)) == 130
-    assert interrupted(program, 10**6, kill_self, "--resume", "--outtype", "q8_0") == 3
+    assert interrupted(program, 10**6, kill_self, "--outtype", "q8_0") == 3
     assert "outtype" in (tmp_path / "stderr").read_text()
 
 
@@ -220,7 +220,7 @@ def test_what_changed_before_resuming_is_named(source: Path, tmp_path: Path) -> 
     copy = shutil.copytree(source, tmp_path / "copy")
     program = Program(copy, empty(tmp_path / "out") / "out.gguf")
     assert interrupted(program, 26, lambda: os.kill(os.getpid(), signal.SIGINT)) == 130
-    assert interrupted(program, 10**6, kill_self, "--resume", "--name", "Another") == 3
+    assert interrupted(program, 10**6, kill_self, "--name", "Another") == 3
     assert "general.name (was Copy, is Another)" in (tmp_path / "stderr").read_text()
     for name, change, words in (
         ("config.json", ("1000000.0", "500000.0"), "lfm2.rope.freq_base (was 1000000.0, is 500000.0)"),
@@ -232,7 +232,7 @@ def test_what_changed_before_resuming_is_named(source: Path, tmp_path: Path) -> 
         assert interrupted(program, 10**6, kill_self, "--resume") == 3
         assert words in (tmp_path / "stderr").read_text()
         (copy / name).write_text(text)
-    program.run(resume=True)
+    program.run()
     assert not program.left_behind()
 
 

@@ -51,11 +51,11 @@ class Trial:
         """What belongs to a prefix: a resumed run must get it back with just these bytes."""
         return {"sum": [int(self.expected[:prefix].sum()), prefix]}
 
-    def run(self, *, resume: bool = False) -> Path:
+    def run(self, *, restart: bool = False) -> Path:
         """Write the output, or what is missing of it."""
         data = self.expected
         identity = {"seed": str(self.seed)}
-        with Sink.create(resolve(self.dst), self.nbytes, identity=identity, force=self.force, resume=resume) as sink:
+        with Sink.create(resolve(self.dst), self.nbytes, identity=identity, force=self.force, restart=restart) as sink:
             self.notes, self.resumed_nbytes = sink.notes, sink.resumed_nbytes
             assert sink.resumed_state == (self.state(sink.resumed_nbytes) if sink.resumed_nbytes else {})
             step = self.chunks_per_record * CHUNK_NBYTES

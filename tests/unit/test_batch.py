@@ -396,7 +396,8 @@ def test_a_batch_that_is_stopped_leaves_what_can_be_resumed(folder: Path, number
     assert_whole(folder, "one", "two")
 
 
-def test_without_resume_a_batch_begins_anew(folder: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--restart"]], ids=" ".join)
+def test_a_batch_goes_on_unless_it_is_to_restart(folder: Path, options: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "streamconv", "batch", "jobs.toml"], cwd=folder, env=os.environ | hold(folder, "wait")
     )
@@ -405,9 +406,10 @@ def test_without_resume_a_batch_begins_anew(folder: Path) -> None:
     process.wait()
     await_end(job)
     assert (folder / "out" / "one-q8_0.gguf.part.journal").exists()
-    code, lines, _ = batch(folder)
-    assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1), "two": ("done", 0, 1)})
-    assert not any(line["report"]["resumed"] for line in lines)
+    code, lines, _ = batch(folder, *options)
+    goes_on = options != ["--restart"]
+    assert (code, outcome(lines)) == (0, {"one": ("done", 0, 1 + goes_on), "two": ("done", 0, 1)})
+    assert [line["report"]["resumed"] for line in lines] == [goes_on, False]
     assert_whole(folder, "one", "two")
 
 

@@ -170,12 +170,12 @@ def test_a_full_disk_behind_stdout_is_an_error_of_ours(model: Path) -> None:
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
 def test_a_stderr_that_takes_nothing_changes_nothing_else(tmp_path: Path, stderr: str) -> None:
     source = tiny.lfm2(tmp_path / "src")
-    (tmp_path / "stale.gguf.part").touch()  # which there will be a warning of
+    (tmp_path / "src" / "README.md").write_text("---\nbase_model: [}\n---\n")  # which there will be a warning of
     (tmp_path / "j.toml").write_text('[[job]]\nsource = "src"\noutput = "b.gguf"\n')
     for words, code, n_lines in (
         (["convert", "nope"], 3, 0),
         (["convert", "nope", "--json"], 3, 1),
-        (["convert", str(source), "-o", "stale.gguf"], 0, 2),
+        (["convert", str(source), "-o", "m.gguf"], 0, 2),
         (["convert", str(source), "-o", "x.gguf", "--json"], 0, 1),
         (["batch", "j.toml"], 0, 1),
     ):
@@ -205,7 +205,6 @@ def test_a_terminal_that_goes_away_does_not_stop_a_run(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    (tmp_path / "m.gguf.part").touch()
     assert cli.main(["convert", str(tiny.llama(tmp_path / "src")), "-o", str(tmp_path / "m.gguf")]) == 0
     assert capsys.readouterr().out.startswith("wrote ")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import DestinationError
-from streamconv.output.destination import Place, lock_part, reserve_space, resolve
+from streamconv.output.destination import Place, open_locked, reserve_space, resolve
 from tests.fault.calls import Call, watched
 from tests.raising import raises
 
@@ -85,14 +85,14 @@ def test_a_source_is_never_written_over(tmp_path: Path, name: str, way: str) -> 
 
 def test_another_run_has_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf.part"
-    first = lock_part(path)
+    first = open_locked(path)
     assert first.is_new
     assert first.is_locked
     with raises(DestinationError, code="locked"):
-        lock_part(path)
+        open_locked(path)
     assert path.exists()
     first.close()
-    second = lock_part(path)
+    second = open_locked(path)
     assert not second.is_new
     second.close()
     second.close()
@@ -117,7 +117,7 @@ def test_a_lock_on_a_file_that_is_gone_is_no_lock(tmp_path: Path, change: str) -
         return call.do()
 
     with watched(handle):
-        part = lock_part(path)
+        part = open_locked(path)
     assert part.is_new == (change != "replaced")
     assert os.path.samestat(part.status(), path.stat())
     part.close()
@@ -133,7 +133,7 @@ def test_a_part_file_that_vanishes_is_made_again(tmp_path: Path) -> None:
         return call.do()
 
     with watched(handle):
-        part = lock_part(path)
+        part = open_locked(path)
     assert part.is_new
     part.close()
 
@@ -145,7 +145,7 @@ def test_a_race_that_never_ends_is_given_up(tmp_path: Path) -> None:
         return call.do()
 
     with watched(handle), raises(DestinationError, code="locked"):
-        lock_part(tmp_path / "out.gguf.part")
+        open_locked(tmp_path / "out.gguf.part")
 
 
 @pytest.mark.parametrize("what", ["directory", "fifo", "link"])
@@ -158,7 +158,7 @@ def test_a_part_file_must_be_a_file(tmp_path: Path, what: str) -> None:
     }
     make[what]()
     with pytest.raises(DestinationError) as caught:
-        lock_part(path)
+        open_locked(path)
     assert caught.value.file == str(path)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -170,7 +170,7 @@ def test_without_locks_it_goes_on(tmp_path: Path) -> None:
         return call.do()
 
     with watched(handle):
-        part = lock_part(tmp_path / "out.gguf.part")
+        part = open_locked(tmp_path / "out.gguf.part")
     assert not part.is_locked
     part.close()
 
@@ -182,7 +182,7 @@ def test_a_failing_lock_is_a_failure(tmp_path: Path) -> None:
         return call.do()
 
     with watched(handle), pytest.raises(OSError, match="broken"):
-        lock_part(tmp_path / "out.gguf.part")
+        open_locked(tmp_path / "out.gguf.part")
 
 
 # ---------------------------------------------------------------- space

@@ -19,6 +19,7 @@ from streamconv.engine.split import SplitOptions
 from streamconv.errors import DestinationError
 from streamconv.output import destination
 from streamconv.output.destination import Place, check_room, claim, write_text
+from streamconv.output.sink import Sink
 from tests import tiny
 from tests.raising import raises
 
@@ -281,12 +282,31 @@ def test_a_refused_run_leaves_what_an_earlier_one_kept(tmp_path: Path, small: Pa
     assert len(paths) == 3
     for path in paths[::2]:
         path.unlink()
-    left = {paths[0].with_name(f"{paths[0].name}.part{end}"): b"kept" for end in ("", ".journal")}
-    for path, data in left.items():
-        path.write_bytes(data)
+    with pytest.raises(KeyboardInterrupt), Sink.create(claim([paths[0]], {})[0], 9, identity={"kept": "yes"}):
+        raise KeyboardInterrupt
+    left = {path: path.read_bytes() for path in tmp_path.glob("*.part*")}
+    assert len(left) == 2
     with raises(DestinationError, code="exists"):
         streamconv.convert(small, tmp_path / "z.gguf", split=split)
-    assert {path: path.read_bytes() for path in left} == left
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.part*")} == left
+
+
+@pytest.mark.parametrize("name", ["out.gguf.part", "out.gguf.manifest.json.part", "out.Modelfile.part", "profile.part"])
+@pytest.mark.parametrize("options", [[], ["--force"], ["--restart", "--force"], ["--resume", "--force"]], ids=" ".join)
+def test_no_file_of_another_program_is_touched(
+    tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str], name: str, options: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(b"my half-finished download")
+    words = ["convert", str(small), "-o", str(tmp_path / "out.gguf"), "--sha256", "--modelfile", "--json"]
+    assert main([*words, "--profile", str(tmp_path / "profile"), *options]) == 5
+    assert json.loads(capsys.readouterr().out)["error"]["file"] == str(tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"my half-finished download"}
+
+
+def test_a_dry_run_names_what_the_run_would_refuse(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "out.gguf.part").write_bytes(b"my half-finished download")
+    report = streamconv.convert(small, tmp_path / "out.gguf", dry_run=True)
+    assert "part-foreign" in {warning.code for warning in report.warnings}
 
 
 def test_too_little_room_for_all_parts_together(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import random
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamconv.errors import DestinationError, Interrupted, InterruptedByTerm, SourceError, StreamconvError
+from streamconv.errors import (
+    BudgetError,
+    DestinationError,
+    Interrupted,
+    InterruptedByTerm,
+    ResumeError,
+    SourceError,
+    SourceReadError,
+    StreamconvError,
+    VerifyError,
+)
 from streamconv.lazy.scratch import aligned_buffer
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Coverage, Sink
@@ -37,8 +47,8 @@ def data() -> NDArray[np.uint8]:
     return content(5, NBYTES)
 
 
-def create(dst: Path, *, force: bool = False, resume: bool = False, nbytes: int = NBYTES) -> Sink:
-    return Sink.create(resolve(dst), nbytes, identity=IDENTITY, force=force, resume=resume)
+def create(dst: Path, *, force: bool = False, restart: bool = False, nbytes: int = NBYTES) -> Sink:
+    return Sink.create(resolve(dst), nbytes, identity=IDENTITY, force=force, restart=restart)
 
 
 def write(sink: Sink, data: NDArray[np.uint8], start: int, end: int) -> None:
@@ -105,7 +115,6 @@ def test_the_destination_appears_last(dst: Path, data: NDArray[np.uint8]) -> Non
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_the_mode_follows_the_umask(dst: Path, data: NDArray[np.uint8], mask: int) -> None:
-    dst.with_name("out.gguf.part").touch(mode=0o700)  # what a stale file has does not count
     before = os.umask(mask)
     try:
         with create(dst) as sink:
@@ -122,7 +131,7 @@ def test_a_missing_byte_is_a_bug_of_ours(dst: Path, data: NDArray[np.uint8]) -> 
         write(sink, data, 8193, NBYTES)
         sink.seal()
     assert caught.value.exit_code == 1
-    assert not names(dst)
+    assert not dst.exists()
 
 
 def test_bytes_are_written_once_and_inside(dst: Path, data: NDArray[np.uint8]) -> None:
@@ -173,7 +182,7 @@ def test_a_file_that_appears_meanwhile_is_kept(dst: Path, data: NDArray[np.uint8
         dst.write_bytes(OLD)
         sink.seal()
     assert dst.read_bytes() == OLD
-    with create(dst, force=True, resume=True) as sink:  # nothing of the work was lost
+    with create(dst, force=True) as sink:  # nothing of the work was lost
         assert sink.resumed_nbytes == NBYTES
         sink.seal()
     assert dst.read_bytes() == data.tobytes()
@@ -240,9 +249,9 @@ def test_too_large_a_file_leaves_nothing(dst: Path) -> None:
 def test_two_runs(dst: Path, data: NDArray[np.uint8]) -> None:
     with create(dst) as first:
         write(first, data, 0, 8192)
-        for resume in (False, True):
+        for restart in (False, True):
             with pytest.raises(DestinationError, match="another run is writing it"):
-                create(dst, force=True, resume=resume)
+                create(dst, force=True, restart=restart)
         assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
         write(first, data, 8192, NBYTES)
         first.seal()
@@ -250,11 +259,14 @@ def test_two_runs(dst: Path, data: NDArray[np.uint8]) -> None:
 
 
 def test_a_run_that_begins_while_another_ends(dst: Path, data: NDArray[np.uint8]) -> None:
-    """The first one's journal goes after its lock on the name has; the second one's must stay."""
+    """It is refused until the first one's journal, which the lock is on, has gone."""
     with create(dst) as first:
         write(first, data, 0, NBYTES)
         first.seal()
-        second = create(dst, force=True)
+        with pytest.raises(DestinationError) as caught:
+            create(dst, force=True)
+        assert caught.value.code == "locked"
+    second = create(dst, force=True)
     assert names(dst) == {"out.gguf", "out.gguf.part", "out.gguf.part.journal"}
     with second:
         write(second, data, 0, NBYTES)
@@ -282,14 +294,32 @@ def test_without_locks_there_is_a_note(dst: Path) -> None:
         Interrupted("stop", code="interrupted"),
         InterruptedByTerm("stop", code="interrupted"),
         DestinationError("full", code="no-space"),
+        SourceReadError("the disk failed", code="read-failed"),
+        BudgetError("verifying takes more", code="memory-bound"),
+        MemoryError(),
+        ZeroDivisionError("of the caller's progress"),
+        SystemExit(),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_can_go_on_is_kept(dst: Path, data: NDArray[np.uint8], error: BaseException) -> None:
+def test_work_that_was_done_is_kept(dst: Path, data: NDArray[np.uint8], error: BaseException) -> None:
+    with pytest.raises(type(error)), create(dst) as sink:
+        write(sink, data, 0, 8192)
+        sink.record(8192, {})
+        raise error
+    assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
+    with create(dst) as sink:
+        assert sink.resumed_nbytes == 8192
+
+
+@pytest.mark.parametrize(
+    "error", [SourceError("changed", code="source-changed"), VerifyError("differs", code="differs")], ids=lambda error: type(error).__name__
+)
+def test_bytes_that_are_wrong_are_not_kept(dst: Path, data: NDArray[np.uint8], error: BaseException) -> None:
     with pytest.raises(type(error)), create(dst) as sink:
         write(sink, data, 0, 8192)
         raise error
-    assert names(dst) == {"out.gguf.part", "out.gguf.part.journal"}
+    assert not names(dst)
 
 
 @pytest.mark.parametrize(
@@ -297,10 +327,94 @@ def test_what_can_go_on_is_kept(dst: Path, data: NDArray[np.uint8], error: BaseE
     [SourceError("changed", code="source-changed"), MemoryError(), ZeroDivisionError()],
     ids=lambda error: type(error).__name__,
 )
-def test_what_cannot_go_on_leaves_nothing(dst: Path, error: BaseException) -> None:
+def test_what_had_not_begun_leaves_nothing(dst: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), create(dst):
         raise error
     assert not names(dst)
+
+
+# ---------------------------------------------------------------- files that are not streamconv's
+
+
+def refused_as_foreign(dst: Path) -> None:
+    """Whatever the options are, the run is refused and nothing in the folder changes."""
+    before = {path.name: (path.read_bytes(), path.stat()) for path in dst.parent.iterdir()}
+    for force, restart in product((False, True), repeat=2):
+        with pytest.raises(DestinationError) as caught:
+            create(dst, force=force, restart=restart)
+        assert (caught.value.code, caught.value.exit_code) == ("part-foreign", 5)
+    assert {path.name: (path.read_bytes(), path.stat()) for path in dst.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"my half-finished download", b"GGUF" + bytes(NBYTES - 4)], ids=len)
+def test_a_part_file_without_a_journal_is_not_touched(dst: Path, content: bytes) -> None:
+    dst.with_name("out.gguf.part").write_bytes(content)
+    refused_as_foreign(dst)
+
+
+@pytest.mark.parametrize("journal", [b"", b"my notes", bytes(4096), b"0123456789abcdef" * 3], ids=len)
+def test_a_part_file_beside_a_journal_that_says_nothing(dst: Path, data: NDArray[np.uint8], journal: bytes) -> None:
+    interrupt(dst, data)
+    dst.with_name("out.gguf.part.journal").write_bytes(journal)
+    refused_as_foreign(dst)
+
+
+def test_somebody_s_notes_under_the_journal_s_name_are_not_touched(dst: Path) -> None:
+    dst.with_name("out.gguf.part.journal").write_text("what I did this week")
+    refused_as_foreign(dst)
+
+
+@pytest.mark.parametrize("torn", [b"", bytes(2000), b"0123456789ab", b"0123456789abcdef" * 2 + b' {"ident'], ids=len)
+def test_a_journal_alone_that_a_power_cut_tore_is_begun_again(dst: Path, data: NDArray[np.uint8], torn: bytes) -> None:
+    dst.with_name("out.gguf.part.journal").write_bytes(torn)
+    with create(dst) as sink:
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_a_part_file_that_came_after_the_rename_is_not_touched(dst: Path, data: NDArray[np.uint8]) -> None:
+    """The journal's own has become the destination by then."""
+    stop_after_rename(dst, data)
+    dst.with_name("out.gguf.part").write_bytes(b"my half-finished download")
+    for restart in (False, True):
+        with pytest.raises(DestinationError) as caught:
+            Sink.create(resolve(dst), NBYTES, identity={"other": "1"}, force=True, restart=restart)
+        assert caught.value.code == "part-foreign"
+    with create(dst) as sink:
+        assert sink.resumed_nbytes == NBYTES
+        sink.seal()
+    assert names(dst) == {"out.gguf", "out.gguf.part"}
+    assert dst.with_name("out.gguf.part").read_bytes() == b"my half-finished download"
+
+
+def test_another_conversion_s_work_is_not_discarded_unless_asked(dst: Path, data: NDArray[np.uint8]) -> None:
+    interrupt(dst, data)
+    left = {path.name: path.read_bytes() for path in dst.parent.iterdir()}
+    other = IDENTITY | {"option outtype": "q8_0"}
+    for force in (False, True):
+        with pytest.raises(ResumeError) as caught:
+            Sink.create(resolve(dst), NBYTES, identity=other, force=force)
+        assert (caught.value.code, caught.value.exit_code) == ("resume-mismatch", 3)
+        assert "--restart" in (caught.value.hint or "")
+        assert "outtype" in caught.value.message
+    assert {path.name: path.read_bytes() for path in dst.parent.iterdir()} == left
+    with Sink.create(resolve(dst), NBYTES, identity=other, restart=True) as sink:
+        assert sink.resumed_nbytes == 0
+        write(sink, data, 0, NBYTES)
+        sink.seal()
+    assert names(dst) == {"out.gguf"}
+
+
+def test_of_a_set_that_cannot_go_on_the_parts_that_can_are_kept(tmp_path: Path, data: NDArray[np.uint8]) -> None:
+    paths = [tmp_path / f"out-{n}.gguf" for n in (1, 2)]
+    for path in paths:
+        interrupt(path, data)
+    with pytest.raises(ResumeError), create(paths[0]):
+        Sink.create(resolve(paths[1]), NBYTES, identity={"other": "1"})
+    for path in paths:
+        with create(path) as sink:
+            assert sink.resumed_nbytes == 8192
 
 
 def test_of_several_outputs_one_cannot_be_written(tmp_path: Path) -> None:
@@ -316,9 +430,9 @@ def test_what_an_earlier_run_did_outlives_a_refusal(tmp_path: Path, data: NDArra
     paths = [tmp_path / f"out-{n}.gguf" for n in (1, 2)]
     interrupt(paths[0], data)
     paths[1].write_bytes(OLD)
-    with pytest.raises(DestinationError, match="exists already"), create(paths[0], resume=True):
-        create(paths[1], resume=True)
-    with create(paths[0], resume=True) as sink:
+    with pytest.raises(DestinationError, match="exists already"), create(paths[0]):
+        create(paths[1])
+    with create(paths[0]) as sink:
         assert sink.resumed_nbytes == 8192
 
 
@@ -335,9 +449,9 @@ def n_descriptors() -> int:
 def test_descriptors_are_closed(dst: Path, data: NDArray[np.uint8]) -> None:
     before = n_descriptors()
     interrupt(dst, data)
-    for resume in (True, False):
-        with create(dst, resume=resume, force=True) as sink:
-            if not resume:
+    for restart in (False, True):
+        with create(dst, restart=restart, force=True) as sink:
+            if restart:
                 write(sink, data, 0, NBYTES)
                 sink.seal()
     with pytest.raises(DestinationError):
@@ -390,7 +504,7 @@ def test_resumed(dst: Path, data: NDArray[np.uint8], force: bool) -> None:
     if force:
         dst.write_bytes(OLD)
     interrupt(dst, data, 16384, force=force)
-    with create(dst, resume=True, force=force) as sink:
+    with create(dst, force=force) as sink:
         assert (sink.resumed_nbytes, sink.resumed_state) == (16384, {"n": [1, 16384]})
         assert not sink.notes
         with pytest.raises(ValueError, match="written twice"):
@@ -403,11 +517,11 @@ def test_resumed(dst: Path, data: NDArray[np.uint8], force: bool) -> None:
 
 def test_resumed_twice(dst: Path, data: NDArray[np.uint8]) -> None:
     interrupt(dst, data, 8192)
-    with pytest.raises(KeyboardInterrupt), create(dst, resume=True) as sink:
+    with pytest.raises(KeyboardInterrupt), create(dst) as sink:
         write(sink, data, 8192, 24576)
         sink.record(24576, {"n": [2, 2]})
         raise KeyboardInterrupt
-    with create(dst, resume=True) as sink:
+    with create(dst) as sink:
         assert (sink.resumed_nbytes, sink.resumed_state) == (24576, {"n": [2, 2]})
         write(sink, data, 24576, NBYTES)
         sink.seal()
@@ -415,7 +529,7 @@ def test_resumed_twice(dst: Path, data: NDArray[np.uint8]) -> None:
 
 
 def test_with_nothing_to_resume_it_starts_anew(dst: Path, data: NDArray[np.uint8]) -> None:
-    with create(dst, resume=True) as sink:
+    with create(dst) as sink:
         assert (sink.resumed_nbytes, dict(sink.resumed_state), sink.notes) == (0, {}, ())
         write(sink, data, 0, NBYTES)
         sink.seal()
@@ -427,7 +541,7 @@ def test_resume_does_not_imply_force(dst: Path, data: NDArray[np.uint8]) -> None
     interrupt(dst, data, force=True)
     left = {name: (dst.parent / name).read_bytes() for name in names(dst)}
     with pytest.raises(DestinationError, match="exists already"):
-        create(dst, resume=True)
+        create(dst)
     assert {name: (dst.parent / name).read_bytes() for name in names(dst)} == left
 
 
@@ -436,7 +550,7 @@ def test_another_conversion_is_not_resumed(dst: Path, data: NDArray[np.uint8]) -
     left = {name: (dst.parent / name).read_bytes() for name in names(dst)}
     other = {"option outtype": "q8_0", "source b.safetensors": "56 78 cd"}
     with pytest.raises(SourceError) as caught:
-        Sink.create(resolve(dst), NBYTES + 1, identity=other, resume=True)
+        Sink.create(resolve(dst), NBYTES + 1, identity=other)
     for words in (
         "option outtype (was bf16, is q8_0)",
         "a.safetensors (removed)",
@@ -447,12 +561,12 @@ def test_another_conversion_is_not_resumed(dst: Path, data: NDArray[np.uint8]) -
     assert {name: (dst.parent / name).read_bytes() for name in names(dst)} == left
 
 
-def test_a_stale_part_is_discarded_with_a_note(dst: Path, data: NDArray[np.uint8]) -> None:
+def test_restart_discards_what_is_there(dst: Path, data: NDArray[np.uint8]) -> None:
     interrupt(dst, data)
     inode = dst.with_name("out.gguf.part").stat().st_ino
     kept = os.open(dst.with_name("out.gguf.part"), os.O_RDONLY)  # so that its inode is not used again
-    with create(dst) as sink:
-        assert [note.code for note in sink.notes] == ["stale-part"]
+    with create(dst, restart=True) as sink:
+        assert not sink.notes
         assert sink.resumed_nbytes == 0
         assert dst.with_name("out.gguf.part").stat().st_ino != inode
         write(sink, data, 0, NBYTES)
@@ -461,20 +575,11 @@ def test_a_stale_part_is_discarded_with_a_note(dst: Path, data: NDArray[np.uint8
     assert dst.read_bytes() == data.tobytes()
 
 
-@pytest.mark.parametrize("damage", ["no journal", "empty journal", "shorter part", "longer part"])
+@pytest.mark.parametrize("damage", ["shorter part", "longer part"])
 def test_what_cannot_be_trusted_is_begun_anew(dst: Path, data: NDArray[np.uint8], damage: str) -> None:
     interrupt(dst, data, 16384)
-    part, journal = dst.with_name("out.gguf.part"), dst.with_name("out.gguf.part.journal")
-    match damage:
-        case "no journal":
-            journal.unlink()
-        case "empty journal":
-            journal.write_bytes(b"")
-        case "shorter part":
-            os.truncate(part, 8192)
-        case "longer part":
-            os.truncate(part, NBYTES + 1)
-    with create(dst, resume=True) as sink:
+    os.truncate(dst.with_name("out.gguf.part"), 8192 if damage == "shorter part" else NBYTES + 1)
+    with create(dst) as sink:
         assert sink.resumed_nbytes == 0
         assert [note.code for note in sink.notes] == ["stale-part"]
         write(sink, data, 0, NBYTES)
@@ -486,7 +591,7 @@ def test_what_cannot_be_trusted_is_begun_anew(dst: Path, data: NDArray[np.uint8]
 def test_a_journal_alone_means_nothing(dst: Path, data: NDArray[np.uint8]) -> None:
     interrupt(dst, data)
     dst.with_name("out.gguf.part").unlink()
-    with create(dst, resume=True) as sink:
+    with create(dst) as sink:
         assert (sink.resumed_nbytes, sink.notes) == (0, ())
         write(sink, data, 0, NBYTES)
         sink.seal()
@@ -505,7 +610,7 @@ def stop_after_rename(dst: Path, data: NDArray[np.uint8]) -> None:
 def test_a_run_killed_after_its_rename_is_done(dst: Path, data: NDArray[np.uint8]) -> None:
     stop_after_rename(dst, data)
     inode = dst.stat().st_ino
-    with create(dst, resume=True) as sink:
+    with create(dst) as sink:
         assert (sink.resumed_nbytes, sink.resumed_state) == (NBYTES, {"n": [9, 9]})
         assert sink.seal() == dst
     assert (dst.stat().st_ino, dst.read_bytes()) == (inode, data.tobytes())
@@ -521,7 +626,7 @@ def test_a_finished_part_that_was_changed_is_begun_anew(dst: Path, data: NDArray
     with part.open("r+b") as file:
         file.seek(20000)
         file.write(b"what")
-    with create(dst, resume=True) as sink:
+    with create(dst) as sink:
         assert (sink.resumed_nbytes, [note.code for note in sink.notes]) == (0, ["stale-part"])
         write(sink, data, 0, NBYTES)
         sink.seal()
@@ -531,13 +636,13 @@ def test_a_finished_part_that_was_changed_is_begun_anew(dst: Path, data: NDArray
 def test_a_finished_part_is_published_as_often_as_it_takes(dst: Path, data: NDArray[np.uint8]) -> None:
     """Taking it up changes nothing of it by which it is known."""
     for attempt in range(3):
-        with pytest.raises(KeyboardInterrupt), create(dst, resume=attempt > 0) as sink:
+        with pytest.raises(KeyboardInterrupt), create(dst) as sink:
             assert sink.resumed_nbytes == (NBYTES if attempt else 0)
             if not attempt:
                 write(sink, data, 0, NBYTES)
                 sink.complete()
             raise KeyboardInterrupt
-    with create(dst, resume=True) as sink:
+    with create(dst) as sink:
         sink.seal()
     assert dst.read_bytes() == data.tobytes()
 
@@ -559,16 +664,16 @@ def test_only_the_file_that_was_written_becomes_the_destination(dst: Path, data:
     assert part.exists() == (way == "replaced")
 
 
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("restart", [True, False])
 @pytest.mark.parametrize("way", ["directory", "link"])
-def test_something_else_in_the_journal_s_place(tmp_path: Path, dst: Path, resume: bool, way: str) -> None:
+def test_something_else_in_the_journal_s_place(tmp_path: Path, dst: Path, restart: bool, way: str) -> None:
     journal = dst.with_name("out.gguf.part.journal")
     if way == "directory":
         journal.mkdir()
     else:
         journal.symlink_to("elsewhere")
     with pytest.raises(DestinationError) as caught:
-        create(dst, resume=resume)
+        create(dst, restart=restart)
     assert str(caught.value) == f"{journal}: stands where the unfinished output would be (move it away)"
     assert names(dst) == {journal.name}
 
@@ -601,9 +706,9 @@ def test_a_file_is_not_taken_for_the_one_that_was_renamed(dst: Path, data: NDArr
             identity["option outtype"] = "f16"
     before = dst.read_bytes()
     with pytest.raises(DestinationError, match="exists already"):
-        Sink.create(resolve(dst), NBYTES, identity=identity, resume=True)
+        Sink.create(resolve(dst), NBYTES, identity=identity)
     assert dst.read_bytes() == before
-    with Sink.create(resolve(dst), NBYTES, identity=identity, resume=True, force=True) as sink:
+    with Sink.create(resolve(dst), NBYTES, identity=identity, force=True) as sink:
         assert sink.resumed_nbytes == 0
         write(sink, data, 0, NBYTES)
         sink.seal()
@@ -612,7 +717,7 @@ def test_a_file_is_not_taken_for_the_one_that_was_renamed(dst: Path, data: NDArr
 
 def test_an_old_journal_does_not_outlive_a_new_run(dst: Path, data: NDArray[np.uint8]) -> None:
     stop_after_rename(dst, data)
-    with create(dst, force=True) as sink:
+    with create(dst, force=True, restart=True) as sink:
         assert not sink.notes
         write(sink, data, 0, NBYTES)
         sink.seal()
@@ -629,9 +734,9 @@ def test_several_outputs_are_published_together(tmp_path: Path, data: NDArray[np
         three.publish()
         raise KeyboardInterrupt
     with (
-        create(paths[0], resume=True) as one,
-        create(paths[1], resume=True) as two,
-        create(paths[2], resume=True) as three,
+        create(paths[0]) as one,
+        create(paths[1]) as two,
+        create(paths[2]) as three,
     ):
         assert {sink.resumed_nbytes for sink in (one, two, three)} == {NBYTES}
         for sink in (three, two, one):
