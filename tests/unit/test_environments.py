@@ -58,7 +58,7 @@ def test_ci_begins_with_what_the_readme_says() -> None:
 
 def test_missing_libraries_stop_no_collection() -> None:
     done = pytest_without(",".join(EXTRAS), "--collect-only")
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, f"take it from tests.extras\n{done.stdout}"
     assert "error" not in done.stdout.splitlines()[-1]
 
 

@@ -12,11 +12,11 @@ import streamconv
 from streamconv.errors import SourceError
 from tests import extras, tiny, vocab_keys
 from tests.oracles import ggufs, runtime
-from tests.tiny import tokenizer as tokenizers
+from tests.tiny import tokenizer as made
 from tests.tiny import write_json
 from tests.vocab_cases import added, edit
 
-BPE, SPM = tiny.N_BPE_TOKENS, tiny.N_SPM_TOKENS
+BPE, SPM = made.N_BPE_TOKENS, made.N_SPM_TOKENS
 
 
 def in_tokenizer_json(folder: Path, id_: int) -> None:
@@ -78,7 +78,7 @@ def test_a_pad_token_beyond_the_rows_is_left_out(tmp_path: Path, kind: str, add:
 
 
 def test_a_token_below_the_rows_stays_where_tokenizers_puts_it(tmp_path: Path) -> None:
-    tokenizers.write_bpe(tmp_path)
+    made.write_bpe(tmp_path)
     new = [added(BPE + 9, "<far>"), added(BPE + 1, "<near>"), added(BPE + 2, "<next>")]
     edit(tmp_path / "tokenizer.json", lambda value: value["added_tokens"].extend(new))
     vocabulary = vocab_keys.read(tmp_path, BPE + 3, default_pre="lfm2")
