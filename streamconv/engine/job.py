@@ -84,7 +84,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.resume and self.restart:
-            raise UsageError("resume goes on with an earlier run, restart discards it: use one of them")
+            raise UsageError("resume goes on with an earlier run, restart discards it", code="option-conflict")
         limit = self.max_memory
         if limit is None:  # settled now: it follows from what is resident before the run
             limit = default_limit_nbytes()

@@ -55,15 +55,9 @@ class _Words(NamedTuple):
 
 
 _WORDS: dict[int, _Words] = {
-    errno.ENOSPC: _Words(
-        "no space left on its filesystem", f"free some, then {_AGAIN}", code="no-space"
-    ),
-    errno.EDQUOT: _Words(
-        "the quota on its filesystem is used up", f"free some, then {_AGAIN}", code="no-space"
-    ),
-    errno.EIO: _Words(
-        "the disk failed while writing", f"see the system's log, then {_AGAIN}", code="write-failed"
-    ),
+    errno.ENOSPC: _Words("no space left on its filesystem", f"free some, then {_AGAIN}", code="no-space"),
+    errno.EDQUOT: _Words("the quota on its filesystem is used up", f"free some, then {_AGAIN}", code="no-space"),
+    errno.EIO: _Words("the disk failed while writing", f"see the system's log, then {_AGAIN}", code="write-failed"),
     errno.EFBIG: _Words(
         "its filesystem, or ulimit -f, does not take a file of this size", _ELSEWHERE, code="file-size-limit"
     ),

@@ -109,7 +109,7 @@ def check_jobs(directory: Path) -> None:
 
 
 def check_journal(directory: Path) -> None:
-    """A journal beside a part file of the right size, taken up by --resume."""
+    """A journal beside a part file of the right size, which the next run takes up."""
     path = _first(directory, "*.journal")
     journal.read(path)
     dst = directory / "out.gguf"
@@ -117,7 +117,7 @@ def check_journal(directory: Path) -> None:
     path.rename(part.with_name("out.gguf.part.journal"))
     with part.open("wb") as file:
         file.truncate(OUTPUT_NBYTES)
-    with Sink.create(resolve(dst), OUTPUT_NBYTES, identity={"seed": "7"}, resume=True) as sink:
+    with Sink.create(resolve(dst), OUTPUT_NBYTES, identity={"seed": "7"}) as sink:
         assert 0 <= sink.resumed_nbytes <= OUTPUT_NBYTES
         raise SourceError("leave", code="leave")
 

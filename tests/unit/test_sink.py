@@ -313,7 +313,9 @@ def test_work_that_was_done_is_kept(dst: Path, data: NDArray[np.uint8], error: B
 
 
 @pytest.mark.parametrize(
-    "error", [SourceError("changed", code="source-changed"), VerifyError("differs", code="differs")], ids=lambda error: type(error).__name__
+    "error",
+    [SourceError("changed", code="source-changed"), VerifyError("differs", code="differs")],
+    ids=lambda error: type(error).__name__,
 )
 def test_bytes_that_are_wrong_are_not_kept(dst: Path, data: NDArray[np.uint8], error: BaseException) -> None:
     with pytest.raises(type(error)), create(dst) as sink:
