@@ -15,10 +15,10 @@ from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Wor
 
 # A transpose reads its parent in pieces of about this size: large enough for the disk, small enough for the cache.
 TRANSPOSE_PIECE_NBYTES = 1 << 18
-# It takes so many bytes of each row of its parent at a time, where the result of that is not larger than the limit:
-# shorter reads cost more than the bytes they bring. Measured in benchmarks/LOG.md.
+# It takes so many bytes of each row of its parent at a time, or half a row, where the result of that is not larger than
+# the limit, a chunk: shorter reads cost more than the bytes they bring. Measured in benchmarks/LOG.md.
 TRANSPOSE_RUN_NBYTES = 1 << 9
-TRANSPOSE_SLAB_NBYTES = 1 << 21
+TRANSPOSE_SLAB_NBYTES = 1 << 22
 # Runs of columns shorter than this are cut from whole rows, unless they are a small part of them.
 COLUMN_RUN_NBYTES = 1 << 12
 # Rows narrower than this are not read one by one where a block of them has at most so many bytes.
@@ -136,9 +136,9 @@ class Transpose(LazyTensor):
 
     @property
     def least_rows(self) -> int:
-        run = -(-TRANSPOSE_RUN_NBYTES // self.spec.dtype.block_nbytes) if self._has_columns else self._n_columns
-        wanted = min(run, -(-self._n_columns // 2))
-        return max(1, min(wanted, TRANSPOSE_SLAB_NBYTES // max(self.spec.row_nbytes, 1)))
+        most = max(1, TRANSPOSE_SLAB_NBYTES // max(self.spec.row_nbytes, 1))
+        half, run = -(-self._n_columns // 2), -(-TRANSPOSE_RUN_NBYTES // self.spec.dtype.block_nbytes)
+        return min(half if half <= most or not self._has_columns else run, most)
 
     def _columns_of(self, matrix: int, rows: range) -> range:
         """The columns of one matrix of the parent that are among `rows` of the result."""

@@ -556,3 +556,28 @@ def test_descriptions_tell_tensors_apart() -> None:
 def test_what_does_not_fit_is_refused(wrong: Callable[[LazyTensor], LazyTensor]) -> None:
     with pytest.raises(ValueError):
         wrong(source_of(array_of((6, 4), F32, 0), F32)[0])
+
+
+def test_each_expert_is_weighed_by_its_own_row() -> None:
+    tensor, array = source_of(array_of((3, 4, 256), BF16, 1), BF16)
+    importance = np.abs(array_of((3, 256), F32, 2).astype(np.float32)) ** 4
+    encoded = Encode(tensor, "made", T.Q4_K, Resident(importance))
+    made = rows_of(encoded, range(2, 11))
+    for e in range(3):
+        out = np.zeros(4 * 144, np.uint8)
+        rows = np.ascontiguousarray(array[e]).reshape(-1).view(np.uint8)
+        assert quantize_rows(T.Q4_K, T.BF16, rows, 256, importance[e], out, blocks.REFERENCE) is None
+        first, last = max(4 * e, 2), min(4 * e + 4, 11)
+        assert np.array_equal(
+            made[(first - 2) * 144 : (last - 2) * 144], out[(first - 4 * e) * 144 :][: (last - first) * 144]
+        )
+
+
+def test_the_norms_of_columns_are_made_once() -> None:
+    tensor, array = source_of(array_of((64, 32), F32, 1), F32)
+    vector, _ = source_of(array_of((32,), F32, 2), F32)
+    scaled = ColumnMagnitudes(tensor, vector)
+    for at in range(0, 64, 4):
+        rows_of(scaled, range(at, at + 4))
+    assert isinstance(tensor.file, File)
+    assert tensor.file.n_read == 2 * array.nbytes
