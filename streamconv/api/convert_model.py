@@ -118,6 +118,7 @@ def plan_model(
         dialect=wanted.dialect,
         outtype=policy.outtype,
         shards=(*checkpoint.shards, *merged.shards),
+        configs=(config, *(adapter.file.config for adapter in adapters)),
         options={
             "outtype": policy.outtype,
             "dialect": wanted.dialect,

@@ -6,15 +6,18 @@ Owns: what `convert` and `convert_adapter` hand to `run` and to `verify`. Does n
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
 
 from streamconv.budget import default_limit_nbytes, parse_size
+from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard
 from streamconv.engine.layout import MAX_DEFAULT_WORKERS, Step
 from streamconv.engine.split import Part, SplitOptions
@@ -25,6 +28,8 @@ from streamconv.ggml.outtypes import WORDS
 from streamconv.ggml.policy import outtype_hint
 from streamconv.gguf.format import Buffer, KeyValue, PackedArray, Scalar
 from streamconv.gguf.names import LLAMA_CPP, RENAMES
+from streamconv.lazy.leaves import sources
+from streamconv.lazy.node import Readable, description
 from streamconv.metadata.vocab.choice import PREFERENCES
 from streamconv.report import Output, Report, TypeTotal
 from streamconv.timing import Profile, Stopwatch
@@ -159,6 +164,7 @@ class Job:
     dialect: str
     outtype: str
     shards: Sequence[Shard]
+    configs: Sequence[Config]
     options: Mapping[str, str]
     defaults: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)  # of keys that are missing, by name
     cautions: list[Caution] = field(default_factory=list)
@@ -173,12 +179,34 @@ class Job:
         return (step for part in self.parts for step in part.layout.steps)
 
     def identity(self, part: Part) -> dict[str, str]:
-        """What changes a part's bytes, item by item: a run resumes another only where all of it is the same."""
-        items = {"format": FORMAT_VERSION, "header": _digest(str(_infos(part)).encode())}
+        """All that decides a part's bytes, item by item: a run goes on with another only where all of it is the same.
+
+        The header's bytes, the chain of operations of every tensor and the sources' fingerprints leave nothing out,
+        whatever keys and operations there will be; the other items name what a user may have changed.
+        """
+        from streamconv import __version__
+
+        items = {"streamconv": __version__, "gguf": version("gguf"), "format": FORMAT_VERSION}
         items |= {f"key {entry.key}": _shown(entry) for entry in part.keys}
         items |= {f"option {name}": value for name, value in self.options.items()}
-        items |= {f"source {shard.path.name}": shard.fingerprint for shard in self.shards}
-        return items
+        names = _distinct(f"source {shard.path.name}" for shard in self.shards)
+        items |= {name: shard.fingerprint for name, shard in zip(names, self.shards, strict=True)}
+        for name, config in zip(_distinct(config.file.name for config in self.configs), self.configs, strict=True):
+            items |= {
+                f"{name} {key}": _shortened(json.dumps(value, sort_keys=True)) for key, value in config.raw.items()
+            }
+        return items | {"header": _digest(part.layout.header.pieces), "operations": self._operations(part)}
+
+    def _operations(self, part: Part) -> str:
+        """A digest of what is done to which stored bytes, for every tensor of a part."""
+        numbers: dict[Readable, int] = {shard: number for number, shard in enumerate(self.shards)}
+
+        def lines() -> Iterator[bytes]:
+            for step in part.layout.steps:
+                files = [numbers[source.file] for source in sources(step.tensor)]
+                yield f"{step.target} {files} {description(step.tensor)}\n".encode()
+
+        return _digest(lines())
 
     def report(self) -> Report:
         totals: dict[str, list[int]] = defaultdict(list)
@@ -204,20 +232,27 @@ def _n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _infos(part: Part) -> tuple[object, ...]:
-    """All that a header is made of, but for the keys' values."""
-    order = [(entry.key, int(entry.type)) for entry in part.keys]
-    steps = part.layout.steps
-    return order, [(step.target, step.tensor.spec.shape, int(step.tensor.type), step.offset) for step in steps]
+def _distinct(names: Iterable[str]) -> Iterator[str]:
+    """The names, each with a number where it was there before."""
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name} {seen[name]}"
 
 
 def _shown(entry: KeyValue) -> str:
     """A key's value, short enough for a journal and a message."""
     if isinstance(entry.value, PackedArray):
-        return f"{int(entry.value.element)} {entry.value.length} {_digest(entry.value.payload)}"
-    text = str(entry.value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else _digest(text.encode())
+        return f"{int(entry.value.element)} {entry.value.length} {_digest([entry.value.payload])}"
+    return _shortened(str(entry.value))
 
 
-def _digest(data: Buffer) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN_CHARS else _digest([text.encode()])
+
+
+def _digest(parts: Iterable[Buffer]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
