@@ -22,6 +22,7 @@ class Output:
     path: Path
     nbytes: int
     sha256: str | None = None
+    role: str = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Report:
             "schema": SCHEMA,
             "command": self.command,
             "output": str(self.output),
-            "outputs": [{"path": str(o.path), "nbytes": o.nbytes, "sha256": o.sha256} for o in self.outputs],
+            "outputs": [_output(output) for output in self.outputs],
             "architecture": self.architecture,
             "dialect": self.dialect,
             "outtype": self.outtype,
@@ -91,6 +92,10 @@ class Report:
         if self.memory is not None:
             result["memory"] = dict(self.memory)
         return result
+
+
+def _output(output: Output) -> dict[str, Any]:
+    return {"path": str(output.path), "nbytes": output.nbytes, "sha256": output.sha256, "role": output.role}
 
 
 def _planned(row: PlannedTensor) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def _plan(
     keys = [*general.keys, *_adapter_keys(folded.alpha, invocation_tokens), *base.keys]
     return Job(
         command="lora",
+        role="adapter",
         keys=keys,
         parts=make_parts(path, keys, tensors, wanted.split),
         architecture=base.recipe.arch,
@@ -159,6 +160,7 @@ def _plan_legacy(
     path = output_path(dst, general.file_name("f16", "LoRA"))
     return Job(
         command="lora",
+        role="adapter",
         keys=legacy.keys,
         parts=make_parts(path, legacy.keys, tensors, wanted.split),
         architecture=base.recipe.arch,

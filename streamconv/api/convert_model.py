@@ -29,9 +29,12 @@ from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 from streamconv.metadata.vocab.choice import choose_vocabulary
 from streamconv.output.destination import output_path
-from streamconv.recipe.bind import bind
+from streamconv.recipe.bind import bind, bind_outputs
 from streamconv.recipe.language import Model, find_recipe
 from streamconv.report import Report
+
+# Types that a further output, such as a projector, has with the model; beside others it is F16.
+COMPANION_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 @noting_files()
@@ -95,7 +98,8 @@ def plan_model(
     stored: the types of the file that the job is compared with, in place of an outtype.
     """
     config = checkpoint.config
-    bound = bind(find_recipe(config), config, checkpoint.tensors)
+    recipe = find_recipe(config)
+    bound = bind(recipe, config, checkpoint.tensors)
     merged = merge(checkpoint, bound, adapters)
     model = merged.model
     policy = stored or OuttypePolicy(auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype)
@@ -107,13 +111,22 @@ def plan_model(
         specs=[(target.name, target.tensor.spec) for target in model.targets],
         merged=merged.directories,
     )
-    vocabulary = _bounded_vocabulary(merged, wanted, tensors, limit_nbytes)
+    vocabulary = _bounded_vocabulary(merged, recipe.default_pre, wanted, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", policy.file_type)
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
+    path = output_path(dst, general.file_name(policy.outtype))
+    companion_policy = OuttypePolicy(policy.outtype if policy.outtype in COMPANION_OUTTYPES else "f16")
+    is_whole = wanted.split.only_part in (None, 1)
+    others = bind_outputs(recipe, model, checkpoint.tensors) if is_whole else []
     return Job(
         command="convert",
         keys=keys,
-        parts=make_parts(output_path(dst, general.file_name(policy.outtype)), keys, tensors, wanted.split),
+        parts=make_parts(path, keys, tensors, wanted.split),
+        role=recipe.role,
+        companions=[
+            _plan_companion(checkpoint, other, path if dst else None, wanted, stored or companion_policy)
+            for other in others
+        ],
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
         outtype=policy.outtype,
@@ -127,6 +140,35 @@ def plan_model(
         defaults=model.defaults(),
         cautions=[*checkpoint.cautions, *model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
+    )
+
+
+def _plan_companion(
+    checkpoint: Checkpoint, model: Model, beside: Path | None, wanted: OutputOptions, policy: TypePolicy
+) -> Job:
+    """The job of a further output; `beside`: the model's path, where the caller named it."""
+    output = model.recipe
+    tensors = _place(model, wanted.dialect, policy)
+    specs = [(target.name, target.tensor.spec) for target in model.targets]
+    general = read_general(
+        checkpoint.directory, arch=output.arch, name=wanted.name, specs=specs, kind=output.general_type
+    )
+    keys = [*general.keys, KeyValue.u32("general.file_type", policy.file_type), *model.keys()]
+    default = Path(f"{output.role}-{general.file_name(policy.outtype)}")
+    path = default if beside is None else beside.with_name(f"{output.role}-{beside.name}")
+    return Job(
+        command="convert",
+        keys=keys,
+        parts=make_parts(path, keys, tensors, SplitOptions()),
+        architecture=output.arch,
+        dialect=wanted.dialect,
+        outtype=policy.outtype,
+        shards=checkpoint.shards,
+        configs=(checkpoint.config,),
+        options={"outtype": policy.outtype, "dialect": wanted.dialect},
+        defaults=model.defaults(),
+        cautions=model.cautions,
+        role=output.role,
     )
 
 
@@ -151,7 +193,11 @@ def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]
 
 
 def _bounded_vocabulary(
-    merged: Merged, wanted: OutputOptions, tensors: Sequence[PlacedTensor], limit_nbytes: int
+    merged: Merged,
+    default_pre: str | None,
+    wanted: OutputOptions,
+    tensors: Sequence[PlacedTensor],
+    limit_nbytes: int,
 ) -> Vocabulary:
     """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
     model = merged.model
@@ -168,7 +214,7 @@ def _bounded_vocabulary(
             over=over,
             config=model.config.raw,
             n_vocab=n_vocab,
-            default_pre=model.recipe.default_pre,
+            default_pre=default_pre,
             pre=wanted.pre,
         )
 

@@ -16,6 +16,7 @@ from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job, RunOptions
 from streamconv.engine.layout import MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
+from streamconv.engine.split import Part
 from streamconv.errors import Caution, DestinationError
 from streamconv.ggml import encode as codecs
 from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
@@ -36,7 +37,7 @@ class _Places:
     @classmethod
     def claim(cls, job: Job, options: RunOptions) -> _Places:
         modelfile = plan_modelfile(job.parts[0], job.base) if options.modelfile else None
-        outputs = [part.path for part in job.parts]
+        outputs = [part.path for _, part in job.files]
         beside = [manifest_path(path) for path in outputs] if options.sha256 else []
         beside += [modelfile.path] if modelfile else []
         profile = [options.profile.path] if options.profile and options.profile.path else []
@@ -75,16 +76,17 @@ def run(job: Job, options: RunOptions) -> Report:
     """Write the job's output and say what was done; with `dry_run`, prove that it can be and say what would be."""
     report = job.report()
     proof = prove_memory(
-        [part.layout for part in job.parts],
+        [part.layout for _, part in job.files],
         limit=options.limit_nbytes,
         resident=resident_nbytes()[0],
         threads=options.n_threads,
     )
     if options.verify:
-        prove_comparison([step.tensor for step in job.steps], limit=options.limit_nbytes, threads=1)
+        steps = [step for output in job.outputs for step in output.steps]
+        prove_comparison([step.tensor for step in steps], limit=options.limit_nbytes, threads=1)
     places = _Places.claim(job, options)
     if options.dry_run:
-        report.plan = list(_plan(job))
+        report.plan = [row for output in job.outputs for row in _plan(output)]
         report.warnings += places.in_the_way(options)
         report.memory = _memory(proof)
     else:
@@ -100,48 +102,63 @@ def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, r
     The sinks are left after all of that: whenever the run is stopped, it can be resumed.
     """
     places.refuse_taken(options)
-    check_room(places.outputs, [part.layout.nbytes for part in job.parts])
+    parts = [part for _, part in job.files]
+    check_room(places.outputs, [part.layout.nbytes for part in parts])
     with ExitStack() as stack:
         sinks = [stack.enter_context(sink) for sink in _sinks(job, places, options)]
         _stream(job, sinks, proof, options, report)
         if options.verify:
-            paths = [sink.readable_path for sink in sinks]
-            compare(
-                job,
-                paths,
-                limit=proof.limit,
-                threads=proof.workers,
-                progress=options.progress,
-                cancelled=options.cancelled,
-            )
+            _verify(job, sinks, proof, options)
             report.verified = True
         digests = [digest(sink.readable_path, part.layout) if options.sha256 else None
-                   for sink, part in zip(sinks, job.parts, strict=True)]  # fmt: skip
+                   for sink, part in zip(sinks, parts, strict=True)]  # fmt: skip
         with options.stopwatch.time("sync"):
             _publish(sinks)
         texts = [manifest_text(part.path, part.layout, found)
-                 for part, found in zip(job.parts, digests, strict=True) if found]  # fmt: skip
+                 for part, found in zip(parts, digests, strict=True) if found]  # fmt: skip
         texts += [places.modelfile.text] if places.modelfile else []
         for place, text in zip(places.beside, texts, strict=True):
             write_text(place, text, replaces=options.force)
     report.outputs = [
-        Output(part.path, part.layout.nbytes, found.whole if found else None)
-        for part, found in zip(job.parts, digests, strict=True)
+        Output(part.path, part.layout.nbytes, found.whole if found else None, output.role)
+        for (output, part), found in zip(job.files, digests, strict=True)
     ]
 
 
+def _verify(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOptions) -> None:
+    """Each output compared with its source, before any gets its name."""
+    paths = [sink.readable_path for sink in sinks]
+    totals = [sum(step.nbytes for step in output.steps) for output in job.outputs]
+    done = 0
+
+    def advance(nbytes: int, of: int) -> None:
+        if options.progress is not None:
+            options.progress(done + nbytes, sum(totals))
+
+    for output, total in zip(job.outputs, totals, strict=True):
+        own, paths = paths[: len(output.parts)], paths[len(output.parts) :]
+        compare(
+            output,
+            own,
+            limit=proof.limit,
+            threads=proof.workers,
+            progress=advance,
+            cancelled=options.cancelled,
+        )
+        done += total
+
+
 def _sinks(job: Job, places: _Places, options: RunOptions) -> Iterator[Sink]:
-    for part, place in zip(job.parts, places.outputs, strict=True):
+    for (output, part), place in zip(job.files, places.outputs, strict=True):
         yield Sink.create(
-            place, part.layout.nbytes, identity=job.identity(part), force=options.force, restart=options.restart
+            place, part.layout.nbytes, identity=output.identity(part), force=options.force, restart=options.restart
         )
 
 
 def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOptions, report: Report) -> None:
     """Every part's bytes, complete under its other name; what was found in them, in the report."""
     advance = _progress(job, options)
-    tally: dict[str, codecs.Stats] = {}
-    for part, sink in zip(job.parts, sinks, strict=True):
+    for (output, part), sink in zip(job.files, sinks, strict=True):
         report.resumed |= sink.resumed_nbytes > 0
         report.warnings += sink.notes
         counts = stream(
@@ -154,10 +171,9 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
         )
         with options.stopwatch.time("sync"):
             sink.complete(state_of(counts))
-        tally |= counts
+        report.warnings += _non_finite(output, part, counts)
     for shard in job.shards:  # chunks checked what they read; something may have been read before
         shard.check_unchanged()
-    report.warnings += _non_finite(job, tally)
 
 
 def _publish(sinks: Sequence[Sink]) -> None:
@@ -171,7 +187,7 @@ def _publish(sinks: Sequence[Sink]) -> None:
 
 def _progress(job: Job, options: RunOptions) -> Callable[[int], None]:
     """What to tell of each chunk: the caller hears (bytes done, bytes in all)."""
-    total = sum(part.layout.nbytes for part in job.parts)
+    total = sum(part.layout.nbytes for _, part in job.files)
     done = 0
 
     def advance(nbytes: int) -> None:
@@ -200,8 +216,8 @@ def _memory(proof: MemoryProof) -> Mapping[str, int]:
     }
 
 
-def _non_finite(job: Job, tally: Mapping[str, codecs.Stats]) -> Iterator[Caution]:
-    for step in job.steps:
+def _non_finite(job: Job, part: Part, tally: Mapping[str, codecs.Stats]) -> Iterator[Caution]:
+    for step in part.layout.steps:
         stats = tally.get(step.target)
         if stats is not None:
             where = "once the adapters are merged" if job.changed_by.get(step.target) else "in the source"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -16,7 +17,7 @@ from streamconv.api.convert_lora import open_adapter_job
 from streamconv.api.convert_model import open_model_job
 from streamconv.budget import resident_nbytes
 from streamconv.check.tensors import compare
-from streamconv.engine.job import OutputOptions, RunOptions, WorkKeywords
+from streamconv.engine.job import Job, OutputOptions, RunOptions, WorkKeywords
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import UsageError
 from streamconv.files.hub import Source
@@ -49,12 +50,15 @@ def verify(
     """
     options, started = RunOptions(**keywords), time.monotonic()
     wanted = OutputOptions(dialect=dialect, pre=pre, tokenizer=tokenizer)
-    outputs, stored = _read(out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre})
+    outputs, stored, architecture = _read(
+        out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre}
+    )
     with (
         open_model_job(source, out, wanted, options.limit_nbytes, adapters, stored)
         if base is None
         else open_adapter_job(source, base, out, wanted, options.limit_nbytes, scale, stored)
-    ) as job:
+    ) as whole:
+        job = _of_file(whole, architecture)
         cautions = compare(
             job,
             [output.path for output in outputs],
@@ -63,10 +67,10 @@ def verify(
             progress=options.progress,
             cancelled=options.cancelled,
         )
-        report = job.report()
+        report = replace(job, companions=()).report()
     report.warnings += cautions
     report.command, report.verified = "verify", True
-    report.output, report.outputs = Path(out), outputs
+    report.output, report.outputs = Path(out), [replace(output, role=job.role) for output in outputs]
     report.seconds = time.monotonic() - started
     report.peak_rss_nbytes = resident_nbytes()[1]
     return report
@@ -74,8 +78,8 @@ def verify(
 
 def _read(
     out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object]
-) -> tuple[list[Output], StoredTypes]:
-    """The files of the set at `out`, and the types of its tensors.
+) -> tuple[list[Output], StoredTypes, str | None]:
+    """The files of the set at `out`, the types of its tensors, and its architecture.
 
     UsageError where an option is missing, or given and not for this kind of file.
     """
@@ -84,6 +88,7 @@ def _read(
         outputs = [Output(Path(str(file.path)), file.file.nbytes) for file in found.files]
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"
         stored = _types(found)
+        architecture = found.files[0].scalar("general.architecture", str)
     if is_adapter and of_adapters["--base"] is None:
         raise UsageError(
             "is an adapter, whose tensors follow from its base", file=out, hint="give --base", code="base-missing"
@@ -95,7 +100,12 @@ def _read(
                 file=out,
                 code="option-conflict",
             )
-    return outputs, stored
+    return outputs, stored, architecture
+
+
+def _of_file(job: Job, architecture: str | None) -> Job:
+    """The output of a job that a file of this architecture is: the model, or what comes with it."""
+    return next((one for one in job.outputs if one.architecture == architecture), job)
 
 
 def _types(found: GGUFSet) -> StoredTypes:

@@ -247,7 +247,7 @@ def expand_splits(jobs: Iterable[JobSpec]) -> Iterator[JobSpec]:
         if job.command == "convert" and job.split_max_size is not None:
             with suppress(Exception):  # its own run will say what is wrong
                 # The job's bound is not this process's: only the number of parts is asked for.
-                n_parts = len(perform(job, dry_run=True, max_memory=sys.maxsize).outputs)
+                n_parts = sum(one.role == "model" for one in perform(job, dry_run=True, max_memory=sys.maxsize).outputs)
         if n_parts == 1:
             yield job
         else:

@@ -74,6 +74,16 @@ class Config:
             raise self.wrong(key, "an object")
         return Config(value, self.file) if value else None
 
+    @property
+    def whole(self) -> Config:
+        """The whole file's config, of which this may be a section."""
+        return self if self.parent is None else self.parent.whole
+
+    def alone(self, key: str) -> Config:
+        """The section `key` by itself, this config being its parent; empty where there is none."""
+        section = self.section(key) if key else self
+        return Config({} if section is None else section.raw, self.file, self)
+
     def within(self, key: str) -> Config:
         """The section `key` with all that stands beside it, where that does not say otherwise: a wrapped model's own.
 

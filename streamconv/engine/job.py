@@ -155,7 +155,10 @@ class OutputOptions:
 
 @dataclass(slots=True)
 class Job:
-    """Everything that decides the bytes of one output, and what its report says. Made once all of it was read."""
+    """Everything that decides the bytes of one output, and what its report says. Made once all of it was read.
+
+    A model's projector is an output of its own, with its own keys and layout: a companion of the model's job.
+    """
 
     command: str
     keys: Sequence[KeyValue]
@@ -170,13 +173,25 @@ class Job:
     cautions: list[Caution] = field(default_factory=list)
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     base: Place | None = None  # of an adapter: the model it is for
+    role: str = "model"
+    companions: Sequence[Job] = ()  # further files of the same checkpoint, sealed together with this one
     sources: Mapping[FileId, Path] = field(default_factory=files_read)  # every file that was read, none to write over
     started: float = field(default_factory=time.monotonic)
 
     @property
     def steps(self) -> Iterator[Step]:
-        """The tensors of all parts."""
+        """The tensors of all parts of this output."""
         return (step for part in self.parts for step in part.layout.steps)
+
+    @property
+    def outputs(self) -> tuple[Job, ...]:
+        """This output and those that are sealed with it."""
+        return (self, *self.companions)
+
+    @property
+    def files(self) -> tuple[tuple[Job, Part], ...]:
+        """Every file of all outputs, each with the output that it is of; the first is the one that loaders name."""
+        return tuple((output, part) for output in self.outputs for part in output.parts)
 
     def identity(self, part: Part) -> dict[str, str]:
         """All that decides a part's bytes, item by item: a run goes on with another only where all of it is the same.
@@ -210,7 +225,8 @@ class Job:
 
     def report(self) -> Report:
         totals: dict[str, list[int]] = defaultdict(list)
-        for step in self.steps:
+        steps = [step for output in self.outputs for step in output.steps]
+        for step in steps:
             totals[step.tensor.type.name].append(step.nbytes)
         types = {name: TypeTotal(len(sizes), sum(sizes)) for name, sizes in sorted(totals.items())}
         return Report(
@@ -220,10 +236,10 @@ class Job:
             dialect=self.dialect,
             outtype=self.outtype,
             n_tensors=sum(total.n_tensors for total in types.values()),
-            n_parameters=sum(step.tensor.spec.n_elements for step in self.steps),
+            n_parameters=sum(step.tensor.spec.n_elements for step in steps),
             types=types,
-            outputs=[Output(part.path, part.layout.nbytes) for part in self.parts],
-            warnings=list(self.cautions),
+            outputs=[Output(part.path, part.layout.nbytes, role=output.role) for output, part in self.files],
+            warnings=[caution for output in self.outputs for caution in output.cautions],
         )
 
 

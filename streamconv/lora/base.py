@@ -25,12 +25,13 @@ from streamconv.recipe.dims import Equation, parse_extent, parse_shape, solve_di
 from streamconv.recipe.language import (
     QUANTIZATION_KEYS,
     Model,
+    Output,
     Recipe,
     all_recipes,
     find_recipe,
     recipe_of,
 )
-from streamconv.recipe.names import NONE, Found, fill, has_experts, stack_of
+from streamconv.recipe.names import MAIN_STACK, NONE, Found, fill, has_experts, stack_of
 from streamconv.recipe.ops import Op
 from streamconv.recipe.words import Key, PerLayer, Tensor
 
@@ -93,7 +94,7 @@ class BaseModel:
     cautions: list[Caution] = field(default_factory=list)
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> Output:
         return self.model.recipe
 
     @property
@@ -196,10 +197,10 @@ def open_base(source: Source, max_header_nbytes: int) -> BaseModel:
 def _from_gguf(path: Place) -> BaseModel:
     with GGUFSet.open(path) as file:
         refuse(file.problems, ignore=("truncated", "split-missing"))  # only names and shapes are needed
-        facts = _GGUFFacts(path, file.keys, file.tensors)
-        dims = facts.dims()
         shapes = {name: tensor.shape for name, (_, tensor) in file.tensors.items()}
         is_whole = bool(shapes) and not any(problem.code == "split-missing" for problem in file.problems)
+        facts = _GGUFFacts(path, file.keys, shapes if is_whole else ())
+        dims = facts.dims()
         head = next((row.target for row in facts.recipe.tensors if row.source == facts.recipe.head), None)
         cautions = []
         if not is_whole:
@@ -220,7 +221,7 @@ class _GGUFFacts:
     """A recipe's keys read backwards: from the values in a file to dims and kinds of layers."""
 
     def __init__(self, path: Place, keys: Mapping[str, GGUFKey], tensors: Collection[str]) -> None:
-        self.path, self.keys = path, keys
+        self.path, self.keys, self.tensors = path, keys, tensors
         self.kinds: dict[str, list[str]] = {}
         if self._value("general.type") == "adapter":
             raise SourceError(
@@ -244,11 +245,12 @@ class _GGUFFacts:
     def dims(self) -> dict[str, int]:
         """The dims that the keys give, and their defaults; `kinds` is known then too."""
         stated = {N_LAYERS: self._n_layers()}  # first, since a list for each layer must be as long
-        equations = []
+        equations: list[Equation] = []
+        self._settle_kinds(stated[N_LAYERS])
         for key in self.recipe.keys:
             values = self._integers(key) if isinstance(key.value, str | PerLayer) else []
             if isinstance(key.value, PerLayer) and values:
-                self._read_per_layer(key, key.value, values, stated)
+                equations += self._read_per_layer(key, key.value, values, stated[N_LAYERS])
             elif isinstance(key.value, str) and any(values):
                 if len(set(values)) > 1:
                     raise self._wrong(key, "differs between layers, which this architecture's recipe does not know")
@@ -280,20 +282,39 @@ class _GGUFFacts:
             else:
                 yield KeyValue(key.name, key.type, key.value)
 
-    def _read_per_layer(self, key: Key, rule: PerLayer, values: list[int], stated: dict[str, int]) -> None:
-        """A layer's kind is the one whose fixed number it has, else the one whose number is a dim."""
+    def _settle_kinds(self, n_layers: int) -> None:
+        """The kinds of the layers, by the tensors that the file has of them."""
+        rows = [row for row in self.recipe.tensors if stack_of(row.target) == MAIN_STACK and row.only]
+        for axis, kinds in self.recipe.axes.items():
+            targets = {kind: [row.target for row in rows if row.only == f"{axis}={kind}"] for kind in kinds}
+            found = [
+                [kind for kind in kinds if any(fill(target, i) in self.tensors for target in targets[kind])]
+                for i in range(n_layers if self.tensors else 0)
+            ]
+            if found and all(len(one) == 1 for one in found):
+                self.kinds[axis] = [one[0] for one in found]
+
+    def _read_per_layer(self, key: Key, rule: PerLayer, values: list[int], n_layers: int) -> Iterator[Equation]:
+        """What the numbers of the layers say of dims, each by the kind of its layer."""
+        values = values * n_layers if len(values) == 1 else values
+        if len(values) != n_layers:
+            raise self._wrong(key, f"lists {len(values)} of {n_layers} layers")
+        kinds = self.kinds.get(rule.axis) or self._kinds_by_number(key, rule, values)
+        self.kinds[rule.axis] = kinds
+        for kind, number in rule.by_kind.items():
+            found = {value for value, one in zip(values, kinds, strict=True) if one == kind}
+            if len(found) > 1 or (found and isinstance(number, int) and found != {number}):
+                raise self._wrong(key, "differs between layers, which this architecture's recipe does not know")
+            if isinstance(number, str):
+                yield from (Equation(parse_extent(number), value) for value in found)
+
+    def _kinds_by_number(self, key: Key, rule: PerLayer, values: Sequence[int]) -> list[str]:
+        """A layer's kind is the one whose fixed number it has, else the only one whose number is a dim."""
         fixed = {number: kind for kind, number in rule.by_kind.items() if not isinstance(number, str)}
-        free = [(kind, dim) for kind, dim in rule.by_kind.items() if isinstance(dim, str)]
-        values = values * stated[N_LAYERS] if len(values) == 1 else values
-        if len(values) != stated[N_LAYERS]:
-            raise self._wrong(key, f"lists {len(values)} of {stated[N_LAYERS]} layers")
-        others = set(values) - fixed.keys()
-        if len(free) != 1 or len(others) > 1:
+        free = [kind for kind, number in rule.by_kind.items() if isinstance(number, str)]
+        if len(free) != 1:
             raise self._wrong(key, "differs between layers, which this architecture's recipe does not know")
-        kind, dim = free[0]
-        for value in others:
-            stated.setdefault(dim, value)
-        self.kinds[rule.axis] = [fixed.get(value, kind) for value in values]
+        return [fixed.get(value, free[0]) for value in values]
 
     def _integers(self, key: Key) -> list[int]:
         """The value of a recipe's key as a list: one number, or one for each layer. Empty where there is none."""

@@ -415,7 +415,7 @@ class _Merge:
             raw[self.recipe.dims[N_VOCAB].label] = self.n_vocab
         if self.recipe.head in self.made.keys() | (self.stored.keys() - self.base.keys()):
             raw |= {key: False for key in self.recipe.tie_keys if key in raw}
-        return Config(raw, self.model.config.file)
+        return Config(raw, self.model.config.file, self.model.config.parent)
 
     def _tokenizers(self) -> Tokenizers:
         """Where the tokenizer may lie. An adapter that brought or changed embedding or head has the trained one."""

@@ -16,7 +16,7 @@ from streamconv.lazy.views import matrix_of
 from streamconv.lora.specs import Adapter
 from streamconv.recipe.bind import Stored
 from streamconv.recipe.dims import extents
-from streamconv.recipe.language import Model, Recipe
+from streamconv.recipe.language import Model, Output
 from streamconv.recipe.names import fill, has_experts
 from streamconv.recipe.ops import applied
 from streamconv.recipe.words import Tensor
@@ -53,7 +53,7 @@ def _are_equal(one: Stored, other: Stored) -> bool:
     return True
 
 
-def alone(recipe: Recipe) -> dict[str, Tensor]:
+def alone(recipe: Output) -> dict[str, Tensor]:
     """By target, the rows of experts that are stored one by one."""
     return {row.target: row for row in recipe.tensors if has_experts(row.source)}
 

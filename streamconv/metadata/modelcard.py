@@ -71,13 +71,13 @@ def read_general(
     from gguf.utility import size_label
 
     total, shared, expert, n_experts = count_parameters(specs)
-    label = size_label(total, shared, expert, n_experts) if total > 0 and kind == "model" else None
+    label = size_label(total, shared, expert, n_experts) if total > 0 and kind != "adapter" else None
     cautions = []
     fallback = name or model_name(directory)
     with _quiet("metadata"):
         try:
             # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
-            metadata = _read_cards(directory, merged, total if kind == "model" else -total)
+            metadata = _read_cards(directory, merged, -total if kind == "adapter" else total)
             if name:
                 metadata.name, metadata.basename = name, None if merged else metadata.basename
             metadata.name = metadata.name or fallback

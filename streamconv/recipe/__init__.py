@@ -2,7 +2,7 @@
 
 from streamconv.checkpoint.config import Config
 from streamconv.gguf.format import Scalar
-from streamconv.recipe.language import Model, Recipe
+from streamconv.recipe.language import Model, Output, Recipe
 from streamconv.recipe.ops import (
     Columns,
     Interleaved,
@@ -50,6 +50,7 @@ __all__ = [
     "MinusExp",
     "Model",
     "Op",
+    "Output",
     "PerLayer",
     "Permute",
     "PlusOne",

@@ -22,7 +22,7 @@ from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import Stack
 from streamconv.recipe.dims import Equation, extents, parse_extent, parse_shape, solve_dims, stated_dims
-from streamconv.recipe.language import Model, Recipe, Target
+from streamconv.recipe.language import Model, Output, Recipe, Target
 from streamconv.recipe.names import NONE, fill, has_experts, stack_of
 from streamconv.recipe.ops import first_fault
 from streamconv.recipe.words import Computed, Tensor
@@ -41,9 +41,19 @@ class Stored(Protocol):
     def lazy(self) -> LazyTensor: ...
 
 
-def bind(recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> Model:
+def bind(recipe: Output, config: Config, stored: Mapping[str, Stored], main: Model | None = None) -> Model:
     """The recipe with every dim, kind and tensor of a checkpoint; SourceError listing all disagreements at once."""
-    return _Binding(recipe, config, stored).bind()
+    return _Binding(recipe, config, stored, main).bind()
+
+
+def bind_outputs(recipe: Recipe, model: Model, stored: Mapping[str, Stored]) -> list[Model]:
+    """The further outputs of a checkpoint whose `model` is bound: those that it has tensors of, or must have."""
+    found = []
+    for output in recipe.outputs:
+        own = {name: tensor for name, tensor in stored.items() if output.find(name) or output.drop_of(name, {})}
+        if own or output.is_required:
+            found.append(bind(output, model.config, own, model))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +75,8 @@ class Problem(NamedTuple):
 class _Binding:
     """One run of `bind`; exists to collect problems."""
 
-    def __init__(self, recipe: Recipe, config: Config, stored: Mapping[str, Stored]) -> None:
-        self.recipe, self.config, self.stored = recipe, config.within(recipe.config_root), stored
+    def __init__(self, recipe: Output, config: Config, stored: Mapping[str, Stored], main: Model | None) -> None:
+        self.recipe, self.config, self.stored, self.main = recipe, recipe.config_of(config), stored, main
         self.problems: list[Problem] = []
         self.missing: list[str] = []
         self.forbidden: dict[str, list[str]] = {}  # flag of the config -> tensors that it denies
@@ -81,7 +91,7 @@ class _Binding:
     def bind(self) -> Model:
         self._match_names()
         self._solve()
-        model = Model(self.recipe, self.config, self.dims)
+        model = Model(self.recipe, self.config, self.dims, main=self.main)
         self._settle_kinds(model)
         choices = list(self._choices(model))
         self._check_accounts(choices)
@@ -106,7 +116,8 @@ class _Binding:
                 continue
             found = self.recipe.find(name)
             if found is None:
-                unknown.append(name)
+                if not self.recipe.is_of_another(name):
+                    unknown.append(name)
             elif found.template in self.rows_of:
                 other = self.found[found.template][found.i].setdefault(found.e, name)
                 if other is not name:
@@ -121,6 +132,8 @@ class _Binding:
         stated = stated_dims(self.recipe, self.config)
         counted = dict(stated)
         for stack, count in self.recipe.stacks.items():
+            if count not in self.recipe.dims:
+                continue
             layers = (max(by) for template, by in self.found.items() if by and stack_of(template) == stack)
             counted.setdefault(count, 1 + max(layers, default=NONE))
             if not self.recipe.dims[count].minimum <= counted[count] <= MAX_LAYERS:
@@ -173,7 +186,7 @@ class _Binding:
         if any(name not in self.dims for op in row.ops for text in op.dims() for name in parse_extent(text).names):
             return None
         stacked = (min(self.dims.get("E", 1), n_names), *shape) if has_experts(row.source) else shape
-        return first_fault(row.ops, stacked, Model(self.recipe, self.config, self.dims))
+        return first_fault(row.ops, stacked, Model(self.recipe, self.config, self.dims, main=self.main))
 
     # -- kinds
 
@@ -297,6 +310,8 @@ class _Binding:
 
     def _check_head(self, model: Model) -> None:
         """A head that is stored is always written; a config that promises one must have it."""
+        if not self.recipe.head:
+            return
         has_head = self.recipe.head in self.found
         stated = self.recipe.stated_tie(self.config)
         tied = self.recipe.tied_by_default if stated is None else stated

@@ -18,7 +18,7 @@ from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
 
 if TYPE_CHECKING:
-    from streamconv.recipe.language import Recipe
+    from streamconv.recipe.language import Output
 
 _NOT_WHOLE = 0  # the extent of a quotient that does not come out whole: no tensor has it
 
@@ -111,7 +111,7 @@ class Equation:
     extent: int
 
 
-def solve_dims(recipe: Recipe, stated: Mapping[str, int], equations: Iterable[Equation] = ()) -> dict[str, int]:
+def solve_dims(recipe: Output, stated: Mapping[str, int], equations: Iterable[Equation] = ()) -> dict[str, int]:
     """Every dim that follows: those stated, then those that the equations settle, then the defaults."""
     dims = dict(stated)
     pending = list(dict.fromkeys(equations))
@@ -132,7 +132,7 @@ def _solve(equation: Equation, dims: dict[str, int]) -> bool:
     return found is not None
 
 
-def stated_dims(recipe: Recipe, config: Config) -> dict[str, int]:
+def stated_dims(recipe: Output, config: Config) -> dict[str, int]:
     """The dims that the config states; SourceError where one is not a size."""
     stated = {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
     for name, value in stated.items():

@@ -33,24 +33,31 @@ QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, 
 # ---------------------------------------------------------------- an architecture
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """An architecture: its names, dims, tensors and keys.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One file that a checkpoint becomes: its dims, tensors and keys, as one row each.
 
-    `axes` are the ways in which layers differ, each with its kinds; `claims` are what the config says of them, all of
-    which the tensors must bear out. `flags` are those that rows name in `required`, with the value that transformers
-    gives them where the config does not say. `stacks` are the dims that count the layers: of "{i}" that of "", of
-    "{i:vision}" that of "vision". `prefixes` says how names begin in other checkpoints of the architecture, each with
-    the beginning that rows have: {"model.language_model.": "model."}. `config_root` is the section of the config that
-    is this model's, "text_config" of a wrapper; what stands beside it counts where the section does not say otherwise.
-    `tie_keys` are the config's flags for a head that is the embedding, the
-    first that is stated wins. `default_pre` is the pre-tokenizer of a model whose byte-level tokenizer has an unknown
-    structure; None: there is no such guess.
+    Attributes:
+        role: What the file is to the model: "model", "mmproj".
+        general_type: general.type, by which loaders tell them apart.
+        axes: The ways in which layers differ, each with its kinds.
+        claims: What the config says of the kinds; the tensors must agree.
+        flags: Those that rows name in `required`, with the value that transformers gives them where the config is
+            silent.
+        stacks: The dims that count layers: of "{i}" that of "", of "{i:vision}" that of "vision".
+        prefixes: How names begin in other checkpoints of the architecture, each with the beginning that rows have:
+            {"model.language_model.": "model."}.
+        config_root: The section of the config that is about this file: "vision_config". A Recipe's, "text_config" of a
+            wrapper, is read together with what stands beside it.
+        tie_keys: The config's flags for a head that is the embedding; the first that is stated counts.
+        head: The head's source; "" where there is none.
+        is_required: Whether a checkpoint without any of its tensors is incomplete. (A fine-tune of a model's text half
+            may have been saved alone.)
     """
 
+    role: str = "model"
     arch: str
-    hf_names: tuple[str, ...]
-    model_type: str
+    general_type: str = "model"
     dims: Mapping[str, Dim]
     tensors: tuple[Tensor, ...]
     keys: tuple[Key, ...]
@@ -65,9 +72,8 @@ class Recipe:
     flags: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     tie_keys: tuple[str, ...] = ("tie_word_embeddings",)
     tied_by_default: bool = False
-    head: str = "lm_head.weight"
-    default_pre: str | None = None
-    description: str = ""
+    head: str = ""
+    is_required: bool = False
     names: NameTable = field(init=False, repr=False, compare=False)  # of all sources
 
     def __post_init__(self) -> None:
@@ -76,6 +82,14 @@ class Recipe:
             raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
         sources = [row.source for row in self.tensors] + [drop.source for drop in self.drops if not drop.is_open]
         object.__setattr__(self, "names", NameTable(sources))
+
+    def config_of(self, config: Config) -> Config:
+        """What a checkpoint's config says of this file; its parent is the whole one."""
+        return config.whole.alone(self.config_root)
+
+    def is_of_another(self, name: str) -> bool:
+        """Whether the tensor `name` belongs to another file of the same checkpoint."""
+        return False
 
     def canonical(self, name: str) -> str:
         """A checkpoint's name as rows are written."""
@@ -102,6 +116,33 @@ class Recipe:
         return next((stack for row in rows if (stack := stack_of(row.target)) is not None), MAIN_STACK)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe(Output):
+    """An architecture: the file of its model, under which names it is known, and the files that come with it.
+
+    Attributes:
+        hf_names: As "architectures" of a config.json has them.
+        model_type: As a config.json without them has it.
+        outputs: Further files, as a projector; the tensors of each are its own.
+        default_pre: The pre-tokenizer of a model whose byte-level tokenizer has an unknown structure; None: there is
+            no such guess.
+        description: For `streamconv architectures`.
+    """
+
+    hf_names: tuple[str, ...]
+    model_type: str
+    outputs: tuple[Output, ...] = ()
+    default_pre: str | None = None
+    description: str = ""
+    head: str = "lm_head.weight"
+
+    def config_of(self, config: Config) -> Config:
+        return config.within(self.config_root)
+
+    def is_of_another(self, name: str) -> bool:
+        return any(output.find(name) or output.drop_of(name, {}) for output in self.outputs)
+
+
 # ---------------------------------------------------------------- a recipe that has met its checkpoint
 
 
@@ -126,16 +167,18 @@ class Target:
 class Model:
     """A recipe bound to a checkpoint: every dim known, every layer of one kind on each axis, every target made.
 
-    `has_config`: whether `config` is the model's; a base that is a GGUF file has none, and not all of its dims.
+    `has_config`: whether `config` is the model's; a base that is a GGUF file has none, and not all of its dims. `main`:
+    of a further output, the model that it comes with.
     """
 
-    recipe: Recipe
+    recipe: Output
     config: Config
     dims: dict[str, int]
     kinds: dict[str, list[str]] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
     has_config: bool = True
+    main: Model | None = None
 
     @property
     def n_layers(self) -> int:

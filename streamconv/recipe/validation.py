@@ -6,19 +6,20 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from streamconv.recipe.dims import parse_extent
-from streamconv.recipe.names import has_experts, stack_of, template_fault
+from streamconv.recipe.names import MAIN_STACK, has_experts, stack_of, template_fault
 from streamconv.recipe.words import Computed, Key, PerLayer, Tensor
 
 if TYPE_CHECKING:
-    from streamconv.recipe.language import Recipe
+    from streamconv.recipe.language import Output
 
 
-def faults(recipe: Recipe) -> Iterator[str]:
+def faults(recipe: Output) -> Iterator[str]:
     """Every word of a recipe that means nothing: letters, axes, kinds, placeholders."""
-    if missing := {"L", "V"} - recipe.dims.keys():
+    if recipe.head and (missing := {"L", "V"} - recipe.dims.keys()):
         yield f"no dim {' and '.join(sorted(missing))}"
+    used = {stack_of(row.source) for row in recipe.tensors}
     for stack, dim_name in recipe.stacks.items():
-        if dim_name not in recipe.dims:
+        if dim_name not in recipe.dims and (stack != MAIN_STACK or stack in used):
             yield f"stack {stack!r}: there is no dim {dim_name}"
     for name, dim in recipe.dims.items():
         if isinstance(dim.default, str):
@@ -39,7 +40,7 @@ def faults(recipe: Recipe) -> Iterator[str]:
             yield f"{drop.source}: beyond= is for names of layers that end in *"
 
 
-def _key_faults(recipe: Recipe, key: Key) -> Iterator[str]:
+def _key_faults(recipe: Output, key: Key) -> Iterator[str]:
     if isinstance(key.value, str):
         yield from _extent_faults(recipe, [key.value], key.name)
     elif isinstance(key.value, PerLayer):
@@ -49,7 +50,7 @@ def _key_faults(recipe: Recipe, key: Key) -> Iterator[str]:
         yield from _extent_faults(recipe, [value for value in by_kind.values() if isinstance(value, str)], key.name)
 
 
-def _row_faults(recipe: Recipe, row: Tensor) -> Iterator[str]:
+def _row_faults(recipe: Output, row: Tensor) -> Iterator[str]:
     if fault := template_fault(row.source):
         yield fault
     if stack_of(row.source) != stack_of(row.target):
@@ -64,7 +65,7 @@ def _row_faults(recipe: Recipe, row: Tensor) -> Iterator[str]:
     yield from _target_faults(recipe, row)
 
 
-def _target_faults(recipe: Recipe, row: Tensor | Computed) -> Iterator[str]:
+def _target_faults(recipe: Output, row: Tensor | Computed) -> Iterator[str]:
     if fault := template_fault(row.target):
         yield fault
     if has_experts(row.target):
@@ -79,7 +80,7 @@ def _target_faults(recipe: Recipe, row: Tensor | Computed) -> Iterator[str]:
             yield f"only={row.only!r}, and it has no layers"
 
 
-def _extent_faults(recipe: Recipe, texts: Iterable[str], where: str) -> Iterator[str]:
+def _extent_faults(recipe: Output, texts: Iterable[str], where: str) -> Iterator[str]:
     for text in texts:
         try:
             names = parse_extent(text).names

@@ -73,7 +73,8 @@ def test_the_report_and_its_json(source: Path, tmp_path: Path) -> None:
         "schema", "command", "output", "outputs", "architecture", "dialect", "outtype", "n_tensors", "n_parameters",
         "types", "seconds", "peak_rss_nbytes", "verified", "resumed", "warnings",
     ]  # fmt: skip
-    assert entry["outputs"] == [{"path": str(out), "nbytes": out.stat().st_size, "sha256": digest(out)}]
+    (output,) = entry["outputs"]
+    assert output == {"path": str(out), "nbytes": out.stat().st_size, "sha256": digest(out), "role": "model"}
     assert (entry["schema"], entry["command"], entry["architecture"], entry["outtype"]) == (
         1,
         "convert",
