@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-KERNELS := $(wildcard streamconv/ggml/kernels/*.[ch])
+KERNELS := $(wildcard streamconv/ggml/kernels/*.[ch] streamconv/files/*.c)
 CONVERSIONS := tests/golden $(patsubst %,tests/unit/test_%.py,convert adapter merge verify batch_dask sources cli vocab*)
 TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -47,9 +47,10 @@ parity: .venv-parity/.ready ## against live llama.cpp converters, transformers a
 fuzz: $(VENV)/.ready ## every parser on mutated files: SECONDS_PER_TARGET=60, or EXECUTIONS=100000 of each, TARGET=gguf SEED=7
 	$(BIN)/python -m tests.fuzz $(if $(EXECUTIONS),--executions $(EXECUTIONS),--seconds $(or $(SECONDS_PER_TARGET),60)) $(addprefix --target ,$(TARGET)) $(addprefix --seed ,$(SEED))
 
-kills: $(VENV)/.ready ## SIGKILL, SIGINT and SIGTERM at random moments, then --resume: KILLS=500 DIRECTORY=ON-A-DISK-TO-TRY
+kills: $(VENV)/.ready ## SIGKILL, SIGINT, SIGTERM, and changes of a shard, at random moments: KILLS=500 CHANGES=300 DIRECTORY=ON-A-DISK-TO-TRY
 	$(BIN)/python -m tests.fault.kills --kills $(or $(KILLS),500) $(addprefix --directory ,$(DIRECTORY))
 	$(BIN)/python -m tests.fault.signals --signals $(or $(KILLS),500) $(addprefix --directory ,$(DIRECTORY))
+	$(BIN)/python -m tests.fault.shards --changes $(or $(CHANGES),300) $(addprefix --directory ,$(DIRECTORY))
 
 check: $(VENV)/.ready ## formatter, linter, types, import rules, generated docs
 	$(BIN)/ruff format --check .

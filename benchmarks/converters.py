@@ -28,5 +28,11 @@ def _convert(src: Path, dst: Path, outtype: str) -> list[str]:
     return streamconv("convert", str(src), "-o", str(dst), "--outtype", outtype, "--quiet", "--json")
 
 
+def _with_io(io: str) -> Callable[[Path, Path, str], list[str]]:
+    return lambda src, dst, outtype: [*_convert(src, dst, outtype), "--io", io]
+
+
 STREAMCONV = Converter("streamconv", _convert)
+STREAMCONV_MAPPED = Converter("streamconv-mapped", _with_io("mapped"))
+STREAMCONV_POSITIONED = Converter("streamconv-positioned", _with_io("positioned"))
 STREAMCONV_NUMPY = Converter("streamconv-numpy", _convert, {"STREAMCONV_KERNELS": "0"})

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from streamconv.budget import resident_nbytes
 from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job, RunOptions
-from streamconv.engine.layout import MemoryProof, prove_memory
+from streamconv.engine.layout import Io, MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
 from streamconv.engine.split import Part
-from streamconv.errors import Caution, DestinationError
+from streamconv.errors import Caution, DestinationError, UsageError
+from streamconv.files.window import mapping_module
 from streamconv.ggml import encode as codecs
 from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
 from streamconv.output.manifest import digest, manifest_path, manifest_text
@@ -80,6 +81,7 @@ def run(job: Job, options: RunOptions) -> Report:
         limit=options.limit_nbytes,
         resident=resident_nbytes()[0],
         threads=options.n_threads,
+        io=_io(job, options),
     )
     if options.verify:
         steps = [step for output in job.outputs for step in output.steps]
@@ -94,6 +96,23 @@ def run(job: Job, options: RunOptions) -> Report:
     report.seconds = time.monotonic() - job.started
     report.peak_rss_nbytes = resident_nbytes()[1]
     return report
+
+
+def _io(job: Job, options: RunOptions) -> Io:
+    """How sources are read: as asked for, or mapped where their filesystems, the kernel and the system allow it.
+
+    UsageError where mapped reads are asked for and cannot be.
+    """
+    if options.io == Io.POSITIONED.value:
+        return Io.POSITIONED
+    if not codecs.best_kernel().borrows or mapping_module() is None:
+        if options.io == Io.MAPPED.value:
+            what = "mapped reads need Linux 5.14 or newer, and the compiled kernels"
+            raise UsageError(what, hint="leave out --io mapped: the bytes are the same", code="io-mapped")
+        return Io.POSITIONED
+    if options.io == Io.MAPPED.value:
+        return Io.MAPPED
+    return Io.AUTO if any(shard.is_mapped for shard in job.shards) else Io.POSITIONED
 
 
 def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, report: Report) -> None:
@@ -210,7 +229,7 @@ def _memory(proof: MemoryProof) -> Mapping[str, int]:
     return {
         "limit": proof.limit,
         "fixed": proof.base,
-        "slab": proof.slab + proof.chunk,
+        "slab": proof.slab + proof.chunk + proof.window,
         "workers": proof.workers,
         "peak": proof.peak,
     }

@@ -23,6 +23,7 @@ from streamconv.files import sniff as magic
 from streamconv.files.local import open_blob
 from streamconv.files.store import Place
 from streamconv.files.strict_json import objects_nbytes, parse_object
+from streamconv.files.window import Mapped
 from streamconv.lazy.dtype import DTYPES, FLOATS
 from streamconv.lazy.leaves import Source
 from streamconv.lazy.node import TensorSpec
@@ -104,6 +105,13 @@ class Shard:
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill `out` from `offset`. SourceError where the file ends early or the disk fails."""
         self.file.read_into(offset, out)
+
+    @property
+    def is_mapped(self) -> bool:
+        return self.file.is_mapped
+
+    def map(self, offset: int, nbytes: int) -> Mapped | None:
+        return self.file.map(offset, nbytes)
 
     def check_unchanged(self) -> None:
         """SourceError if the file under this path is no longer the one that was opened, as it was then."""

@@ -211,6 +211,7 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
                 "verify": options.verify,
                 "progress": progress,
                 "profile": profile,
+                "io": options.io,
             }
         )
     if profile is not None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from streamconv.errors import UsageError
 from streamconv.ggml.outtypes import WORDS
 
+IO = ("mapped", "positioned")
 DIALECTS = ("llama.cpp", "ollama-legacy")
 EXIT_CODES = """exit codes:
   0 done   2 usage   3 something wrong with the sources   4 memory bound too small
@@ -79,6 +80,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sha256", action="store_true", help="digest of the file, and a manifest of each tensor's")
     group.add_argument(
         "--profile", metavar="FILE", type=dst_path, help="write memory over time and seconds by phase as JSON"
+    )
+    group.add_argument(
+        "--io", choices=IO, help="how sources are read; default: mapped from local files, positioned from others"
     )
     add_resource_options(group)
     add_report_options(group)

@@ -19,7 +19,7 @@ from typing import TypedDict
 from streamconv.budget import default_limit_nbytes, parse_size
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard
-from streamconv.engine.layout import MAX_DEFAULT_WORKERS, Step
+from streamconv.engine.layout import MAX_DEFAULT_WORKERS, Io, Step
 from streamconv.engine.split import Part, SplitOptions
 from streamconv.errors import Caution, Interrupted, UsageError
 from streamconv.files.local import FileId, files_read
@@ -58,6 +58,7 @@ class RunKeywords(WorkKeywords, total=False):
 
     A run goes on with what an earlier one of the same conversion left unfinished; restart discards that. resume is
     the default, and accepted.
+    io: "mapped" or "positioned" reads of sources; None maps local files where the system and the memory bound let it.
     """
 
     force: bool
@@ -68,6 +69,7 @@ class RunKeywords(WorkKeywords, total=False):
     modelfile: bool
     verify: bool
     profile: Profile | None
+    io: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class RunOptions:
     progress: Callable[[int, int], None] | None = None
     cancel: Callable[[], bool] | None = None
     profile: Profile | None = None
+    io: str | None = None
 
     def __post_init__(self) -> None:
         if self.resume and self.restart:
@@ -106,6 +109,10 @@ class RunOptions:
                 hint="a whole number from 1, or None for the cores",
                 code="threads-range",
             )
+
+        if self.io not in (None, Io.MAPPED.value, Io.POSITIONED.value):
+            what = f"io is {self.io!r}"
+            raise UsageError(what, hint=f"{Io.MAPPED.value}, {Io.POSITIONED.value}, or None for either", code="io")
 
     @property
     def limit_nbytes(self) -> int:

@@ -10,12 +10,14 @@ import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from itertools import product
 
 from gguf.constants import GGMLQuantizationType
 
 from streamconv.budget import MIB, in_words
 from streamconv.errors import BudgetError, no_memory
+from streamconv.files.window import window_nbytes
 from streamconv.ggml.rows import Encode
 from streamconv.gguf.format import Header, KeyValue, TensorInfo, align, encode_header
 from streamconv.lazy.node import LazyTensor, peak_nbytes
@@ -32,6 +34,14 @@ WORKER_OVERHEAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, alloca
 RUN_OVERHEAD_NBYTES = 4 * MIB  # what is imported and allocated between the plan and the end (progress bar, report)
 MAX_DEFAULT_WORKERS = 4
 RUN_TO_RUN_NBYTES = 2 * MIB  # by which the same process's resident set differs from one run to the next
+
+
+class Io(Enum):
+    """How sources are read: through windows on mapped files, at positions, or mapped where that is the better way."""
+
+    AUTO = "auto"
+    MAPPED = "mapped"
+    POSITIONED = "positioned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,11 @@ class Step:
         return self.tensor.spec.nbytes
 
     @property
+    def window_nbytes(self) -> int:
+        """What a worker maps at most of a source for a slab."""
+        return window_nbytes(self.slab_rows * self.tensor.parents[0].spec.row_nbytes)
+
+    @property
     def scratch_nbytes(self) -> int:
         """What a worker needs for a slab, and for one row more that a chunk's border cuts."""
         return padded_nbytes(self.tensor.spec.row_nbytes) + peak_nbytes(self.tensor, self.slab_rows)
@@ -77,8 +92,9 @@ class Layout:
 class MemoryProof:
     """The bound and what adds up to the promised peak; all in bytes.
 
-    `slab` is the scratch of one worker. So many `workers` make chunks at a time; `writing` more chunks may be on their
-    way to the disk meanwhile, so that neither waits for the other.
+    `slab` is the scratch of one worker, `window` what it maps of a source at a time (0: sources are read). So many
+    `workers` make chunks at a time; `writing` more chunks may be on their way to the disk meanwhile, so that neither
+    waits for the other.
     """
 
     limit: int
@@ -87,6 +103,8 @@ class MemoryProof:
     chunk: int
     workers: int
     writing: int = 0
+    window: int = 0
+    io: Io = Io.POSITIONED
 
     @property
     def base(self) -> int:
@@ -95,7 +113,7 @@ class MemoryProof:
 
     @property
     def peak(self) -> int:
-        return self.base + self.workers * worker_nbytes(self.chunk, self.slab)
+        return self.base + self.workers * (worker_nbytes(self.chunk, self.slab) + self.window)
 
 
 def worker_nbytes(chunk: int, slab: int) -> int:
@@ -124,21 +142,36 @@ def slab_rows(tensor: Encode) -> int:
     return max(1, min(wanted, tensor.spec.n_rows))
 
 
-def prove_memory(layouts: Sequence[Layout], *, limit: int, resident: int, threads: int) -> MemoryProof:
-    """How many workers with which chunks fit under `limit`; BudgetError, with what would be needed, where none does.
+def prove_memory(
+    layouts: Sequence[Layout], *, limit: int, resident: int, threads: int, io: Io = Io.POSITIONED
+) -> MemoryProof:
+    """How many workers with which chunks fit under `limit`, and whether they map their sources.
 
-    `resident`: the process's resident set now, everything parsed and the header made. Fewer workers are taken only
-    where the smallest useful chunk does not let all of them fit.
+    Args:
+        limit: Of the process's resident set, in bytes.
+        resident: What is resident now, everything parsed and the header made.
+        threads: How many workers are wanted. Fewer are taken only where the smallest useful chunk does not let all of
+            them fit.
+        io: How sources are read. AUTO maps them where that takes nothing from the workers.
+
+    Raises:
+        BudgetError: Not even one worker fits; with what would be needed.
     """
     steps = [step for layout in layouts for step in layout.steps]
     slab = max((step.scratch_nbytes for step in steps), default=0)
+    window = 0 if io is Io.POSITIONED else max((step.window_nbytes for step in steps), default=0)
     fixed = resident + RUN_OVERHEAD_NBYTES
+    if io is Io.AUTO:
+        best = MemoryProof(limit, fixed, slab, CHUNK_NBYTES[0], max(1, threads), CHUNKS_WRITING[0], window, io)
+        if best.peak <= limit:
+            return best
+        window, io = 0, Io.POSITIONED
     for workers in range(max(1, threads), 0, -1):
         for chunk, writing in product(CHUNK_NBYTES, CHUNKS_WRITING):
-            proof = MemoryProof(limit, fixed, slab, chunk, workers, writing)
+            proof = MemoryProof(limit, fixed, slab, chunk, workers, writing, window, io)
             if proof.peak <= limit:
                 return proof
-    raise too_small(limit, fixed + worker_nbytes(CHUNK_NBYTES[-1], slab))
+    raise too_small(limit, fixed + worker_nbytes(CHUNK_NBYTES[-1], slab) + window)
 
 
 def least_worker_nbytes(tensors: Sequence[PlacedTensor]) -> int:

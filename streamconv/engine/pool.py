@@ -16,8 +16,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.engine.layout import CHUNK_NBYTES, Layout, MemoryProof, Step
+from streamconv.engine.layout import CHUNK_NBYTES, Io, Layout, MemoryProof, Step
 from streamconv.errors import SourceError, StreamconvError
+from streamconv.files.window import Window
 from streamconv.ggml import encode as codecs
 from streamconv.lazy.node import Readable, Workspace, read
 from streamconv.lazy.scratch import Scratch, aligned_buffer
@@ -149,7 +150,8 @@ class _Pool:
         self._workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
         kernel = codecs.best_kernel()
         for _ in range(min(proof.workers, n_threads)):
-            self._workspaces.put(Workspace(Scratch(proof.slab), kernel, stopwatch=stopwatch))
+            window = Window(maps_all=proof.io is Io.MAPPED) if proof.window else None
+            self._workspaces.put(Workspace(Scratch(proof.slab), kernel, stopwatch=stopwatch, window=window))
 
     def start(self) -> None:
         start_threads(self._threads)

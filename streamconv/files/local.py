@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from streamconv.errors import SourceError, SourceReadError
 from streamconv.files.store import Blob, Buffer, Identity, Place, Store, StorePath
+from streamconv.files.window import Mapped, is_local, mapping_module
 
 WINDOW_NBYTES = 64 << 10
 _COMPARED_NBYTES = 64 << 10  # at a time
@@ -120,6 +122,15 @@ class LocalBlob(Blob):
                     message, file=self.path, hint="leave the file alone while it is read", code="source-changed"
                 )
             view, offset = view[n_read:], offset + n_read
+
+    @cached_property
+    def is_mapped(self) -> bool:
+        """Whether the system can map it in windows, and its filesystem is this machine's own."""
+        return is_local(self._fd)
+
+    def map(self, offset: int, nbytes: int) -> Mapped | None:
+        module = mapping_module()
+        return None if module is None else module.Window(self._fd, offset, nbytes)
 
     def check_unchanged(self) -> None:
         """SourceError if the file under this path is no longer the one that was opened, as it was then."""

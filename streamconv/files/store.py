@@ -19,6 +19,8 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from streamconv.files.window import Mapped
+
 Buffer = NDArray[np.uint8] | bytearray | memoryview  # one dimension of bytes
 
 
@@ -74,6 +76,19 @@ class Blob(ABC):
         buffer = bytearray(nbytes)
         self.read_into(offset, buffer)
         yield memoryview(buffer).toreadonly()
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `map` is the better way to read it."""
+        return False
+
+    def map(self, offset: int, nbytes: int) -> Mapped | None:
+        """The bytes where they already lie, from a multiple of 2 MiB on; None where they can only be read.
+
+        Raises:
+            OSError: Not all of them are there; `read_into` says what is wrong.
+        """
+        return None
 
     def close(self) -> None:
         """Give back what reading took; no method may be called after it."""

@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from streamconv.files.window import Unread
 from streamconv.ggml import blocks, reference
 from streamconv.ggml.element_types import BLOCKS, TYPE_OF
 from streamconv.ggml.reference import FLOATS
@@ -128,7 +129,8 @@ def encode(
     `out` anywhere; where source and target are one type they may be the same memory, else they must not overlap.
     weights: how much each column matters, [n_columns]; types that do not weigh errors ignore them.
     Raises EncodeError where a finite value rounds beyond F16's range (an infinity stays one), or where a Q8_0 block has
-    a value that is not finite or a scale beyond F16: `out` is then incomplete. ValueError where the sizes disagree.
+    a value that is not finite or a scale beyond F16: `out` is then incomplete; Unread where `slab` is read-only, and
+    thus lent. ValueError where the sizes disagree.
     """
     n_rows, rest = divmod(slab.nbytes, source.row_nbytes(n_columns))
     if rest or n_rows * target.row_nbytes(n_columns) != out.nbytes:
@@ -143,6 +145,7 @@ def encode(
         return Stats(0, 0)
     n_nan, n_inf, fits = kernel.encode(source, target, slab, out, scratch)
     if not fits:
+        _check_own(slab)
         raise _refusal(source, target, slab)
     return Stats(n_nan, n_inf)
 
@@ -152,6 +155,8 @@ def _encode_blocks(
 ) -> None:
     source_id, target_id = TYPE_OF[source].id, TYPE_OF[target].id
     refusal = blocks.quantize_rows(target_id, source_id, slab, n_columns, weights, out, kernel.blocks)
+    if refusal is not None:
+        _check_own(slab)
     if refusal is not None and refusal.fault is blocks.Fault.NOT_FINITE:
         raise EncodeError(f"{target.name} cannot hold a NaN or an infinity", largest_finite(source, slab))
     if refusal is not None:
@@ -159,6 +164,12 @@ def _encode_blocks(
         block = slab[refusal.element * width : (refusal.element + target.block) * width]
         largest = largest_finite(source, block)
         raise EncodeError(f"{target.name} cannot hold {largest:.9g}: the scale of its block is beyond F16", largest)
+
+
+def _check_own(slab: Bytes) -> None:
+    """Unread where `slab` is lent: the reason of a refusal is looked for in memory of our own."""
+    if not slab.flags.writeable:
+        raise Unread
 
 
 def product_scratch_nbytes(n_rows: int, n_columns: int) -> int:

@@ -8,7 +8,7 @@ from gguf.constants import GGMLQuantizationType
 
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.element_types import TYPES
-from streamconv.lazy.dtype import F32
+from streamconv.lazy.dtype import F32, FLOATS
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 
 
@@ -40,7 +40,7 @@ class Encode(LazyTensor):
         return self.parents[0].spec.dtype == self.spec.dtype
 
     def borrows(self, work: Workspace) -> bool:
-        return work.kernel.borrows
+        return work.kernel.borrows and self.parents[0].spec.dtype in FLOATS
 
     def needs(self, rows: range) -> Iterator[Step]:
         parent, *weights = self.parents

@@ -35,12 +35,11 @@ class Source(Leaf):
             self.file.read_into(self.offset + rows.start * self.spec.row_nbytes, out)
 
     def lend(self, rows: range, work: Workspace) -> AbstractContextManager[Bytes | None]:
-        lend: Callable[[int, int], AbstractContextManager[Bytes | None]] | None = getattr(self.file, "lend", None)
-        if lend is None:
+        if work.window is None:
             return nullcontext()
         work.files.add(self.file)
         width = self.spec.row_nbytes
-        return lend(self.offset + rows.start * width, len(rows) * width)
+        return work.window.lend(self.file, self.offset + rows.start * width, len(rows) * width)
 
     def columns(self, columns: range) -> LazyTensor | None:
         return SourceColumns(self, columns)

@@ -23,6 +23,7 @@ from typing import NoReturn, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from streamconv.files.window import Mapped, Unread
 from streamconv.ggml.encode import Kernel, Stats, best_kernel
 from streamconv.lazy.dtype import Dtype
 from streamconv.lazy.scratch import Scratch, padded_nbytes
@@ -62,17 +63,28 @@ class TensorSpec:
 class Readable(Protocol):
     """A file that fills a buffer from an offset, and can say whether it is still the one that was opened.
 
-    Both raise SourceError. One whose bytes lie in memory, or can be put there, also has `lend(offset, nbytes)`: a
-    context manager that gives them read-only, or None where they must be read.
+    Both raise SourceError. `map` gives its bytes where they lie, None where it cannot.
     """
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def is_mapped(self) -> bool: ...
+    def map(self, offset: int, nbytes: int) -> Mapped | None: ...
 
     def read_into(self, offset: int, out: Bytes) -> None: ...
     def check_unchanged(self) -> None: ...
 
 
+class Lender(Protocol):
+    """What gives the bytes of a file where they lie (files.window.Window)."""
+
+    def lend(self, file: Readable, offset: int, nbytes: int, /) -> AbstractContextManager[Bytes | None]: ...
+
+
 @dataclass(slots=True)
 class Workspace:
-    """What one worker has: scratch memory, a kernel, a tally of what it saw, and a stopwatch."""
+    """What one worker has: scratch memory, a kernel, a window on sources, a tally of what it saw, and a stopwatch."""
 
     scratch: Scratch
     kernel: Kernel = field(default_factory=best_kernel)
@@ -80,6 +92,7 @@ class Workspace:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     counting: bool = True  # off while a row is made a second time, for the next chunk
     files: set[Readable] = field(default_factory=set)  # that were read
+    window: Lender | None = None  # None: sources are read, and not mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +206,28 @@ def read(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> None:
         if tensor.in_place:
             part = out[filled : filled + step[0].nbytes]
             filled += part.nbytes
-        with work.scratch.frame(), ExitStack() as loans:
-            slabs = [_slab(tensor, number, piece, part, work, loans) for number, piece in enumerate(step)]
-            tensor.apply(rows, step, slabs, part, work)
+        tally = dict(work.tally)
+        try:
+            _make(tensor, rows, step, part, work, borrows=tensor.borrows(work))
+        except Unread:
+            work.tally = tally
+            _make(tensor, rows, step, part, work, borrows=False)
 
 
-def _slab(tensor: LazyTensor, number: int, piece: Piece, part: Bytes, work: Workspace, loans: ExitStack) -> Bytes:
+def _make(tensor: LazyTensor, rows: range, step: Step, part: Bytes, work: Workspace, *, borrows: bool) -> None:
+    """One step. Unread where what was lent for it does not do."""
+    with work.scratch.frame(), ExitStack() as loans:
+        slabs = [
+            _slab(tensor, number, piece, part, work, loans if borrows else None) for number, piece in enumerate(step)
+        ]
+        tensor.apply(rows, step, slabs, part, work)
+
+
+def _slab(
+    tensor: LazyTensor, number: int, piece: Piece, part: Bytes, work: Workspace, loans: ExitStack | None
+) -> Bytes:
     """The bytes of one piece: lent, or where the result will be, or in scratch."""
-    if tensor.borrows(work) and (lent := loans.enter_context(piece.parent.lend(piece.rows, work))) is not None:
+    if loans is not None and (lent := loans.enter_context(piece.parent.lend(piece.rows, work))) is not None:
         return lent
     slab = part if tensor.in_place and number == 0 else work.scratch.take(piece.nbytes).view(np.uint8)
     read(piece.parent, piece.rows, slab, work)

@@ -67,6 +67,13 @@ class File:
         self.data = np.frombuffer(data, dtype=np.uint8)  # read-only
         self.n_read = self.n_lent = self.n_calls = 0
         self.lends = lends
+        self.nbytes, self.is_mapped = len(data), lends
+
+    def map(self, offset: int, nbytes: int) -> None:
+        raise AssertionError("a Lender asks for nothing else")
+
+    def check_unchanged(self) -> None:
+        pass
 
     def read_into(self, offset: int, out: Bytes) -> None:
         assert offset >= 24 and offset + out.nbytes <= self.data.nbytes
@@ -81,6 +88,13 @@ class File:
     def _lent(self, offset: int, nbytes: int) -> Iterator[Bytes]:
         self.n_lent += nbytes
         yield self.data[offset : offset + nbytes]
+
+
+class Lender:
+    """What a window is to a worker."""
+
+    def lend(self, file: File, offset: int, nbytes: int) -> AbstractContextManager[Bytes | None]:
+        return file.lend(offset, nbytes)
 
 
 class Watched(Scratch):
@@ -385,7 +399,7 @@ LOOSE = (
 
 def rows_of(tensor: LazyTensor, rows: range, work: Workspace | None = None) -> Bytes:
     """The rows, made in exactly the scratch that is derived for so many."""
-    work = work or Workspace(Scratch(peak_nbytes(tensor, len(rows))))
+    work = work or Workspace(Scratch(peak_nbytes(tensor, len(rows))), window=Lender())
     out = np.full(len(rows) * tensor.spec.row_nbytes, 0xA5, dtype=np.uint8)
     read(tensor, rows, out, work)
     return out
@@ -462,14 +476,18 @@ def test_what_a_source_lends_is_not_read(maker: Callable[[Draw], Made], data: Dr
     for file in files:
         file.lends, file.n_read = True, 0
     for row in range(encoded.spec.n_rows):
-        made = rows_of(encoded, range(row, row + 1), Workspace(Scratch(peak_nbytes(encoded, 1)), best_kernel()))
+        made = rows_of(
+            encoded, range(row, row + 1), Workspace(Scratch(peak_nbytes(encoded, 1)), best_kernel(), window=Lender())
+        )
         assert np.array_equal(made, expected.reshape(encoded.spec.n_rows, -1)[row])
     assert best_kernel().borrows
     assert sum(file.n_lent for file in files) == n_read and not any(file.n_read for file in files)
     for file in files:
         file.n_lent = 0
     rows_of(
-        encoded, range(encoded.spec.n_rows), Workspace(Scratch(peak_nbytes(encoded, encoded.spec.n_rows)), REFERENCE)
+        encoded,
+        range(encoded.spec.n_rows),
+        Workspace(Scratch(peak_nbytes(encoded, encoded.spec.n_rows)), REFERENCE, window=Lender()),
     )
     assert not any(file.n_lent for file in files)
 
@@ -477,7 +495,7 @@ def test_what_a_source_lends_is_not_read(maker: Callable[[Draw], Made], data: Dr
 def test_a_loan_ends_after_its_step() -> None:
     ends: list[str] = []
 
-    class Lender(File):
+    class Lent(File):
         @contextmanager
         def _lent(self, offset: int, nbytes: int) -> Iterator[Bytes]:
             yield self.data[offset : offset + nbytes]
@@ -485,7 +503,7 @@ def test_a_loan_ends_after_its_step() -> None:
 
     array = array_of((4, 8), BF16, 1)
     tensor = Encode(
-        Source("made", Lender(b"x" * 24 + array.tobytes(), True), 24, TensorSpec((4, 8), BF16)), "made", T.F32
+        Source("made", Lent(b"x" * 24 + array.tobytes(), True), 24, TensorSpec((4, 8), BF16)), "made", T.F32
     )
     assert rows_of(tensor, range(4)).tobytes() == widened(array).tobytes()
     assert ends == ["returned"]

@@ -23,7 +23,7 @@ from benchmarks import cases, machine, plots, run, summary, vocabulary
 from benchmarks import sample as sample_module
 from benchmarks.baselines import llama_cpp
 from benchmarks.bench import Bench, BenchError, Sample, Settings
-from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, startup
+from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, reads, startup
 from benchmarks.converters import Converter
 from benchmarks.sample import Point, measure
 from benchmarks.shapes import SHAPES, checkpoint, shard_paths, tensors_of
@@ -51,6 +51,7 @@ def whole_run(case: str) -> list[Sample]:
         convert.NAME: ("cp", "streamconv-numpy", "streamconv", "llama.cpp"),
         merge.NAME: (merge.MERGING, "streamconv"),
         memory.NAME: ("streamconv", "streamconv-numpy", "llama.cpp"),
+        reads.NAME: ("streamconv-mapped", "streamconv-positioned"),
         startup.NAME: (startup.HELP, startup.DRY_RUN, startup.IMPORTS),
     }
     timeline = [Point(0.0, 5 << 20, 7 << 20), Point(0.5, 9 << 20, 7 << 20)]
@@ -65,7 +66,7 @@ def whole_run(case: str) -> list[Sample]:
         )
         for outtype in ("bf16", "q8_0")
         for pair in range(2)
-        for cache in (("warm", "cold") if case == convert.NAME else ("warm",))
+        for cache in (("warm", "cold") if case in (convert.NAME, reads.NAME) else ("warm",))
         for number, (model, converter, name) in enumerate(
             (model, converter, name)
             for model in models.get(case, ("350m", "1.2b"))

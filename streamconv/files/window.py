@@ -1,0 +1,148 @@
+"""Mapped reads: a worker sees the page cache through a window, and encodes from it without a copy between.
+
+Measured on Linux 6.18 (ext4): large folios are mapped up to 2 MiB at a time, by one entry of the page table, where
+window and file position are multiples of that; smaller windows cost more than a copy does. A window is mapped and
+populated at once, which reports what is missing as an error, and given back whole. What may still vanish while it is
+read is noticed (mapped.c), and read again at positions, which says what is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_NBYTES: Final = 1 << 21  # a huge page, the largest folio that is mapped at a time
+
+# Filesystems whose pages are this machine's own (statfs(2), linux/magic.h). On others a fault waits for a server or for
+# another process, and the memory of what is mapped is not ours to judge.
+_LOCAL: Final = frozenset({
+    0xEF53,  # ext2, ext3, ext4
+    0x58465342,  # xfs
+    0x9123683E,  # btrfs
+    0xF2F52010,  # f2fs
+    0xCA451A4E,  # bcachefs
+    0x01021994,  # tmpfs
+    0x858458F6,  # ramfs
+    0x794C7630,  # overlayfs
+    0x2011BAB0,  # exfat
+    0x4D44,  # vfat
+    0x73717368,  # squashfs
+    0xE0F5E1E2,  # erofs
+})  # fmt: skip
+
+
+class Unread(Exception):
+    """What was lent cannot be relied on, or looked at: it is to be read in its place."""
+
+
+class Mapped(Protocol):
+    """A read-only buffer of a blob's bytes; `is_lost` where some of them were not there any more."""
+
+    @property
+    def is_lost(self) -> bool: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+
+class Mappable(Protocol):
+    """A file that may be mapped.
+
+    Attributes:
+        nbytes: Its size.
+        is_mapped: Whether that is the better way to read it.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def is_mapped(self) -> bool: ...
+    def map(self, offset: int, nbytes: int) -> Mapped | None: ...
+
+
+class Window:
+    """The stretch of a file that one worker has mapped: the next reads are likely to fall into it as well.
+
+    Args:
+        maps_all: Whether files are mapped, too, that are better read.
+    """
+
+    def __init__(self, maps_all: bool = False) -> None:
+        self._maps_all = maps_all
+        self._blob: Mappable | None = None
+        self._mapped: Mapped | None = None
+        self._first = self._end = 0
+
+    @contextmanager
+    def lend(self, blob: Mappable, offset: int, nbytes: int) -> Iterator[NDArray[np.uint8] | None]:
+        """The bytes where they lie, valid inside the `with`; None where they must be read.
+
+        Raises:
+            Unread: At the end of the `with`: not all of them were there, whatever was made of them is void.
+        """
+        mapped = self._map(blob, offset, nbytes)
+        if mapped is None:
+            yield None
+            return
+        try:
+            yield np.frombuffer(mapped, np.uint8, nbytes, offset - self._first)  # type: ignore[call-overload]
+        finally:
+            if mapped.is_lost:
+                self.close()
+                raise Unread
+
+    def close(self) -> None:
+        """Give back what is mapped."""
+        self._blob = self._mapped = None
+
+    def _map(self, blob: Mappable, offset: int, nbytes: int) -> Mapped | None:
+        if blob is self._blob and self._first <= offset and offset + nbytes <= self._end:
+            return self._mapped
+        self.close()  # before another is mapped: the budget counts one
+        if not (blob.is_mapped or self._maps_all):
+            return None
+        first = offset // WINDOW_NBYTES * WINDOW_NBYTES
+        end = min(-(-(offset + nbytes) // WINDOW_NBYTES) * WINDOW_NBYTES, blob.nbytes)
+        if offset + nbytes > end:
+            return None
+        try:
+            self._mapped = blob.map(first, end - first)
+        except OSError:
+            return None  # reading says what is wrong
+        self._blob, self._first, self._end = blob, first, end
+        return self._mapped
+
+
+def window_nbytes(slab_nbytes: int) -> int:
+    """What a window has at most, where so many bytes are lent at a time, wherever they lie."""
+    return (-(-slab_nbytes // WINDOW_NBYTES) + 1) * WINDOW_NBYTES
+
+
+@cache
+def mapping_module() -> ModuleType | None:
+    """The extension that maps; None where it was not built, or the system cannot populate a window (Linux 5.14 can)."""
+    try:
+        module = importlib.import_module("streamconv.files._mapped")
+        fd = os.memfd_create("streamconv-probe")
+    except (ImportError, AttributeError, OSError):
+        return None
+    try:
+        os.truncate(fd, 1)
+        module.Window(fd, 0, 1)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return module
+
+
+def is_local(fd: int) -> bool:
+    """Whether an open file lies on a filesystem of this machine's own."""
+    module = mapping_module()
+    return module is not None and module.filesystem(fd) in _LOCAL
