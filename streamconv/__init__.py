@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from streamconv.api.convert_model import convert
     from streamconv.api.inspect_file import inspect
     from streamconv.api.verify_file import verify
-    from streamconv.engine.split import SplitOptions
     from streamconv.files.store import Blob, Identity, Store
+    from streamconv.options import SplitOptions
     from streamconv.report import Report
 
 __version__ = "0.1.0"
@@ -63,7 +63,7 @@ _HOMES = {
     "convert_adapter": "streamconv.api.convert_lora",
     "inspect": "streamconv.api.inspect_file",
     "Report": "streamconv.report",
-    "SplitOptions": "streamconv.engine.split",
+    "SplitOptions": "streamconv.options",
     "verify": "streamconv.api.verify_file",
 }
 
@@ -72,3 +72,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'streamconv' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, those that are not loaded yet among them: for dir(), help() and Tab."""
+    return sorted({*globals(), *__all__})

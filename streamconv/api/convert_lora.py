@@ -9,17 +9,16 @@ base's tensor, in that tensor's own order of rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
 
 from gguf.constants import GGUFValueType
 
 from streamconv.api.run import run
 from streamconv.budget import headroom_nbytes
-from streamconv.engine.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.engine.job import Job
 from streamconv.engine.layout import PlacedTensor, memory_failures
 from streamconv.engine.split import make_parts
 from streamconv.errors import Caution, UsageError
@@ -36,10 +35,13 @@ from streamconv.lora.fold import MAX_SCALE, Pair, fold
 from streamconv.lora.ollama import legacy_adapter, legacy_problems
 from streamconv.lora.resolve import LoraModule, Resolved, refuse, resolve
 from streamconv.metadata.modelcard import read_general
+from streamconv.options import OutputOptions, RunOptions, documented
 from streamconv.output.destination import output_path
 from streamconv.report import Report
+from streamconv.timing import Profile
 
 
+@documented("lora")
 @noting_files()
 @memory_failures()
 def convert_adapter(
@@ -47,23 +49,41 @@ def convert_adapter(
     base: Source,
     dst: str | Path | None = None,
     *,
-    outtype: str | None = None,
-    dialect: str = LLAMA_CPP,
     scale: float | None = None,
+    outtype: str = "auto",
+    dialect: str = LLAMA_CPP,
     name: str | None = None,
-    **keywords: Unpack[RunKeywords],
+    force: bool = False,
+    modelfile: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+    verify: bool = False,
+    sha256: bool = False,
+    profile: Profile | None = None,
+    max_memory: int | str | None = None,
+    threads: int | None = None,
+    io: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
 ) -> Report:
-    """What was written to `dst`: the PEFT or MLX adapter in the folder `adapter`, for the model `base`, as GGUF.
+    """Write a PEFT or MLX adapter as a GGUF adapter for a base model. Nothing is printed.
 
-    base: a GGUF file or a Hugging Face folder; no weight of it is read. dst: by default GGUF's naming convention, in
-    the current directory. outtype: auto (the default: each factor keeps its own type), f32, f16, bf16 or q8_0; of
-    ollama-legacy none, nor scale, nor name. scale: the absolute s of every module instead of the configuration's.
-    name: general.name. keywords: how it goes, see `RunKeywords`.
-    Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
+    Args:
+        adapter: the folder of adapter_config.json and its weights, or those weights.
+        base: a GGUF file or a Hugging Face folder; none of its weights are read.
+        dst: the file to write; by default GGUF's naming convention, in the current directory.
+        {options}
+
+    Returns:
+        What was written; with `dry_run` what would be, with the proof that it fits in memory.
+
+    Raises:
+        StreamconvError: with a stable `code`; `dst` is then what it was before.
+        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
-    options = RunOptions(**keywords)
-    wanted = OutputOptions("auto" if outtype is None else outtype, dialect, name)
-    _check_legacy(dialect, {"--outtype": outtype, "--scale": scale, "--name": name})
+    options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
+    _check_legacy(dialect, {"--outtype": None if outtype == "auto" else outtype, "--scale": scale, "--name": name})
     with open_adapter_job(adapter, base, dst, wanted, options.limit_nbytes, scale) as job:
         return run(job, options)
 
@@ -131,7 +151,7 @@ def _plan(
         command="lora",
         role="adapter",
         keys=keys,
-        parts=make_parts(path, keys, tensors, wanted.split),
+        parts=make_parts(path, keys, tensors, wanted.parts),
         architecture=base.recipe.arch,
         dialect=LLAMA_CPP,
         outtype=outtype,
@@ -162,7 +182,7 @@ def _plan_legacy(
         command="lora",
         role="adapter",
         keys=legacy.keys,
-        parts=make_parts(path, legacy.keys, tensors, wanted.split),
+        parts=make_parts(path, legacy.keys, tensors, wanted.parts),
         architecture=base.recipe.arch,
         dialect=OLLAMA_LEGACY,
         outtype=_outtype(tensors) if stored else "f16",

@@ -6,63 +6,81 @@ output lies; `run` then makes those bytes, a chunk at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Unpack
 
 from streamconv.api.run import run
 from streamconv.budget import headroom_nbytes, resident_nbytes
 from streamconv.checkpoint.folder import Checkpoint
-from streamconv.engine.job import Job, OutputOptions, RunKeywords, RunOptions
+from streamconv.engine.job import Job
 from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
-from streamconv.engine.split import SplitOptions, make_parts
+from streamconv.engine.split import make_parts
 from streamconv.files.hub import Source, find_source, source_failures
 from streamconv.files.local import noting_files
 from streamconv.files.store import Place
 from streamconv.ggml.policy import OuttypePolicy, StoredTypes, TypePolicy, facts_of, resolve_auto
 from streamconv.gguf.format import KeyValue
-from streamconv.gguf.names import LLAMA_CPP, written_name
+from streamconv.gguf.names import written_name
 from streamconv.lazy.leaves import sources
 from streamconv.lora.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 from streamconv.metadata.vocab.choice import choose_vocabulary
+from streamconv.options import OutputOptions, RunOptions, SplitOptions, documented
 from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind, bind_outputs
 from streamconv.recipe.language import Model, find_recipe
 from streamconv.report import Report
+from streamconv.timing import Profile
 
 # Types that a further output, such as a projector, has with the model; beside others it is F16.
 COMPANION_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
+@documented("convert")
 @noting_files()
 @memory_failures()
 def convert(
     src: Source,
     dst: str | Path | None = None,
     *,
-    outtype: str = "auto",
-    dialect: str = LLAMA_CPP,
-    name: str | None = None,
-    pre: str | None = None,
-    split: SplitOptions | None = None,
     adapters: Sequence[AdapterSpec] = (),
+    pre: str | None = None,
     tokenizer: str = "auto",
-    **keywords: Unpack[RunKeywords],
+    outtype: str = "auto",
+    dialect: str = "llama.cpp",
+    name: str | None = None,
+    split: SplitOptions | None = None,
+    force: bool = False,
+    modelfile: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+    verify: bool = False,
+    sha256: bool = False,
+    profile: Profile | None = None,
+    max_memory: int | str | None = None,
+    threads: int | None = None,
+    io: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
 ) -> Report:
-    """What was written to `dst`: the checkpoint in the directory `src`, or in a `Store`, as one GGUF file.
+    """Write a checkpoint as one GGUF file, or as several. Nothing is printed.
 
-    dst: by default GGUF's naming convention, in the current directory. outtype: auto, f32, f16, bf16 or q8_0.
-    name, pre: override general.name and tokenizer.ggml.pre. split: several files, named after `dst`.
-    adapters: LoRA or DoRA adapters that are merged into the weights, as a list of folders, or of folders with weights.
-    tokenizer: whose tokenizer a merged model gets, base or adapter; auto takes the trained one (docs/merging.md).
-    keywords: how the run goes, see `RunKeywords`.
-    Raises StreamconvError alone; then `dst` is what it was before. Nothing is printed.
+    Args:
+        src: a folder, a .safetensors file, the id of a repo in the Hugging Face cache, or a `Store`.
+        dst: the file to write; by default GGUF's naming convention, in the current directory.
+        {options}
+
+    Returns:
+        What was written; with `dry_run` what would be, with the proof that it fits in memory.
+
+    Raises:
+        StreamconvError: with a stable `code`; `dst` is then what it was before.
+        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
-    options = RunOptions(**keywords)
-    wanted = OutputOptions(outtype, dialect, name, pre, split or SplitOptions(), tokenizer)
+    options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
     with open_model_job(src, dst, wanted, options.limit_nbytes, adapters) as job:
         return run(job, options)
 
@@ -116,12 +134,12 @@ def plan_model(
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
     path = output_path(dst, general.file_name(policy.outtype))
     companion_policy = OuttypePolicy(policy.outtype if policy.outtype in COMPANION_OUTTYPES else "f16")
-    is_whole = wanted.split.only_part in (None, 1)
+    is_whole = wanted.parts.only_part in (None, 1)
     others = bind_outputs(recipe, model, checkpoint.tensors) if is_whole else []
     return Job(
         command="convert",
         keys=keys,
-        parts=make_parts(path, keys, tensors, wanted.split),
+        parts=make_parts(path, keys, tensors, wanted.parts),
         role=recipe.role,
         companions=[
             _plan_companion(checkpoint, other, path if dst else None, wanted, stored or companion_policy)

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from streamconv.budget import resident_nbytes
 from streamconv.check.tensors import compare, prove_comparison
-from streamconv.engine.job import Job, RunOptions
+from streamconv.engine.job import Job
 from streamconv.engine.layout import Io, MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
 from streamconv.engine.split import Part
 from streamconv.errors import Caution, DestinationError, UsageError
 from streamconv.files.window import mapping_module
 from streamconv.ggml import encode as codecs
+from streamconv.options import RunOptions
 from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
 from streamconv.output.manifest import digest, manifest_path, manifest_text
 from streamconv.output.modelfile import Modelfile, plan_modelfile

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
 
 from streamconv.api.convert_lora import open_adapter_job
 from streamconv.api.convert_model import open_model_job
 from streamconv.budget import resident_nbytes
 from streamconv.check.tensors import compare
-from streamconv.engine.job import Job, OutputOptions, RunOptions, WorkKeywords
+from streamconv.engine.job import Job
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import UsageError
 from streamconv.files.hub import Source
@@ -26,9 +25,11 @@ from streamconv.gguf.names import LLAMA_CPP
 from streamconv.gguf.reader import refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.merge import AdapterSpec
+from streamconv.options import OutputOptions, RunOptions, documented
 from streamconv.report import Output, Report
 
 
+@documented("verify")
 @memory_failures()
 def verify(
     out: str | Path,
@@ -36,20 +37,31 @@ def verify(
     *,
     adapters: Sequence[AdapterSpec] = (),
     base: Source | None = None,
-    dialect: str = LLAMA_CPP,
     scale: float | None = None,
     pre: str | None = None,
     tokenizer: str = "auto",
-    **keywords: Unpack[WorkKeywords],
+    dialect: str = LLAMA_CPP,
+    max_memory: int | str | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
 ) -> Report:
-    """The report of a file that holds what its source says; VerifyError, with the first difference, where it does not.
+    """Compare a GGUF file, whatever made it, with its source. Nothing is printed.
 
-    out: a GGUF file of any tool, or the first of a split, its tensors in any order and in F32, F16, BF16 or Q8_0.
-    source: the checkpoint, with the `adapters` that were merged into it, and the `pre` and `tokenizer` of that call; or
-    the folder of an adapter that was written as one, with `base`, `dialect` and `scale` as `convert_adapter` had them.
+    Args:
+        out: the file, or the first of a split: its tensors in any order and in any type that can be made here.
+        source: the checkpoint that it was made of, or the adapter that was written as a file of its own.
+        {options}
+
+    Returns:
+        What the file holds, which is what its source says.
+
+    Raises:
+        VerifyError: the first difference.
+        StreamconvError: the file, or its source, cannot be read.
+        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
-    options, started = RunOptions(**keywords), time.monotonic()
-    wanted = OutputOptions(dialect=dialect, pre=pre, tokenizer=tokenizer)
+    options, wanted, started = RunOptions.of(locals()), OutputOptions.of(locals()), time.monotonic()
     outputs, stored, architecture = _read(
         out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre}
     )

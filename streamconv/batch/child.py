@@ -26,10 +26,10 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from streamconv.batch.jobs_file import JobSpec
 from streamconv.errors import InterruptedByTerm, SourceError, StreamconvError
 from streamconv.files.hub import is_repo_id
+from streamconv.options import arguments, taken_by
 from streamconv.output.destination import Place, failures
 
 if TYPE_CHECKING:
-    from streamconv.engine.job import RunKeywords
     from streamconv.report import Report
 
 SCHEMA = 1
@@ -150,7 +150,7 @@ def run_process(order: Order) -> tuple[int, dict[str, Any]]:
         )
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):
-            child.stdin.write(json.dumps(asdict(order)) + "\n")
+            child.stdin.write(json.dumps(asdict(order) | {"job": order.job.to_json()}) + "\n")
             child.stdin.flush()
         _children.add(child)  # its stdin stays open: the end of it tells the job that nobody waits for it
     try:
@@ -262,7 +262,7 @@ def read_order(stdin: IO[str]) -> Order:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    return Order(JobSpec(**order["job"]), order["restart"], order["dry_run"])
+    return Order(JobSpec.from_json(order["job"]), order["restart"], order["dry_run"])
 
 
 def obey(order: Order) -> Report:
@@ -282,37 +282,20 @@ def perform(job: JobSpec, *, dry_run: bool = False, restart: bool = False, max_m
     from streamconv.api.convert_lora import convert_adapter
     from streamconv.api.convert_model import convert
     from streamconv.api.verify_file import verify
-    from streamconv.budget import parse_size
-    from streamconv.engine.split import SplitOptions
-    from streamconv.lora.merge import parse_adapter
 
-    adapters = [parse_adapter(job.adapter)] if job.adapter else []
-    limit = job.max_memory if max_memory is None else max_memory
+    given = {one.name: job.given().get(one.option.key) for one in taken_by(job.command) if one.option.key is not None}
+    given |= {"only_part": job.only_part, "restart": restart, "dry_run": dry_run}
+    if max_memory is not None:
+        given["max_memory"] = max_memory
+    values = arguments(job.command, given)
     if job.command == "verify":
-        return verify(job.output, job.source, adapters=adapters, base=job.base, dialect=job.dialect, max_memory=limit)
-    keywords: RunKeywords = {
-        "max_memory": limit,
-        "force": job.force,
-        "restart": restart,
-        "dry_run": dry_run,
-        "verify": job.verify,
-    }
+        return verify(job.output, job.source, base=job.base, **values)
     if not dry_run:
         _make_folder(Path(job.output).parent)
     if job.command == "lora":
         assert job.base is not None  # jobs_file.py sees to it
-        outtype = None if job.outtype == "auto" else job.outtype
-        return convert_adapter(job.source, job.base, job.output, outtype=outtype, dialect=job.dialect, **keywords)
-    split = SplitOptions(parse_size(job.split_max_size) if job.split_max_size else None, None, job.only_part)
-    return convert(
-        job.source,
-        job.output,
-        outtype=job.outtype,
-        dialect=job.dialect,
-        split=split,
-        adapters=adapters,
-        **keywords,
-    )
+        return convert_adapter(job.source, job.base, job.output, **values)
+    return convert(job.source, job.output, **values)
 
 
 def _make_folder(folder: Path) -> None:

@@ -20,18 +20,15 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal, get_args
+from typing import Any, Final, get_args
 
 from streamconv.budget import parse_size
 from streamconv.errors import UsageError
 from streamconv.files.hub import find_cached, is_repo_id, model_name
-from streamconv.ggml.outtypes import WORDS
-from streamconv.ggml.policy import outtype_hint
-from streamconv.gguf.names import RENAMES
+from streamconv.options import Command, Kind, declared, not_a_choice
 
-Command = Literal["convert", "lora", "verify"]
 DEFAULT_OUTPUT = "{name}-{outtype}.gguf"
 MAX_FILE_NBYTES = 16 << 20
 _GLOB = frozenset("*?[")
@@ -40,7 +37,11 @@ _FIELD = re.compile(r"\{(\w+)\}")  # of an output template
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """One job, complete: absolute paths, every default filled in."""
+    """One job, complete: absolute paths, every default filled in.
+
+    Attributes:
+        options: what else was given, by the keys of streamconv/options.py, in their order.
+    """
 
     name: str
     command: Command
@@ -55,21 +56,41 @@ class JobSpec:
     only_part: int | None = None
     verify: bool = False
     force: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def given(self) -> dict[str, Any]:
+        """All values by key, None where one was not given."""
+        return {key: value for key, value in asdict(self).items() if key != "options"} | dict(self.options)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"options": dict(self.options)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> JobSpec:
+        """A job from what `to_json` gave."""
+        return cls(**{**values, "options": tuple(values["options"].items())})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> JobSpec:
+        """A job from values by key."""
+        own = {one.name for one in fields(cls)}
+        others = tuple((key, values[key]) for key in OPTIONS if key in values and key not in own)
+        return cls(**{key: value for key, value in values.items() if key in own}, options=others)
 
 
-_KEYS: dict[str, type] = {
-    "name": str, "command": str, "source": str, "output": str, "base": str, "adapter": str, "outtype": str,
-    "dialect": str, "max_memory": str, "split_max_size": str, "verify": bool, "force": bool,
-}  # fmt: skip
-_TYPE_NAMES = {str: "a string", bool: "true or false"}
-_CHOICES = {"command": get_args(Command), "outtype": WORDS, "dialect": tuple(RENAMES)}
+OPTIONS: Final = {one.option.key: one for one in declared() if one.option.key is not None}  # by key
+_FIXED: Final = ("name", "command", "source", "output", "base")
+KEYS: Final = (*_FIXED, *OPTIONS)
+_TYPES: Final[Mapping[Kind, tuple[type, ...]]] = {Kind.FLAG: (bool,), Kind.COUNT: (int,), Kind.NUMBER: (int, float)}
+_TYPE_NAMES: Final = {str: "a string", bool: "true or false", int: "a number"}
 
-# Keys that a kind of job must have, and keys that only some kinds have; as a default the others pass them by.
-_NEEDED = {"lora": ("base",), "verify": ("output",)}
-_ONLY_FOR = {"split_max_size": ("convert",), "adapter": ("convert", "verify"), "base": ("lora", "verify")}
+# Keys that a kind of job must have, and the kinds that a key is for; as a default the others pass it by. The outtype
+# may stand in the name of any output.
+_NEEDED: Final = {"lora": ("base",), "verify": ("output",)}
+_ONLY_FOR: Final[Mapping[str, tuple[str, ...]]] = {
+    "base": ("lora", "verify"),
+    **{key: one.option.commands for key, one in OPTIONS.items() if key != "outtype"},
+}
 
 
 def read_jobs(path: Path) -> list[JobSpec]:
@@ -148,7 +169,7 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
             given[key] = _absolute(given[key], folder)
     for match in matches:
         name = given.get("name") or model_name(Path(match))
-        job = JobSpec(**{"command": "convert", **given, "source": match, "name": name, "output": ""})
+        job = JobSpec.of({"command": "convert", **given, "source": match, "name": name, "output": ""})
         output = folder / _output(str(entry.get("output", DEFAULT_OUTPUT)), job, where, path)
         yield replace(job, output=os.path.normpath(output))
 
@@ -220,24 +241,25 @@ def _resolved(source: Path) -> str:
 
 def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
     for key, value in entry.items():
-        if key not in _KEYS:
+        if key not in KEYS:
             raise UsageError(
-                f"{where}: unknown key {key!r}", file=path, hint=f"known: {', '.join(_KEYS)}", code="jobs-key"
+                f"{where}: unknown key {key!r}", file=path, hint=f"known: {', '.join(KEYS)}", code="jobs-key"
             )
-        if not isinstance(value, _KEYS[key]):
-            raise UsageError(f"{where}: {key} must be {_TYPE_NAMES[_KEYS[key]]}", file=path, code="jobs-value")
-        if value == "" or "\0" in str(value):
+        kind = OPTIONS[key].option.kind if key in OPTIONS else Kind.TEXT
+        types = _TYPES.get(kind, (str,))
+        if type(value) not in types:
+            raise UsageError(f"{where}: {key} must be {_TYPE_NAMES[types[0]]}", file=path, code="jobs-value")
+        if value == "" or "\0" in str(value) or (kind is Kind.COUNT and value < 1):
             raise UsageError(f"{where}: {key} is {value!r}", file=path, code="jobs-value")
-        if key in _CHOICES and value not in _CHOICES[key]:
-            what = f"{where}: {key} {value!r} is none of {', '.join(_CHOICES[key])}"
-            raise UsageError(
-                what, file=path, hint=outtype_hint(str(value)) if key == "outtype" else None, code="jobs-value"
-            )
-    for key in ("max_memory", "split_max_size"):
-        if key in entry and not _size(entry[key]):
-            raise UsageError(
-                f"{where}: {key} is {entry[key]!r}", file=path, hint="a size is as 4G or 96MiB", code="jobs-value"
-            )
+        if kind is Kind.SIZE and not _size(value):
+            hint = "a size is as 4G or 96MiB"
+            raise UsageError(f"{where}: {key} is {value!r}", file=path, hint=hint, code="jobs-value")
+        if kind is Kind.WORD and value not in OPTIONS[key].option.choices:
+            error = not_a_choice(OPTIONS[key].name, value, f"{where}: {key} ")
+            raise UsageError(error.message, file=path, hint=error.hint, code="jobs-value")
+    if entry.get("command", "convert") not in get_args(Command):
+        what = f"{where}: command {entry['command']!r} is none of {', '.join(get_args(Command))}"
+        raise UsageError(what, file=path, code="jobs-value")
 
 
 def _size(text: str) -> int:

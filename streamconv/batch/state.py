@@ -16,14 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from streamconv.batch.jobs_file import JobSpec
+from streamconv.batch.jobs_file import OPTIONS, JobSpec
 from streamconv.engine.job import FORMAT_VERSION
 from streamconv.errors import DestinationError, SourceError
 from streamconv.files.hub import find_path
 from streamconv.lora.merge import parse_adapter
 
 MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
-_WITHOUT_EFFECT = frozenset(("name", "max_memory", "force", "verify"))  # on the bytes of an output
+_WITHOUT_EFFECT = {"name", *(key for key, one in OPTIONS.items() if not one.option.changes_bytes)}  # on an output
 _SUBFOLDER = "additional_chat_templates"
 
 # A job whose output is there and nobody has compared: it was not asked for then, or the batch was killed too early.
@@ -120,7 +120,7 @@ def _key(job: JobSpec) -> str:
 
 def _digest(job: JobSpec) -> str:
     """Of everything that decides a job's result: its options, and size and time of every file that it reads."""
-    options = {key: value for key, value in job.to_json().items() if key not in _WITHOUT_EFFECT}
+    options = {key: value for key, value in job.given().items() if key not in _WITHOUT_EFFECT}
     adapter = parse_adapter(job.adapter)[0] if job.adapter else None
     sources = [find_path(source) for source in (job.source, job.base, adapter) if source]
     stamps = _stamps(str(path) for source in sources for path in _files(source))

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from streamconv.cli.options import (
-    DIALECTS,
-    EXIT_CODES,
-    add_adapter_option,
-    add_command,
-    add_output_options,
-    add_report_options,
-    add_resource_options,
-    add_run_options,
-    add_split_options,
-    add_tokenizer_option,
-    src_path,
-)
+from streamconv.cli.options import EXIT_CODES, add_command, add_options, src_path
 from streamconv.cli.output import progress_bar, say, show_report, tell_warnings
 from streamconv.errors import DestinationError
+from streamconv.options import arguments
 
 if TYPE_CHECKING:
-    from streamconv.engine.job import RunKeywords
-    from streamconv.engine.split import SplitOptions
     from streamconv.report import Report
 
 VERIFYING = "verifying"
@@ -46,18 +33,7 @@ def add_convert(commands: Any) -> None:
         help="the checkpoint: the folder of config.json and *.safetensors, one such file (of shards the first), "
         "an index, or a repo id in the cache",
     )
-    parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre, where the tokenizer's structure is unknown")
-    add_adapter_option(parser, "merge this LoRA or DoRA adapter into the weights; may be repeated")
-    add_tokenizer_option(parser, "whose tokenizer a merged model gets; default: the trained one, where its tokens fit")
-    add_output_options(
-        parser,
-        example="Name-1.2B-BF16.gguf",
-        auto="the source's own 16-bit type",
-        dialect="tensor names; the default is the one to use with Ollama too, "
-        "ollama-legacy is for its first LFM2 release",
-    )
-    add_split_options(parser)
-    add_run_options(parser)
+    add_options(parser, "convert", output="Name-1.2B-BF16.gguf")
     parser.set_defaults(run=_convert)
 
 
@@ -78,16 +54,7 @@ def add_lora(commands: Any) -> None:
     parser.add_argument(
         "--base", metavar="BASE", type=src_path, required=True, help="the base model: its GGUF or its folder"
     )
-    parser.add_argument("--scale", metavar="S", type=float, help="the scale of every module, instead of the config's")
-    add_output_options(
-        parser,
-        example="Name-F32-LoRA.gguf",
-        auto="each factor's own type",
-        dialect="the default is the one to use with Ollama too; ollama-legacy reproduces what its first LFM2 release "
-        "wrote for Llama, which does not compute the trained adapter (it takes no --outtype, --scale or --name)",
-        outtype=None,
-    )
-    add_run_options(parser)
+    add_options(parser, "lora", output="Name-F32-LoRA.gguf")
     parser.set_defaults(run=_lora)
 
 
@@ -103,83 +70,27 @@ def add_verify(commands: Any) -> None:
     parser.add_argument(
         "--source", metavar="SRC", type=src_path, required=True, help="the checkpoint or adapter it was made of"
     )
-    add_adapter_option(parser, "an adapter that was merged, with its weight; may be repeated")
-    parser.add_argument("--base", metavar="BASE", type=src_path, help="of an adapter: the base it was made for")
-    parser.add_argument("--scale", metavar="S", type=float, help="of an adapter: the scale it was made with")
-    parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="the dialect it was made with")
-    parser.add_argument("--pre", metavar="NAME", help="the tokenizer.ggml.pre that it was made with")
-    add_tokenizer_option(parser, "the tokenizer that it was made with")
-    group = parser.add_argument_group("run")
-    add_resource_options(group)
-    add_report_options(group)
+    add_options(parser, "verify")
     parser.set_defaults(run=_verify)
 
 
 def _convert(options: argparse.Namespace) -> int:
     from streamconv.api.convert_model import convert
-    from streamconv.lora.merge import parse_adapter
 
-    return _run(
-        options,
-        lambda keywords: convert(
-            options.src,
-            options.output,
-            outtype=options.outtype,
-            dialect=options.dialect,
-            name=options.name,
-            pre=options.pre,
-            tokenizer=options.tokenizer,
-            split=_split(options),
-            adapters=[parse_adapter(text) for text in options.adapters],
-            **keywords,
-        ),
-    )
-
-
-def _split(options: argparse.Namespace) -> SplitOptions:
-    from streamconv.budget import parse_size
-    from streamconv.engine.split import SplitOptions
-
-    max_nbytes = None if options.split_max_size is None else parse_size(options.split_max_size)
-    return SplitOptions(max_nbytes, options.split_max_tensors, options.only_part)
+    return _run(options, lambda words: convert(options.src, options.output, **words))
 
 
 def _lora(options: argparse.Namespace) -> int:
     from streamconv.api.convert_lora import convert_adapter
 
-    return _run(
-        options,
-        lambda keywords: convert_adapter(
-            options.adapter,
-            options.base,
-            options.output,
-            outtype=options.outtype,
-            dialect=options.dialect,
-            scale=options.scale,
-            name=options.name,
-            **keywords,
-        ),
-    )
+    return _run(options, lambda words: convert_adapter(options.adapter, options.base, options.output, **words))
 
 
 def _verify(options: argparse.Namespace) -> int:
     from streamconv.api.verify_file import verify
-    from streamconv.lora.merge import parse_adapter
 
     with progress_bar(VERIFYING, is_wanted=not options.quiet) as progress:
-        report = verify(
-            options.out,
-            options.source,
-            adapters=[parse_adapter(text) for text in options.adapters],
-            base=options.base,
-            dialect=options.dialect,
-            scale=options.scale,
-            pre=options.pre,
-            tokenizer=options.tokenizer,
-            max_memory=options.max_memory,
-            threads=options.threads,
-            progress=progress,
-        )
+        report = verify(options.out, options.source, **arguments("verify", vars(options) | {"progress": progress}))
     tell_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
@@ -188,8 +99,8 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> int:
-    """Do one conversion with the options that all of them share, and say what was done."""
+def _run(options: argparse.Namespace, work: Callable[[Mapping[str, Any]], Report]) -> int:
+    """Do one conversion with the options that were given, and say what was done."""
     from contextlib import nullcontext
 
     from streamconv.output.destination import resolve, write_text
@@ -198,22 +109,8 @@ def _run(options: argparse.Namespace, work: Callable[[RunKeywords], Report]) -> 
     profile = Profile(options.profile) if options.profile else None
     is_shown = not (options.quiet or options.dry_run)
     with progress_bar("converting", VERIFYING, is_wanted=is_shown) as progress, profile or nullcontext():
-        report = work(
-            {
-                "max_memory": options.max_memory,
-                "threads": options.threads,
-                "force": options.force,
-                "resume": options.resume,
-                "restart": options.restart,
-                "dry_run": options.dry_run,
-                "sha256": options.sha256,
-                "modelfile": options.modelfile,
-                "verify": options.verify,
-                "progress": progress,
-                "profile": profile,
-                "io": options.io,
-            }
-        )
+        given = vars(options) | {"progress": progress, "profile": profile}
+        report = work(arguments(options.command, given))
     if profile is not None:
         try:
             write_text(resolve(options.profile), json.dumps(profile.as_json()) + "\n", replaces=options.force)

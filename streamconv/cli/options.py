@@ -1,19 +1,22 @@
-"""Options that several commands share, so that one word means one thing everywhere.
-
-Owns: their names, metavars and help. Does not own: what they do (the library).
-"""
+"""The options of streamconv/options.py as argparse has them, and those that only a command line has."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from streamconv import options as declared
 from streamconv.errors import UsageError
-from streamconv.ggml.outtypes import WORDS
+from streamconv.options import Kind
 
-IO = ("mapped", "positioned")
-DIALECTS = ("llama.cpp", "ollama-legacy")
+HEADINGS = {
+    "output": "output",
+    "split": "several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first",
+    "run": "run",
+}
 EXIT_CODES = """exit codes:
   0 done   2 usage   3 something wrong with the sources   4 memory bound too small
   5 something wrong with the destination   6 verification mismatch   130/143 interrupted   1 a bug of ours"""
@@ -40,65 +43,63 @@ def add_command(commands: Any, name: str, *, help: str, description: str, epilog
     return parser
 
 
-def add_output_options(
-    parser: argparse.ArgumentParser, *, example: str, auto: str, dialect: str, outtype: str | None = "auto"
-) -> None:
-    """example: a default name of OUT; auto, dialect: what these options mean here; outtype: its default."""
-    group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", metavar="OUT", type=dst_name, help=f"default: {example}, in this folder")
-    group.add_argument("--outtype", type=outtype_name, choices=WORDS, default=outtype, help=f"default: auto, {auto}")
-    group.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help=dialect)
-    group.add_argument("--name", metavar="NAME", help="the name in the file, general.name")
-    group.add_argument(
-        "--force",
-        action="store_true",
-        help="replace an existing OUT, once the new file is complete; what lies beside it too",
-    )
-    group.add_argument("--modelfile", action="store_true", help="write Ollama's Modelfile beside OUT, too")
+def add_options(parser: argparse.ArgumentParser, command: str, *, output: str | None = None) -> None:
+    """The options that are declared for a command, and those that only a command line has.
+
+    Args:
+        output: the default name of what the command writes, as an example; None where it writes nothing.
+    """
+    groups: dict[str, Any] = {"": parser}
+
+    def group(name: str) -> Any:
+        if name not in groups:
+            groups[name] = parser.add_argument_group(HEADINGS[name])
+        return groups[name]
+
+    for one in declared.taken_by(command):
+        if one.option.flag is not None:
+            name = one.option.group if output or one.option.group == "run" else ""
+            if name == "output" and name not in groups:
+                help = f"default: {output}, in this folder"
+                group(name).add_argument("-o", "--output", metavar="OUT", type=dst_name, help=help)
+            _add(group(name), one, command)
+    add_report_options(group("run"))
 
 
-def add_adapter_option(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--adapter", metavar="PATH[=WEIGHT]", dest="adapters", action="append", default=[], help=help)
+def _add(group: Any, one: declared.Declared, command: str) -> None:
+    flag, kind = one.option.flag, one.option.kind
+    words: dict[str, Any] = {"dest": one.name, "help": one.option.help_for(command)}
+    if kind is Kind.FLAG:
+        group.add_argument(flag, action="store_true", **words)
+        return
+    if kind is Kind.WORD:
+        words["choices"] = [word for word in one.option.choices if word not in one.option.hidden]
+    else:
+        words["metavar"] = one.option.metavar
+    if kind is Kind.ADAPTERS:
+        words["action"] = "append"
+    group.add_argument(flag, type=_reader(one), **words)
 
 
-def add_tokenizer_option(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--tokenizer", choices=("base", "adapter"), default="auto", help=help)
+def _reader(one: declared.Declared) -> Callable[[str], Any]:
+    """What makes a value of the text on the command line."""
+    readers: dict[Kind, Callable[[str], Any]] = {
+        Kind.COUNT: positive,
+        Kind.NUMBER: float,
+        Kind.SOURCE: src_path,
+        Kind.DESTINATION: dst_path,
+    }
+    return partial(_word, one) if one.option.kind is Kind.WORD else readers.get(one.option.kind, str)
 
 
-def add_split_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first")
-    group.add_argument("--split-max-size", metavar="SIZE", help="tensor data in a file, as 4G")
-    group.add_argument("--split-max-tensors", metavar="N", type=positive, help="tensors in a file")
-    group.add_argument("--only-part", metavar="K", type=positive, help="make this one alone: each machine makes a part")
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    add_resume_options(group, "an unfinished run of the same conversion")
-    group.add_argument("--dry-run", action="store_true", help="print the plan and the memory proof, write nothing")
-    group.add_argument("--verify", action="store_true", help="read the result back and compare it with the source")
-    group.add_argument("--sha256", action="store_true", help="digest of the file, and a manifest of each tensor's")
-    group.add_argument(
-        "--profile", metavar="FILE", type=dst_path, help="write memory over time and seconds by phase as JSON"
-    )
-    group.add_argument(
-        "--io", choices=IO, help="how sources are read; default: mapped from local files, positioned from others"
-    )
-    add_resource_options(group)
-    add_report_options(group)
-
-
-def add_resume_options(group: Any, unfinished: str) -> None:
-    either = group.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help=f"go on with {unfinished}; the default")
-    either.add_argument("--restart", action="store_true", help=f"discard {unfinished}, and start over")
-
-
-def add_resource_options(group: Any) -> None:
-    group.add_argument(
-        "--max-memory", metavar="SIZE", help="ceiling of resident memory, as 96MiB or 1.5G; default 256MiB"
-    )
-    group.add_argument("--threads", metavar="N", type=positive, help="workers; default: the cores, at most 4")
+def _word(one: declared.Declared, text: str) -> str:
+    """The word in small letters; UsageError, with the way to it, on one that has a better name or place."""
+    word = text.lower()
+    if word not in one.option.choices:
+        error = declared.not_a_choice(one.name, text, f"argument {one.option.flag}: ")
+        if error.hint:
+            raise error
+    return word
 
 
 def add_report_options(group: Any) -> None:
@@ -111,6 +112,12 @@ def add_verbose(group: Any) -> None:
     group.add_argument("-v", "--verbose", action="store_true", help="say more; of a bug of ours, its traceback")
 
 
+def add_resume_options(group: Any, unfinished: str) -> None:
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help=f"go on with {unfinished}; the default")
+    either.add_argument("--restart", action="store_true", help=f"discard {unfinished}, and start over")
+
+
 def positive(text: str) -> int:
     """A whole number from 1."""
     value = int(text)
@@ -120,19 +127,6 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "number"  # argparse names it where it refuses a word
-
-
-def outtype_name(text: str) -> str:
-    """The word in small letters; UsageError, with the way to it, on one that only llama.cpp knows."""
-    name = text.lower()
-    if name not in WORDS:
-        from streamconv.ggml.policy import outtype_hint
-
-        if hint := outtype_hint(name):
-            raise UsageError(
-                f"argument --outtype: {text!r} is none of {', '.join(WORDS)}", hint=hint, code="outtype-unknown"
-            )
-    return name
 
 
 def src_path(text: str) -> Path:

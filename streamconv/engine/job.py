@@ -7,157 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
 
-from streamconv.budget import default_limit_nbytes, parse_size
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard
-from streamconv.engine.layout import MAX_DEFAULT_WORKERS, Io, Step
-from streamconv.engine.split import Part, SplitOptions
-from streamconv.errors import Caution, Interrupted, UsageError
+from streamconv.engine.layout import Step
+from streamconv.engine.split import Part
+from streamconv.errors import Caution
 from streamconv.files.local import FileId, files_read
 from streamconv.files.store import Place
-from streamconv.ggml.outtypes import WORDS
-from streamconv.ggml.policy import outtype_hint
 from streamconv.gguf.format import Buffer, KeyValue, PackedArray, Scalar
-from streamconv.gguf.names import LLAMA_CPP, RENAMES
 from streamconv.lazy.leaves import sources
 from streamconv.lazy.node import Readable, description
-from streamconv.metadata.vocab.choice import PREFERENCES
 from streamconv.report import Output, Report, TypeTotal
-from streamconv.timing import Profile, Stopwatch
 
 _MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer ones are told apart by their digests
 FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
-
-
-class WorkKeywords(TypedDict, total=False):
-    """How the work on all tensors goes, be it making or comparing them.
-
-    max_memory: bytes, or a text as "96MiB" or "1.5G", None for the default bound; threads: from 1, None for the cores,
-    at most 4; progress(done, total) in bytes, called from the calling thread: `done` grows up to `total`, and in a run
-    that verifies what it wrote once more, from 0 to what is compared; cancel(): asked between chunks, true stops the
-    work as an interrupt does.
-    """
-
-    max_memory: int | str | None
-    threads: int | None
-    progress: Callable[[int, int], None] | None
-    cancel: Callable[[], bool] | None
-
-
-class RunKeywords(WorkKeywords, total=False):
-    """How a run goes; nothing here changes a byte of the output.
-
-    A run goes on with what an earlier one of the same conversion left unfinished; restart discards that. resume is
-    the default, and accepted.
-    io: "mapped" or "positioned" reads of sources; None maps local files where the system and the memory bound let it.
-    """
-
-    force: bool
-    resume: bool
-    restart: bool
-    dry_run: bool
-    sha256: bool
-    modelfile: bool
-    verify: bool
-    profile: Profile | None
-    io: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """RunKeywords with their defaults. UsageError on a bound or a number of threads that is none."""
-
-    max_memory: int | str | None = None
-    threads: int | None = None
-    force: bool = False
-    resume: bool = False
-    restart: bool = False
-    dry_run: bool = False
-    sha256: bool = False
-    modelfile: bool = False
-    verify: bool = False
-    progress: Callable[[int, int], None] | None = None
-    cancel: Callable[[], bool] | None = None
-    profile: Profile | None = None
-    io: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.resume and self.restart:
-            raise UsageError("resume goes on with an earlier run, restart discards it", code="option-conflict")
-        limit = self.max_memory
-        if limit is None:  # settled now: it follows from what is resident before the run
-            limit = default_limit_nbytes()
-        elif isinstance(limit, str):
-            limit = parse_size(limit)
-        if not isinstance(limit, int):
-            raise UsageError(
-                f"max_memory is {limit!r}", hint='a number of bytes, or a text as "96MiB"', code="size-syntax"
-            )
-        object.__setattr__(self, "max_memory", limit)
-        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
-            raise UsageError(
-                f"threads is {self.threads!r}",
-                hint="a whole number from 1, or None for the cores",
-                code="threads-range",
-            )
-
-        if self.io not in (None, Io.MAPPED.value, Io.POSITIONED.value):
-            what = f"io is {self.io!r}"
-            raise UsageError(what, hint=f"{Io.MAPPED.value}, {Io.POSITIONED.value}, or None for either", code="io")
-
-    @property
-    def limit_nbytes(self) -> int:
-        assert isinstance(self.max_memory, int)
-        return self.max_memory
-
-    @property
-    def n_threads(self) -> int:
-        return min(MAX_DEFAULT_WORKERS, _n_cores()) if self.threads is None else self.threads
-
-    @property
-    def stopwatch(self) -> Stopwatch:
-        return self.profile or Stopwatch()
-
-    def cancelled(self) -> Interrupted | None:
-        """What to raise, where the caller wants the run to stop."""
-        if self.cancel is not None and self.cancel():
-            return Interrupted("cancelled", hint="run it again to go on", code="cancelled")
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class OutputOptions:
-    """What of a call decides the output's bytes. UsageError where a word is none that there is."""
-
-    outtype: str = "auto"
-    dialect: str = LLAMA_CPP
-    name: str | None = None
-    pre: str | None = None
-    split: SplitOptions = field(default_factory=SplitOptions)
-    tokenizer: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.outtype not in WORDS:
-            what = f"{self.outtype!r} is none of {', '.join(WORDS)}"
-            raise UsageError(what, hint=outtype_hint(str(self.outtype)), code="outtype-unknown")
-        if self.dialect not in tuple(RENAMES):
-            raise UsageError(f"{self.dialect!r} is none of {', '.join(RENAMES)}", code="dialect-unknown")
-        if self.tokenizer not in PREFERENCES:
-            raise UsageError(
-                f"tokenizer {self.tokenizer!r} is none of {', '.join(PREFERENCES)}", code="tokenizer-unknown"
-            )
-        for text in (self.name, self.pre):
-            if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
-                raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is", code="not-utf8")
 
 
 @dataclass(slots=True)
@@ -248,11 +118,6 @@ class Job:
             outputs=[Output(part.path, part.layout.nbytes, role=output.role) for output, part in self.files],
             warnings=[caution for output in self.outputs for caution in output.cautions],
         )
-
-
-def _n_cores() -> int:
-    """The cores that this process may run on; all of the machine's where the system, as macOS, does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _distinct(names: Iterable[str]) -> Iterator[str]:

@@ -32,7 +32,6 @@ CHUNK_NBYTES = (4 * MIB, 2 * MIB, 1 * MIB, MIB // 4)
 CHUNKS_WRITING = (4, 2, 0)
 WORKER_OVERHEAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
 RUN_OVERHEAD_NBYTES = 4 * MIB  # what is imported and allocated between the plan and the end (progress bar, report)
-MAX_DEFAULT_WORKERS = 4
 RUN_TO_RUN_NBYTES = 2 * MIB  # by which the same process's resident set differs from one run to the next
 
 

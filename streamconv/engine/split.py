@@ -18,33 +18,10 @@ from streamconv.errors import UsageError
 from streamconv.ggml.element_types import tensor_nbytes
 from streamconv.gguf.format import KeyValue
 from streamconv.gguf.splits import part_name
+from streamconv.options import SplitOptions
 
 SPLIT_COUNT = "split.count"
 MAX_COUNT = 65_535  # it is a uint16
-
-
-@dataclass(frozen=True, slots=True)
-class SplitOptions:
-    """max_nbytes: of tensor data in a part; max_tensors: in a part; None: no limit. only_part: from 1."""
-
-    max_nbytes: int | None = None
-    max_tensors: int | None = None
-    only_part: int | None = None
-
-    def __post_init__(self) -> None:
-        for value in (self.max_nbytes, self.max_tensors, self.only_part):
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise UsageError("a split needs whole numbers of at least 1", code="split-size")
-        if self.only_part is not None and not self.is_split:
-            raise UsageError(
-                "--only-part is for splits",
-                hint="give --split-max-size or --split-max-tensors too",
-                code="option-conflict",
-            )
-
-    @property
-    def is_split(self) -> bool:
-        return self.max_nbytes is not None or self.max_tensors is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 import streamconv
 from streamconv.engine import layout as plan
 from streamconv.engine import pool as stream
-from streamconv.engine.split import SplitOptions
+from streamconv.options import SplitOptions
 from streamconv.report import Report
 from tests import tiny
 from tests.fault.trial import OLD

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from streamconv.cli import main
-from streamconv.engine.split import SplitOptions
 from streamconv.errors import DestinationError, SourceError
+from streamconv.options import SplitOptions
 from tests.fault.calls import Call, syncs_skipped, watched
 from tests.fault.kills import kill_at_random
 from tests.fault.program import Finished, Program, empty, make_source, small_steps

@@ -17,7 +17,6 @@ from streamconv.batch.run import expand_splits
 from streamconv.budget import MIB
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.cli.inspection import render
-from streamconv.engine.job import OutputOptions
 from streamconv.errors import SourceError, StreamconvError
 from streamconv.gguf.reader import Span
 from streamconv.gguf.splits import GGUFSet
@@ -25,6 +24,7 @@ from streamconv.lora.base import open_base
 from streamconv.lora.files import LoraFile
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
+from streamconv.options import OutputOptions
 from streamconv.output import journal
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink

@@ -9,9 +9,9 @@ from gguf import GGUFReader, GGUFWriter
 
 import streamconv
 from streamconv.api import run as running
-from streamconv.engine.split import SplitOptions
 from streamconv.errors import DestinationError, Interrupted, SourceError, UsageError, VerifyError
 from streamconv.ggml.element_types import tensor_nbytes
+from streamconv.options import SplitOptions
 from tests import cases, tiny
 from tests.oracles import runtime
 from tests.raising import raises

@@ -285,9 +285,9 @@ def test_the_plan_names_its_sources(tmp_path: Path, llama: Path) -> None:
 
 def test_what_of_the_base_changes_bytes_is_in_the_identity(tmp_path: Path, llama: Path) -> None:
     from streamconv.api.convert_lora import plan_adapter
-    from streamconv.engine.job import OutputOptions
     from streamconv.lora.base import open_base
     from streamconv.lora.files import LoraFile
+    from streamconv.options import OutputOptions
 
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",))
     gguf(tmp_path / "same.gguf", LLAMA | {"llama.attention.key_length": 24, "llama.feed_forward_length": 999})
@@ -331,7 +331,6 @@ def test_the_command(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[
     [
         (["--scale", "nan"], 2, "--scale nan is no scale"),
         (["--dialect", "ollama-legacy", "--outtype", "f16"], 2, "--outtype has no place"),
-        (["--dialect", "ollama-legacy", "--outtype", "auto"], 2, "--outtype has no place"),
         (["--dialect", "ollama-legacy", "--scale", "2"], 2, "--scale has no place"),
         (["--max-memory", "1MiB"], 4, "--max-memory"),
     ],

@@ -23,8 +23,8 @@ from streamconv.batch.jobs_file import JobSpec, read_jobs
 from streamconv.batch.run import EXIT_NONE_SUCCEEDED, EXIT_SOME_FAILED, run_batch, select_array
 from streamconv.batch.state import State
 from streamconv.cli import main
-from streamconv.engine.split import SplitOptions
 from streamconv.errors import UsageError
+from streamconv.options import SplitOptions
 from tests import tiny
 from tests.holding import await_end, held_processes, hold
 from tests.raising import raises

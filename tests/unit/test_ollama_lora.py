@@ -202,7 +202,7 @@ def test_every_file_is_told_to_be_wrong(tmp_path: Path, llama: Path) -> None:
 # ---------------------------------------------------------------- what it does not take
 
 
-@pytest.mark.parametrize("options", [{"outtype": "f16"}, {"outtype": "auto"}, {"scale": 1.0}, {"name": "Mine"}])
+@pytest.mark.parametrize("options", [{"outtype": "f16"}, {"scale": 1.0}, {"name": "Mine"}])
 def test_options_of_the_other_dialect(tmp_path: Path, llama: Path, options: dict[str, Any]) -> None:
     with raises(UsageError, code="option-conflict"):
         convert(loras.write(tmp_path, loras.factors(Q, 96, 64)), llama, **options)

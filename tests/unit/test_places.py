@@ -15,8 +15,8 @@ import pytest
 import streamconv
 from streamconv.api import run as run_module
 from streamconv.cli import main
-from streamconv.engine.split import SplitOptions
 from streamconv.errors import DestinationError
+from streamconv.options import SplitOptions
 from streamconv.output import destination
 from streamconv.output.destination import Place, check_room, claim, write_text
 from streamconv.output.sink import Sink

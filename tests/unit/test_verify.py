@@ -25,7 +25,6 @@ from streamconv.budget import MIB
 from streamconv.check import tensors as compare
 from streamconv.cli import main
 from streamconv.engine.layout import RUN_TO_RUN_NBYTES
-from streamconv.engine.split import SplitOptions
 from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
 from streamconv.ggml import _kernels
 from streamconv.ggml import encode as codecs
@@ -36,6 +35,7 @@ from streamconv.gguf.reader import GGUFFile
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import Workspace, peak_nbytes
 from streamconv.lazy.scratch import Scratch
+from streamconv.options import SplitOptions
 from tests import cases, tiny
 from tests.oracles import ggufs
 from tests.raising import raises

@@ -1,0 +1,518 @@
+"""Every option that a user can give, declared once: a field of one of the classes below.
+
+The field's name, type and default are those of the library's keyword parameter; what `option` adds is its flag and help
+on the command line, its key in a jobs file, and the commands that take it. The command line, jobs files and the pages
+made of them follow from that. What Python cannot derive is the parameter in the signature of each public function
+(type checkers and `help` read it there): tests/unit/test_options.py names the function that lacks one.
+
+Imports nothing heavy, since `streamconv --help` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
+
+from streamconv.budget import default_limit_nbytes, parse_size
+from streamconv.errors import Interrupted, UsageError
+from streamconv.ggml.outtypes import WORDS
+from streamconv.timing import Profile, Stopwatch
+
+if TYPE_CHECKING:
+    from streamconv.files.hub import Source
+    from streamconv.lora.specs import AdapterSpec
+
+Command = Literal["convert", "lora", "verify"]
+MAKE: Final = ("convert", "lora")  # the commands that write a file
+ALL: Final = (*MAKE, "verify")
+
+DIALECTS: Final = ("llama.cpp", "ollama-legacy")
+TOKENIZERS: Final = ("auto", "base", "adapter")
+IO: Final = ("mapped", "positioned")
+MAX_DEFAULT_WORKERS: Final = 4
+
+
+class Kind(Enum):
+    """How the value of an option is written."""
+
+    FLAG = auto()
+    TEXT = auto()
+    WORD = auto()  # one of its choices
+    SIZE = auto()  # as 4G or 96MiB
+    COUNT = auto()  # a whole number from 1
+    NUMBER = auto()
+    SOURCE = auto()  # a path, or the id of a repo
+    DESTINATION = auto()  # a path
+    ADAPTERS = auto()  # PATH or PATH=WEIGHT, any number of them
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field does not say of itself.
+
+    Attributes:
+        kind: how it is written.
+        help: for `--help` and docs/cli.md, by command where it differs.
+        commands: those that take it.
+        flag: on the command line; None where it exists in the library alone.
+        group: the heading of `--help` that it is under.
+        metavar: what stands for its value there.
+        choices: of a WORD.
+        hidden: choices that the command line does not name.
+        key: in a jobs file; None where it has no place there.
+        changes_bytes: whether it decides what an output holds.
+    """
+
+    kind: Kind
+    help: str | Mapping[str, str]
+    commands: tuple[str, ...]
+    flag: str | None
+    group: str
+    metavar: str | None
+    choices: tuple[str, ...]
+    hidden: tuple[str, ...]
+    key: str | None
+    changes_bytes: bool
+
+    def help_for(self, command: str) -> str:
+        return self.help if isinstance(self.help, str) else self.help[command]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An option with the name and default of its field. `of` is the class that has the field."""
+
+    name: str
+    default: Any
+    option: Option
+    of: type
+
+
+def option(
+    default: Any,
+    help: str | Mapping[str, str],
+    *,
+    kind: Kind = Kind.FLAG,
+    commands: tuple[str, ...] = ALL,
+    flag: str | None = "",
+    group: str = "",
+    metavar: str | None = None,
+    choices: tuple[str, ...] = (),
+    hidden: tuple[str, ...] = (),
+    key: str | None = "",
+    changes_bytes: bool = True,
+) -> Any:
+    """A field that is an option. flag, key: by default the field's name, in the spelling of either."""
+    declared = Option(kind, help, commands, flag, group, metavar, choices, hidden, key, changes_bytes)
+    return field(default=default, metadata={"option": declared})
+
+
+class _Options:
+    """A group of options."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The options that are among `values`, which may hold other things as well."""
+        names = [one.name for one in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        return cls(**{name: values[name] for name in names if name in values})
+
+    def _check_words(self) -> None:
+        """UsageError where a word is not among its option's choices."""
+        for one in declared(type(self)):
+            value = getattr(self, one.name)
+            if one.option.choices and value not in one.option.choices and value != one.default:
+                raise not_a_choice(one.name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions(_Options):
+    """What a call converts, or compares with, beside its source."""
+
+    adapters: Sequence[AdapterSpec] = option(
+        (),
+        {
+            "convert": "merge this LoRA or DoRA adapter into the weights; may be repeated",
+            "verify": "an adapter that was merged, with its weight; may be repeated",
+        },
+        kind=Kind.ADAPTERS,
+        commands=("convert", "verify"),
+        flag="--adapter",
+        metavar="PATH[=WEIGHT]",
+        key="adapter",
+    )
+    base: Source | None = option(
+        None,
+        "of an adapter: the base it was made for",
+        kind=Kind.SOURCE,
+        commands=("verify",),
+        metavar="BASE",
+        key=None,  # a key of its own, of lora jobs as well
+    )
+    scale: float | None = option(
+        None,
+        {
+            "lora": "the scale of every module, instead of the config's",
+            "verify": "of an adapter: the scale it was made with",
+        },
+        kind=Kind.NUMBER,
+        commands=("lora", "verify"),
+        metavar="S",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitOptions(_Options):
+    """One model as several files.
+
+    Attributes:
+        max_nbytes: of tensor data in a part; None: no limit.
+        max_tensors: in a part; None: no limit.
+        only_part: the one part that is made, counted from 1; None: all.
+    """
+
+    max_nbytes: int | None = option(
+        None,
+        "tensor data in a file, as 4G",
+        kind=Kind.SIZE,
+        commands=("convert",),
+        flag="--split-max-size",
+        group="split",
+        metavar="SIZE",
+        key="split_max_size",
+    )
+    max_tensors: int | None = option(
+        None,
+        "tensors in a file",
+        kind=Kind.COUNT,
+        commands=("convert",),
+        flag="--split-max-tensors",
+        group="split",
+        metavar="N",
+        key=None,  # a batch makes a job of each part, and needs to know their number by size
+    )
+    only_part: int | None = option(
+        None,
+        "make this one alone: each machine makes a part",
+        kind=Kind.COUNT,
+        commands=("convert",),
+        group="split",
+        metavar="K",
+        key=None,
+    )
+
+    def __post_init__(self) -> None:
+        for value in (self.max_nbytes, self.max_tensors, self.only_part):
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise UsageError("a split needs whole numbers of at least 1", code="split-size")
+        if self.only_part is not None and not self.is_split:
+            hint = "give --split-max-size or --split-max-tensors too"
+            raise UsageError("--only-part is for splits", hint=hint, code="option-conflict")
+
+    @property
+    def is_split(self) -> bool:
+        return self.max_nbytes is not None or self.max_tensors is not None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions(_Options):
+    """What decides the bytes of an output. UsageError where a word is not among the choices."""
+
+    pre: str | None = option(
+        None,
+        {
+            "convert": "tokenizer.ggml.pre, where the tokenizer's structure is unknown",
+            "verify": "the tokenizer.ggml.pre that it was made with",
+        },
+        kind=Kind.TEXT,
+        commands=("convert", "verify"),
+        metavar="NAME",
+    )
+    tokenizer: str = option(
+        "auto",
+        {
+            "convert": "whose tokenizer a merged model gets; default: the trained one, where its tokens fit",
+            "verify": "the tokenizer that it was made with",
+        },
+        kind=Kind.WORD,
+        commands=("convert", "verify"),
+        choices=TOKENIZERS,
+        hidden=("auto",),
+    )
+    outtype: str = option(
+        "auto",
+        {
+            "convert": "default: auto, the source's own 16-bit type",
+            "lora": "default: auto, each factor's own type",
+        },
+        kind=Kind.WORD,
+        commands=MAKE,
+        group="output",
+        choices=WORDS,
+    )
+    dialect: str = option(
+        DIALECTS[0],
+        {
+            "convert": "tensor names; the default is the one to use with Ollama too, ollama-legacy is for its first "
+            "LFM2 release",
+            "lora": "the default is the one to use with Ollama too; ollama-legacy reproduces what its first LFM2 "
+            "release wrote for Llama, which does not compute the trained adapter (it takes no --outtype, --scale or "
+            "--name)",
+            "verify": "the dialect it was made with",
+        },
+        kind=Kind.WORD,
+        group="output",
+        choices=DIALECTS,
+    )
+    name: str | None = option(
+        None,
+        "the name in the file, general.name",
+        kind=Kind.TEXT,
+        commands=MAKE,
+        group="output",
+        metavar="NAME",
+        key="general_name",
+    )
+    split: SplitOptions | None = None
+
+    def __post_init__(self) -> None:
+        self._check_words()
+        for text in (self.name, self.pre):
+            if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
+                raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is", code="not-utf8")
+
+    @property
+    def parts(self) -> SplitOptions:
+        return self.split or SplitOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions(_Options):
+    """How a call goes; nothing here changes a byte of an output.
+
+    A run goes on with what an earlier one of the same conversion left unfinished; `restart` discards that.
+
+    Attributes:
+        progress: called as progress(done, total) from the calling thread, both in bytes: `done` grows up to `total`,
+            and in a run that verifies what it wrote a second time, from 0 to the size of what is compared.
+        cancel: asked between chunks; true stops the work as an interrupt does.
+        profile: collects memory over time and seconds by phase.
+
+    Raises:
+        UsageError: a bound that is not a size, or a number of threads that is not one.
+    """
+
+    force: bool = option(
+        False,
+        "replace an existing OUT, once the new file is complete; what lies beside it too",
+        commands=MAKE,
+        group="output",
+        changes_bytes=False,
+    )
+    modelfile: bool = option(
+        False, "write Ollama's Modelfile beside OUT, too", commands=MAKE, group="output", changes_bytes=False
+    )
+    resume: bool = option(
+        False,
+        "go on with an unfinished run of the same conversion; the default",
+        commands=MAKE,
+        group="run",
+        key=None,  # of a batch as a whole
+        changes_bytes=False,
+    )
+    restart: bool = option(
+        False,
+        "discard an unfinished run of the same conversion, and start over",
+        commands=MAKE,
+        group="run",
+        key=None,
+        changes_bytes=False,
+    )
+    dry_run: bool = option(
+        False,
+        "print the plan and the memory proof, write nothing",
+        commands=MAKE,
+        group="run",
+        key=None,
+        changes_bytes=False,
+    )
+    verify: bool = option(
+        False,
+        "read the result back and compare it with the source",
+        commands=MAKE,
+        group="run",
+        changes_bytes=False,
+    )
+    sha256: bool = option(
+        False,
+        "digest of the file, and a manifest of each tensor's",
+        commands=MAKE,
+        group="run",
+        changes_bytes=False,
+    )
+    profile: Profile | None = option(
+        None,
+        "write memory over time and seconds by phase as JSON",
+        kind=Kind.DESTINATION,
+        commands=MAKE,
+        group="run",
+        metavar="FILE",
+        key=None,
+        changes_bytes=False,
+    )
+    max_memory: int | str | None = option(
+        None,
+        "ceiling of resident memory, as 96MiB or 1.5G; default 256MiB",
+        kind=Kind.SIZE,
+        group="run",
+        metavar="SIZE",
+        changes_bytes=False,
+    )
+    threads: int | None = option(
+        None,
+        "workers; default: the cores, at most 4",
+        kind=Kind.COUNT,
+        group="run",
+        metavar="N",
+        changes_bytes=False,
+    )
+    io: str | None = option(
+        None,
+        "how sources are read; default: mapped from local files, positioned from others",
+        kind=Kind.WORD,
+        commands=MAKE,
+        group="run",
+        choices=IO,
+        changes_bytes=False,
+    )
+    progress: Callable[[int, int], None] | None = option(
+        None, "called as progress(done, total), in bytes", flag=None, key=None, changes_bytes=False
+    )
+    cancel: Callable[[], bool] | None = option(
+        None, "asked between chunks; true stops the work", flag=None, key=None, changes_bytes=False
+    )
+
+    def __post_init__(self) -> None:
+        self._check_words()
+        limit = self.max_memory
+        if limit is None:  # settled now: it follows from what is resident before the run
+            limit = default_limit_nbytes()
+        elif isinstance(limit, str):
+            limit = parse_size(limit)
+        if not isinstance(limit, int):
+            hint = 'a number of bytes, or a text as "96MiB"'
+            raise UsageError(f"max_memory is {limit!r}", hint=hint, code="size-syntax")
+        object.__setattr__(self, "max_memory", limit)
+        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
+            hint = "a whole number from 1, or None for the cores"
+            raise UsageError(f"threads is {self.threads!r}", hint=hint, code="threads-range")
+        if self.resume and self.restart:
+            raise UsageError("resume goes on with an earlier run, restart discards it", code="option-conflict")
+
+    @property
+    def limit_nbytes(self) -> int:
+        assert isinstance(self.max_memory, int)
+        return self.max_memory
+
+    @property
+    def n_threads(self) -> int:
+        return min(MAX_DEFAULT_WORKERS, _n_cores()) if self.threads is None else self.threads
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        return self.profile or Stopwatch()
+
+    def cancelled(self) -> Interrupted | None:
+        """What to raise, where the caller wants the run to stop."""
+        if self.cancel is not None and self.cancel():
+            return Interrupted("cancelled", hint="run it again to go on", code="cancelled")
+        return None
+
+
+GROUPS: Final = (SourceOptions, OutputOptions, SplitOptions, RunOptions)
+
+
+def declared(*groups: type) -> Iterator[Declared]:
+    """The options of these classes, of all of them by default, in order."""
+    for group in groups or GROUPS:
+        for one in dataclasses.fields(group):
+            if found := one.metadata.get("option"):
+                spelled = {
+                    "flag": f"--{one.name.replace('_', '-')}" if found.flag == "" else found.flag,
+                    "key": one.name if found.key == "" else found.key,
+                }
+                yield Declared(one.name, one.default, dataclasses.replace(found, **spelled), group)
+
+
+def taken_by(command: str) -> list[Declared]:
+    """The options that a command takes."""
+    return [one for one in declared() if command in one.option.commands]
+
+
+def parameters(command: str) -> dict[str, Any]:
+    """The keyword parameters of the command's function with their defaults; the parts of a split are one."""
+    found = {one.name: one.default for one in taken_by(command) if one.of is not SplitOptions}
+    return found | ({"split": None} if any(one.of is SplitOptions for one in taken_by(command)) else {})
+
+
+def arguments(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments for the command's function.
+
+    Args:
+        given: values by the options' names, texts of sizes and of adapters included, None where one was not given.
+    """
+    values = {one.name: given[one.name] for one in taken_by(command) if given.get(one.name) is not None}
+    split = {one.name: values.pop(one.name) for one in declared(SplitOptions) if one.name in values}
+    if split:
+        if isinstance(split.get("max_nbytes"), str):
+            split["max_nbytes"] = parse_size(split["max_nbytes"])
+        values["split"] = SplitOptions(**split)
+    if "adapters" in values:
+        from streamconv.lora.specs import parse_adapter
+
+        texts = [values["adapters"]] if isinstance(values["adapters"], str) else values["adapters"]
+        values["adapters"] = [parse_adapter(text) for text in texts]
+    return values
+
+
+def not_a_choice(name: str, value: object, start: str | None = None) -> UsageError:
+    """The error for a word that is not among an option's choices, with the way to the one that was meant.
+
+    Args:
+        start: what the message begins with; by default the option's name.
+    """
+    (one,) = (one for one in declared() if one.name == name)
+    hint = None
+    if name == "outtype":
+        from streamconv.ggml.policy import outtype_hint
+
+        hint = outtype_hint(str(value))
+    what = f"{start or f'{name} '}{value!r} is none of {', '.join(one.option.choices)}"
+    return UsageError(what, hint=hint, code="word-unknown")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def documented(command: str) -> Callable[[F], F]:
+    """Puts the help of the command's options in place of {options} in a function's docstring."""
+
+    def decorate(function: F) -> F:
+        rows = [
+            f"{one.name}: {one.option.help_for(command)}" for one in taken_by(command) if one.of is not SplitOptions
+        ]
+        if "split" in parameters(command):
+            rows.append("split: several files, named after `dst`")
+        if function.__doc__:  # which python -OO leaves out
+            function.__doc__ = function.__doc__.replace("{options}", "\n        ".join(f"{row}." for row in rows))
+        return function
+
+    return decorate
+
+
+def _n_cores() -> int:
+    """The cores that this process may run on; all of the machine's where the system, as macOS, does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
