@@ -230,7 +230,7 @@ def _memory(proof: MemoryProof) -> Mapping[str, int]:
     return {
         "limit": proof.limit,
         "fixed": proof.base,
-        "slab": proof.slab + proof.chunk + proof.window,
+        "slab": (proof.peak - proof.base) // proof.workers,  # the terms must add up to the peak
         "workers": proof.workers,
         "peak": proof.peak,
     }

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from streamconv.budget import resident_nbytes
 from streamconv.check.keys import compare_keys
 from streamconv.engine.job import Job
-from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
+from streamconv.engine.layout import MAX_WORKERS, RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
 from streamconv.errors import Caution, VerifyError
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.element_types import VERIFIABLE
@@ -82,7 +82,7 @@ def prove_comparison(tensors: Sequence[Encode], *, limit: int, threads: int) -> 
     fixed = resident_nbytes()[0] + RUN_OVERHEAD_NBYTES
     if fixed + worker > limit:
         raise too_small(limit, fixed + worker)
-    return max(1, min(threads, (limit - fixed) // worker))
+    return max(1, min(threads, MAX_WORKERS, (limit - fixed) // worker))
 
 
 def _worker_nbytes(tensor: Encode) -> int:

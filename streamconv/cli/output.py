@@ -118,11 +118,10 @@ def _say_plan(report: Report) -> None:
         shape = "x".join(map(str, row.shape))
         say(f"{row.target:<{width}}  {row.type:<5} {shape:>14} {row.nbytes:>13,}  <- {source}")
     _say_totals(report, "would write")
-    m = {name: value / MIB for name, value in report.memory.items()}
-    say(
-        f"memory: {m['fixed']:.1f} MiB fixed + {report.memory['workers']} workers x {m['slab']:.1f} MiB"
-        f" -> peak {m['peak']:.1f} MiB of {m['limit']:.1f} MiB"
-    )
+    workers = report.memory["workers"]
+    slab, peak, limit = (round(report.memory[name] / MIB, 1) for name in ("slab", "peak", "limit"))
+    fixed = peak - workers * slab  # as rounded, so that what is printed adds up
+    say(f"memory: {fixed:.1f} MiB fixed + {workers} workers x {slab:.1f} MiB -> peak {peak:.1f} MiB of {limit:.1f} MiB")
 
 
 def _say_summary(report: Report, verbose: bool) -> None:

@@ -32,6 +32,7 @@ CHUNK_NBYTES = (4 * MIB, 2 * MIB, 1 * MIB, MIB // 4)
 CHUNKS_WRITING = (4, 2, 0)
 WORKER_OVERHEAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
 RUN_OVERHEAD_NBYTES = 4 * MIB  # what is imported and allocated between the plan and the end (progress bar, report)
+MAX_WORKERS = 256  # more threads than any machine that this is for has cores
 RUN_TO_RUN_NBYTES = 2 * MIB  # by which the same process's resident set differs from one run to the next
 
 
@@ -160,12 +161,13 @@ def prove_memory(
     slab = max((step.scratch_nbytes for step in steps), default=0)
     window = 0 if io is Io.POSITIONED else max((step.window_nbytes for step in steps), default=0)
     fixed = resident + RUN_OVERHEAD_NBYTES
+    most = max(1, min(threads, MAX_WORKERS))
     if io is Io.AUTO:
-        best = MemoryProof(limit, fixed, slab, CHUNK_NBYTES[0], max(1, threads), CHUNKS_WRITING[0], window, io)
+        best = MemoryProof(limit, fixed, slab, CHUNK_NBYTES[0], most, CHUNKS_WRITING[0], window, io)
         if best.peak <= limit:
             return best
         window, io = 0, Io.POSITIONED
-    for workers in range(max(1, threads), 0, -1):
+    for workers in range(most, 0, -1):
         for chunk, writing in product(CHUNK_NBYTES, CHUNKS_WRITING):
             proof = MemoryProof(limit, fixed, slab, chunk, workers, writing, window, io)
             if proof.peak <= limit:

@@ -114,7 +114,7 @@ def model_name(place: Place) -> str:
     path = local_path(place)
     if path is None:
         return place.stem if place.is_file() else place.name
-    path = path.absolute()
+    path = path.resolve() if ".." in path.parts else path.absolute()
     for folder in (path, *path.parents[:2]):
         if match := _CACHE_ENTRY.fullmatch(folder.name):
             return match["name"]

@@ -21,6 +21,7 @@ from streamconv.ggml.element_types import tensor_nbytes
 MAGIC = b"GGUF"
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
+MAX_KEY_NBYTES = 65535  # ggml/docs/gguf.md: a key has at most 2^16 - 1 bytes
 MAX_NAME_NBYTES = 63  # ggml's GGML_MAX_NAME is 64 with the terminating NUL
 MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
 
@@ -180,6 +181,9 @@ def _check(keys: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> None:
             if name in seen:
                 raise ValueError(f"duplicate {what} {name!r}")
             seen.add(name)
+    for entry in keys:
+        if len(entry.key.encode()) > MAX_KEY_NBYTES:
+            raise ValueError(f"key {entry.key[:40]!r}... is longer than {MAX_KEY_NBYTES} bytes")
     for info in tensors:
         if len(info.name.encode()) > MAX_NAME_NBYTES:
             raise ValueError(f"tensor name {info.name!r} is longer than {MAX_NAME_NBYTES} bytes")

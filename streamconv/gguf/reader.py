@@ -34,6 +34,7 @@ from streamconv.gguf.format import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_DIMS,
+    MAX_KEY_NBYTES,
     MAX_NAME_NBYTES,
     SCALAR_FORMATS,
     VERSION,
@@ -48,7 +49,6 @@ MAX_KEPT_NBYTES = 32 << 20
 ENTRY_NBYTES = 440  # of Python objects for one key or tensor beside its text; measured: 429 for a tensor, 140 for a key
 # A longer string stays in the file, as arrays do. The longest chat templates have 20 KB.
 MAX_TEXT_NBYTES = 64 << 10
-MAX_KEY_NBYTES = 65535  # the format's limit
 MAX_PROBLEMS = 100  # beyond them only their number is told
 
 _MIN_KEY_NBYTES = 8 + 4 + 1  # length of the name, type, a one-byte value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from streamconv import budget as memory
 from streamconv.api import run
 from streamconv.cli import main
 from streamconv.engine import pool as stream
-from streamconv.engine.layout import CHUNK_NBYTES, MemoryProof
+from streamconv.engine.layout import CHUNK_NBYTES, MAX_WORKERS, MemoryProof
 from streamconv.errors import BudgetError, DestinationError, Interrupted, SourceError, UsageError
 from streamconv.ggml import encode as codecs
 from streamconv.timing import Profile
@@ -474,6 +475,49 @@ def test_memory_that_runs_out_after_writing_keeps_the_work(
     assert not out.exists()
     report = streamconv.convert(source, out, verify=True)
     assert report.resumed and report.verified
+
+
+def test_more_threads_than_any_machine_has(source: Path, tmp_path: Path) -> None:
+    """The proof once tried one number of workers after the other, down from three million."""
+    tried = 0
+
+    class Counted(MemoryProof):
+        def __init__(self, *arguments: Any) -> None:
+            nonlocal tried
+            tried += 1
+            super().__init__(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamconv.engine.layout.MemoryProof", Counted)
+        report = streamconv.convert(source, tmp_path / "out.gguf", threads=3_000_000, dry_run=True)
+    assert report.memory is not None and 1 <= report.memory["workers"] <= MAX_WORKERS
+    assert tried <= 20 * MAX_WORKERS
+    streamconv.convert(source, tmp_path / "out.gguf", threads=3_000_000, verify=True)
+    streamconv.verify(tmp_path / "out.gguf", source, threads=3_000_000)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7])
+def test_the_memory_proof_adds_up(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: int
+) -> None:
+    words = ["convert", str(source), "-o", str(tmp_path / "out.gguf"), "--dry-run", "--threads", str(threads)]
+    assert main([*words, "--json"]) == 0
+    proof = json.loads(capsys.readouterr().out)["memory"]
+    assert proof["workers"] == threads
+    assert proof["fixed"] + proof["workers"] * proof["slab"] == proof["peak"] <= proof["limit"]
+    assert main(words) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: "))
+    fixed, workers, slab, peak, _ = map(float, re.findall(r"\d+(?:\.\d+)?", line))
+    assert fixed + workers * slab == pytest.approx(peak, abs=1e-9)
+
+
+def test_the_folder_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llama(tmp_path / "My-Model")
+    (model / "original").mkdir()
+    monkeypatch.chdir(model / "original")
+    report = streamconv.convert("..", outtype="f16")
+    assert report.output.name.startswith("My-Model-") and not list(Path().glob(".*"))
+    assert ggufs.read(report.output).keys["general.name"].value == "My Model"
 
 
 def test_to_resume_and_to_restart_is_a_contradiction(source: Path, tmp_path: Path) -> None:

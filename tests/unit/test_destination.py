@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,3 +277,17 @@ def test_what_is_there_already_needs_no_more_space(tmp_path: Path, monkeypatch: 
         reserve_space(file.fileno(), 1 << 20, tmp_path)
         monkeypatch.setattr(os, "fstatvfs", lambda _: volume(free=0, available=0))
         reserve_space(file.fileno(), 1 << 20, tmp_path)
+
+
+def test_a_lock_that_is_only_looked_for_is_waited_for(tmp_path: Path) -> None:
+    """A batch takes the lock for a moment to see whether a run has it."""
+    path = tmp_path / "out.gguf.part.journal"
+    path.touch()
+    probe = os.open(path, os.O_RDWR)
+    fcntl.flock(probe, fcntl.LOCK_EX)
+    timer = threading.Timer(0.03, os.close, [probe])
+    timer.start()
+    file = open_locked(path)
+    timer.join()
+    assert file.is_locked
+    file.close()

@@ -68,6 +68,7 @@ def test_names(tmp_path: Path) -> None:
         ([{"name": 1, "template": "x"}], "chat-template-malformed"),
         ([3], "chat-template-malformed"),
         ([{"name": n, "template": "x"} for n in ("a-b", "a.b")], "chat-template-names"),
+        ([{"name": "n" * 70_000, "template": "x"}], "chat-template-names"),
         ("\ud800", "not-utf8"),
         ("x" * (MAX_NBYTES + 1), "chat-template-size"),
     ],
@@ -89,3 +90,11 @@ def test_hostile_files(tmp_path: Path) -> None:
     path.mkdir()
     with raises(SourceError, code="not-regular-file"):
         templates(tmp_path)
+
+
+def test_a_name_as_long_as_a_key_can_be(tmp_path: Path) -> None:
+    name = "n" * (65_535 - len("tokenizer.chat_template."))
+    keys, _ = templates(tmp_path, [{"name": name, "template": "x"}])
+    assert keys[f"tokenizer.chat_template.{name}"] == "x"
+    with raises(SourceError, code="chat-template-names"):
+        templates(tmp_path, [{"name": f"{name}n", "template": "x"}])

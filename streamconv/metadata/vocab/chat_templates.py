@@ -15,7 +15,7 @@ from streamconv.errors import Caution, SourceError
 from streamconv.files.local import read_start
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
-from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.gguf.format import MAX_KEY_NBYTES, KeyValue, PackedArray
 from streamconv.metadata.vocab.companions import Companions
 from streamconv.metadata.vocab.files import OLD_TEMPLATE, TEMPLATE, TOKENIZER_CONFIG, template_files
 from streamconv.metadata.vocab.tokenizer_json import shown
@@ -94,6 +94,12 @@ def _by_name(named: list[tuple[str, str]], file: Place) -> dict[str, str]:
         key = "".join(letter if letter in _NAME_LETTERS else "_" for letter in name)
         if key in result:
             raise SourceError(f"two chat templates would have the name {key!r}", file=file, code="chat-template-names")
+        if len(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=key)) > MAX_KEY_NBYTES:
+            raise SourceError(
+                f"the chat template {shown(key)} has a name of {len(key):,} letters, more than a key of GGUF can have",
+                file=file,
+                code="chat-template-names",
+            )
         if key:
             result[key] = text
     return result
