@@ -18,6 +18,7 @@ from streamconv.budget import MIB
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.cli.inspection import render
 from streamconv.errors import SourceError, StreamconvError
+from streamconv.ggml.imatrix import ImportanceMatrix
 from streamconv.gguf.reader import Span
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.base import open_base
@@ -35,6 +36,7 @@ from streamconv.recipe.language import find_recipe
 LIMIT_NBYTES = 64 * MIB
 N_VOCAB = 64
 OUTPUT_NBYTES = 8192
+IMPORTANCES = {"blk.0.attn_q.weight": (3, 8), "blk.1.ffn_down_exps.weight": (2, 3, 12)}
 
 Call = Callable[[Path], None]
 
@@ -92,6 +94,17 @@ def check_gguf_inspect(directory: Path) -> None:
     check_inspect(_first(directory, "*.gguf"))
 
 
+def check_imatrix(directory: Path) -> None:
+    """Importances of both forms, each entry asked for in the shape that it has in a valid file."""
+    with ImportanceMatrix.open(_first(directory, "imatrix*")) as matrix:
+        matrix.check(IMPORTANCES)
+        for name, shape in IMPORTANCES.items():
+            for i in range(shape[0] if len(shape) > 2 else 1):
+                found = matrix.weights(name, shape, i)
+                assert found is None or (found.shape == shape[-1:] and (found >= 0).all())
+        assert matrix.metadata()
+
+
 _BASES = Path(__file__).parent / "bases"
 
 
@@ -143,4 +156,5 @@ TARGETS: dict[str, tuple[str, Call]] = {
     "inspect-checkpoint": ("plan", check_inspect),
     "inspect-adapter": ("adapter", check_inspect),
     "draft": ("plan", check_draft),
+    "imatrix": ("imatrix", check_imatrix),
 }

@@ -6,11 +6,14 @@ Weights are zeros: no target reads one, and zeros cost the repository nothing.
 from __future__ import annotations
 
 import json
+import struct
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from streamconv.api.convert_model import convert
 from streamconv.errors import DestinationError
@@ -18,8 +21,9 @@ from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink
 from tests import tiny
 from tests.fuzz.loop import CORPUS
-from tests.fuzz.targets import N_VOCAB, OUTPUT_NBYTES
+from tests.fuzz.targets import IMPORTANCES, N_VOCAB, OUTPUT_NBYTES
 from tests.property.test_gguf_reader import VALID
+from tests.tools import gguf_bytes
 
 BASES = CORPUS.parent / "bases"
 SMALL: dict[str, Any] = {"hidden": 16, "n_heads": 2, "n_kv_heads": 1, "ff": 32}
@@ -94,6 +98,7 @@ def main() -> None:
         _adapters(scratch)
         _ggufs(scratch)
         _journal(scratch)
+    _importances()
     for name, text in (("jobs.toml", JOBS), ("jobs.jsonl", JOB_LINES)):
         _write("jobs", f"valid-{name.replace('.', '-')}", {name: text.encode()})
     generation = json.dumps({"temperature": 0.3, "top_k": 40, "min_p": 0.15, "repetition_penalty": 1.05})
@@ -102,6 +107,30 @@ def main() -> None:
         "valid",
         {"README.md": CARD.encode(), "generation_config.json": generation.encode(), "config.json": b"{}"},
     )
+
+
+def _importances() -> None:
+    tensors = {
+        name: np.ones((shape[0] if len(shape) > 2 else 1, shape[-1]), "<f4") for name, shape in IMPORTANCES.items()
+    }
+    pairs = {}
+    for name, sums in tensors.items():
+        pairs |= {f"{name}.in_sum2": sums, f"{name}.counts": sums[:, :1] * 3}
+    infos, data = [], b""
+    for name, numbers in pairs.items():
+        infos.append(gguf_bytes.tensor(name, numbers.shape[::-1], gguf_bytes.F32, len(data)))
+        data += numbers.tobytes() + bytes(-numbers.nbytes % 32)
+    keys = [
+        gguf_bytes.key("general.type", gguf_bytes.STRING, gguf_bytes.text("imatrix")),
+        gguf_bytes.array("imatrix.datasets", gguf_bytes.STRING, gguf_bytes.text("wiki"), 1),
+        gguf_bytes.number("imatrix.chunk_count", "I", 4),
+        gguf_bytes.number("imatrix.chunk_size", "I", 512),
+    ]
+    _write("imatrix", "valid-gguf", {"imatrix.gguf": gguf_bytes.gguf(keys, infos, data)})
+    older = struct.pack("<i", len(tensors))
+    for name, sums in tensors.items():
+        older += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 5, sums.size) + sums.tobytes()
+    _write("imatrix", "valid-older", {"imatrix.dat": older + struct.pack("<ii", 5, 4) + b"wiki"})
 
 
 def _model(name: str, path: Path) -> None:

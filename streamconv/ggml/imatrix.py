@@ -1,0 +1,341 @@
+"""Importance matrices: how much each column of a weight matters, as llama-imatrix measured it.
+
+Both forms are read: GGUF, and the older one without a magic number (`.dat`). A file is not trusted: counts and lengths
+are held against the bytes that are there, and memory grows only with the names. The numbers stay in the file until a
+tensor asks for its own.
+Source of the formats: common/imatrix-loader.cpp and tools/quantize/quantize.cpp of llama.cpp as in llama-cpp-python
+0.3.36; the names are those of the weights, those of experts the stacked ones.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
+
+from streamconv.errors import Caution, SourceError
+from streamconv.files.local import Cursor, open_blob
+from streamconv.files.store import Blob, Place
+from streamconv.gguf.format import MAGIC, MAX_NAME_NBYTES, KeyValue
+from streamconv.gguf.reader import GGUFFile, Span, refuse
+
+Floats = NDArray[np.float32]
+
+MAX_ENTRIES: Final = 1 << 17
+ENTRY_NBYTES: Final = 700  # of Python objects for one entry beside its name
+MAX_DATASET_NBYTES: Final = 1 << 16
+_WINDOW: Final = 1 << 14  # numbers that are looked at together
+_KEY_NBYTES: Final = 127  # what llama-quantize keeps of a text
+
+# Of the older form: length and text of a name, calls, number of values, at least one value.
+_LEAST_ENTRY_NBYTES: Final = 4 + 1 + 4 + 4 + 4
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_REQUIRED: Final = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Sums of one weight.
+
+    Attributes:
+        offset: of the first number in the file.
+        n_values: columns, times matrices where there are several.
+        n_counts: by how many counts they are divided, each that of an equal part.
+        count: the single count. 0 or less: the sums as they are.
+        counts_offset: of several in the file, each a float32.
+    """
+
+    offset: int
+    n_values: int
+    n_counts: int = 1
+    count: float = 0
+    counts_offset: int = 0
+
+
+class ImportanceMatrix:
+    """An open file of importances; a context manager that closes it. Reads are safe from any number of threads.
+
+    Attributes:
+        path: the file.
+        datasets: what it was measured on, at most the first.
+        n_chunks: how many pieces of text, 0 where the file does not say.
+        kept_nbytes: about what it takes of memory.
+    """
+
+    def __init__(
+        self, blob: Blob, entries: Mapping[str, _Entry], datasets: tuple[str, ...], n_chunks: int, fill_unseen: bool
+    ) -> None:
+        self._blob = blob
+        self._entries = entries
+        self._fill_unseen = fill_unseen  # matrices without a count weigh 1 everywhere
+        self.path = blob.path
+        self.datasets = datasets
+        self.n_chunks = n_chunks
+        self.kept_nbytes = sum(ENTRY_NBYTES + sys.getsizeof(name) for name in entries)
+
+    @classmethod
+    def open(cls, place: Place) -> Self:
+        """The file at `place`, every number of it looked at once.
+
+        Raises:
+            SourceError: it cannot be read, is damaged, or holds a number that is not finite or is negative.
+        """
+        blob = open_blob(place)
+        try:
+            head = bytearray(min(len(MAGIC), blob.nbytes))
+            blob.read_into(0, head)
+            if bytes(head) != MAGIC:
+                matrix = cls(blob, *_legacy(blob))
+            else:
+                blob.close()
+                file = GGUFFile.open(place)
+                blob = file.file
+                matrix = cls(blob, *_gguf(file))
+            matrix._check_numbers()
+        except BaseException:
+            blob.close()
+            raise
+        return matrix
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._blob.close()
+
+    def check_unchanged(self) -> None:
+        """SourceError if the file is no longer what it was when it was opened."""
+        self._blob.check_unchanged()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Caution]:
+        """Hold the file against a model's tensors.
+
+        Args:
+            shapes: row-major, by llama.cpp's name, of all tensors of the model.
+
+        Returns:
+            Warnings: of entries that the model lacks, and of an embedding's that does not fit, which is left out as by
+            llama-quantize.
+
+        Raises:
+            SourceError: an entry does not have as many numbers as the tensor has columns in each matrix, or no entry is
+                the model's at all.
+        """
+        found: list[Caution] = []
+        for name, shape in shapes.items():
+            if name not in self._entries or self._fits(name, shape):
+                continue
+            n_values, wanted = self._entries[name].n_values, _n_weights(shape)
+            message = f"{self.path.name} has {n_values:,} importances for it, it needs {wanted:,}"
+            if name not in _EMBEDDINGS:
+                hint = "the importance matrix is another model's"
+                raise SourceError(message, file=self.path, tensor=name, hint=hint, code="imatrix-size")
+            found.append(Caution("imatrix-embedding", f"{message}: it is made without them", name))
+        unknown = [name for name in self._entries if name not in shapes]
+        if len(unknown) == len(self._entries):
+            message = f"none of its {len(unknown):,} entries is a tensor of the model, such as {unknown[0]!r}"
+            raise SourceError(message, file=self.path, code="imatrix-no-match")
+        if unknown:
+            what = f"{len(unknown):,} of {len(self._entries):,} entries are not the model's, such as {unknown[0]!r}"
+            found.append(Caution("imatrix-unused", f"{self.path.name}: {what}"))
+        return found
+
+    def weights(self, name: str, shape: tuple[int, ...], matrix: int = 0) -> Floats | None:
+        """How much each column of one matrix of a tensor matters.
+
+        Args:
+            name: llama.cpp's name of the tensor.
+            shape: its row-major shape.
+            matrix: which one of a stack, such as an expert's.
+
+        Returns:
+            [columns] float32, none negative; None where the file says nothing of the tensor.
+        """
+        entry = self._entries.get(name)
+        if entry is None or not self._fits(name, shape):
+            return None
+        n_columns = shape[-1]
+        numbers = np.empty(n_columns, dtype="<f4")
+        self._blob.read_into(entry.offset + 4 * n_columns * matrix, numbers.view(np.uint8))
+        count = entry.count if entry.n_counts == 1 else self._count(entry, matrix)
+        if count > 0:
+            numbers /= np.float32(count)
+        elif self._fill_unseen:
+            numbers.fill(1)
+        return numbers
+
+    def metadata(self) -> list[KeyValue]:
+        """The keys that llama-quantize writes of it; the file by its last name alone."""
+        texts = [("file", self.path.name), *(("dataset", dataset) for dataset in self.datasets[:1])]
+        found = [KeyValue.string(f"quantize.imatrix.{key}", _cut(text)) for key, text in texts]
+        found.append(KeyValue.u32("quantize.imatrix.entries_count", len(self._entries)))
+        if self.n_chunks > 0:
+            found.append(KeyValue.u32("quantize.imatrix.chunks_count", self.n_chunks))
+        return found
+
+    def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        entry = self._entries[name]
+        return entry.n_values == _n_weights(shape) and entry.n_counts in (1, entry.n_values // shape[-1])
+
+    def _count(self, entry: _Entry, matrix: int) -> float:
+        number = np.empty(1, dtype="<f4")
+        self._blob.read_into(entry.counts_offset + 4 * matrix, number.view(np.uint8))
+        return _rounded(float(number[0]))
+
+    def _check_numbers(self) -> None:
+        window = np.empty(_WINDOW, dtype="<f4")
+        for name, entry in self._entries.items():
+            self._check_run(name, entry.offset, entry.n_values, window)
+            if entry.n_counts > 1:
+                self._check_run(name, entry.counts_offset, entry.n_counts, window)
+
+    def _check_run(self, name: str, offset: int, n_values: int, window: Floats) -> None:
+        for start in range(0, n_values, _WINDOW):
+            part = window[: min(_WINDOW, n_values - start)]
+            self._blob.read_into(offset + 4 * start, part.view(np.uint8))
+            least, largest = float(part.min()), float(part.max())
+            if not (least >= 0 and math.isfinite(largest)):
+                wrong = part[~(np.isfinite(part) & (part >= 0))][0]
+                message = f"has an importance or a count of {wrong}, each must be a finite number of at least 0"
+                raise SourceError(message, file=self.path, tensor=name, code="imatrix-value")
+
+
+_EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
+
+
+def _n_weights(shape: tuple[int, ...]) -> int:
+    """Numbers for a tensor: its columns, for each matrix of a stack."""
+    return shape[-1] * (shape[-3] if len(shape) > 2 else 1) if shape else 0
+
+
+def _cut(text: str) -> str:
+    return text.encode("utf-8", "replace")[:_KEY_NBYTES].decode("utf-8", "ignore")
+
+
+def _gguf(file: GGUFFile) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
+    """Entries, datasets, number of chunks of a GGUF file, and that what was never seen weighs 1."""
+    refuse(file.problems)
+    missing = [key for key in _REQUIRED if key not in file.keys]
+    if missing:
+        kind = file.keys.get("general.architecture") or file.keys.get("general.type")
+        hint = f"this is a file of {kind.value}" if kind and kind.value != "imatrix" else "make it with llama-imatrix"
+        message = f"is not an importance matrix: it has no key {missing[0]}"
+        raise SourceError(message, file=file.path, hint=hint, code="imatrix-keys")
+    entries = dict(_gguf_entries(file))
+    if not entries:
+        raise SourceError("has no entry", file=file.path, code="imatrix-empty")
+    datasets = file.keys["imatrix.datasets"].value
+    if not isinstance(datasets, Span) or datasets.element != GGUFValueType.STRING:
+        raise SourceError("imatrix.datasets is not a list of texts", file=file.path, code="imatrix-keys")
+    first = tuple(str(text) for text in datasets.first(1, MAX_DATASET_NBYTES))
+    n_chunks = file.keys["imatrix.chunk_count"]
+    if n_chunks.type != GGUFValueType.UINT32 or not isinstance(n_chunks.value, int):
+        raise SourceError("imatrix.chunk_count is not a uint32", file=file.path, code="imatrix-keys")
+    return entries, first, n_chunks.value, True
+
+
+def _gguf_entries(file: GGUFFile) -> Iterator[tuple[str, _Entry]]:
+    for name, sums in file.tensors.items():
+        if name.endswith(_COUNTS) and name.removesuffix(_COUNTS) + _SUMS not in file.tensors:
+            raise _unpaired(file, name.removesuffix(_COUNTS))
+        if not name.endswith(_SUMS):
+            continue
+        weight = name.removesuffix(_SUMS)
+        counts = file.tensors.get(weight + _COUNTS)
+        if counts is None:
+            raise _unpaired(file, weight)
+        if sums.type != GGMLQuantizationType.F32 or counts.type != GGMLQuantizationType.F32:
+            raise SourceError("sums and counts must be F32", file=file.path, tensor=weight, code="imatrix-type")
+        n_values, n_counts = sums.n_elements, counts.n_elements
+        if not 0 < n_counts <= n_values or n_values % n_counts:
+            message = f"{n_values:,} sums do not divide into {n_counts:,} counts"
+            raise SourceError(message, file=file.path, tensor=weight, code="imatrix-malformed")
+        single = np.zeros(1, dtype="<f4")
+        if n_counts == 1:
+            file.read_into(counts, 0, single.view(np.uint8))
+        count = float(single[0])
+        if not (count >= 0 and math.isfinite(count)):
+            message = f"has a count of {count}, it must be a finite number of at least 0"
+            raise SourceError(message, file=file.path, tensor=weight, code="imatrix-value")
+        yield weight, _Entry(sums.offset, n_values, n_counts, _rounded(count), counts.offset)
+
+
+def _unpaired(file: GGUFFile, weight: str) -> SourceError:
+    return SourceError("has sums or counts, not both", file=file.path, tensor=weight, code="imatrix-malformed")
+
+
+def _rounded(count: float) -> float:
+    """As C's lround: halves away from zero."""
+    return float(math.floor(count + 0.5))
+
+
+def _legacy(blob: Blob) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
+    """Entries, datasets, number of chunks of the older form, and that what was never seen stays as it is."""
+    cursor = Cursor(blob, 0, blob.nbytes, "")
+    entries: dict[str, _Entry] = {}
+    n_entries = _i32(cursor)
+    if not 0 < n_entries <= MAX_ENTRIES or n_entries * _LEAST_ENTRY_NBYTES > cursor.n_left:
+        message = f"is not an importance matrix: it is no GGUF file, and would have {n_entries:,} entries"
+        raise SourceError(message, file=blob.path, hint="make it with llama-imatrix", code="imatrix-malformed")
+    for i in range(n_entries):
+        cursor.where, cursor.tensor = f"entry {i + 1} of {n_entries}", None
+        name = _legacy_name(cursor)
+        cursor.tensor = name
+        if name in entries:
+            cursor.fail("is there twice", code="imatrix-malformed")
+        n_calls, n_values = _i32(cursor), _i32(cursor)
+        if n_values < 1:
+            cursor.fail(f"has {n_values:,} values", code="imatrix-malformed")
+        entries[name] = _Entry(cursor.position, n_values, count=float(n_calls))
+        cursor.skip(4 * n_values)
+    cursor.where, cursor.tensor = "the end, after all entries", None
+    return entries, *_legacy_end(cursor), False
+
+
+def _legacy_name(cursor: Cursor) -> str:
+    nbytes = _i32(cursor)
+    if not 0 < nbytes <= MAX_NAME_NBYTES:
+        cursor.fail(f"{cursor.where} has a name of {nbytes:,} bytes", code="imatrix-malformed")
+    raw = cursor.raw(nbytes)
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        cursor.fail(f"{cursor.where} has a name that is not UTF-8", code="imatrix-malformed")
+    if "\0" in name:
+        cursor.fail(f"{cursor.where} has a NUL in its name", code="imatrix-malformed")
+    return name
+
+
+def _legacy_end(cursor: Cursor) -> tuple[tuple[str, ...], int]:
+    """Dataset and number of chunks, which the oldest files lack."""
+    if not cursor.n_left:
+        return (), 0
+    n_chunks = _i32(cursor)
+    if not cursor.n_left:
+        return (), n_chunks
+    nbytes = _i32(cursor)
+    if nbytes != cursor.n_left:
+        message = f"{cursor.n_left:,} bytes follow the entries where a text of {nbytes:,} should be"
+        cursor.fail(message, "it is damaged, or another program's", code="imatrix-malformed")
+    text = cursor.raw(min(nbytes, MAX_DATASET_NBYTES)).partition(b"\0")[0].decode("utf-8", "replace")
+    return ((text,) if text else ()), n_chunks
+
+
+def _i32(cursor: Cursor) -> int:
+    value = cursor.u32()
+    return value - (1 << 32) if value >= 1 << 31 else value
