@@ -1,4 +1,4 @@
-"""The errors that users see, each with its exit code, and the cautions that do not stop a run.
+"""The errors that users see, each with its exit code, and the warnings that do not stop a run.
 
 Owns: the kinds of failure. Does not own: printing (cli/) or the report's layout (report.py).
 Invariant: one line of message, naming file and tensor where there is one, and a hint that says the way out.
@@ -27,12 +27,15 @@ def _shortened(text: str, n_chars: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Caution:
+class RunWarning:
     """A warning of a run: the result is complete, and the user should know this of it."""
 
     code: str
     message: str
     tensor: str | None = None
+
+
+Caution = RunWarning  # its name up to 0.1, which stays importable
 
 
 class StreamconvError(Exception):

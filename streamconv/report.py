@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from streamconv.errors import Caution, StreamconvError
+from streamconv.errors import RunWarning, StreamconvError
 
 SCHEMA: Final = 1
 
@@ -60,7 +60,7 @@ class Report:
     peak_rss_nbytes: int = 0
     verified: bool | None = None
     resumed: bool = False
-    warnings: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
     plan: Sequence[PlannedTensor] | None = None
     memory: Mapping[str, int] | None = None
 

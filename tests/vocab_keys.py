@@ -47,8 +47,8 @@ def types(vocabulary: Vocabulary) -> dict[str, list[str]]:
 
 
 def codes(vocabulary: Vocabulary) -> list[str]:
-    """The codes of the cautions."""
-    return [caution.code for caution in vocabulary.cautions]
+    """The codes of the warnings."""
+    return [warning.code for warning in vocabulary.warnings]
 
 
 def listed(value: Any) -> Any:

@@ -21,7 +21,7 @@ from streamconv.budget import headroom_nbytes
 from streamconv.engine.job import Job
 from streamconv.engine.layout import PlacedTensor, memory_failures
 from streamconv.engine.split import make_parts
-from streamconv.errors import Caution, UsageError
+from streamconv.errors import RunWarning, UsageError
 from streamconv.files.hub import Source, source_failures
 from streamconv.files.local import noting_files
 from streamconv.ggml.policy import ModelFacts, OuttypePolicy, StoredTypes, TensorRole, TypePolicy
@@ -159,7 +159,7 @@ def _plan(
         configs=(source.config,),
         base=base.path,
         options={"outtype": wanted.outtype, "dialect": LLAMA_CPP, "base and scales": _digest(folded.pairs)},
-        cautions=[*resolved.cautions, *general.cautions, *_switched_off(resolved.modules)],
+        warnings=[*resolved.warnings, *general.warnings, *_switched_off(resolved.modules)],
     )
 
 
@@ -190,7 +190,7 @@ def _plan_legacy(
         configs=(source.config,),
         base=base.path,
         options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A"))},
-        cautions=[*resolved.cautions, *legacy.cautions],
+        warnings=[*resolved.warnings, *legacy.warnings],
     )
 
 
@@ -227,14 +227,14 @@ def _place(tensors: Sequence[PlacedTensor], arch: str, policy: TypePolicy | None
     return [replace(one, type=type_) for one, type_ in zip(tensors, types, strict=True)]
 
 
-def _switched_off(modules: Sequence[LoraModule]) -> Iterator[Caution]:
+def _switched_off(modules: Sequence[LoraModule]) -> Iterator[RunWarning]:
     off = [module for module in modules if module.scale == 0]
     if off:
         where = f"{off[0].name} and {len(off) - 1} more" if len(off) > 1 else off[0].name
         message = (
             f"the scale of {where} is 0, which is off: written with zeros, as llama.cpp takes alpha 0 for full strength"
         )
-        yield Caution("scale-zero", message)
+        yield RunWarning("scale-zero", message)
 
 
 def _digest(pairs: Sequence[Pair]) -> str:

@@ -156,7 +156,7 @@ def plan_model(
             **merged.options,
         },
         defaults=model.defaults(),
-        cautions=[*checkpoint.cautions, *model.cautions, *merged.cautions, *general.cautions, *vocabulary.cautions],
+        warnings=[*checkpoint.warnings, *model.warnings, *merged.warnings, *general.warnings, *vocabulary.warnings],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
 
@@ -185,7 +185,7 @@ def _plan_companion(
         configs=(checkpoint.config,),
         options={"outtype": policy.outtype, "dialect": wanted.dialect},
         defaults=model.defaults(),
-        cautions=model.cautions,
+        warnings=model.warnings,
         role=output.role,
     )
 

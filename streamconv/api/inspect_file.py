@@ -24,7 +24,7 @@ from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.checkpoint.weight_sets import INDEX_ENDING
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, Source, find_source
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
@@ -104,7 +104,7 @@ class Inspection:
     metadata_types: dict[str, str] = field(default_factory=dict)
     tensors: list[TensorRow] = field(default_factory=list)
     problems: list[FileProblem] = field(default_factory=list)
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
     conversion: Conversion | None = None
 
     @property
@@ -241,7 +241,7 @@ def _checkpoint(path: Place) -> Inspection:
         found.form = f"safetensors, {len(checkpoint.shards)} file{'s' if len(checkpoint.shards) > 1 else ''}"
         _add_config(found, checkpoint.config.raw)
         _add_tensors(found, checkpoint.tensors.values())
-        found.cautions += checkpoint.cautions
+        found.warnings += checkpoint.warnings
         with _listing(found):
             _add_conversion(found, checkpoint)
     return found
@@ -262,13 +262,13 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
         shape = target.tensor.spec.shape
         totals.setdefault(kind.name, Total()).add(math.prod(shape), tensor_nbytes(shape, kind))
     found.conversion = Conversion(recipe.arch, outtype, totals)
-    found.cautions += model.cautions
+    found.warnings += model.warnings
     folder, n_vocab = checkpoint.directory, model.dims["V"]
     if sum(vocabulary_nbytes(folder, n_vocab)) > default_limit_nbytes():
-        found.cautions.append(Caution("tokenizer-size", "the tokenizer's files are too large to be read here"))
+        found.warnings.append(RunWarning("tokenizer-size", "the tokenizer's files are too large to be read here"))
         return
     vocabulary = read_vocabulary(folder, config=config.raw, n_vocab=n_vocab, default_pre=recipe.default_pre, pre=None)
-    found.cautions += vocabulary.cautions
+    found.warnings += vocabulary.warnings
 
 
 def _adapter(path: Place) -> Inspection:
@@ -290,7 +290,7 @@ def _adapter(path: Place) -> Inspection:
             config = read_lora_config(adapter.config)
             maker = "PEFT" if isinstance(config, PeftConfig) else "MLX"
             found.form = f"LoRA, {maker}, {len(adapter.factors)} modules"
-            found.cautions += config.cautions
+            found.warnings += config.warnings
             problems += config.problems
         found.problems += [FileProblem(problem.code, str(problem), adapter.shard.path) for problem in problems]
     return found

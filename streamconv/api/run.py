@@ -17,7 +17,7 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import Io, MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
 from streamconv.engine.split import Part
-from streamconv.errors import Caution, DestinationError, UsageError
+from streamconv.errors import DestinationError, RunWarning, UsageError
 from streamconv.files.window import mapping_module
 from streamconv.ggml import encode as codecs
 from streamconv.options import RunOptions
@@ -61,17 +61,17 @@ class _Places:
             refuse_foreign(place)
             refuse_taken(place, force=options.force)
 
-    def in_the_way(self, options: RunOptions) -> Iterator[Caution]:
+    def in_the_way(self, options: RunOptions) -> Iterator[RunWarning]:
         """What the run itself would refuse."""
         for place in (*self.outputs, *self.beside):
             with failures(place.path):
                 if not options.force and os.path.lexists(place.path):
-                    yield Caution("exists", f"{place.path} exists already: the run would refuse it without --force")
+                    yield RunWarning("exists", f"{place.path} exists already: the run would refuse it without --force")
         for place in self.outputs:
             try:
                 refuse_foreign(place)
             except DestinationError as error:
-                yield Caution(error.code, f"the run would refuse this: {error}")
+                yield RunWarning(error.code, f"the run would refuse this: {error}")
 
 
 def run(job: Job, options: RunOptions) -> Report:
@@ -236,10 +236,10 @@ def _memory(proof: MemoryProof) -> Mapping[str, int]:
     }
 
 
-def _non_finite(job: Job, part: Part, tally: Mapping[str, codecs.Stats]) -> Iterator[Caution]:
+def _non_finite(job: Job, part: Part, tally: Mapping[str, codecs.Stats]) -> Iterator[RunWarning]:
     for step in part.layout.steps:
         stats = tally.get(step.target)
         if stats is not None:
             where = "once the adapters are merged" if job.changed_by.get(step.target) else "in the source"
             message = f"{stats.n_nan} NaN and {stats.n_inf} infinite values {where}"
-            yield Caution("non-finite", message, step.target)
+            yield RunWarning("non-finite", message, step.target)

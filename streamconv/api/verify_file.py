@@ -71,7 +71,7 @@ def verify(
         else open_adapter_job(source, base, out, wanted, options.limit_nbytes, scale, stored)
     ) as whole:
         job = _of_file(whole, architecture)
-        cautions = compare(
+        warnings = compare(
             job,
             [output.path for output in outputs],
             limit=options.limit_nbytes,
@@ -80,7 +80,7 @@ def verify(
             cancelled=options.cancelled,
         )
         report = replace(job, companions=()).report()
-    report.warnings += cautions
+    report.warnings += warnings
     report.command, report.verified = "verify", True
     report.output, report.outputs = Path(out), [replace(output, role=job.role) for output in outputs]
     report.seconds = time.monotonic() - started

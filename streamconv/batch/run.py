@@ -226,7 +226,7 @@ def forecast(jobs: Sequence[JobSpec], state: State, *, n_parallel: int = 1) -> I
             return Forecast(job, "fail", 0, in_words(answer["error"]))
         if code != 0 or "outputs" not in answer:
             return Forecast(job, "fail", 0, f"exit code {code}")
-        in_the_way = [caution["message"] for caution in answer["warnings"] if caution["code"] == "exists"]
+        in_the_way = [warning["message"] for warning in answer["warnings"] if warning["code"] == "exists"]
         if in_the_way:
             return Forecast(job, "fail", 0, in_the_way[0])
         return Forecast(job, "run", sum(output["nbytes"] for output in answer["outputs"]))

@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGUFValueType, Keys, TokenType
 
 from streamconv.engine.job import Job
-from streamconv.errors import Caution, VerifyError
+from streamconv.errors import RunWarning, VerifyError
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray, Scalar
 from streamconv.gguf.reader import GGUFFile, GGUFKey, Span
 
@@ -35,12 +35,12 @@ _INT32S: Final = frozenset((GGUFValueType.INT32, GGUFValueType.UINT32))
 Values = dict[str, Scalar | PackedArray]
 
 
-def compare_keys(job: Job, file: GGUFFile) -> list[Caution]:
+def compare_keys(job: Job, file: GGUFFile) -> list[RunWarning]:
     """What differs from the source and changes no result; VerifyError with the first key that does change it."""
     ours = {entry.key: entry for entry in job.keys}
     absent = {Keys.General.TYPE: ("model",), **job.defaults}
     absent |= _absent_in_vocabulary({entry.key: entry.value for entry in job.keys})
-    cautions = []
+    warnings = []
     for name in (*ours, *(name for name in file.keys if name not in ours)):
         if not _counts(name, job, is_in_both=name in ours and name in file.keys):
             continue
@@ -49,8 +49,8 @@ def compare_keys(job: Job, file: GGUFFile) -> list[Caution]:
             continue
         if _decides(name, ours, file, is_known=name in absent):
             raise VerifyError(difference, file=file.path, code="key-differs")
-        cautions.append(Caution("key", difference))
-    return cautions
+        warnings.append(RunWarning("key", difference))
+    return warnings
 
 
 def _counts(name: str, job: Job, *, is_in_both: bool) -> bool:

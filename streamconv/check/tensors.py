@@ -24,7 +24,7 @@ from streamconv.budget import resident_nbytes
 from streamconv.check.keys import compare_keys
 from streamconv.engine.job import Job
 from streamconv.engine.layout import MAX_WORKERS, RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
-from streamconv.errors import Caution, VerifyError
+from streamconv.errors import RunWarning, VerifyError
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.element_types import VERIFIABLE
 from streamconv.ggml.rows import Encode
@@ -55,7 +55,7 @@ def compare(
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], Exception | None] = lambda: None,
-) -> list[Caution]:
+) -> list[RunWarning]:
     """What is only another look of the files, if together they are what `job` would write, but for order and types.
 
     limit: of the process's resident set, in bytes; fewer than `threads` threads are used where it asks for that.
@@ -67,13 +67,13 @@ def compare(
         files = [stack.enter_context(GGUFFile.open(path)) for path in paths]
         for file in files:
             refuse(file.problems)
-        cautions = compare_keys(job, files[0])
+        warnings = compare_keys(job, files[0])
         pairs = list(_match(job, files))
         workers = prove_comparison([pair.expected for pair in pairs], limit=limit, threads=threads)
         _compare_tensors(pairs, workers, progress or (lambda done, total: None), cancelled)
         for shard in job.shards:
             shard.check_unchanged()
-    return cautions
+    return warnings
 
 
 def prove_comparison(tensors: Sequence[Encode], *, limit: int, threads: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Self
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard, SourceTensor, check_affordable
 from streamconv.checkpoint.weight_sets import INDEX, INDEX_ENDING, Choice, choose_weights, indexed_set, named_set
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, source_failures
 from streamconv.files.store import Place
@@ -29,7 +29,7 @@ class Checkpoint:
     config: Config
     shards: tuple[Shard, ...]
     tensors: Mapping[str, SourceTensor] = field(repr=False)
-    cautions: Sequence[Caution] = ()
+    warnings: Sequence[RunWarning] = ()
 
     @classmethod
     @source_failures()
@@ -68,7 +68,7 @@ class Checkpoint:
             for shard in shards:
                 shard.close()
             raise
-        return cls(directory, config, tuple(shards), tensors, choice.cautions)
+        return cls(directory, config, tuple(shards), tensors, choice.warnings)
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.store import Place
 
 INDEX = "model.safetensors.index.json"
@@ -58,7 +58,7 @@ class Choice:
 
     chosen: WeightSet
     index: Mapping[str, str] = field(default_factory=dict)
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
 
 
 def named_set(file: Place) -> WeightSet:
@@ -110,11 +110,11 @@ def choose_weights(directory: Place, index: Mapping[str, Any] | None, names_of: 
         others = [one for one in sets if not set(one.paths) <= set(indexed.paths)]
         complete = [one for one in others if one.is_complete and one.is_canonical]
         if indexed.is_complete or not complete:
-            choice.cautions += _left_out(indexed, others, names_of)
+            choice.warnings += _left_out(indexed, others, names_of)
             return choice
         other = _without_index(directory, complete, names_of)
         what = f"{INDEX} names files that are missing, such as {indexed.first_missing}: {other.chosen.label} was read"
-        other.cautions.append(Caution("weights-index-stale", what))
+        other.warnings.append(RunWarning("weights-index-stale", what))
         return other
     if not sets:
         raise _no_weights(directory)
@@ -135,13 +135,13 @@ def _without_index(directory: Place, sets: Sequence[WeightSet], names_of: NamesO
     return Choice(preferred, {}, list(_left_out(preferred, rest, names_of)))
 
 
-def _left_out(chosen: WeightSet, others: Sequence[WeightSet], names_of: NamesOf) -> Iterator[Caution]:
+def _left_out(chosen: WeightSet, others: Sequence[WeightSet], names_of: NamesOf) -> Iterator[RunWarning]:
     """A warning for each set that could be taken for the model's weights."""
     for other in others:
         if _share_names(chosen, other, names_of):
             state = "" if other.is_complete else ", which is incomplete,"
             what = f"{other.label}{state} was left out: the weights are those of {chosen.label}"
-            yield Caution("weights-left-out", f"{what} (to convert others, name their first file)")
+            yield RunWarning("weights-left-out", f"{what} (to convert others, name their first file)")
 
 
 def _share_names(one: WeightSet, other: WeightSet, names_of: NamesOf) -> bool:

@@ -65,10 +65,10 @@ def _lines(found: Inspection, width: int, tensors: bool, head: int | None) -> It
         words = ("lora", str(found.path), "--base", stated_base(found.metadata) or "BASE", "--dry-run")
         yield from ("", "what it converts to follows from its base:")
         yield from _wrapped(f"streamconv {shlex.join(words)}", width)
-    if found.cautions:
-        yield from ("", f"warnings ({len(found.cautions)})")
-    for caution in found.cautions:
-        yield from _wrapped(f"{_where(caution.tensor)}{caution.message} [{caution.code}]", width)
+    if found.warnings:
+        yield from ("", f"warnings ({len(found.warnings)})")
+    for warning in found.warnings:
+        yield from _wrapped(f"{_where(warning.tensor)}{warning.message} [{warning.code}]", width)
     if found.problems:
         yield from ("", f"problems ({len(found.problems)})")
     for problem in found.problems:

@@ -101,9 +101,9 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
 
 def tell_warnings(report: Report) -> None:
     """What to know of a result that is complete, a line each."""
-    for caution in report.warnings:
-        where = f"{caution.tensor}: " if caution.tensor else ""
-        tell(printable(f"streamconv: warning: {where}{caution.message}"))
+    for warning in report.warnings:
+        where = f"{warning.tensor}: " if warning.tensor else ""
+        tell(printable(f"streamconv: warning: {where}{warning.message}"))
 
 
 def _say_plan(report: Report) -> None:

@@ -18,7 +18,7 @@ from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard
 from streamconv.engine.layout import Step
 from streamconv.engine.split import Part
-from streamconv.errors import Caution
+from streamconv.errors import RunWarning
 from streamconv.files.local import FileId, files_read
 from streamconv.files.store import Place
 from streamconv.gguf.format import Buffer, KeyValue, PackedArray, Scalar
@@ -47,7 +47,7 @@ class Job:
     configs: Sequence[Config]
     options: Mapping[str, str]
     defaults: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)  # of keys that are missing, by name
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     base: Place | None = None  # of an adapter: the model it is for
     role: str = "model"
@@ -116,7 +116,7 @@ class Job:
             n_parameters=sum(step.tensor.spec.n_elements for step in steps),
             types=types,
             outputs=[Output(part.path, part.layout.nbytes, role=output.role) for output, part in self.files],
-            warnings=[caution for output in self.outputs for caution in output.cautions],
+            warnings=[warning for output in self.outputs for warning in output.warnings],
         )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.local import Cursor, open_blob
 from streamconv.files.store import Blob, Place
 from streamconv.gguf.format import MAGIC, MAX_NAME_NBYTES, KeyValue
@@ -122,7 +122,7 @@ class ImportanceMatrix:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Caution]:
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RunWarning]:
         """Hold the file against a model's tensors.
 
         Args:
@@ -136,7 +136,7 @@ class ImportanceMatrix:
             SourceError: an entry does not have as many numbers as the tensor has columns in each matrix, or no entry is
                 the model's at all.
         """
-        found: list[Caution] = []
+        found: list[RunWarning] = []
         for name, shape in shapes.items():
             if name not in self._entries or self._fits(name, shape):
                 continue
@@ -145,14 +145,14 @@ class ImportanceMatrix:
             if name not in _EMBEDDINGS:
                 hint = "the importance matrix is another model's"
                 raise SourceError(message, file=self.path, tensor=name, hint=hint, code="imatrix-size")
-            found.append(Caution("imatrix-embedding", f"{message}: it is made without them", name))
+            found.append(RunWarning("imatrix-embedding", f"{message}: it is made without them", name))
         unknown = [name for name in self._entries if name not in shapes]
         if len(unknown) == len(self._entries):
             message = f"none of its {len(unknown):,} entries is a tensor of the model, such as {unknown[0]!r}"
             raise SourceError(message, file=self.path, code="imatrix-no-match")
         if unknown:
             what = f"{len(unknown):,} of {len(self._entries):,} entries are not the model's, such as {unknown[0]!r}"
-            found.append(Caution("imatrix-unused", f"{self.path.name}: {what}"))
+            found.append(RunWarning("imatrix-unused", f"{self.path.name}: {what}"))
         return found
 
     def weights(self, name: str, shape: tuple[int, ...], matrix: int = 0) -> Floats | None:

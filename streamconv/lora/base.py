@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.hub import CONFIG, Source, find_source, source_failures
 from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
@@ -91,7 +91,7 @@ class BaseModel:
     keys: Sequence[KeyValue]
     targets: frozenset[str] | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
 
     @property
     def recipe(self) -> Output:
@@ -202,10 +202,10 @@ def _from_gguf(path: Place) -> BaseModel:
         facts = _GGUFFacts(path, file.keys, shapes if is_whole else ())
         dims = facts.dims()
         head = next((row.target for row in facts.recipe.tensors if row.source == facts.recipe.head), None)
-        cautions = []
+        warnings = []
         if not is_whole:
             what = "some of its parts are missing" if shapes else "it lists no tensors"
-            cautions.append(Caution("base-metadata-only", f"{path.name}: {what}, shapes were taken from its keys"))
+            warnings.append(RunWarning("base-metadata-only", f"{path.name}: {what}, shapes were taken from its keys"))
         return BaseModel(
             path=path,
             model=Model(facts.recipe, Config({}, path), dims, facts.kinds, has_config=False),
@@ -213,7 +213,7 @@ def _from_gguf(path: Place) -> BaseModel:
             keys=tuple(facts.copied_keys()),
             targets=frozenset(shapes) if is_whole else None,
             shapes=shapes,
-            cautions=cautions,
+            warnings=warnings,
         )
 
 
@@ -347,7 +347,7 @@ def _from_folder(path: Place, max_header_nbytes: int) -> BaseModel:
             model = bind(recipe, config, checkpoint.tensors)
             targets = frozenset(target.name for target in model.targets)
             base = _of_model(path, model, model.is_tied, targets)
-            base.cautions += checkpoint.cautions
+            base.warnings += checkpoint.warnings
             return base
     return _from_config(path, recipe, config)
 

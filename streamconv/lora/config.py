@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from streamconv.checkpoint.config import Config
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 
 # PEFT's defaults, taken where a key is absent, as PEFT itself does when it loads such a file.
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0
@@ -84,7 +84,7 @@ class LoraConfig(ABC):
     config: Config
     fixed_scale: float | None = None
     problems: list[Problem] = field(default_factory=list)
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
     is_dora: bool = False
     invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA (aLoRA)
     ties_ends: bool = False  # whether a change of a tied model's embedding is one of its head
@@ -167,7 +167,9 @@ class PeftConfig(LoraConfig):
         alpha = self._read(config.number, "lora_alpha")
         self.default_alpha = DEFAULT_ALPHA if alpha is None else alpha
         if alpha is None and self.fixed_scale is None:
-            self.cautions.append(Caution("alpha-default", f"no lora_alpha: PEFT's default {DEFAULT_ALPHA:g} was used"))
+            self.warnings.append(
+                RunWarning("alpha-default", f"no lora_alpha: PEFT's default {DEFAULT_ALPHA:g} was used")
+            )
         self._alphas = list(self._patterns("alpha_pattern"))
         self._block_diagonal = tuple(self._bd_lora())
         self._layer_ranges = self._read(self._pairs, "layer_replication") or []
@@ -176,7 +178,7 @@ class PeftConfig(LoraConfig):
         unknown = sorted(key for key, value in config.raw.items() if key not in KNOWN_KEYS and value)
         if unknown:
             message = f"adapter_config.json has keys that are not known here and were ignored: {', '.join(unknown)}"
-            self.cautions.append(Caution("unknown-config", message))
+            self.warnings.append(RunWarning("unknown-config", message))
 
     def scale(self, module: str, rank: int) -> float:
         if self.fixed_scale is not None:
@@ -303,7 +305,7 @@ class MlxConfig(LoraConfig):
             f"scale {scale:g} was used, and alpha {alpha:g} was not: {why} mlx-lm computes with scale alone; "
             f"for an adapter trained with scale * alpha / rank give --scale {older:g}"
         )
-        self.cautions.append(Caution("mlx-alpha", message))
+        self.warnings.append(RunWarning("mlx-alpha", message))
 
     def scale(self, module: str, rank: int) -> float:
         return self._scale

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from streamconv.checkpoint.config import MAX_NUMBER, Config
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.store import Place
 from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
 from streamconv.lazy.leaves import sources
@@ -63,7 +63,7 @@ class Merged:
     tokenizers: Tokenizers
     adapters: tuple[Adapter, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
-    cautions: tuple[Caution, ...] = ()
+    warnings: tuple[RunWarning, ...] = ()
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -124,7 +124,7 @@ class _Merge:
         self.wholes: dict[str, WholeWeight] = {}  # by stored name
         self.changed_by: dict[str, list[Adapter]] = defaultdict(list)  # by stored name
         self.problems: list[tuple[Adapter, Problem]] = []
-        self.cautions: list[Caution] = []
+        self.warnings: list[RunWarning] = []
         self.n_vocab = model.dims[N_VOCAB]
         self.tying: list[Adapter] = []  # those whose change of a tied embedding is one of the head
 
@@ -141,7 +141,7 @@ class _Merge:
         self._refuse()
         overlay = self.stored | {name: _Made(tensor) for name, tensor in self.made.items()}
         model = bind(self.recipe, self._config(), overlay)
-        return Merged(model, tokenizers, self.adapters, options, tuple(self.cautions))
+        return Merged(model, tokenizers, self.adapters, options, tuple(self.warnings))
 
     def _refuse(self) -> None:
         """SourceError with all problems, those of one adapter together."""
@@ -253,7 +253,7 @@ class _Merge:
         base = self._base_model()
         resolved = resolve(adapter.file, base, config)
         self.problems += [(adapter, problem) for problem in resolved.problems if problem.code not in _MERGEABLE]
-        self.cautions += resolved.cautions
+        self.warnings += resolved.warnings
         if config.invocation_tokens:
             self._problem(
                 adapter, "alora", "an activated LoRA: its tokens switch it on at run time, which no merge can express"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import SourceTensor
-from streamconv.errors import Caution
+from streamconv.errors import RunWarning
 from streamconv.gguf.format import KeyValue
 from streamconv.lazy.arithmetic import Scale
 from streamconv.lazy.dtype import BF16
@@ -60,7 +60,7 @@ class LegacyAdapter:
 
     keys: tuple[KeyValue, ...]
     tensors: tuple[LegacyTensor, ...]
-    cautions: tuple[Caution, ...]
+    warnings: tuple[RunWarning, ...]
 
 
 def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Config) -> Iterator[Problem]:
@@ -87,7 +87,7 @@ def legacy_adapter(
 ) -> LegacyAdapter:
     """Keys, tensors and order as Ollama's converter has them, and how far what it mangles is from what was trained."""
     alpha = _alpha(config)
-    made, cautions = [], [_warning()]
+    made, warnings = [], [_warning()]
     for module in modules:
         factors = stored[module.name]
         assert factors.a is not None and factors.b is not None
@@ -95,11 +95,11 @@ def legacy_adapter(
         b = _written(f"{module.slot.target}.lora_b", factors.b, 0)
         made += [a, b]
         if _is_permuted(module) or (a.is_turned, b.is_turned) != module.turned:
-            cautions.append(_distance_caution(module, base.model, a.tensor, b.tensor, _scale(alpha, module.rank)))
-    cautions += _ignored_scales(modules, alpha)
+            warnings.append(_distance_warning(module, base.model, a.tensor, b.tensor, _scale(alpha, module.rank)))
+    warnings += _ignored_scales(modules, alpha)
     if config.raw.get("alora_invocation_tokens"):
-        cautions.append(Caution("legacy-ignored", "alora_invocation_tokens are left out: the adapter is always on"))
-    return LegacyAdapter(tuple(_keys(base, alpha)), tuple(sorted(made, key=_order)), tuple(cautions))
+        warnings.append(RunWarning("legacy-ignored", "alora_invocation_tokens are left out: the adapter is always on"))
+    return LegacyAdapter(tuple(_keys(base, alpha)), tuple(sorted(made, key=_order)), tuple(warnings))
 
 
 def _keys(base: BaseModel, alpha: float) -> list[KeyValue]:
@@ -163,14 +163,14 @@ def _written(target: str, stored: SourceTensor, n_heads: int) -> LegacyTensor:
 # ---------------------------------------------------------------- what is wrong with it
 
 
-def _warning() -> Caution:
-    return Caution(
+def _warning() -> RunWarning:
+    return RunWarning(
         "legacy",
         "an ollama-legacy file does not compute the trained adapter; use the default dialect with Ollama as well",
     )
 
 
-def _ignored_scales(modules: Sequence[LoraModule], alpha: float) -> Iterator[Caution]:
+def _ignored_scales(modules: Sequence[LoraModule], alpha: float) -> Iterator[RunWarning]:
     found: dict[tuple[float, float], list[str]] = {}
     for module in modules:
         scale = _scale(alpha, module.rank)
@@ -179,17 +179,17 @@ def _ignored_scales(modules: Sequence[LoraModule], alpha: float) -> Iterator[Cau
     for (scale, trained), targets in found.items():
         more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
         message = f"the scale in it is {scale:.6g}{more and ' here'}{more}, trained was {trained:.6g}"
-        yield Caution("legacy-scale", message, targets[0])
+        yield RunWarning("legacy-scale", message, targets[0])
 
 
-def _distance_caution(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, scale: float) -> Caution:
+def _distance_warning(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, scale: float) -> RunWarning:
     if (a.spec.shape, b.spec.shape) != (module.a.spec.shape, module.b.spec.shape):
         shapes = f"lora_a {list(a.spec.shape)}, lora_b {list(b.spec.shape)}"
         message = f"written the wrong way round, {shapes}: llama.cpp refuses the file"
     else:
         distance = _distance(module, model, a, b, scale)
         message = f"the written change is off by {distance:.6g} of the trained one (Frobenius norms)"
-    return Caution("legacy-distance", message, module.slot.target)
+    return RunWarning("legacy-distance", message, module.slot.target)
 
 
 def _distance(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, scale: float) -> float:

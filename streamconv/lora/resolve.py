@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from streamconv.checkpoint.safetensors import SourceTensor
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.store import Place
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import Transpose
@@ -55,7 +55,7 @@ class Resolved:
 
     modules: list[LoraModule] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
 
     @property
     def sound(self) -> list[LoraModule]:
@@ -91,11 +91,11 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     for module in modules:
         problems += _misfits(module, base, config)
     modules.sort(key=lambda module: module.slot.order)
-    cautions = [*base.cautions, *config.cautions]
+    warnings = [*base.warnings, *config.warnings]
     if modules and not problems and all(is_zero(module.b) or is_zero(module.a) for module in modules):
         message = f"{adapter.directory}: every product of factors is zero, so the adapter changes nothing"
-        cautions.append(Caution("adapter-zero", f"{message}: was it saved before it was trained?"))
-    return Resolved(modules, problems, cautions)
+        warnings.append(RunWarning("adapter-zero", f"{message}: was it saved before it was trained?"))
+    return Resolved(modules, problems, warnings)
 
 
 def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> None:

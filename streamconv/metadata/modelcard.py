@@ -1,7 +1,7 @@
 """The `general.*` keys: what a file says of the model it holds, from its model card, its configs and its name.
 
 Owns: asking gguf's own heuristics and carrying their answer over with exact types. Does not own: the heuristics.
-Invariant: a model card is a stranger's text; whatever it holds gives keys or a caution, never a failed conversion.
+Invariant: a model card is a stranger's text; whatever it holds gives keys or a warning, never a failed conversion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 
-from streamconv.errors import Caution
+from streamconv.errors import RunWarning
 from streamconv.files.hub import CONFIG, model_name
 from streamconv.files.local import read_start
 from streamconv.files.store import Place
@@ -37,7 +37,7 @@ class General:
     """The general.* keys of a file, the stem of its conventional name (without type), and what to tell the user."""
 
     keys: tuple[KeyValue, ...]
-    cautions: tuple[Caution, ...]
+    warnings: tuple[RunWarning, ...]
     metadata: Any  # gguf.Metadata, for the naming convention
 
     def file_name(self, outtype: str, kind: str | None = None) -> str:
@@ -72,7 +72,7 @@ def read_general(
 
     total, shared, expert, n_experts = count_parameters(specs)
     label = size_label(total, shared, expert, n_experts) if total > 0 and kind != "adapter" else None
-    cautions = []
+    warnings = []
     fallback = name or model_name(directory)
     with _quiet("metadata"):
         try:
@@ -85,12 +85,12 @@ def read_general(
             keys = tuple(_keys(metadata, arch))
         except Exception as error:  # gguf and yaml raise whatever comes; the card is optional
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            cautions.append(Caution("model-card", f"the model card was left out: {what}"))
+            warnings.append(RunWarning("model-card", f"the model card was left out: {what}"))
             metadata = Metadata(name=fallback, size_label=label)
             keys = tuple(_keys(metadata, arch))
     head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
     tail = (KeyValue.u32("general.quantization_version", GGML_QUANT_VERSION),)
-    return General((*head, *keys, *tail), tuple(cautions), metadata)
+    return General((*head, *keys, *tail), tuple(warnings), metadata)
 
 
 def _read_cards(directory: Place, merged: Sequence[Place], n_parameters: int) -> Any:

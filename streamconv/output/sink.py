@@ -31,10 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamconv.errors import (
-    Caution,
     DestinationError,
     Interrupted,
     ResumeError,
+    RunWarning,
     SourceError,
     SourceReadError,
     StreamconvError,
@@ -76,7 +76,7 @@ class Sink:
         begun_with: Record,
         *,
         replaces: bool,
-        notes: tuple[Caution, ...],
+        notes: tuple[RunWarning, ...],
     ) -> None:
         self.notes = notes
         self._place = place
@@ -134,7 +134,7 @@ class Sink:
                 part, journal = None if is_published else left, Journal.reopen(place.journal, lock.fd, taken_up)
             else:
                 if left is not None and not restart:
-                    notes += (Caution("stale-part", f"{place.part} is not as its run left it: it is begun again"),)
+                    notes += (RunWarning("stale-part", f"{place.part} is not as its run left it: it is begun again"),)
                 part, journal = _begin(place, header, lock, left, undo)
             record = Record() if taken_up is None else taken_up.record
             if part is not None and record.finished is None:  # a finished file has its space, and its stamp to keep
@@ -336,10 +336,10 @@ def _refuse_foreign(place: Place, past: Contents | None) -> None:
         raise foreign(place.journal)
 
 
-def _without_locks(lock: OpenFile) -> tuple[Caution, ...]:
+def _without_locks(lock: OpenFile) -> tuple[RunWarning, ...]:
     if lock.is_locked:
         return ()
-    return (Caution("no-lock", f"{lock.path.parent} has no file locks: run one conversion at a time"),)
+    return (RunWarning("no-lock", f"{lock.path.parent} has no file locks: run one conversion at a time"),)
 
 
 def _find_past(header: Header, past: Contents | None, part: OpenFile | None) -> Contents | None:

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import NamedTuple, Protocol
 
 from streamconv.checkpoint.config import Config
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.lazy.arithmetic import widened
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import LazyTensor
@@ -98,7 +98,7 @@ class _Binding:
         self._check_head(model)
         for flag, names in self.unsaid.items():
             what = f"no {flag} in config.json, and there are {_listed(names)}: written, where transformers ignores them"
-            model.cautions.append(Caution("flag-missing", what))
+            model.warnings.append(RunWarning("flag-missing", what))
         refusals = []
         if model.dims.keys() >= self.recipe.dims.keys():
             refusals = [Problem("unrunnable", told) for refusal in self.recipe.refusals if (told := refusal.of(model))]
@@ -320,12 +320,12 @@ class _Binding:
                 "head-missing", f"the config says untied and there is no {self.recipe.head}: an incomplete checkpoint"
             )
         elif not has_head and not tied:
-            model.cautions.append(
-                Caution("head-missing", f"no {self.recipe.head} in the checkpoint: written as a tied model")
+            model.warnings.append(
+                RunWarning("head-missing", f"no {self.recipe.head} in the checkpoint: written as a tied model")
             )
         elif has_head and stated:
-            model.cautions.append(
-                Caution("head-on-tied", "the config says tied and a head is stored: it is written", self.recipe.head)
+            model.warnings.append(
+                RunWarning("head-on-tied", "the config says tied and a head is stored: it is written", self.recipe.head)
             )
 
     def _make(self, model: Model, choice: _Choice) -> Target | None:

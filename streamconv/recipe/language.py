@@ -17,7 +17,7 @@ from types import MappingProxyType
 from gguf.constants import GGMLQuantizationType
 
 from streamconv.checkpoint.config import Config
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.ggml.policy import TensorRole
 from streamconv.gguf.format import KeyValue, PackedArray, Scalar
 from streamconv.lazy.node import LazyTensor
@@ -176,7 +176,7 @@ class Model:
     dims: dict[str, int]
     kinds: dict[str, list[str]] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
     has_config: bool = True
     main: Model | None = None
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.errors import Caution
+from streamconv.errors import RunWarning
 from streamconv.lazy.scratch import aligned_buffer
 from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink
@@ -40,7 +40,7 @@ class Trial:
     n_threads: int = 1
     force: bool = True
     progress: Callable[[], None] = lambda: None
-    notes: tuple[Caution, ...] = field(default=(), init=False)
+    notes: tuple[RunWarning, ...] = field(default=(), init=False)
     resumed_nbytes: int = field(default=-1, init=False)
 
     @property

@@ -18,7 +18,7 @@ from streamconv import errors
 ROOT = Path(__file__).parents[2]
 PATH = ROOT / "docs" / "errors.md"
 ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-WARNINGS = frozenset({"Caution"})
+WARNINGS = frozenset({"RunWarning"})
 PROBLEMS = frozenset({"Problem", "FileProblem", "_problem", "_Unfit"})
 # Functions that raise, or describe, an error for their callers, and the class of that error.
 HELPERS = {

@@ -130,14 +130,14 @@ def test_defaults_of_keys_that_are_absent(tmp_path: Path, changed: dict[str, Any
 
 def test_a_base_of_keys_alone_is_told(tmp_path: Path) -> None:
     base = gguf(tmp_path / "base.gguf", LLAMA)
-    assert [caution.code for caution in base.cautions] == ["base-metadata-only"]
+    assert [warning.code for warning in base.warnings] == ["base-metadata-only"]
     assert base.is_tied is None
 
 
 def test_the_tensor_list_says_what_there_is_and_how_large(tmp_path: Path) -> None:
     tensors = {"token_embd.weight": (50, 64), "blk.0.attn_q.weight": (96, 64), "output.weight": (50, 64)}
     base = gguf(tmp_path / "base.gguf", LLAMA, tensors)
-    assert not base.cautions
+    assert not base.warnings
     assert base.is_tied is False
     assert slot(base, of(0, "self_attn.q_proj")).shape == (96, 64)
     assert slot(base, "lm_head").shape == (50, 64)

@@ -424,18 +424,18 @@ def test_a_model_without_layers_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tied", "head", "cautions"),
+    ("tied", "head", "warnings"),
     [(True, False, []), (True, True, ["head-on-tied"]), (False, True, []), (None, True, []), (None, False, [])],
 )
-def test_a_stored_head_is_written_whatever_the_config_says(tied: bool | None, head: bool, cautions: list[str]) -> None:
+def test_a_stored_head_is_written_whatever_the_config_says(tied: bool | None, head: bool, warnings: list[str]) -> None:
     model = toy({"lm_head.weight": (11, 6)} if head else {}, tie_word_embeddings=tied)
     assert ("output.weight" in [one.name for one in model.targets]) == head
-    assert [caution.code for caution in model.cautions] == cautions
+    assert [warning.code for warning in model.warnings] == warnings
 
 
-def test_a_recipe_that_is_untied_by_default_cautions_where_the_head_is_missing() -> None:
+def test_a_recipe_that_is_untied_by_default_warns_where_the_head_is_missing() -> None:
     model = bound(CONFIG, made(SHAPES), replace(TOY, tied_by_default=False))
-    assert [caution.code for caution in model.cautions] == ["head-missing"]
+    assert [warning.code for warning in model.warnings] == ["head-missing"]
 
 
 def test_refusals_alone_do_not_blame_the_files() -> None:

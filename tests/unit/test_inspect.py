@@ -234,9 +234,9 @@ class TestCheckpoint:
     def test_a_tokenizer_that_is_missing_or_too_large(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = copy("lfm2-given", tmp_path)
         monkeypatch.setattr(inspect_module, "vocabulary_nbytes", lambda folder, n_vocab: (1 << 40, 0))
-        assert [caution.code for caution in inspect(path).cautions] == ["tokenizer-size"]
+        assert [warning.code for warning in inspect(path).warnings] == ["tokenizer-size"]
         monkeypatch.undo()
-        assert inspect(path).cautions == []
+        assert inspect(path).warnings == []
         (path / "tokenizer.json").unlink()
         found = inspect(path)
         assert [problem.message.partition(":")[0] for problem in found.problems] == ["no tokenizer"]

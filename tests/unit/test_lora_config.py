@@ -58,7 +58,7 @@ def test_alpha_and_rank_patterns_are_independent() -> None:
 def test_absent_keys_have_pefts_defaults() -> None:
     config = loras.config({"peft_type": "LORA"})
     assert (config.rank(Q), config.scale(Q, 8)) == (8, 1.0)
-    assert [caution.code for caution in config.cautions] == ["alpha-default"]
+    assert [warning.code for warning in config.warnings] == ["alpha-default"]
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,15 @@ def test_mlx_scales(parameters: dict[str, Any], scale: float) -> None:
     ],
 )
 def test_an_alpha_that_mlx_does_not_use_is_told(parameters: dict[str, Any], kind: str | None, hint: str) -> None:
-    (caution,) = loras.config({"fine_tune_type": kind, "lora_parameters": parameters}).cautions
-    assert caution.code == "mlx-alpha"
-    assert f"scale {parameters['scale']:g} was used" in caution.message
-    assert caution.message.endswith(hint)
+    (warning,) = loras.config({"fine_tune_type": kind, "lora_parameters": parameters}).warnings
+    assert warning.code == "mlx-alpha"
+    assert f"scale {parameters['scale']:g} was used" in warning.message
+    assert warning.message.endswith(hint)
 
 
 @pytest.mark.parametrize("alpha", [None, 0, 8])  # 8 is the rank: both rules agree
 def test_an_alpha_that_agrees_is_not(alpha: float | None) -> None:
-    assert not loras.config({"lora_parameters": {"rank": 8, "scale": 2.0, "alpha": alpha}}).cautions
+    assert not loras.config({"lora_parameters": {"rank": 8, "scale": 2.0, "alpha": alpha}}).warnings
 
 
 @pytest.mark.parametrize("raw", [loras.PEFT, MLX, {}, {"lora_parameters": {}}])
@@ -92,7 +92,7 @@ def test_a_given_scale_is_every_modules(raw: dict[str, Any]) -> None:
     config = loras.config(raw, scale=0.75)
     assert (config.scale(Q, 8), config.scale(K, 3), config.rank(Q)) == (0.75, 0.75, None)
     assert not config.problems
-    assert not config.cautions
+    assert not config.warnings
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ def test_what_is_no_plain_lora(settings: dict[str, Any], expected: list[str]) ->
 def test_flags_without_effect_on_the_tensors(settings: dict[str, Any]) -> None:
     config = loras.config(loras.PEFT | settings)
     assert not config.problems
-    assert not config.cautions
+    assert not config.warnings
 
 
 def test_a_key_of_another_peft_is_told() -> None:
     config = loras.config(loras.PEFT | {"use_quaternions": True, "off": None})
-    assert [caution.code for caution in config.cautions] == ["unknown-config"]
-    assert "use_quaternions" in config.cautions[0].message
+    assert [warning.code for warning in config.warnings] == ["unknown-config"]
+    assert "use_quaternions" in config.warnings[0].message
 
 
 def test_activated_lora_has_its_tokens() -> None:

@@ -443,9 +443,9 @@ def test_infinities_of_a_merge_are_not_the_sources(llama: Path, tmp_path: Path) 
     huge = weight(adapter, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight") * np.float32(1e30)
     with_tensors(adapter, {"model.layers.0.self_attn.q_proj.lora_A.weight": huge})
     report = streamconv.convert(llama, tmp_path / "merged.gguf", outtype="f32", adapters=[(adapter, 1e20)])
-    (caution,) = report.warnings
-    assert caution.tensor == "blk.0.attn_q.weight"
-    assert caution.message.endswith(" infinite values once the adapters are merged")
+    (warning,) = report.warnings
+    assert warning.tensor == "blk.0.attn_q.weight"
+    assert warning.message.endswith(" infinite values once the adapters are merged")
 
 
 def test_every_kind_of_module_that_the_base_lacks_is_named(llama: Path, tmp_path: Path) -> None:

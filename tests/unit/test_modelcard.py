@@ -27,7 +27,7 @@ def values(found: General) -> dict[str, object]:
 
 def test_a_card_is_carried_over(tmp_path: Path) -> None:
     found = general(tmp_path, "---\nmodel_name: Made Model\nlicense: mit\n---\n# Made\n" + "text " * 20_000)
-    assert not found.cautions
+    assert not found.warnings
     assert values(found)["general.name"] == "Made Model"
     assert values(found)["general.license"] == "mit"
 
@@ -44,8 +44,8 @@ def test_a_card_is_carried_over(tmp_path: Path) -> None:
 )
 def test_a_card_that_cannot_be_read_is_a_warning_of_one_line(tmp_path: Path, card: str) -> None:
     found = general(tmp_path, card)
-    (caution,) = found.cautions
-    assert caution.code == "model-card" and caution.message.isprintable()
+    (warning,) = found.warnings
+    assert warning.code == "model-card" and warning.message.isprintable()
     assert values(found)["general.name"] == tmp_path.name
 
 
@@ -77,7 +77,7 @@ def test_the_largest_front_matter_takes_little_memory(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert not found.cautions
+    assert not found.warnings
     assert peak < 32 << 20
 
 

@@ -161,17 +161,17 @@ def test_heads_must_make_the_hidden_size(lfm2: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "cautions"),
+    ("said", "warnings"),
     [
         ({"tie_embedding": True, "tie_word_embeddings": False}, []),
         ({"tie_embedding": ABSENT, "tie_word_embeddings": True}, []),
         ({"tie_embedding": ABSENT, "tie_word_embeddings": ABSENT}, []),  # neither means tied
     ],
 )
-def test_tied(lfm2: Checkpoint, said: dict[str, Any], cautions: list[str]) -> None:
+def test_tied(lfm2: Checkpoint, said: dict[str, Any], warnings: list[str]) -> None:
     model = bound(*lfm2, **said)
     assert "output.weight" not in [one.name for one in model.targets]
-    assert [caution.code for caution in model.cautions] == cautions
+    assert [warning.code for warning in model.warnings] == warnings
 
 
 @pytest.mark.parametrize("said", [{"tie_embedding": False}, {"tie_embedding": None, "tie_word_embeddings": False}])
@@ -181,17 +181,17 @@ def test_untied_without_a_head_is_incomplete(lfm2: Checkpoint, said: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("said", "cautions"),
+    ("said", "warnings"),
     [
         ({"tie_word_embeddings": False}, []),
         ({"tie_embedding": True}, ["head-on-tied"]),
         ({"tie_word_embeddings": ABSENT}, []),
     ],
 )
-def test_a_stored_head_becomes_the_output(untied: Checkpoint, said: dict[str, Any], cautions: list[str]) -> None:
+def test_a_stored_head_becomes_the_output(untied: Checkpoint, said: dict[str, Any], warnings: list[str]) -> None:
     model = bound(*untied, **said)
     assert "output.weight" in [one.name for one in model.targets]
-    assert [caution.code for caution in model.cautions] == cautions
+    assert [warning.code for warning in model.warnings] == warnings
 
 
 def test_a_whole_config_of_the_first_release(lfm2: Checkpoint) -> None:

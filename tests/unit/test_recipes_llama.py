@@ -263,10 +263,10 @@ def test_every_kind_of_layer_has_the_same_rope(llama: Checkpoint) -> None:
 # ---------------------------------------------------------------- biases that the config does not mention
 
 
-def test_biases_that_transformers_would_leave_out_are_a_caution(biased: Checkpoint) -> None:
-    assert bound(*biased).cautions == []
+def test_biases_that_transformers_would_leave_out_are_a_warning(biased: Checkpoint) -> None:
+    assert bound(*biased).warnings == []
     model = bound(*biased, attention_bias=ABSENT)
-    (caution,) = model.cautions
-    assert caution.code == "flag-missing"
-    assert "no attention_bias in config.json, and there are model.layers.0.self_attn.q_proj.bias, " in caution.message
+    (warning,) = model.warnings
+    assert warning.code == "flag-missing"
+    assert "no attention_bias in config.json, and there are model.layers.0.self_attn.q_proj.bias, " in warning.message
     assert "blk.1.attn_q.bias" in [one.name for one in model.targets]

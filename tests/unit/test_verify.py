@@ -224,7 +224,7 @@ def test_what_is_only_another_look(source: Path, tmp_path: Path, capsys: pytest.
     other = rewritten(out, tmp_path / "other.gguf", keys=lambda keys: keys.update(changes), types=types)
     assert main(["verify", str(other), "--source", str(source), "--quiet"]) == 0
     assert "streamconv: warning: key lfm2.more is 'x'" in capsys.readouterr().err
-    told = [caution.message for caution in verify(other, source).warnings]
+    told = [warning.message for warning in verify(other, source).warnings]
     assert [message.split()[1] for message in told] == ["tokenizer.chat_template", "lfm2.more"]
     assert told[1] == "key lfm2.more is 'x', its source says nothing of it"
 

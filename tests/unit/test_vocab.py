@@ -15,7 +15,7 @@ GOLDENS: dict[str, dict[str, Any]] = json.loads(vocab_cases.GOLDENS.read_text(en
 
 # Of a vocabulary without tokenizer.json, where llama.cpp's converter looks among added tokens alone.
 ONLY_OURS = {"tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id"}
-CAUTIONS = {
+WARNINGS = {
     "bos-eos-template": ["special-token-disagreement"],
     "cls-and-sep": ["special-token-disagreement"] * 2,
     "renumbered-added-token": ["added-token-ids"],
@@ -37,7 +37,7 @@ def test_keys_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     }
     assert {key: ours[key] for key in golden} == golden
     assert ours.keys() - golden.keys() <= (ONLY_OURS if not (tmp_path / "tokenizer.json").exists() else set())
-    assert vocab_keys.codes(vocabulary) == CAUTIONS.get(name, [])
+    assert vocab_keys.codes(vocabulary) == WARNINGS.get(name, [])
 
 
 @pytest.mark.parametrize(("name", "n_vocab", "default_pre"), [("lfm2-given", 320, "lfm2"), ("llama-given", 301, None)])
@@ -46,4 +46,4 @@ def test_given_cases(name: str, n_vocab: int, default_pre: str | None) -> None:
     vocabulary = vocab_keys.read(cases.GIVEN / name, n_vocab, default_pre=default_pre)
     ours = {key: listed(value) for key, value in vocab_keys.values(vocabulary).items()}
     assert ours == {key: entry["value"] for key, entry in golden.items() if key.startswith("tokenizer.")}
-    assert vocabulary.cautions == ()
+    assert vocabulary.warnings == ()

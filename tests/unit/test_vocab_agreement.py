@@ -97,7 +97,7 @@ def test_where_they_agree_scores_and_types_are_the_models(tmp_path: Path, where:
         edit(tmp_path / where, lambda value: value.update(added_tokens_decoder={str(N): token}))
     vocabulary = vocab_keys.read(tmp_path, N + 1)
     values = vocab_keys.values(vocabulary)
-    assert vocabulary.cautions == ()
+    assert vocabulary.warnings == ()
     for key, last in (("tokens", "<|end|>"), ("scores", -1000.0), ("token_type", 3)):
         assert values[f"tokenizer.ggml.{key}"] == [*alone[f"tokenizer.ggml.{key}"], last]
 

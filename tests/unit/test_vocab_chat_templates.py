@@ -20,8 +20,8 @@ EVIL = "{% for x in ().__class__.__base__.__subclasses__() %}{{ x('rm -rf /') }}
 
 def templates(directory: Path, in_config: Any = None) -> tuple[dict[str, Any], list[str]]:
     beside = Companions(TokenizerFiles(directory), {}, {"chat_template": in_config}, {}, {}, directory)
-    keys, cautions = chat_template_keys(beside)
-    return {entry.key: unpacked(entry.value) for entry in keys}, [caution.code for caution in cautions]
+    keys, warnings = chat_template_keys(beside)
+    return {entry.key: unpacked(entry.value) for entry in keys}, [warning.code for warning in warnings]
 
 
 def test_none(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_text_is_carried_not_run(tmp_path: Path) -> None:
     assert templates(tmp_path, EVIL) == ({"tokenizer.chat_template": EVIL}, [])
 
 
-def test_the_config_wins_with_a_caution_where_the_file_differs(tmp_path: Path) -> None:
+def test_the_config_wins_with_a_warning_where_the_file_differs(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("file")
     assert templates(tmp_path, "config") == ({"tokenizer.chat_template": "config"}, ["chat-template-twice"])
     assert templates(tmp_path, "file") == ({"tokenizer.chat_template": "file"}, [])

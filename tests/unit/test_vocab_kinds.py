@@ -129,7 +129,7 @@ def test_a_hole_in_the_vocabulary_is_padded(bpe: Path) -> None:
     expected |= {id_: f"[PAD{id_}]" for id_ in (vocab["ÿ"], *range(tiny.N_BPE_TOKENS, N_VOCAB))}
     assert values["tokenizer.ggml.tokens"] == [expected[id_] for id_ in range(N_VOCAB)]
     assert values["tokenizer.ggml.token_type"][vocab["ÿ"]] == 5
-    assert vocabulary.cautions == ()
+    assert vocabulary.warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_known_structure_wins_over_the_recipe_s_name(bpe: Path) -> None:
     assert name_of(bpe, default_pre="lfm2") == ("qwen2", [])
 
 
-def test_an_unknown_structure_has_the_recipe_s_name_and_a_caution(bpe: Path) -> None:
+def test_an_unknown_structure_has_the_recipe_s_name_and_a_warning(bpe: Path) -> None:
     change(bpe, lambda value: value.update(pre_tokenizer=structure((CL100K + " ",))))
     assert name_of(bpe, default_pre="lfm2") == ("lfm2", ["pre-tokenizer-unknown"])
 
@@ -356,7 +356,7 @@ def test_ignored_merges_matter_where_a_token_is_made_by_none(bpe: Path) -> None:
 
 def test_a_name_is_given_for_the_structure_alone() -> None:
     match = identify(structure((GPT2,)), None, False, file=Path("x"), default=None, override=None)
-    assert (match.name, match.ignore_merges, match.cautions) == ("gpt-2", False, ())
+    assert (match.name, match.ignore_merges, match.warnings) == ("gpt-2", False, ())
 
 
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -394,7 +394,7 @@ def test_no_space_prefix_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "n"), [("first", 1), ("always", 1), ("never", 0)])
-def test_a_space_that_llama_cpp_puts_elsewhere_is_a_caution(tmp_path: Path, scheme: str, n: int) -> None:
+def test_a_space_that_llama_cpp_puts_elsewhere_is_a_warning(tmp_path: Path, scheme: str, n: int) -> None:
     tiny.write_spm(tmp_path, model=False)
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     change(tmp_path, lambda value: value.update(normalizer=None, pre_tokenizer=metaspace))

@@ -117,7 +117,7 @@ def test_byte_level(name: str, tmp_path: Path) -> None:
 def test_sentencepiece(fast: bool, tmp_path: Path) -> None:
     tiny.write_spm(tmp_path, model=not fast, fast=fast)
     vocabulary = vocab_keys.read(tmp_path, tiny.N_SPM_TOKENS)
-    assert vocabulary.cautions == ()
+    assert vocabulary.warnings == ()
     if fast:
         tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
         ids = differing(tmp_path, vocabulary.keys, tiny.N_SPM_TOKENS, lambda text: tokenizer.encode(text).ids)
@@ -130,7 +130,7 @@ def test_sentencepiece(fast: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "others"), [("first", [" the", "</s>the cat</s>the"]), ("always", [" the"]), ("never", [])]
 )
-def test_metaspace_differs_where_its_caution_says(scheme: str, others: list[str], tmp_path: Path) -> None:
+def test_metaspace_differs_where_its_warning_says(scheme: str, others: list[str], tmp_path: Path) -> None:
     tiny.write_spm(tmp_path, model=False)
     path = tmp_path / "tokenizer.json"
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}

@@ -27,8 +27,8 @@ def companions(**files: Any) -> Companions:
 
 def ids_of(n_vocab: int = 40, post_processor: Any = None, **files: Any) -> tuple[dict[str, int], list[str]]:
     beside = companions(**files)
-    ids, cautions = find_ids(find_roles(beside, post_processor), beside, Tokens(n_vocab, ADDED.get, WORDS.get))
-    return ids, [caution.code for caution in cautions]
+    ids, warnings = find_ids(find_roles(beside, post_processor), beside, Tokens(n_vocab, ADDED.get, WORDS.get))
+    return ids, [warning.code for warning in warnings]
 
 
 @pytest.mark.parametrize(

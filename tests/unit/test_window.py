@@ -311,7 +311,7 @@ def test_without_the_kernel_or_the_system_sources_are_read(
 def test_another_word_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         streamconv.convert(tmp_path, io="direct")
-    assert caught.value.code == "io"
+    assert caught.value.code == "word-unknown"
 
 
 # ---------------------------------------------------------------- memory

@@ -3,7 +3,7 @@
 Owns: which kind of tokenizer a directory has, and the list of its keys. Does not own: a kind's details (the modules of
 this package), how keys are encoded (gguf_file/format.py).
 Invariant: what is in the keys follows from the files and the number of the embedding's rows alone; a tokenizer that
-llama.cpp cannot run as it is gives a SourceError, one that it runs a little otherwise a caution.
+llama.cpp cannot run as it is gives a SourceError, one that it runs a little otherwise a warning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import Keys, TokenType
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.store import Place
 from streamconv.gguf.format import KeyValue
 from streamconv.metadata.vocab.agreement import FastTokens
@@ -39,7 +39,7 @@ class Vocabulary:
     """All `tokenizer.*` keys in the order in which llama.cpp's converter writes them."""
 
     keys: tuple[KeyValue, ...]
-    cautions: tuple[Caution, ...]
+    warnings: tuple[RunWarning, ...]
 
 
 def read_vocabulary(
@@ -54,7 +54,7 @@ def read_vocabulary(
     """The tokenizer in `directory` as keys, with `n_vocab` tokens, the embedding's rows.
 
     `over` is a folder whose files count before those of `directory`, as an adapter's before its base's. `default_pre`
-    names the pre-tokenizer of an unknown structure (a caution), None makes that an error; `pre` is the user's own
+    names the pre-tokenizer of an unknown structure (a warning), None makes that an error; `pre` is the user's own
     name for it. SourceError on anything missing, malformed or unsupported, UsageError on a `pre` that llama.cpp
     does not know.
     """
@@ -73,8 +73,8 @@ def read_vocabulary(
     keys.append(KeyValue.array(Keys.Tokenizer.TOKEN_TYPE, types))
     if source.model == "gpt2" and source.merges is not None:
         keys.append(KeyValue.array(Keys.Tokenizer.MERGES, source.merges.lines))
-    templates, cautions = chat_template_keys(companions)
-    return Vocabulary((*keys, *special, *templates), (*tokens.cautions, *cautions))
+    templates, warnings = chat_template_keys(companions)
+    return Vocabulary((*keys, *special, *templates), (*tokens.warnings, *warnings))
 
 
 @dataclass(slots=True)
@@ -126,7 +126,7 @@ def _read_fast(path: Place, companions: Companions, n_vocab: int, difference: st
         hint = f"remove the one that the model was not trained with; transformers reads {TOKENIZER_JSON}"
         raise SourceError(problem, file=path, hint=hint, code="tokenizers-differ") from None
     message = f"{SENTENCEPIECE_MODEL} was left out, as transformers reads {TOKENIZER_JSON}: {difference}"
-    source.tokens.cautions.append(Caution("tokenizers-differ", message))
+    source.tokens.warnings.append(RunWarning("tokenizers-differ", message))
     return source
 
 
@@ -155,7 +155,7 @@ def _read_json(path: Place, companions: Companions, n_vocab: int) -> _Source:
     tokens = byte_fallback_tokens(tokenizer, merges, companions, n_vocab)
     if fault := space_fault(tokenizer.parts["pre_tokenizer"]):
         message = f"llama.cpp puts a space {fault}, where the tokenizer (Metaspace) puts none"
-        tokens.cautions.append(Caution("space-prefix", message))
+        tokens.warnings.append(RunWarning("space-prefix", message))
     return _Source("llama", tokens, tokenizer, prefix)
 
 
@@ -187,7 +187,7 @@ def _check_supported(tokenizer: TokenizerJson) -> Merges:
 
 
 def _pre_tokenizer(source: _Source, default_pre: str | None, pre: str | None) -> str:
-    """Its name; cautions go to the tokens'."""
+    """Its name; warnings go to the tokens'."""
     tokenizer, merges, tokens = source.tokenizer, source.merges, source.tokens
     assert tokenizer is not None and merges is not None
     ignore_merges = bool(tokenizer.model.get("ignore_merges"))
@@ -199,7 +199,7 @@ def _pre_tokenizer(source: _Source, default_pre: str | None, pre: str | None) ->
         default=default_pre,
         override=pre,
     )
-    tokens.cautions += found.cautions
+    tokens.warnings += found.warnings
     if found.ignore_merges not in (None, ignore_merges):
         unmade = [
             tokens.texts[id_] or b"" for id_ in np.flatnonzero((merges.ranks < 0) & (tokens.types == TokenType.NORMAL))
@@ -210,7 +210,7 @@ def _pre_tokenizer(source: _Source, default_pre: str | None, pre: str | None) ->
             message = (
                 f"llama.cpp {state} merges under {found.name!r}, unlike the file; {n_words} tokens are made by none"
             )
-            tokens.cautions.append(Caution("ignore-merges", message))
+            tokens.warnings.append(RunWarning("ignore-merges", message))
     return found.name
 
 
@@ -228,8 +228,8 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int) -> list
         return tokens.ids.get(raw, added[raw]) if raw in added else None
 
     lookups = Tokens(n_vocab, find_added, find_any, lambda id_: tokens.texts[id_] is not None)
-    ids, cautions = find_ids(roles, companions, lookups)
-    tokens.cautions += cautions
+    ids, warnings = find_ids(roles, companions, lookups)
+    tokens.warnings += warnings
     adds = roles.add
     if source.model == "gpt2" or (tokenizer is not None and tokenizer.vocab):
         adds.setdefault("bos", False)  # llama.cpp would add one under some names of pre-tokenizers
@@ -237,13 +237,13 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int) -> list
         if role not in ids:
             adds[role] = False
             message = f"no file names the {role} token, and llama.cpp takes token 11 for it"
-            tokens.cautions.append(Caution("special-token-missing", message))
+            tokens.warnings.append(RunWarning("special-token-missing", message))
     keys = [KeyValue.u32(ID_KEYS[role], id_) for role, id_ in ids.items()]
     keys += [KeyValue.boolean(key, adds[role]) for role, key in ADD_KEYS.items() if role in adds]
     prefix = companions.tokenizer_config.get("add_prefix_space")
     if source.model == "llama" and isinstance(prefix, bool) and prefix != source.add_space_prefix:
         message = f"add_prefix_space in tokenizer_config.json is {prefix}, unlike the tokenizer itself: it is written"
-        tokens.cautions.append(Caution("space-prefix", message))
+        tokens.warnings.append(RunWarning("space-prefix", message))
     if isinstance(prefix, bool):
         keys.append(KeyValue.boolean(Keys.Tokenizer.ADD_PREFIX, prefix))
     elif not source.add_space_prefix:

@@ -2,7 +2,7 @@
 
 Owns: which ids and texts added tokens have, and scores that stand for merges. Does not own: what a list of tokens is
 (token_list.py).
-Invariant: a text gets the ids that the `tokenizers` library gives it; where GGUF cannot say so, a caution does.
+Invariant: a text gets the ids that the `tokenizers` library gives it; where GGUF cannot say so, a warning does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 from gguf.constants import TokenType
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.metadata.vocab.companions import Companions
 from streamconv.metadata.vocab.pretokenizers import is_byte_level
 from streamconv.metadata.vocab.token_list import TokenList, added_text, added_type
@@ -49,7 +49,7 @@ def byte_fallback_tokens(tokenizer: TokenizerJson, merges: Merges, companions: C
         message = (
             "llama.cpp merges by one score a token, these merges have no such order: some texts may split otherwise"
         )
-        tokens.cautions.append(Caution("merges-without-scores", message))
+        tokens.warnings.append(RunWarning("merges-without-scores", message))
     for text, id_ in tokens.ids.items():
         if _BYTE.fullmatch(text):
             tokens.types[id_] = TokenType.BYTE
@@ -84,11 +84,11 @@ def _place_added(tokens: TokenList, added: Iterator[AddedToken], text_of: Callab
         message = (
             f"{len(moved)} added tokens have the ids that the tokenizers library gives them, not those of the file"
         )
-        tokens.cautions.append(Caution("added-token-ids", f"{message}: {', '.join(moved[:MAX_NAMES_SHOWN])}"))
+        tokens.warnings.append(RunWarning("added-token-ids", f"{message}: {', '.join(moved[:MAX_NAMES_SHOWN])}"))
     tokens.warn_of_left_out()
     if n_spaced:
         message = f"{n_spaced} added tokens take spaces beside them or stand alone (lstrip, rstrip, single_word)"
-        tokens.cautions.append(Caution("added-token-spaces", f"{message}; llama.cpp takes them as they are"))
+        tokens.warnings.append(RunWarning("added-token-spaces", f"{message}; llama.cpp takes them as they are"))
 
 
 class _Placement:

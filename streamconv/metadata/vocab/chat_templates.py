@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf.constants import Keys
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.local import read_start
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
@@ -26,26 +26,26 @@ DEFAULT = "default"
 _NAME_LETTERS = frozenset(string.ascii_letters + string.digits)
 
 
-def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[Caution]]:
+def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[RunWarning]]:
     """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for an empty template."""
-    templates, cautions = _find(companions)
+    templates, warnings = _find(companions)
     named = sorted(name for name in templates if name != DEFAULT)
     texts = {Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): templates[name] for name in named}
     texts[Keys.Tokenizer.CHAT_TEMPLATE] = templates.get(DEFAULT, "")
     keys = [KeyValue.string(key, text) for key, text in texts.items() if text]
     if named:
         keys.append(KeyValue.array(Keys.Tokenizer.CHAT_TEMPLATES, PackedArray.of_strings(named)))
-    return keys, cautions
+    return keys, warnings
 
 
-def _find(companions: Companions) -> tuple[dict[str, str], list[Caution]]:
-    cautions = []
+def _find(companions: Companions) -> tuple[dict[str, str], list[RunWarning]]:
+    warnings = []
     in_files = _from_files(companions.templates)
     path = companions.files.find(TOKENIZER_CONFIG)
     in_config = _from_value(companions.tokenizer_config.get("chat_template"), path)
     if in_config and in_files and in_config.get(DEFAULT) != in_files.get(DEFAULT):
         message = f"{TOKENIZER_CONFIG} and {TEMPLATE} have different chat templates; the former is written"
-        cautions.append(Caution("chat-template-twice", message))
+        warnings.append(RunWarning("chat-template-twice", message))
     templates = in_config or in_files
     if sum(map(len, templates.values())) > MAX_NBYTES:
         raise SourceError(
@@ -57,7 +57,7 @@ def _find(companions: Companions) -> tuple[dict[str, str], list[Caution]]:
         except UnicodeEncodeError:
             problem = f"chat template {shown(name)} has half of a surrogate pair, which is no character"
             raise SourceError(problem, file=path, code="not-utf8") from None
-    return templates, cautions
+    return templates, warnings
 
 
 def _from_files(directory: Place) -> dict[str, str]:

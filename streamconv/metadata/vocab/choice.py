@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from gguf.constants import Keys
 
-from streamconv.errors import Caution, SourceError, UsageError
+from streamconv.errors import RunWarning, SourceError, UsageError
 from streamconv.files.local import has_same_content
 from streamconv.files.store import Place
 from streamconv.gguf.format import PackedArray
@@ -72,26 +72,26 @@ def choose_vocabulary(tokenizers: Tokenizers, preference: str, read: Read) -> Vo
 def _trained(base: Place, own: Sequence[Place], read: Read) -> Vocabulary:
     """The vocabulary with the first of the folders `own` that has the base's tokens and says anything else of them."""
     before = _values(read(base, None))
-    cautions = []
+    warnings = []
     for number, folder in enumerate(own):
         try:
             vocabulary = read(base, folder)
         except SourceError as error:
-            cautions.append(_left_out(folder, base, f": {error.message}"))
+            warnings.append(_left_out(folder, base, f": {error.message}"))
             continue
         after = _values(vocabulary)
         if after[Keys.Tokenizer.LIST] != before[Keys.Tokenizer.LIST]:
-            cautions.append(_left_out(folder, base, ", which has other tokens, and the adapter has no rows for them"))
+            warnings.append(_left_out(folder, base, ", which has other tokens, and the adapter has no rows for them"))
         elif after != before:
             what = "; ".join(_differences(before, after))
             message = f"the tokenizer in {folder} was written, as the adapter was trained with it ({what})"
-            cautions.append(Caution("tokenizer-of-adapter", f"{message}; --tokenizer base keeps the base's"))
-            return _with_left_out(_with(vocabulary, cautions), base, own[number + 1 :])
-    return _with(read(base, None), cautions)
+            warnings.append(RunWarning("tokenizer-of-adapter", f"{message}; --tokenizer base keeps the base's"))
+            return _with_left_out(_with(vocabulary, warnings), base, own[number + 1 :])
+    return _with(read(base, None), warnings)
 
 
-def _with(vocabulary: Vocabulary, cautions: Sequence[Caution]) -> Vocabulary:
-    return replace(vocabulary, cautions=(*vocabulary.cautions, *cautions))
+def _with(vocabulary: Vocabulary, warnings: Sequence[RunWarning]) -> Vocabulary:
+    return replace(vocabulary, warnings=(*vocabulary.warnings, *warnings))
 
 
 def _with_left_out(vocabulary: Vocabulary, taken: Place, folders: Sequence[Place]) -> Vocabulary:
@@ -99,8 +99,8 @@ def _with_left_out(vocabulary: Vocabulary, taken: Place, folders: Sequence[Place
     return _with(vocabulary, [_left_out(file, taken, "") for _, file in found])
 
 
-def _left_out(what: Place, taken: Place, why: str) -> Caution:
-    return Caution("tokenizer-left-out", f"{what} was left out{why}: {taken} has the tokenizer that is written")
+def _left_out(what: Place, taken: Place, why: str) -> RunWarning:
+    return RunWarning("tokenizer-left-out", f"{what} was left out{why}: {taken} has the tokenizer that is written")
 
 
 def _first_own_file(folder: Place, taken: Place) -> Place | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from streamconv.errors import Caution, SourceError, UsageError
+from streamconv.errors import RunWarning, SourceError, UsageError
 from streamconv.files.store import Place
 
 # A canonical structure: what is split at, step by step, before the bytes are spelled as letters.
@@ -121,7 +121,7 @@ class Match:
 
     name: str
     ignore_merges: bool | None
-    cautions: tuple[Caution, ...] = ()
+    warnings: tuple[RunWarning, ...] = ()
 
 
 def identify(
@@ -141,7 +141,7 @@ def identify(
             problem = f"{what} is none that is known to be one of llama.cpp's"
             raise SourceError(problem, file=file, hint="name one of llama.cpp's with --pre NAME", code="pre-unknown")
         message = f"{what} is none that is known; {default!r} is written, as this architecture's models have it"
-        return Match(default, _ignores_merges(default), (Caution("pre-tokenizer-unknown", message),))
+        return Match(default, _ignores_merges(default), (RunWarning("pre-tokenizer-unknown", message),))
     names = [runtime.name for runtime in known]
     fitting = [runtime for runtime in known if runtime.ignore_merges == ignore_merges]
     chosen = known[names.index(default)] if default in names else (fitting or known)[0]
@@ -239,7 +239,7 @@ def _is_kept(normalizer: Any) -> bool:
 def _overridden(name: str, known: tuple[Runtime, ...]) -> Match:
     if known and name not in [runtime.name for runtime in known]:
         message = f"{name!r} is written as asked; the structure in tokenizer.json is that of {known[0].name!r}"
-        return Match(name, _ignores_merges(name), (Caution("pre-tokenizer-override", message),))
+        return Match(name, _ignores_merges(name), (RunWarning("pre-tokenizer-override", message),))
     return Match(name, _ignores_merges(name))
 
 
@@ -247,11 +247,13 @@ def _ignores_merges(name: str) -> bool | None:
     return next((r.ignore_merges for row in PRE_TOKENIZERS.values() for r in row if r.name == name), None)
 
 
-def _faults(runtime: Runtime, normalizer: Any) -> list[Caution]:
+def _faults(runtime: Runtime, normalizer: Any) -> list[RunWarning]:
     faults = []
     if runtime.differs:
         message = f"llama.cpp's {runtime.name!r} splits some texts otherwise {runtime.differs}"
-        faults.append(Caution("pre-tokenizer-differs", message))
+        faults.append(RunWarning("pre-tokenizer-differs", message))
     if _flattened(normalizer, "normalizers"):
-        faults.append(Caution("normalizer-ignored", "the tokenizer composes characters (NFC) and llama.cpp does not"))
+        faults.append(
+            RunWarning("normalizer-ignored", "the tokenizer composes characters (NFC) and llama.cpp does not")
+        )
     return faults

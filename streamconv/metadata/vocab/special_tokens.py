@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf.constants import Keys
 
-from streamconv.errors import Caution
+from streamconv.errors import RunWarning
 from streamconv.files.hub import CONFIG
 from streamconv.files.store import Place
 from streamconv.metadata.vocab.companions import Companions, token_id, token_text
@@ -148,27 +148,27 @@ class Tokens:
     has: Callable[[int], bool] = lambda id_: True
 
 
-def find_ids(roles: Roles, companions: Companions, tokens: Tokens) -> tuple[dict[str, int], list[Caution]]:
+def find_ids(roles: Roles, companions: Companions, tokens: Tokens) -> tuple[dict[str, int], list[RunWarning]]:
     """Ids by role, and what the files disagree on or name in vain."""
     ids: dict[str, int] = {}
-    cautions: list[Caution] = []
+    warnings: list[RunWarning] = []
     for role in ID_KEYS:
         inside: list[tuple[str, int]] = []
         for source, id_ in _candidates(role, roles, companions, tokens):
             if id_ >= tokens.n_rows:
                 message = f"{source} names token {shown(id_)} as {role}, the model has {tokens.n_rows:,} rows"
-                cautions.append(Caution("special-token-range", message + _IN_VAIN.get(role, "")))
+                warnings.append(RunWarning("special-token-range", message + _IN_VAIN.get(role, "")))
             elif role in _IN_VAIN and not tokens.has(id_):
                 message = f"{source} names token {id_} as {role}, and the vocabulary has no such token"
-                cautions.append(Caution("special-token-unknown", message + _IN_VAIN[role]))
+                warnings.append(RunWarning("special-token-unknown", message + _IN_VAIN[role]))
             else:
                 inside.append((source, id_))
-        cautions += _unknown(role, roles, companions, tokens)
+        warnings += _unknown(role, roles, companions, tokens)
         if inside:
             source, ids[role] = inside[0]
         if inside and source not in {str(path) for path, _ in _brought(role, companions)}:
-            cautions += _disagreement(role, source, ids[role], companions, tokens)
-    return ids, cautions
+            warnings += _disagreement(role, source, ids[role], companions, tokens)
+    return ids, warnings
 
 
 def _candidates(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[tuple[str, int]]:
@@ -199,14 +199,14 @@ def _first(*ids: int | None) -> int | None:
     return next((id_ for id_ in ids if id_ is not None), None)
 
 
-def _unknown(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[Caution]:
+def _unknown(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[RunWarning]:
     """A warning for each text that names a token which the vocabulary does not have, where that changes a model."""
     mapped = token_text(companions.special_tokens_map.get(f"{role}_token"))
     sources = {mapped: SPECIAL_TOKENS_MAP, roles.texts.get(role): TOKENIZER_CONFIG}
     for text, source in sources.items():
         if role in _IN_VAIN and text and tokens.added(text) is None and tokens.any(text) is None:
             message = f"{source} names {shown(text)} as {role}, which the vocabulary does not have"
-            yield Caution("special-token-unknown", message + _IN_VAIN[role])
+            yield RunWarning("special-token-unknown", message + _IN_VAIN[role])
 
 
 def _config_id(role: str, companions: Companions) -> Any:
@@ -214,8 +214,8 @@ def _config_id(role: str, companions: Companions) -> Any:
     return inner.get(f"{role}_token_id") if value is None and isinstance(inner, Mapping) else value
 
 
-def _disagreement(role: str, source: str, chosen: int, companions: Companions, tokens: Tokens) -> Iterator[Caution]:
-    """A caution for each file that names another token for this role, and not this one among several."""
+def _disagreement(role: str, source: str, chosen: int, companions: Companions, tokens: Tokens) -> Iterator[RunWarning]:
+    """A warning for each file that names another token for this role, and not this one among several."""
     others = (
         (CONFIG, _config_id(role, companions)),
         (GENERATION_CONFIG, companions.generation_config.get(f"{role}_token_id")),
@@ -225,4 +225,4 @@ def _disagreement(role: str, source: str, chosen: int, companions: Companions, t
         first = token_id(value)
         if first is not None and first < tokens.n_rows and tokens.has(first) and chosen not in named:
             message = f"{role} is token {chosen} by {source} and {shown(value)} by {name}; {chosen} is written"
-            yield Caution("special-token-disagreement", message)
+            yield RunWarning("special-token-disagreement", message)

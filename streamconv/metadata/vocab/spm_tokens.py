@@ -1,7 +1,7 @@
 """The token list of a tokenizer.model: SentencePiece's pieces, and the tokens that files beside it add.
 
 Owns: which of those files wins, as in llama.cpp's converter. Does not own: what a list of tokens is (token_list.py).
-Invariant: a row that no file names stays empty; a token beyond the model's rows is left out with a caution.
+Invariant: a row that no file names stays empty; a token beyond the model's rows is left out with a warning.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from gguf.constants import TokenType
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.metadata.vocab.companions import Companions
 from streamconv.metadata.vocab.sentencepiece_model import ModelType, PieceKind, SentencePieceModel
 from streamconv.metadata.vocab.token_list import ADDED_SCORE, PADDING_SCORE, TokenList, added_text, added_type
@@ -35,7 +35,7 @@ def sentencepiece_tokens(
     tokens.scores = np.full(n_vocab, PADDING_SCORE, dtype=np.float32)
     tokens.scores[:n_pieces] = model.scores
     _add(tokens, companions, added)
-    tokens.cautions += _faults(model)
+    tokens.warnings += _faults(model)
     return tokens
 
 
@@ -64,20 +64,20 @@ def _put(tokens: TokenList, token: AddedToken) -> None:
     tokens.put(token.id, added_text(token.text, type_), type_, ADDED_SCORE)
 
 
-def _faults(model: SentencePieceModel) -> list[Caution]:
+def _faults(model: SentencePieceModel) -> list[RunWarning]:
     faults = []
     if model.model_type != ModelType.BPE:
         message = (
             "the SentencePiece model is not of type BPE; llama.cpp tokenizes it as if it were, some texts otherwise"
         )
-        faults.append(Caution("sentencepiece-type", message))
+        faults.append(RunWarning("sentencepiece-type", message))
     n_own = model.kinds.count(PieceKind.USER_DEFINED)
     if n_own:
         message = (
             f"SentencePiece finds {n_own} user-defined pieces before any merge, llama.cpp makes them of merges or not"
         )
-        faults.append(Caution("sentencepiece-user-defined", message))
+        faults.append(RunWarning("sentencepiece-user-defined", message))
     if model.remove_extra_whitespaces or model.has_character_map:
         message = "the SentencePiece model normalizes texts (spaces or characters), and llama.cpp does not"
-        faults.append(Caution("normalizer-ignored", message))
+        faults.append(RunWarning("normalizer-ignored", message))
     return faults

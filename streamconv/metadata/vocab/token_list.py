@@ -13,7 +13,7 @@ import numpy as np
 from gguf.constants import GGUFValueType, TokenType
 from numpy.typing import NDArray
 
-from streamconv.errors import Caution, SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.files.store import Place
 from streamconv.gguf.format import PackedArray
 from streamconv.metadata.vocab.packing import encode_joined, joined
@@ -50,7 +50,7 @@ class TokenList:
     texts: list[bytes | None]
     types: NDArray[np.int32]
     scores: NDArray[np.float32] | None = None
-    cautions: list[Caution] = field(default_factory=list)
+    warnings: list[RunWarning] = field(default_factory=list)
     left_out: dict[bytes, int] = field(default_factory=dict)  # added tokens beyond the rows, with their files' ids
 
     @classmethod
@@ -94,7 +94,7 @@ class TokenList:
             more = f" and {n - _MAX_NAMES_SHOWN} more" if n > _MAX_NAMES_SHOWN else ""
             what = f"the model has {len(self.texts):,} rows, and no prompt can hold what is beyond them: {names}{more}"
             message = f"{n} added token{'s were' if n > 1 else ' was'} left out: {what}"
-            self.cautions.append(Caution("tokens-beyond-rows", message))
+            self.warnings.append(RunWarning("tokens-beyond-rows", message))
 
     def packed(self) -> tuple[PackedArray, PackedArray, PackedArray | None]:
         """Texts, types and scores; rows without a token are `[PADn]`. SourceError for what llama.cpp would abort on."""
