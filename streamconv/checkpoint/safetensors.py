@@ -1,7 +1,7 @@
 """One safetensors file: its header, validated before anything of it is believed, and where each tensor's bytes lie.
 
-The header is judged here and not by safetensors' own reader, which maps the whole file: under a limit on addresses
-(`ulimit -v`) it can open no file that is larger. What is accepted here, that reader accepts; a test compares both.
+The header is judged here first, in bounded memory and addresses, so that an error names tensor and cause; then by the
+safetensors library wherever that fits (library.py).
 
 Format: https://github.com/huggingface/safetensors#format; its reader's rules: safetensors/src/tensor.rs there.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamconv.budget import MIB, resident_nbytes
+from streamconv.checkpoint import library
 from streamconv.errors import BudgetError, SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.local import open_blob
@@ -78,6 +79,8 @@ class Shard:
             header = self._read_header(max_header_nbytes)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             self.tensors = self._parse(header)
+            if len(header) * library.PARSED_NBYTES_PER_BYTE <= max_header_nbytes - self.parsed_nbytes:
+                self._ask_library(header)
         except BaseException:
             self.close()
             raise
@@ -148,12 +151,17 @@ class Shard:
             ) from None
         for name in infos:
             _check_name(name, self.path)
-        self._check_cover(infos, 8 + len(header))
         start = 8 + len(header)
+        self._check_cover(infos, start)
         return {
             name: SourceTensor(name, dtype, shape, self, start + first, last - first)
             for name, (dtype, shape, first, last) in infos.items()
         }
+
+    def _ask_library(self, header: bytearray) -> None:
+        """SourceError where the library refuses what our own rules accept."""
+        if words := library.objection(len(header).to_bytes(8, "little") + header, self.nbytes):
+            raise self._malformed(f"not a valid safetensors file: {words}", code="safetensors-library")
 
     def _check_cover(self, infos: Mapping[str, _Info], start: int) -> None:
         """SourceError unless the tensors lie one behind the other from `start` to the file's end."""

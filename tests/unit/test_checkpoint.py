@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from streamconv.checkpoint import library
 from streamconv.checkpoint.folder import INDEX, Checkpoint
 from streamconv.checkpoint.safetensors import Shard
 from streamconv.errors import BudgetError, SourceError
@@ -313,3 +314,21 @@ def test_a_truncated_shard_is_a_short_read_and_no_signal(checkpoint: Path) -> No
     os.truncate(path, tensor.offset + 10)
     with raises(SourceError, code="source-changed"):
         shard.read_into(tensor.offset, np.empty(tensor.nbytes, dtype=np.uint8))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the library is asked on an anonymous file")
+def test_the_library_has_a_say(tmp_path: Path) -> None:
+    """What the safetensors library refuses is refused, whatever our own rules say of it."""
+    text = b'{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}'
+    head = len(text).to_bytes(8, "little") + text
+    assert library.objection(head, len(head) + 3) is None
+    assert library.objection(head, len(head) + 2)
+    assert library.objection(head.replace(b"[3]", b"[4]"), len(head) + 3)
+
+
+def test_what_the_library_refuses_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.llama(tmp_path)
+    monkeypatch.setattr(library, "objection", lambda head, nbytes: "InvalidOffset")
+    with pytest.raises(SourceError) as caught, Checkpoint.open(source):
+        pass
+    assert caught.value.code == "safetensors-library"
