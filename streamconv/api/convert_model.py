@@ -29,8 +29,9 @@ from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nb
 from streamconv.metadata.vocab.choice import choose_vocabulary
 from streamconv.options import OutputOptions, RunOptions, SplitOptions, documented
 from streamconv.output.destination import output_path
-from streamconv.recipe.bind import bind, bind_outputs
-from streamconv.recipe.language import Model, find_recipe
+from streamconv.recipe.bind import bind_outputs
+from streamconv.recipe.language import Model
+from streamconv.recipe.recognise import open_checkpoint, recognise, recognise_architecture
 from streamconv.report import Report
 from streamconv.timing import Profile
 
@@ -97,7 +98,7 @@ def open_model_job(
     """The job of a checkpoint and the adapters merged into it, while their files are open."""
     with (
         open_adapters(adapters, headroom_nbytes(limit_nbytes)) as opened,
-        Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit_nbytes)) as source,
+        open_checkpoint(find_source(src), headroom_nbytes(limit_nbytes)) as source,
     ):
         yield plan_model(source, dst, wanted, limit_nbytes, opened, stored)
 
@@ -116,8 +117,8 @@ def plan_model(
     stored: the types of the file that the job is compared with, in place of an outtype.
     """
     config = checkpoint.config
-    recipe = find_recipe(config)
-    bound = bind(recipe, config, checkpoint.tensors)
+    recipe = recognise_architecture(config, checkpoint.tensors)
+    bound = recognise(checkpoint, recipe)
     merged = merge(checkpoint, bound, adapters)
     model = merged.model
     policy = stored or OuttypePolicy(auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype)
@@ -135,7 +136,7 @@ def plan_model(
     path = output_path(dst, general.file_name(policy.outtype))
     companion_policy = OuttypePolicy(policy.outtype if policy.outtype in COMPANION_OUTTYPES else "f16")
     is_whole = wanted.parts.only_part in (None, 1)
-    others = bind_outputs(recipe, model, checkpoint.tensors) if is_whole else []
+    others = bind_outputs(recipe, model, bound.stored) if is_whole else []
     return Job(
         command="convert",
         keys=keys,

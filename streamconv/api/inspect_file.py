@@ -37,8 +37,7 @@ from streamconv.lora.config import PeftConfig, Problem, read_lora_config
 from streamconv.lora.files import WEIGHTS as ADAPTER_WEIGHTS
 from streamconv.lora.files import LoraFile
 from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
-from streamconv.recipe.bind import bind
-from streamconv.recipe.language import find_recipe
+from streamconv.recipe.recognise import recognise, recognise_architecture
 
 SCHEMA: Final = 1
 MAX_LISTED: Final = 1024  # a longer array is given as its length and first values
@@ -235,7 +234,7 @@ def _checkpoint(path: Place) -> Inspection:
         config = _read_apart(found, CONFIG)
         if config.raw:  # else that is the problem, and it is listed
             with _listing(found):
-                found.architecture = find_recipe(config).arch
+                found.architecture = recognise_architecture(config).arch
         return found
     with checkpoint:
         found.form = f"safetensors, {len(checkpoint.shards)} file{'s' if len(checkpoint.shards) > 1 else ''}"
@@ -250,9 +249,9 @@ def _checkpoint(path: Place) -> Inspection:
 def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     """What a conversion makes of the tensors and the tokenizer; SourceError where it would be refused."""
     config = checkpoint.config
-    recipe = find_recipe(config)
+    recipe = recognise_architecture(config, checkpoint.tensors)
     found.architecture = recipe.arch
-    model = bind(recipe, config, checkpoint.tensors)
+    model = recognise(checkpoint, recipe)
     outtype = auto_outtype(checkpoint, model)
     totals: dict[str, Total] = {}
     kinds = OuttypePolicy(outtype).choose(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamconv.recipe import F32, Claim, Config, Dim, Key, PerLayer, Recipe, Refusal, Squeeze, Tensor
+from streamconv.recipe import F32, Alias, Claim, Config, Dim, Key, PerLayer, Recipe, Refusal, Squeeze, Tensor
 
 # Lfm2Config's defaults, and Lfm2MoeConfig's.
 ROPE_THETA, CONTEXT_LENGTH, RMS_EPSILON = 1_000_000.0, 128_000, 1e-5
@@ -115,12 +115,28 @@ REFUSALS = (
     Refusal("no layer is a convolution, and the run time needs one", lambda m: set(m.kinds["mixer"]) == {"attention"}),
 )
 
+
+def mlx_kernel(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """[H, 1, L] of the kernel [H, L, 1] that mlx-lm stores; H > L > 1, so it can mean nothing else."""
+    is_mlx = len(shape) == 3 and shape[2] == 1 and shape[0] > shape[1] > 1
+    return (shape[0], 1, shape[1]) if is_mlx else None
+
+
+# mlx-lm, models/lfm2_moe.py (sanitize): the kernel's last two extents are exchanged, dense layers have other names.
+KERNEL = LAYER + "conv.conv.weight"
+MLX_FFN = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+ALIASES = (
+    Alias(KERNEL, KERNEL, mlx_kernel),
+    *(Alias(f"{LAYER}feed_forward.{a}.weight", f"{LAYER}feed_forward.{b}.weight") for a, b in MLX_FFN.items()),
+)
+
 TIE_KEYS = ("tie_embedding", "tie_word_embeddings")
 
 RECIPE = Recipe(
     arch="lfm2",
     description="LFM2 and LFM2.5, dense",
-    hf_names=("Lfm2ForCausalLM",),
+    hf_names=("Lfm2ForCausalLM", "LFM2ForCausalLM"),
+    bodies=("Lfm2Model", "LFM2Model"),
     model_type="lfm2",
     dims=DIMS,
     tensors=(
@@ -135,6 +151,7 @@ RECIPE = Recipe(
     axes={"mixer": MIXERS},
     claims=CLAIMS,
     refusals=REFUSALS,
+    aliases=ALIASES,
     tie_keys=TIE_KEYS,
     tied_by_default=True,
     default_pre="lfm2",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streamconv.architectures import lfm2
 from streamconv.architectures.lfm2 import BLOCK, LAYER
-from streamconv.recipe import Claim, Computed, Config, Dim, Key, Model, Recipe, Refusal, Scale, Split, Tensor
+from streamconv.recipe import Alias, Claim, Computed, Config, Dim, Key, Model, Recipe, Refusal, Scale, Split, Tensor
 
 SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
@@ -62,7 +62,8 @@ REFUSALS = (
 RECIPE = Recipe(
     arch="lfm2moe",
     description="LFM2-MoE and LFM2.5-MoE",
-    hf_names=("Lfm2MoeForCausalLM",),
+    hf_names=("Lfm2MoeForCausalLM", "LFM2MoeForCausalLM"),
+    bodies=("Lfm2MoeModel",),
     model_type="lfm2_moe",
     dims=lfm2.DIMS
     | {
@@ -105,6 +106,10 @@ RECIPE = Recipe(
     axes={"mixer": lfm2.MIXERS, "ffn": ("dense", "moe")},
     claims=(*lfm2.CLAIMS, Claim("num_dense_layers", "ffn", dense_first)),
     refusals=(*lfm2.REFUSALS, *REFUSALS),
+    aliases=(
+        *lfm2.ALIASES,
+        *(Alias(f"{FFN}experts.{{e}}.{a}.weight", f"{FFN}experts.{{e}}.{b}.weight") for a, b in lfm2.MLX_FFN.items()),
+    ),
     flags={"use_expert_bias": True},
     tie_keys=lfm2.TIE_KEYS,
     tied_by_default=True,

@@ -147,6 +147,7 @@ RECIPE = Recipe(
     arch="llama",
     description="Llama, SmolLM2, TinyLlama and others of this architecture",
     hf_names=("LlamaForCausalLM", "LLaMAForCausalLM"),
+    bodies=("LlamaModel",),
     model_type="llama",
     dims={
         "L": Dim("num_hidden_layers"),

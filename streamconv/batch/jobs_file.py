@@ -228,13 +228,12 @@ def _resolved(source: Path) -> str:
     from streamconv.checkpoint.folder import Checkpoint
     from streamconv.errors import StreamconvError
     from streamconv.files.hub import find_source
-    from streamconv.recipe.bind import bind
-    from streamconv.recipe.language import find_recipe
+    from streamconv.recipe.recognise import recognise, recognise_architecture
 
     try:
         with Checkpoint.open(find_source(source)) as checkpoint:
-            config = checkpoint.config
-            return auto_outtype(checkpoint, bind(find_recipe(config), config, checkpoint.tensors))
+            recipe = recognise_architecture(checkpoint.config)
+            return auto_outtype(checkpoint, recognise(checkpoint, recipe))
     except (StreamconvError, OSError):
         return "auto"
 

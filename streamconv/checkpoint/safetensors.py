@@ -143,7 +143,7 @@ class Shard:
             if header[:1] != b"{":
                 raise SourceError("the header does not begin with {", code="header-start")
             entries = parse_object(header, self.path, MAX_HEADER_NBYTES)
-            _check_metadata(entries.pop(METADATA, None))
+            self.metadata = _read_metadata(entries.pop(METADATA, None))
             infos = {name: _read_entry(name, entry) for name, entry in entries.items()}
         except SourceError as error:
             raise self._malformed(
@@ -229,11 +229,12 @@ def _is_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(number) is int and 0 <= number <= MAX_EXTENT for number in value)
 
 
-def _check_metadata(value: Any) -> None:
-    """SourceError unless the `__metadata__` of a header is absent, null or a map of texts."""
+def _read_metadata(value: Any) -> dict[str, str]:
+    """The `__metadata__` of a header. SourceError unless it is absent, null or a map of texts."""
     texts = [*value, *value.values()] if isinstance(value, dict) else [] if value is None else [None]
     if not all(map(_is_unicode, texts)):
         raise SourceError(f"{METADATA} is not a map of texts", code="header-metadata")
+    return value or {}
 
 
 def _is_unicode(text: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamconv.checkpoint.config import Config
-from streamconv.checkpoint.folder import Checkpoint
+from streamconv.checkpoint.quantisation import quantised_names
 from streamconv.errors import RunWarning, SourceError
 from streamconv.files.hub import CONFIG, Source, find_source, source_failures
 from streamconv.files.store import Place
@@ -20,23 +20,22 @@ from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.reader import GGUFKey, Span, refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.config import Problem
-from streamconv.recipe.bind import MAX_LAYERS, bind
+from streamconv.recipe.bind import MAX_LAYERS
 from streamconv.recipe.dims import Equation, parse_extent, parse_shape, solve_dims, stated_dims
 from streamconv.recipe.language import (
-    QUANTIZATION_KEYS,
+    EMBEDDING,
     Model,
     Output,
     Recipe,
     all_recipes,
-    find_recipe,
     recipe_of,
 )
 from streamconv.recipe.names import MAIN_STACK, NONE, Found, fill, has_experts, stack_of
 from streamconv.recipe.ops import Op
+from streamconv.recipe.recognise import bound, open_checkpoint, recognise_architecture
 from streamconv.recipe.words import Key, PerLayer, Tensor
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
-EMBEDDING = "token_embd.weight"
 N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
 
 # Tensors that llama.cpp's runtime uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
@@ -337,19 +336,19 @@ class _GGUFFacts:
 
 
 def _from_folder(path: Place, max_header_nbytes: int) -> BaseModel:
-    raw = load_object(path / CONFIG, MAX_CONFIG_NBYTES)
-    # A quantised base (as QLoRA trains on) has other shapes on disk; its config.json gives the real ones.
-    is_quantized = bool([key for key in QUANTIZATION_KEYS if raw.pop(key, None) is not None])
-    config = Config(raw, path / CONFIG)
-    recipe = find_recipe(config)
-    if any(path.glob("*.safetensors")) and not is_quantized:
-        with Checkpoint.open(path, max_header_nbytes=max_header_nbytes) as checkpoint:
-            model = bind(recipe, config, checkpoint.tensors)
-            targets = frozenset(target.name for target in model.targets)
-            base = _of_model(path, model, model.is_tied, targets)
-            base.warnings += checkpoint.warnings
-            return base
-    return _from_config(path, recipe, config)
+    config = Config(load_object(path / CONFIG, MAX_CONFIG_NBYTES), path / CONFIG)
+    recipe = recognise_architecture(config)
+    if not any(path.glob("*.safetensors")):
+        return _from_config(path, recipe, config)
+    with open_checkpoint(path, max_header_nbytes) as checkpoint:
+        if any(quantised_names(checkpoint.tensors)):
+            # As QLoRA trains on: other shapes on disk; its config.json gives the real ones.
+            return _from_config(path, recipe, config)
+        model = bound(checkpoint, recipe)
+        targets = frozenset(target.name for target in model.targets)
+        base = _of_model(path, model, model.is_tied, targets)
+        base.warnings += checkpoint.warnings
+        return base
 
 
 def _from_config(path: Place, recipe: Recipe, config: Config) -> BaseModel:

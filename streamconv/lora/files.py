@@ -23,6 +23,7 @@ from streamconv.files.local import local_path
 from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.lora.config import Problem
+from streamconv.recipe.spelling import has_same_numbers, unwrapped
 
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, MLX's
 NUMBERED = "*[0-9]_adapters.safetensors"  # MLX's checkpoints, as 0000100_adapters.safetensors
@@ -123,7 +124,8 @@ class LoraFile:
             role, module = parse_name(name)
             if role in (A, B):
                 factors = self.factors.setdefault(module, Factors())
-                if getattr(factors, role) is not None:
+                other = getattr(factors, role)
+                if other is not None and not has_same_numbers(other, tensor):
                     self.problems.append(Problem("twice", f"has two tensors for lora_{role}", (module,)))
                 setattr(factors, role, tensor)
             elif role != UNUSED:
@@ -133,8 +135,7 @@ class LoraFile:
 
 def parse_name(name: str) -> tuple[str, str]:
     """(role, module) of a tensor: base_model.model.lm_head.lora_A.weight is ("a", "lm_head"), whatever its prefixes."""
-    while name.startswith("base_model.model."):
-        name = name.removeprefix("base_model.model.")
+    name = unwrapped(name)
     for role, pattern in _ROLES:
         if match := pattern.fullmatch(name):
             return role, match[1]

@@ -17,6 +17,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 from streamconv.checkpoint.config import MAX_NUMBER, Config
 from streamconv.checkpoint.folder import Checkpoint
@@ -27,7 +28,7 @@ from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitud
 from streamconv.lazy.leaves import sources
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import matrix_of
-from streamconv.lora.base import EMBEDDING, N_VOCAB, BaseModel
+from streamconv.lora.base import N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora.files import parse_name
 from streamconv.lora.fold import turned
@@ -36,9 +37,10 @@ from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_ada
 from streamconv.lora.whole_weights import WholeWeight, alone, one_by_one
 from streamconv.metadata.vocab.choice import Tokenizers
 from streamconv.metadata.vocab.files import has_tokens
-from streamconv.recipe.bind import Stored, bind
-from streamconv.recipe.language import Model
+from streamconv.recipe.bind import bind
+from streamconv.recipe.language import Model, Stored
 from streamconv.recipe.names import fill
+from streamconv.recipe.spelling import Speller
 from streamconv.recipe.words import Tensor
 
 __all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_adapter"]
@@ -115,11 +117,9 @@ class _Merge:
     def __init__(self, checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> None:
         self.checkpoint, self.model, self.adapters = checkpoint, model, tuple(adapters)
         self.recipe = model.recipe
-        self.base: Mapping[str, Stored] = {
-            self.recipe.canonical(name): tensor for name, tensor in checkpoint.tensors.items()
-        }
+        self.base = model.stored
         self.stored = dict(self.base)
-        self.embedding = next(row.source for row in self.recipe.tensors if row.target == EMBEDDING)
+        self.embedding = self.recipe.embedding
         self.made: dict[str, LazyTensor] = {}
         self.wholes: dict[str, WholeWeight] = {}  # by stored name
         self.changed_by: dict[str, list[Adapter]] = defaultdict(list)  # by stored name
@@ -203,12 +203,18 @@ class _Merge:
         """
         frozen, trained = _Weights(), _Weights()
         strange: dict[str, list[str]] = defaultdict(list)
-        for full_name, tensor in adapter.file.shard.tensors.items():
-            role, module = parse_name(full_name)
-            is_frozen = full_name.endswith(_FROZEN)
-            if role not in _REPLACING and not is_frozen:
-                continue
-            name = self._stored_name(module + _REPLACING.get(role, ".weight"))
+        whole = {
+            full_name: (role, module, module + _REPLACING.get(role, ".weight"))
+            for full_name in adapter.file.shard.tensors
+            for role, module in [parse_name(full_name)]
+            if role in _REPLACING or full_name.endswith(_FROZEN)
+        }
+        speller = Speller(self.recipe, (name for _, _, name in whole.values()))
+        self.warnings += speller.warnings
+        for full_name, (role, module, spelled) in whole.items():
+            tensor, is_frozen = adapter.file.shard.tensors[full_name], full_name.endswith(_FROZEN)
+            name = speller.spell(spelled)
+            name = name if self._is_stored(name) else None
             if name is None and (experts := self._experts(module, tensor)).keys() & self.stored.keys():
                 trained |= {one: (module, _Made(expert)) for one, expert in experts.items()}
             elif name is None:
@@ -226,11 +232,8 @@ class _Merge:
         is_known = len(stack.shape) == 3 and self.recipe.find(name) is not None
         return dict(one_by_one(self.model, name, stack.lazy())) if is_known else {}
 
-    def _stored_name(self, name: str) -> str | None:
-        """The base's name for an adapter's, whose model may have been one without a head, and so without "model."."""
-        known = self.base.keys() | {self.recipe.head}
-        spelled = (self.recipe.canonical(one) for one in (name, f"model.{name}"))
-        return next((one for one in spelled if one in known), None)
+    def _is_stored(self, name: str | None) -> TypeGuard[str]:
+        return name in self.base or name == self.recipe.head
 
     def _is_end(self, name: str) -> bool:
         return name in (self.embedding, self.recipe.head)

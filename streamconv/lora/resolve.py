@@ -21,6 +21,7 @@ from streamconv.lora.base import BaseModel, Slot
 from streamconv.lora.config import LoraConfig, Problem, stated_base
 from streamconv.lora.factors import is_zero
 from streamconv.lora.files import LoraFile
+from streamconv.recipe.spelling import Speller
 
 MAX_PROBLEMS_SHOWN = 12
 
@@ -68,8 +69,9 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     """The adapter's modules on `base`; `problems` has what is wrong. Factors are read only to see that one is not 0."""
     problems = [*adapter.problems, *config.problems, *_whole_problems(adapter, base, config)]
     placed, is_taken = [], _Taken()
+    speller = Speller(base.recipe, (f"{name}.weight" for name in adapter.factors))
     for name, factors in adapter.factors.items():
-        slot = _find_slot(name, base)
+        slot = base.slot((speller.spell(f"{name}.weight") or name).removesuffix(".weight"))
         problems += config.module_problems(name)
         if factors.a is None or factors.b is None:
             problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
@@ -91,7 +93,7 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     for module in modules:
         problems += _misfits(module, base, config)
     modules.sort(key=lambda module: module.slot.order)
-    warnings = [*base.warnings, *config.warnings]
+    warnings = [*base.warnings, *config.warnings, *speller.warnings]
     if modules and not problems and all(is_zero(module.b) or is_zero(module.a) for module in modules):
         message = f"{adapter.directory}: every product of factors is zero, so the adapter changes nothing"
         warnings.append(RunWarning("adapter-zero", f"{message}: was it saved before it was trained?"))
@@ -140,13 +142,6 @@ def _is_mergeable(problem: Problem, base: BaseModel) -> bool:
     what = _MERGEABLE.get(problem.code)
     names = [f"{module}.{what}" for module in problem.modules]
     return bool(what and names) and all(base.has(name) or base.has(f"model.{name}") for name in names)
-
-
-def _find_slot(name: str, base: BaseModel) -> Slot | Problem:
-    """The slot of a module. One of a model without a head (transformers' AutoModel) is named without "model."."""
-    slot = base.slot(name)
-    other = base.slot(f"model.{name}") if isinstance(slot, Problem) else slot
-    return other if isinstance(other, Slot) else slot
 
 
 class _Taken:

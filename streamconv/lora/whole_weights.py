@@ -8,20 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
-from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import matrix_of
 from streamconv.lora.specs import Adapter
-from streamconv.recipe.bind import Stored
 from streamconv.recipe.dims import extents
-from streamconv.recipe.language import Model, Output
+from streamconv.recipe.language import Model, Output, Stored
 from streamconv.recipe.names import fill, has_experts
 from streamconv.recipe.ops import applied
+from streamconv.recipe.spelling import has_same_numbers
 from streamconv.recipe.words import Tensor
-
-COMPARED_NBYTES = 1 << 20  # at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +29,7 @@ class WholeWeight:
 
     def excludes(self, other: WholeWeight) -> bool:
         """Whether the two cannot stand in one place: they can where both are the same frozen numbers."""
-        return self.is_trained or other.is_trained or not _are_equal(self.tensor, other.tensor)
-
-
-def _are_equal(one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors are the same bytes."""
-    if not isinstance(one, SourceTensor) or not isinstance(other, SourceTensor):
-        return False
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    ours, theirs = np.empty((2, min(one.nbytes, COMPARED_NBYTES)), np.uint8)
-    for start in range(0, one.nbytes, COMPARED_NBYTES):
-        n = min(COMPARED_NBYTES, one.nbytes - start)
-        one.shard.read_into(one.offset + start, ours[:n])
-        other.shard.read_into(other.offset + start, theirs[:n])
-        if not np.array_equal(ours[:n], theirs[:n]):
-            return False
-    return True
+        return self.is_trained or other.is_trained or not has_same_numbers(self.tensor, other.tensor)
 
 
 def alone(recipe: Output) -> dict[str, Tensor]:

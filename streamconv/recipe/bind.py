@@ -13,16 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from streamconv.checkpoint.config import Config
 from streamconv.errors import RunWarning, SourceError
 from streamconv.lazy.arithmetic import widened
 from streamconv.lazy.leaves import Resident
-from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import Stack
 from streamconv.recipe.dims import Equation, extents, parse_extent, parse_shape, solve_dims, stated_dims
-from streamconv.recipe.language import Model, Output, Recipe, Target
+from streamconv.recipe.language import Model, Output, Recipe, Stored, Target
 from streamconv.recipe.names import NONE, fill, has_experts, stack_of
 from streamconv.recipe.ops import first_fault
 from streamconv.recipe.words import Computed, Tensor
@@ -32,18 +31,20 @@ MAX_NAMES_SHOWN = 4
 MAX_PROBLEMS_SHOWN = 12
 
 
-class Stored(Protocol):
-    """What bind needs to know of a tensor on disk."""
+def bind(
+    recipe: Output,
+    config: Config,
+    stored: Mapping[str, Stored],
+    main: Model | None = None,
+    *,
+    is_body: bool = False,
+) -> Model:
+    """The recipe with every dim, kind and tensor of a checkpoint; SourceError listing all disagreements at once.
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def lazy(self) -> LazyTensor: ...
-
-
-def bind(recipe: Output, config: Config, stored: Mapping[str, Stored], main: Model | None = None) -> Model:
-    """The recipe with every dim, kind and tensor of a checkpoint; SourceError listing all disagreements at once."""
-    return _Binding(recipe, config, stored, main).bind()
+    `main`: of a further output, the model that it comes with. `is_body`: the model was saved without its head, so that
+    one that is not tied is incomplete.
+    """
+    return _Binding(recipe, config, stored, main, is_body).bind()
 
 
 def bind_outputs(recipe: Recipe, model: Model, stored: Mapping[str, Stored]) -> list[Model]:
@@ -75,7 +76,10 @@ class Problem(NamedTuple):
 class _Binding:
     """One run of `bind`; exists to collect problems."""
 
-    def __init__(self, recipe: Output, config: Config, stored: Mapping[str, Stored], main: Model | None) -> None:
+    def __init__(
+        self, recipe: Output, config: Config, stored: Mapping[str, Stored], main: Model | None, is_body: bool
+    ) -> None:
+        self.is_body = is_body
         self.recipe, self.config, self.stored, self.main = recipe, recipe.config_of(config), stored, main
         self.problems: list[Problem] = []
         self.missing: list[str] = []
@@ -315,7 +319,7 @@ class _Binding:
         has_head = self.recipe.head in self.found
         stated = self.recipe.stated_tie(self.config)
         tied = self.recipe.tied_by_default if stated is None else stated
-        if not has_head and not tied and stated is not None:
+        if not has_head and not tied and (stated is not None or self.is_body):
             self._problem(
                 "head-missing", f"the config says untied and there is no {self.recipe.head}: an incomplete checkpoint"
             )

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
+from typing import Protocol
 
 from gguf.constants import GGMLQuantizationType
 
@@ -26,9 +27,9 @@ from streamconv.recipe.dims import parse_extent
 from streamconv.recipe.names import MAIN_STACK, Found, NameTable, number_after, stack_of
 from streamconv.recipe.ops import applied, loss
 from streamconv.recipe.validation import faults
-from streamconv.recipe.words import Claim, Computed, Dim, Drop, Key, Refusal, Tensor
+from streamconv.recipe.words import Alias, Claim, Computed, Dim, Drop, Key, Refusal, Tensor
 
-QUANTIZATION_KEYS = ("quantization_config", "quantization")  # of transformers, of mlx-lm
+EMBEDDING = "token_embd.weight"  # GGUF's name of the token embedding
 
 # ---------------------------------------------------------------- an architecture
 
@@ -51,6 +52,7 @@ class Output:
             wrapper, is read together with what stands beside it.
         tie_keys: The config's flags for a head that is the embedding; the first that is stated counts.
         head: The head's source; "" where there is none.
+        aliases: What other programs call its sources, or in which shape they store them.
         is_required: Whether a checkpoint without any of its tensors is incomplete. (A fine-tune of a model's text half
             may have been saved alone.)
     """
@@ -63,6 +65,7 @@ class Output:
     keys: tuple[Key, ...]
     computed: tuple[Computed, ...] = ()
     drops: tuple[Drop, ...] = ()
+    aliases: tuple[Alias, ...] = ()
     stacks: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({MAIN_STACK: "L"}))
     prefixes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     config_root: str = ""
@@ -75,6 +78,7 @@ class Output:
     head: str = ""
     is_required: bool = False
     names: NameTable = field(init=False, repr=False, compare=False)  # of all sources
+    alias_names: NameTable = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """ValueError, naming the recipe, with all that it cannot mean."""
@@ -82,6 +86,12 @@ class Output:
             raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
         sources = [row.source for row in self.tensors] + [drop.source for drop in self.drops if not drop.is_open]
         object.__setattr__(self, "names", NameTable(sources))
+        object.__setattr__(self, "alias_names", NameTable(alias.source for alias in self.aliases))
+
+    @property
+    def embedding(self) -> str:
+        """The source of the token embedding."""
+        return next((row.source for row in self.tensors if row.target == EMBEDDING), "")
 
     def config_of(self, config: Config) -> Config:
         """What a checkpoint's config says of this file; its parent is the whole one."""
@@ -123,6 +133,7 @@ class Recipe(Output):
     Attributes:
         hf_names: As "architectures" of a config.json has them.
         model_type: As a config.json without them has it.
+        bodies: What transformers calls the models without their head, as AutoModel saves them.
         outputs: Further files, as a projector; the tensors of each are its own.
         default_pre: The pre-tokenizer of a model whose byte-level tokenizer has an unknown structure; None: there is
             no such guess.
@@ -131,6 +142,7 @@ class Recipe(Output):
 
     hf_names: tuple[str, ...]
     model_type: str
+    bodies: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
     default_pre: str | None = None
     description: str = ""
@@ -144,6 +156,15 @@ class Recipe(Output):
 
 
 # ---------------------------------------------------------------- a recipe that has met its checkpoint
+
+
+class Stored(Protocol):
+    """What is needed to know of a tensor on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def lazy(self) -> LazyTensor: ...
 
 
 def _covers(drop: Drop, name: str, depths: Mapping[str, int]) -> bool:
@@ -179,6 +200,7 @@ class Model:
     warnings: list[RunWarning] = field(default_factory=list)
     has_config: bool = True
     main: Model | None = None
+    stored: Mapping[str, Stored] = field(default_factory=dict, repr=False)  # by the recipe's names
 
     @property
     def n_layers(self) -> int:
@@ -257,14 +279,11 @@ def all_recipes() -> tuple[Recipe, ...]:
 
 def find_recipe(config: Config) -> Recipe:
     """The recipe for a config.json; SourceError, saying what is supported, where there is none."""
-    for key in QUANTIZATION_KEYS:
-        if settings := config.raw.get(key):
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
-            what = f"the checkpoint is quantised ({method or key})"
-            raise SourceError(what, file=config.file, hint="convert the original 16-bit checkpoint", code="quantised")
     names = config.list_of("architectures", str) or []
     for recipe in all_recipes():
-        if set(names) & set(recipe.hf_names) or (not names and config.text("model_type") == recipe.model_type):
+        if set(names) & {*recipe.hf_names, *recipe.bodies} or (
+            not names and config.text("model_type") == recipe.model_type
+        ):
             return recipe
     what = f"{', '.join(names) or 'a model without a name'} is not supported"
     wrapped = [key for key in ("text_config", "vision_config", "audio_config") if key in config.raw]

@@ -301,7 +301,7 @@ class Squeeze(Op):
     refuses = "a convolution, and LoRA of convolutions is not known here"
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
-        return _reshaped(parent, tuple(extent for extent in parent.spec.shape if extent != 1) or (1,))
+        return reshaped(parent, tuple(extent for extent in parent.spec.shape if extent != 1) or (1,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +312,7 @@ class Reshape(Op):
     refuses = "seen under another shape by llama.cpp"
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
-        return _reshaped(parent, tuple(_size(extent.text, model) for extent in parse_shape(self.to)))
+        return reshaped(parent, tuple(_size(extent.text, model) for extent in parse_shape(self.to)))
 
     def dims(self) -> Iterable[str]:
         return _names(self.to)
@@ -329,7 +329,8 @@ class Transpose(Op):
         return self.node(b, model), self.node(a, model)
 
 
-def _reshaped(parent: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+def reshaped(parent: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """The same elements in the same order under another shape. ValueError where their number differs."""
     if math.prod(shape) != parent.spec.n_elements:
         raise ValueError(f"{list(parent.spec.shape)} cannot be seen as {list(shape)}")
     spec = TensorSpec(shape, parent.spec.dtype)

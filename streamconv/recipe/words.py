@@ -96,6 +96,19 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """What another program calls a source, or in which shape it stores it.
+
+    `source` is its name there, `name` that of the rows. `shape` gives the rows' shape for a stored one, with the
+    elements in the same order, and None for any other.
+    """
+
+    source: str
+    name: str
+    shape: Callable[[tuple[int, ...]], tuple[int, ...] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
     """A source that is known, and not needed. One that ends in "*" is every name that begins so.
 

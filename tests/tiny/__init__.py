@@ -3,6 +3,7 @@
 Owns: the inputs of the tests. Does not own: what others make of them (tests/tools/make_goldens.py).
 """
 
+from tests.tiny import variants
 from tests.tiny.adapters import mlx_adapter, peft_adapter
 from tests.tiny.files import (
     ABSENT,
@@ -33,6 +34,7 @@ __all__ = [
     "peft_adapter",
     "read_safetensors",
     "tensors_of",
+    "variants",
     "write_bpe",
     "write_json",
     "write_safetensors",

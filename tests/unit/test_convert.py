@@ -342,8 +342,6 @@ def edit(**changes: Any) -> Callable[[Path], None]:
     [
         (edit(architectures=["FancyForCausalLM"]), "FancyForCausalLM is not supported.*Lfm2ForCausalLM"),
         (edit(architectures=["Lfm2VlForConditionalGeneration"], text_config={}), "wrapper with text_config"),
-        (edit(quantization_config={"quant_method": "gptq"}), "quantised \\(gptq\\)"),
-        (edit(quantization_config={"quant_method": "fp8"}), "quantised \\(fp8\\)"),
         (edit(hidden_size=96), "expected"),
         (edit(num_hidden_layers=5), "layer 4"),
         (edit(conv_bias=True), "conv_bias"),

@@ -48,8 +48,6 @@ def test_the_config_names_its_recipe(raw: dict[str, Any], arch: str) -> None:
         ({"architectures": ["Other"], "model_type": "llama"}, "Other is not supported"),
         ({}, "a model without a name is not supported"),
         ({"architectures": ["Lfm2VlForConditionalGeneration"], "text_config": {}}, "convert the text model's own"),
-        ({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
-        ({"architectures": ["LlamaForCausalLM"], "quantization": {"bits": 4}}, "quantised (quantization)"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', expected a list of str"),
         ({"architectures": [7]}, "architectures is [7], expected a list of str"),
     ],

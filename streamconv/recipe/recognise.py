@@ -1,0 +1,173 @@
+"""A checkpoint as the model that it is: its architecture found, its names and shapes brought to the recipe's, bound.
+
+What cannot be a model of a supported architecture is named for what it is, with the way out: another architecture, and
+how near it is to those that are known; unmerged adapters, value heads, empty shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.checkpoint.quantisation import check_quantisation
+from streamconv.errors import SourceError
+from streamconv.files.hub import CONFIG
+from streamconv.files.store import Place
+from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
+from streamconv.recipe.bind import bind
+from streamconv.recipe.dims import stated_dims
+from streamconv.recipe.language import Model, Recipe, Stored, all_recipes, find_recipe
+from streamconv.recipe.names import match_name
+from streamconv.recipe.spelling import Spelled, Speller, spell
+
+PAGE = "docs/adding-an-architecture.md"
+EMBEDDING_SIGNS = ("modules.json", "1_Dense")  # sentence-transformers' files beside a model
+
+_LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)(\.|$)")
+_VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|summary)(\.|$)")
+_CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
+
+
+def open_checkpoint(source: Place, max_header_nbytes: int) -> Checkpoint:
+    """The checkpoint at `source`, its headers read.
+
+    Raises:
+        SourceError: As Checkpoint.open; of an unsupported architecture that is said first, whatever else is wrong.
+    """
+    try:
+        return Checkpoint.open(source, max_header_nbytes=max_header_nbytes)
+    except SourceError:
+        folder = source if source.is_dir() else source.parent
+        if (folder / CONFIG).is_file():
+            recognise_architecture(Config(load_object(folder / CONFIG, MAX_CONFIG_NBYTES), folder / CONFIG))
+        raise
+
+
+def recognise(checkpoint: Checkpoint, recipe: Recipe) -> Model:
+    """The checkpoint's model, with warnings of what was taken otherwise than it is stored.
+
+    Raises:
+        SourceError: It is quantised, or it does not hold what `recipe` asks for.
+    """
+    warnings = check_quantisation(checkpoint.config, checkpoint.tensors)
+    model = bound(checkpoint, recipe)
+    model.warnings[:0] = warnings
+    return model
+
+
+def bound(checkpoint: Checkpoint, recipe: Recipe) -> Model:
+    """The checkpoint bound to `recipe`, whatever its config says of quantisation."""
+    config, folder = checkpoint.config, checkpoint.directory
+    spelled = spelled_tensors(checkpoint, recipe)
+    _refuse_foreign(recipe, spelled, folder)
+    is_body = spelled.is_bare or bool(set(_class_names(config)) & set(recipe.bodies))
+    model = bind(recipe, config, spelled.tensors, is_body=is_body)
+    model.warnings[:0] = spelled.warnings
+    return replace(model, stored=spelled.tensors)
+
+
+def spelled_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Spelled:
+    """The checkpoint's tensors under the recipe's names."""
+    config = recipe.config_of(checkpoint.config)
+    stated = stated_dims(recipe, config)
+    tie = recipe.stated_tie(config)
+    return spell(
+        recipe,
+        checkpoint.tensors,
+        folder=checkpoint.directory,
+        shared={one: other for shard in checkpoint.shards for one, other in shard.metadata.items()},
+        is_tied=recipe.tied_by_default if tie is None else tie,
+        depths={stack: stated[dim] for stack, dim in recipe.stacks.items() if dim in stated},
+    )
+
+
+def recognise_architecture(config: Config, names: Collection[str] = ()) -> Recipe:
+    """The recipe of a config.
+
+    Args:
+        config: The model's config.json.
+        names: Its tensors' names, to say how near an unsupported architecture is.
+
+    Raises:
+        SourceError: There is none (`architecture-unsupported`), or it is an embedding model (`embedding-model`).
+    """
+    try:
+        recipe = find_recipe(config)
+    except SourceError as error:
+        if error.code != "architecture-unsupported":
+            raise
+        nearest = _nearest(names)
+        hint = f"{PAGE} says how one is added; streamconv draft FOLDER writes its first draft. {error.hint}"
+        what = f"{error.message}{nearest}"
+        raise SourceError(what, file=error.file, hint=hint, code="architecture-unsupported") from None
+    signs = [name for name in EMBEDDING_SIGNS if (config.file.parent / name).exists()]
+    if signs and set(_class_names(config)) & set(recipe.bodies):
+        what = f"{' and '.join(_class_names(config))} with {' and '.join(signs)} beside it is an embedding model"
+        hint = "it gives vectors, not text; a generating model's folder has neither"
+        raise SourceError(what, file=config.file.parent, hint=hint, code="embedding-model")
+    return recipe
+
+
+def _class_names(config: Config) -> list[str]:
+    return config.list_of("architectures", str) or []
+
+
+def _nearest(names: Collection[str]) -> str:
+    """How near tensors of these names are to an architecture that is supported; nothing where none is."""
+    if not names:
+        return ""
+    spellers = {recipe.arch: Speller(recipe, names) for recipe in all_recipes()}
+    counts = {arch: sum(speller.spell(name) is not None for name in names) for arch, speller in spellers.items()}
+    arch = max(counts, key=lambda arch: counts[arch])
+    if 2 * counts[arch] < len(names):
+        return "; it is not near to any that is"
+    others = dict.fromkeys(match_name(name)[0] for name in names if spellers[arch].spell(name) is None)
+    unknown = f", others such as {', '.join(list(others)[:3])}" if others else ", all of them"
+    return f"; its tensors are nearest to {arch}'s: {counts[arch]} of {len(names)} have names of it{unknown}"
+
+
+def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
+    """SourceError for tensors that are no part of a model, by what they are."""
+    unknown = [name for name in spelled.tensors if recipe.find(name) is None and not recipe.is_of_another(name)]
+    for code, what, hint, pattern in _FOREIGN:
+        if found := [name for name in unknown if pattern.search(name)]:
+            count = f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}"
+            raise SourceError(f"{what}: {count}", file=folder, hint=hint, code=code)
+    empty = list(_empty(spelled.tensors))
+    if empty:
+        what = (
+            f"{len(empty)} of {len(spelled.tensors)} tensors are empty, such as {empty[0]}: saved while ZeRO-3 or FSDP"
+        )
+        hint = (
+            "gather them while saving (stage3_gather_16bit_weights_on_model_save), or run DeepSpeed's zero_to_fp32.py"
+        )
+        raise SourceError(f"{what} held them apart", file=folder, hint=hint, code="empty-tensors")
+
+
+def _empty(tensors: Mapping[str, Stored]) -> Iterator[str]:
+    return (name for name, tensor in tensors.items() if 0 in tensor.shape)
+
+
+_FOREIGN = (
+    (
+        "unmerged-lora",
+        "the model holds LoRA layers that were not merged",
+        "merge them first (model.merge_and_unload(), then save), or save the adapter and give it with --adapter",
+        _LORA,
+    ),
+    (
+        "value-head",
+        "the model has a value head, as TRL trains it, which a text model has no place for",
+        "save the model inside it: model.pretrained_model.save_pretrained(folder)",
+        _VALUE_HEAD,
+    ),
+    (
+        "classification-head",
+        "the model has a head that classifies or scores, which a text model has no place for",
+        "convert the model that it was made of, or save its body: model.model.save_pretrained(folder)",
+        _CLASSIFIER,
+    ),
+)
