@@ -326,9 +326,8 @@ def test_the_library_has_a_say(tmp_path: Path) -> None:
     assert library.objection(head.replace(b"[3]", b"[4]"), len(head) + 3)
 
 
-def test_what_the_library_refuses_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny.llama(tmp_path)
+def test_what_the_library_refuses_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "objection", lambda head, nbytes: "InvalidOffset")
-    with pytest.raises(SourceError) as caught, Checkpoint.open(source):
+    with pytest.raises(SourceError) as caught, Checkpoint.open(checkpoint):
         pass
     assert caught.value.code == "safetensors-library"
