@@ -223,7 +223,8 @@ class _Placed:
         if not (self.slot.is_embedding or self.slot.is_head):
             return None
         slot = replace(self.slot, shape=(None, self.slot.shape[1]))
-        ways = sorted(_fitting(self.a.shape, self.b.shape, slot) & _longer(self.a.shape, self.b.shape, slot))
+        fitting = _fitting(self.a.shape, self.b.shape, slot)  # none of factors that are not matrices
+        ways = sorted(fitting & _longer(self.a.shape, self.b.shape, slot)) if fitting else []
         if not ways:
             return None
         (a_turned, b_turned), is_embedding = ways[0], self.slot.is_embedding

@@ -1,8 +1,8 @@
-"""What an architecture is: a table of tensors with their shapes, a table of keys, and the few rules beside them.
+"""An architecture as a value (`Recipe`, and an `Output` for each further file), and what it becomes with a checkpoint.
 
-Owns: the vocabulary that recipes are written in, and finding the recipe of a config. Does not own: any one
-architecture (architectures/), holding a recipe against a checkpoint (recipe/bind.py), output types, dialects.
-Invariant: a recipe is data; all that it says of a tensor (source, target, shape, operations) is said in one row.
+A recipe is data: all that it says of a tensor stands in one row, in the words of words.py and ops.py, and is checked
+when it is loaded. bind.py makes a `Model` of it and a checkpoint. The recipes are the files of architectures/, found by
+being there.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ class Output:
 
     def canonical(self, name: str) -> str:
         """A checkpoint's name as rows are written."""
+        if not self.prefixes:  # of most architectures, whose names may be tens of thousands
+            return name
         found = max((prefix for prefix in self.prefixes if name.startswith(prefix)), key=len, default=None)
         return name if found is None else self.prefixes[found] + name.removeprefix(found)
 
@@ -112,8 +114,9 @@ class Output:
 
     def drop_of(self, name: str, depths: Mapping[str, int]) -> Drop | None:
         """Why the tensor `name` is not needed, where that is known; `depths`: of the stacks, as the config states."""
-        name = self.canonical(name)
-        return next((drop for drop in self.drops if drop.is_open and _covers(drop, name, depths)), None)
+        drops = [drop for drop in self.drops if drop.is_open]
+        name = self.canonical(name) if drops else name
+        return next((drop for drop in drops if _covers(drop, name, depths)), None)
 
     def stated_tie(self, config: Config) -> bool | None:
         """Whether the config says that the head is the embedding; None where it says nothing."""

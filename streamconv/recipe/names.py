@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAIN_STACK = ""  # the stack of "{i}"
@@ -90,20 +90,20 @@ class NameTable:
 
     def find(self, name: str) -> Found | None:
         """The template of `name`; one with a number of its own comes before one that leaves it open."""
-        return min(self._all(name), key=lambda found: (found.i != NONE, found.e != NONE), default=None)
-
-    def _all(self, name: str) -> Iterator[Found]:
         numbers: list[int] = []
 
         def number(match: re.Match[str]) -> str:
             numbers.append(int(match[0]))
             return "#"
 
-        form = _NUMBER.sub(number, name)
-        for template, slots in self._by_form.get(form, ()):
-            if len(slots) == len(numbers) and all(_takes(*pair) for pair in zip(slots, numbers, strict=True)):
+        best = None
+        for template, slots in self._by_form.get(_NUMBER.sub(number, name), ()):
+            if len(slots) == len(numbers) and all(map(_takes, slots, numbers)):
                 by_slot = dict(zip(slots, numbers, strict=True))
-                yield Found(template, by_slot.get("{i}", NONE), by_slot.get("{e}", NONE))
+                found = Found(template, by_slot.get("{i}", NONE), by_slot.get("{e}", NONE))
+                if best is None or (found.i != NONE, found.e != NONE) < (best.i != NONE, best.e != NONE):
+                    best = found
+        return best
 
 
 def _takes(slot: str, number: int) -> bool:
