@@ -272,6 +272,39 @@ def _q6_k(x: Floats, w: Floats | None) -> Bytes:
     return blocks
 
 
+def _ternary(x: Floats) -> tuple[NDArray[np.uint8], Bytes]:
+    """Quants [blocks, 256] from 0 to 2, and the scales as they are stored."""
+    d = np.abs(x).max(axis=1)
+    inverse = np.where(d != 0, np.float32(1) / d, np.float32(0))
+    inverse[np.isinf(inverse)] = 0  # ggml makes zeros of what no integer holds
+    product = x * inverse[:, None]
+    # Half away from zero: the predecessor of 0.5 is added, so that what is just below a half stays below.
+    rounded = product + np.copysign(np.nextafter(np.float32(0.5), np.float32(0)), product)
+    return _narrow(rounded.astype(np.int32) + 1), _f16(d)
+
+
+def _tq2_0(x: Floats, w: Floats | None) -> Bytes:
+    levels, end = _ternary(x)
+    return np.concatenate([_two_bits(levels), end], axis=1)
+
+
+def _trits(levels: NDArray[np.uint8]) -> Bytes:
+    """[blocks, up to 5, n] as n bytes: the fraction that multiplications by 3 read them from."""
+    weights = 3 ** np.arange(4, 4 - levels.shape[1], -1)
+    q = (levels.astype(np.int32) * weights[:, None]).sum(axis=1)
+    return _narrow((q * 256 + 242) // 243)
+
+
+def _tq1_0(x: Floats, w: Floats | None) -> Bytes:
+    levels, end = _ternary(x)
+    parts = (
+        levels[:, :160].reshape(-1, 5, 32),
+        levels[:, 160:240].reshape(-1, 5, 16),
+        levels[:, 240:].reshape(-1, 4, 4),
+    )
+    return np.concatenate([*map(_trits, parts), end], axis=1)
+
+
 QUANTIZERS: Final[dict[str, Quantizer]] = {
     "Q4_0": _symmetric_32(15),
     "Q4_1": _affine_32(15),
@@ -284,4 +317,6 @@ QUANTIZERS: Final[dict[str, Quantizer]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
 }

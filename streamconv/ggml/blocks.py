@@ -37,7 +37,7 @@ _SOURCES: Final = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuant
 class Root(Enum):
     """Over what the mean of squares is taken in `weight = importance * sqrt(factor * mean + x * x)`."""
 
-    NONE = "none"  # the importance itself is the weight
+    NONE = "none"  # the importance itself is the weight, or there is none
     ROW = "row"
     BLOCK = "block"
 
@@ -84,6 +84,8 @@ BLOCK_TYPES: Final[dict[GGMLQuantizationType, BlockType]] = {
         _block_type("Q6_K", (208,), Root.NONE),
         _block_type("IQ4_NL", (0,), Root.BLOCK, 2),
         _block_type("IQ4_XS", (0,), Root.BLOCK, 2),
+        _block_type("TQ1_0", (52,), Root.NONE),
+        _block_type("TQ2_0", (64,), Root.NONE),
     )
 }
 

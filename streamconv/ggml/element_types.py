@@ -68,6 +68,8 @@ _ROWS = (
     ElementType(T.Q6_K,    _blocks(T.Q6_K),     F.MOSTLY_Q6_K,        BLOCKS,    BLOCKS),
     ElementType(T.IQ4_NL,  _blocks(T.IQ4_NL),   F.MOSTLY_IQ4_NL,      BLOCKS,    BLOCKS),
     ElementType(T.IQ4_XS,  _blocks(T.IQ4_XS),   F.MOSTLY_IQ4_XS,      BLOCKS,    BLOCKS),
+    ElementType(T.TQ1_0,   _blocks(T.TQ1_0),    F.MOSTLY_TQ1_0,       BLOCKS,    BLOCKS),
+    ElementType(T.TQ2_0,   _blocks(T.TQ2_0),    F.MOSTLY_TQ2_0,       BLOCKS,    BLOCKS),
     ElementType(T.F64,     dtype.F64),
     ElementType(T.I64,     dtype.I64),
     ElementType(T.I32,     dtype.I32),

@@ -61,6 +61,8 @@ MIXES: Final[Mapping[str, Mix]] = MappingProxyType(
             Mix("q6_k", F.MOSTLY_Q6_K, T.Q6_K),
             Mix("iq4_nl", F.MOSTLY_IQ4_NL, T.IQ4_NL),
             Mix("iq4_xs", F.MOSTLY_IQ4_XS, T.IQ4_XS),
+            Mix("tq1_0", F.MOSTLY_TQ1_0, T.TQ1_0),
+            Mix("tq2_0", F.MOSTLY_TQ2_0, T.TQ2_0),
         )
     }
 )
@@ -302,6 +304,7 @@ class _Rule:
 
 # The first that fits decides; without one a tensor gets the mix's own type.
 _RULES: Final = (
+    _Rule(Role.EMBEDDING, "tq1_0 tq2_0", T.Q4_K),
     _Rule(Role.VALUE, "q2_k", T.Q4_K, lambda at: at.gqa),
     _Rule(Role.VALUE, "q2_k", T.Q3_K),
     _Rule(Role.VALUE, "q2_k_s", T.Q4_K, lambda at: at.gqa),
@@ -336,6 +339,7 @@ _RULES: Final = (
 # Where a row does not divide into blocks: a type with blocks of 32. Where it does not divide into those either: F16.
 _FALLBACKS: Final[Mapping[GGMLQuantizationType, GGMLQuantizationType]] = MappingProxyType(
     {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0, T.IQ4_XS: T.IQ4_NL}
+    | dict.fromkeys((T.TQ1_0, T.TQ2_0), T.Q4_0)
 )
 
 

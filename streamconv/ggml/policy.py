@@ -36,6 +36,8 @@ FALLBACKS: Final[Mapping[T, T]] = {
     T.Q5_K: T.Q5_1,
     T.Q6_K: T.Q8_0,
     T.IQ4_XS: T.IQ4_NL,
+    T.TQ1_0: T.Q4_0,
+    T.TQ2_0: T.Q4_0,
     T.Q4_0: T.F16,
     T.Q4_1: T.F16,
     T.Q5_0: T.F16,

@@ -201,4 +201,4 @@ def test_the_compiled_kernel_needs_little_stack() -> None:
 def test_the_table_says_what_gguf_says() -> None:
     for type_, block in BLOCK_TYPES.items():
         assert (block.n_elements, block.nbytes) == GGML_QUANT_SIZES[type_]
-    assert [type_.name for type_, block in BLOCK_TYPES.items() if block.root is Root.NONE] == ["Q6_K"]
+    assert [type_.name for type_, block in BLOCK_TYPES.items() if block.root is Root.NONE] == ["Q6_K", "TQ1_0", "TQ2_0"]

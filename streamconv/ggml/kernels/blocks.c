@@ -30,6 +30,8 @@ const block_type_t BLOCK_TYPES[] = {
     {14, SUPER, 210, 1, 208, ROOT_NONE, 0}, /* Q6_K */
     {20, 32, 18, 1, 0, ROOT_BLOCK, 2},     /* IQ4_NL */
     {23, SUPER, 136, 1, 0, ROOT_BLOCK, 2}, /* IQ4_XS */
+    {34, SUPER, 54, 1, 52, ROOT_NONE, 0},  /* TQ1_0 */
+    {35, SUPER, 66, 1, 64, ROOT_NONE, 0},  /* TQ2_0 */
 };
 const int N_BLOCK_TYPES = sizeof BLOCK_TYPES / sizeof *BLOCK_TYPES;
 

@@ -8,6 +8,7 @@
 #include "iq4.h"
 #include "k_quants.h"
 #include "legacy.h"
+#include "ternary.h"
 
 /* Makes blocks of a piece: `w` are its weights, NULL without an importance matrix. Both are PIECE numbers, zeros after
    the last block. */
@@ -25,6 +26,8 @@ static quantiser_t quantiser_of(int type) {
     case 13: return q5_k;
     case 14: return q6_k;
     case 20: return iq4_nl;
+    case 34: return tq1_0;
+    case 35: return tq2_0;
     default: return iq4_xs;
     }
 }
