@@ -9,7 +9,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGUFValueType, LlamaFileType
 from gguf.constants import GGMLQuantizationType as T
 
-from streamconv.cli import options
+from streamconv import options
 from streamconv.errors import SourceError
 from streamconv.ggml import policy
 from streamconv.ggml.blocks import BLOCK_TYPES
