@@ -65,9 +65,10 @@ lowest: .venv-lowest/.ready ## the conversions with the oldest Python here and t
 newest: .venv-newest/.ready ## the conversions with the newest Python here and the newest version of everything
 	.venv-newest/bin/pytest -q $(CONVERSIONS)
 
-docs: $(VENV)/.ready ## docs/cli.md, made of the parser, and docs/errors.md, made of the source
+docs: $(VENV)/.ready ## the pages made of the source: docs/cli.md, docs/errors.md, docs/architectures.md
 	$(BIN)/python -m tests.tools.cli_docs
 	$(BIN)/python -m tests.tools.error_docs
+	$(BIN)/python -m tests.tools.architecture_docs
 
 package-check: $(VENV)/.ready ## wheel and sdist install and run in fresh environments, on every Python that is here
 	$(BIN)/python -m tests.tools.package_check

@@ -30,7 +30,7 @@ from streamconv.metadata.vocab.choice import choose_vocabulary
 from streamconv.options import OutputOptions, RunOptions, SplitOptions, documented
 from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind_outputs
-from streamconv.recipe.language import Model
+from streamconv.recipe.language import Model, Recipe
 from streamconv.recipe.recognise import open_checkpoint, recognise, recognise_architecture
 from streamconv.report import Report
 from streamconv.timing import Profile
@@ -130,7 +130,7 @@ def plan_model(
         specs=[(target.name, target.tensor.spec) for target in model.targets],
         merged=merged.directories,
     )
-    vocabulary = _bounded_vocabulary(merged, recipe.default_pre, wanted, tensors, limit_nbytes)
+    vocabulary = _bounded_vocabulary(merged, recipe, wanted, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", policy.file_type)
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
     path = output_path(dst, general.file_name(policy.outtype))
@@ -213,7 +213,7 @@ def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]
 
 def _bounded_vocabulary(
     merged: Merged,
-    default_pre: str | None,
+    recipe: Recipe,
     wanted: OutputOptions,
     tensors: Sequence[PlacedTensor],
     limit_nbytes: int,
@@ -233,8 +233,9 @@ def _bounded_vocabulary(
             over=over,
             config=model.config.raw,
             n_vocab=n_vocab,
-            default_pre=default_pre,
+            default_pre=recipe.default_pre,
             pre=wanted.pre,
+            special=recipe.special_tokens,
         )
 
     return choose_vocabulary(merged.tokenizers, wanted.tokenizer, read)

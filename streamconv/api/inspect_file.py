@@ -266,7 +266,14 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     if sum(vocabulary_nbytes(folder, n_vocab)) > default_limit_nbytes():
         found.warnings.append(RunWarning("tokenizer-size", "the tokenizer's files are too large to be read here"))
         return
-    vocabulary = read_vocabulary(folder, config=config.raw, n_vocab=n_vocab, default_pre=recipe.default_pre, pre=None)
+    vocabulary = read_vocabulary(
+        folder,
+        config=config.raw,
+        n_vocab=n_vocab,
+        default_pre=recipe.default_pre,
+        pre=None,
+        special=recipe.special_tokens,
+    )
     found.warnings += vocabulary.warnings
 
 

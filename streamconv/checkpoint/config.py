@@ -101,12 +101,26 @@ class Config:
 
         SourceError where it is said for each kind of layer, and not the same of all.
         """
-        key = "rope_scaling" if self.section("rope_scaling") else "rope_parameters"
-        section = self.section(key) or Config({}, self.file)
+        key, section = self._rope_section()
         full = section.section("full_attention")
         if full and any(isinstance(other, dict) and other != full.raw for other in section.raw.values()):
             raise self.wrong(key, "the same RoPE for all kinds of layers")
         return full or section
+
+    def rope_of(self, kind: str) -> Config:
+        """What is said of RoPE for one kind of layer (full_attention, sliding_attention), or of all where it is not."""
+        section = self._rope_section()[1]
+        by_kind = {key: section.section(key) for key, value in section.raw.items() if isinstance(value, dict)}
+        return (by_kind.get(kind) or Config({}, self.file)) if by_kind else section
+
+    @property
+    def has_rope_by_kind(self) -> bool:
+        """Whether RoPE is said for each kind of layer."""
+        return any(isinstance(value, dict) for value in self._rope_section()[1].raw.values())
+
+    def _rope_section(self) -> tuple[str, Config]:
+        key = "rope_scaling" if self.section("rope_scaling") else "rope_parameters"
+        return key, self.section(key) or Config({}, self.file)
 
     @property
     def rope_type(self) -> str:

@@ -24,6 +24,7 @@ from streamconv.recipe.words import (
     STRING,
     U32,
     Alias,
+    Caveat,
     Claim,
     Computed,
     Dim,
@@ -31,6 +32,7 @@ from streamconv.recipe.words import (
     Key,
     PerLayer,
     Refusal,
+    SpecialTokens,
     Tensor,
 )
 
@@ -41,6 +43,7 @@ __all__ = [
     "STRING",
     "U32",
     "Alias",
+    "Caveat",
     "Claim",
     "Columns",
     "Computed",
@@ -62,6 +65,7 @@ __all__ = [
     "Rows",
     "Scalar",
     "Scale",
+    "SpecialTokens",
     "Split",
     "Squeeze",
     "Tensor",

@@ -106,6 +106,8 @@ class _Binding:
         refusals = []
         if model.dims.keys() >= self.recipe.dims.keys():
             refusals = [Problem("unrunnable", told) for refusal in self.recipe.refusals if (told := refusal.of(model))]
+            told_caveats = ((caveat.code, caveat.of(model)) for caveat in self.recipe.caveats)
+            model.warnings += [RunWarning(code, told) for code, told in told_caveats if told]
         if self.problems or refusals:
             raise self._error(refusals)
         model.targets += [target for choice in choices if (target := self._make(model, choice))]

@@ -27,7 +27,7 @@ from streamconv.recipe.dims import parse_extent
 from streamconv.recipe.names import MAIN_STACK, Found, NameTable, number_after, stack_of
 from streamconv.recipe.ops import applied, loss
 from streamconv.recipe.validation import faults
-from streamconv.recipe.words import Alias, Claim, Computed, Dim, Drop, Key, Refusal, Tensor
+from streamconv.recipe.words import Alias, Caveat, Claim, Computed, Dim, Drop, Key, Refusal, SpecialTokens, Tensor
 
 EMBEDDING = "token_embd.weight"  # GGUF's name of the token embedding
 
@@ -50,6 +50,8 @@ class Output:
             {"model.language_model.": "model."}.
         config_root: The section of the config that is about this file: "vision_config". A Recipe's, "text_config" of a
             wrapper, is read together with what stands beside it.
+        refusals: What the run time cannot do for a model.
+        caveats: What it does otherwise in some uses, said as warnings.
         tie_keys: The config's flags for a head that is the embedding; the first that is stated counts.
         head: The head's source; "" where there is none.
         aliases: What other programs call its sources, or in which shape they store them.
@@ -72,6 +74,7 @@ class Output:
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     claims: tuple[Claim, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    caveats: tuple[Caveat, ...] = ()
     flags: Mapping[str, bool] = field(default_factory=lambda: MappingProxyType({}))
     tie_keys: tuple[str, ...] = ("tie_word_embeddings",)
     tied_by_default: bool = False
@@ -140,6 +143,7 @@ class Recipe(Output):
         outputs: Further files, as a projector; the tensors of each are its own.
         default_pre: The pre-tokenizer of a model whose byte-level tokenizer has an unknown structure; None: there is
             no such guess.
+        special_tokens: What the models mean by special tokens, beside the tokenizer's files.
         description: For `streamconv architectures`.
     """
 
@@ -148,6 +152,7 @@ class Recipe(Output):
     bodies: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
     default_pre: str | None = None
+    special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
     description: str = ""
     head: str = "lm_head.weight"
 
@@ -274,9 +279,10 @@ class Model:
 
 @cache
 def all_recipes() -> tuple[Recipe, ...]:
-    """Every file of architectures/, by name."""
+    """Every file of architectures/, by name; those that begin with an underscore are parts of others."""
     package = importlib.import_module("streamconv.architectures")
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    names = [name for name in modules if not name.startswith("_")]
     return tuple(importlib.import_module(f"streamconv.architectures.{name}").RECIPE for name in names)
 
 

@@ -121,7 +121,8 @@ def _nearest(names: Collection[str]) -> str:
         return ""
     spellers = {recipe.arch: Speller(recipe, names) for recipe in all_recipes()}
     counts = {arch: sum(speller.spell(name) is not None for name in names) for arch, speller in spellers.items()}
-    arch = max(counts, key=lambda arch: counts[arch])
+    n_rows = {recipe.arch: sum(row.required is True for row in recipe.tensors) for recipe in all_recipes()}
+    arch = max(counts, key=lambda arch: (counts[arch], -n_rows[arch]))  # of several, the one that has least beside them
     if 2 * counts[arch] < len(names):
         return "; it is not near to any that is"
     others = dict.fromkeys(match_name(name)[0] for name in names if spellers[arch].spell(name) is None)

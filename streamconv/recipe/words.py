@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -160,6 +160,18 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """What an architecture's models mean by special tokens, beside the tokenizer's files; by role (bos, eos, eot ...).
+
+    texts: the token of a role that the files leave out, where the vocabulary has it.
+    keys: the config's key that says a role's id, before any file does.
+    """
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """What the GGUF architecture or its run time cannot do: `what`, told of every model for which `applies`.
 
@@ -174,3 +186,10 @@ class Refusal:
         if not self.applies(model):
             return None
         return self.what.format_map(ChainMap({"rope_type": model.config.rope_type}, model.dims, dict(model.config.raw)))
+
+
+@dataclass(frozen=True, slots=True)
+class Caveat(Refusal):
+    """What the run time does otherwise in some uses of a model, and not in all: said as a warning under `code`."""
+
+    code: str = "caveat"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.families import build, table
+from tests.tools import architecture_docs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
@@ -34,3 +35,7 @@ def test_dimensions_are_pairwise_distinct(name: str) -> None:
     square = {shape for shape in shapes if len(shape) == 2 and shape[0] == shape[1]}
     assert square <= {(256, 256)}, square  # q and o, where a head is a fraction of the hidden size
     assert all(math.prod(shape) < 2**23 for shape in shapes)
+
+
+def test_the_list_of_architectures_is_that_of_their_files() -> None:
+    assert architecture_docs.PATH.read_text(encoding="utf-8") == architecture_docs.render()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamconv.architectures.llama import llama3_factors
+from streamconv.architectures.llama import ROPE
 from streamconv.errors import SourceError
 from tests import inmemory, tiny
 from tests.inmemory import ABSENT, Stored, bound, target
@@ -211,7 +211,7 @@ def test_factors_of_published_models_have_llama_cpps_bits(
     published = LLAMA3 | {"factor": factor, "original_max_position_embeddings": context, "rope_theta": 500000.0}
     model = bound(*llama, rope_parameters=published)
     model.dims["D"] = size
-    factors = llama3_factors(model)
+    factors = ROPE.llama3_factors(model)
     assert factors is not None
     assert {i: int(factors.view(np.uint32)[i]) for i in bits} == bits
 

@@ -26,10 +26,11 @@ from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TOKENIZER_JSON,
 from streamconv.metadata.vocab.footprint import vocabulary_nbytes
 from streamconv.metadata.vocab.pretokenizers import check_name, identify, is_byte_level, space_fault, space_prefix
 from streamconv.metadata.vocab.sentencepiece_model import read_sentencepiece_model
-from streamconv.metadata.vocab.special_tokens import ADD_KEYS, ID_KEYS, Tokens, find_ids, find_roles
+from streamconv.metadata.vocab.special_tokens import ADD_KEYS, ID_KEYS, NO_SPECIAL_TOKENS, Tokens, find_ids, find_roles
 from streamconv.metadata.vocab.spm_tokens import sentencepiece_tokens
 from streamconv.metadata.vocab.token_list import TokenList
 from streamconv.metadata.vocab.tokenizer_json import Merges, TokenizerJson, read_tokenizer_json, shown
+from streamconv.recipe import SpecialTokens
 
 __all__ = ["Vocabulary", "read_vocabulary", "vocabulary_nbytes"]
 
@@ -50,13 +51,14 @@ def read_vocabulary(
     default_pre: str | None,
     pre: str | None,
     over: Place | None = None,
+    special: SpecialTokens = NO_SPECIAL_TOKENS,
 ) -> Vocabulary:
     """The tokenizer in `directory` as keys, with `n_vocab` tokens, the embedding's rows.
 
     `over` is a folder whose files count before those of `directory`, as an adapter's before its base's. `default_pre`
     names the pre-tokenizer of an unknown structure (a warning), None makes that an error; `pre` is the user's own
-    name for it. SourceError on anything missing, malformed or unsupported, UsageError on a `pre` that llama.cpp
-    does not know.
+    name for it; `special` is what the architecture says of special tokens. SourceError on anything missing, malformed
+    or unsupported, UsageError on a `pre` that llama.cpp does not know.
     """
     if pre is not None:
         check_name(pre)
@@ -65,7 +67,7 @@ def read_vocabulary(
     tokens = source.tokens
     name = _pre_tokenizer(source, default_pre, pre) if source.model == "gpt2" else pre or "default"
     keys = [KeyValue.string(Keys.Tokenizer.MODEL, source.model), KeyValue.string(Keys.Tokenizer.PRE, name)]
-    special = _special_keys(source, companions, n_vocab)
+    ids = _special_keys(source, companions, n_vocab, special)
     texts, types, scores = tokens.packed()
     keys.append(KeyValue.array(Keys.Tokenizer.LIST, texts))
     if scores is not None:
@@ -74,7 +76,7 @@ def read_vocabulary(
     if source.model == "gpt2" and source.merges is not None:
         keys.append(KeyValue.array(Keys.Tokenizer.MERGES, source.merges.lines))
     templates, warnings = chat_template_keys(companions)
-    return Vocabulary((*keys, *special, *templates), (*tokens.warnings, *warnings))
+    return Vocabulary((*keys, *ids, *templates), (*tokens.warnings, *warnings))
 
 
 @dataclass(slots=True)
@@ -214,10 +216,10 @@ def _pre_tokenizer(source: _Source, default_pre: str | None, pre: str | None) ->
     return found.name
 
 
-def _special_keys(source: _Source, companions: Companions, n_vocab: int) -> list[KeyValue]:
+def _special_keys(source: _Source, companions: Companions, n_vocab: int, special: SpecialTokens) -> list[KeyValue]:
     tokens, tokenizer = source.tokens, source.tokenizer
     roles = find_roles(companions, tokenizer.parts["post_processor"] if tokenizer else None)
-    wanted = {_encoded(text) for text in roles.texts.values()}
+    wanted = {_encoded(text) for text in (*roles.texts.values(), *special.texts.values())}
     added = {token.text: token.id for token in tokenizer.added if token.text in wanted} if tokenizer else {}
 
     def find_any(text: str) -> int | None:
@@ -228,7 +230,7 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int) -> list
         return tokens.ids.get(raw, added[raw]) if raw in added else None
 
     lookups = Tokens(n_vocab, find_added, find_any, lambda id_: tokens.texts[id_] is not None)
-    ids, warnings = find_ids(roles, companions, lookups)
+    ids, warnings = find_ids(roles, companions, lookups, special)
     tokens.warnings += warnings
     adds = roles.add
     if source.model == "gpt2" or (tokenizer is not None and tokenizer.vocab):

@@ -18,8 +18,11 @@ from streamconv.errors import RunWarning
 from streamconv.files.hub import CONFIG
 from streamconv.files.store import Place
 from streamconv.metadata.vocab.companions import Companions, token_id, token_text
-from streamconv.metadata.vocab.files import GENERATION_CONFIG, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
+from streamconv.metadata.vocab.files import GENERATION_CONFIG, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON
 from streamconv.metadata.vocab.tokenizer_json import shown
+from streamconv.recipe import SpecialTokens
+
+NO_SPECIAL_TOKENS = SpecialTokens()
 
 ID_KEYS = {
     "bos": Keys.Tokenizer.BOS_ID,
@@ -148,13 +151,15 @@ class Tokens:
     has: Callable[[int], bool] = lambda id_: True
 
 
-def find_ids(roles: Roles, companions: Companions, tokens: Tokens) -> tuple[dict[str, int], list[RunWarning]]:
-    """Ids by role, and what the files disagree on or name in vain."""
+def find_ids(
+    roles: Roles, companions: Companions, tokens: Tokens, special: SpecialTokens = NO_SPECIAL_TOKENS
+) -> tuple[dict[str, int], list[RunWarning]]:
+    """Ids by role, and what the files disagree on or name in vain. special: what the architecture says of them."""
     ids: dict[str, int] = {}
     warnings: list[RunWarning] = []
     for role in ID_KEYS:
         inside: list[tuple[str, int]] = []
-        for source, id_ in _candidates(role, roles, companions, tokens):
+        for source, id_ in _candidates(role, roles, companions, tokens, special):
             if id_ >= tokens.n_rows:
                 message = f"{source} names token {shown(id_)} as {role}, the model has {tokens.n_rows:,} rows"
                 warnings.append(RunWarning("special-token-range", message + _IN_VAIN.get(role, "")))
@@ -166,12 +171,15 @@ def find_ids(roles: Roles, companions: Companions, tokens: Tokens) -> tuple[dict
         warnings += _unknown(role, roles, companions, tokens)
         if inside:
             source, ids[role] = inside[0]
-        if inside and source not in {str(path) for path, _ in _brought(role, companions)}:
+        decided = {str(path) for path, _ in _brought(role, companions)}
+        if inside and source not in decided and role not in special.keys:
             warnings += _disagreement(role, source, ids[role], companions, tokens)
     return ids, warnings
 
 
-def _candidates(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[tuple[str, int]]:
+def _candidates(
+    role: str, roles: Roles, companions: Companions, tokens: Tokens, special: SpecialTokens
+) -> Iterator[tuple[str, int]]:
     """Sources and ids, the first one wins. What a folder over another brought, then SpecialVocab's two."""
     for path, named in _brought(role, companions):
         id_ = named if isinstance(named, int) else _first(tokens.added(named), tokens.any(named))
@@ -180,13 +188,16 @@ def _candidates(role: str, roles: Roles, companions: Companions, tokens: Tokens)
     text = roles.texts.get(role) or _BY_TEXT.get(role)
     mapped = token_text(companions.special_tokens_map.get(f"{role}_token"))
     written = _config_id(role, companions)
+    own = special.texts.get(role)
     found = (
+        (CONFIG, token_id(companions.config.get(special.keys.get(role, "")))),
         (TOKENIZER_CONFIG, tokens.added(text) if text else None),
         (CONFIG, None if isinstance(written, list) else token_id(written)),
         (TOKENIZER_CONFIG, tokens.any(text) if text else None),
         (SPECIAL_TOKENS_MAP, tokens.any(mapped) if mapped else None),
         (GENERATION_CONFIG, token_id(companions.generation_config.get(f"{role}_token_id"))),
         (CONFIG, token_id(written) if isinstance(written, list) else None),
+        (TOKENIZER_JSON, tokens.added(own) if own else None),
     )
     yield from ((source, id_) for source, id_ in found if id_ is not None)
 

@@ -1,4 +1,4 @@
-"""`python -m tests.tools.qwen3 DIR` builds a tiny Qwen3 checkpoint, the newcomer of docs/adding-an-architecture.md."""
+"""`python -m tests.tools.arcee DIR` builds a tiny Arcee checkpoint, the newcomer of docs/adding-an-architecture.md."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ from tests import tiny
 
 N_LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FF, VOCAB = 3, 64, 4, 2, 24, 96, 404
 CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
+    "architectures": ["ArceeForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
     "bos_token_id": 1,
     "dtype": "bfloat16",
     "eos_token_id": 2,
     "head_dim": HEAD_DIM,
-    "hidden_act": "silu",
+    "hidden_act": "relu2",
     "hidden_size": HIDDEN,
     "initializer_range": 0.02,
     "intermediate_size": FF,
     "max_position_embeddings": 640,
-    "max_window_layers": N_LAYERS,
-    "model_type": "qwen3",
+    "mlp_bias": False,
+    "model_type": "arcee",
     "num_attention_heads": HEADS,
     "num_hidden_layers": N_LAYERS,
     "num_key_value_heads": KV_HEADS,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-    "sliding_window": None,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
     "tie_word_embeddings": True,
     "transformers_version": "5.23.0",
     "use_cache": True,
-    "use_sliding_window": False,
     "vocab_size": VOCAB,
 }
 
@@ -51,10 +49,7 @@ def build(directory: Path, **config: Any) -> Path:
             f"{layer}.self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
             f"{layer}.self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
             f"{layer}.self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-            f"{layer}.self_attn.q_norm": (HEAD_DIM,),
-            f"{layer}.self_attn.k_norm": (HEAD_DIM,),
             f"{layer}.post_attention_layernorm": (HIDDEN,),
-            f"{layer}.mlp.gate_proj": (FF, HIDDEN),
             f"{layer}.mlp.up_proj": (FF, HIDDEN),
             f"{layer}.mlp.down_proj": (HIDDEN, FF),
         }

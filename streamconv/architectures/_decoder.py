@@ -1,0 +1,232 @@
+"""Rows, dims, keys and refusals that decoders have in common: what an architecture's file is put together from.
+
+No architecture itself: a file whose name begins with an underscore has no RECIPE. Names are those of transformers'
+Llama and what follows it, and of llama.cpp's gguf-py (constants.py, tensor_mapping.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from streamconv.architectures._rope import Rope
+from streamconv.recipe import BOOL, F32, Config, Dim, Drop, Key, Model, Op, Permute, Refusal, Split, Tensor
+
+LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
+
+Bias = str | bool | None  # a flag of the config; True: always; False: where it is stored; None: the run time has none
+
+SOFTMAX, SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_*
+
+# ---------------------------------------------------------------- dims
+
+
+def dims(head: int | str = "H/A", **more: Dim) -> dict[str, Dim]:
+    """The dims of a decoder. head: the size of a head where neither config nor tensors say it."""
+    return {
+        "L": Dim("num_hidden_layers"),
+        "V": Dim("vocab_size"),
+        "H": Dim("hidden_size"),
+        "F": Dim("intermediate_size"),
+        "A": Dim("num_attention_heads", "H/D"),
+        "K": Dim("num_key_value_heads", "A"),
+        "D": Dim("head_dim", head),
+    } | more
+
+
+def expert_dims(count: str | tuple[str, ...], used: int | None = None, width: str | None = None) -> dict[str, Dim]:
+    """The number of experts and of those used, and their width where it is not F. used: transformers' default."""
+    found = {"E": Dim(count), "U": Dim("num_experts_per_tok", used)}
+    return found | ({"M": Dim(width)} if width else {})
+
+
+# ---------------------------------------------------------------- rows
+
+
+def linear(
+    source: str, target: str, shape: str, *ops: Op, bias: Bias = None, only: str = "", f32: bool = False
+) -> tuple[Tensor, ...]:
+    """A layer's weight, and its bias where there is one."""
+    source, target = LAYER + source, BLOCK + target
+    rows = [Tensor(f"{source}.weight", f"{target}.weight", shape, ops, only, f32=f32)]
+    if bias is not None:
+        rows.append(Tensor(f"{source}.bias", f"{target}.bias", shape.split()[0], ops, only, bias))
+    return tuple(rows)
+
+
+def norm(
+    source: str, target: str, extent: str = "H", *ops: Op, bias: bool = False, required: bool = True
+) -> tuple[Tensor, ...]:
+    """A layer's norm; with `bias`, a LayerNorm's."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    return tuple(
+        Tensor(f"{LAYER}{source}.{part}", f"{BLOCK}{target}.{part}", extent, ops, required=required) for part in parts
+    )
+
+
+def attention(*, permuted: bool = False, bias: Bias = None, out_bias: Bias = None) -> tuple[Tensor, ...]:
+    """Q, K, V and the output. permuted: the run time wants RoPE's pairs side by side (LLAMA_ROPE_TYPE_NORM)."""
+    q, k = ((Permute("A"),), (Permute("K"),)) if permuted else ((), ())
+    return (
+        *linear("self_attn.q_proj", "attn_q", "A*D H", *q, bias=bias),
+        *linear("self_attn.k_proj", "attn_k", "K*D H", *k, bias=bias),
+        *linear("self_attn.v_proj", "attn_v", "K*D H", bias=bias),
+        *linear("self_attn.o_proj", "attn_output", "H A*D", bias=out_bias),
+    )
+
+
+def gated(
+    prefix: str = "mlp.", suffix: str = "", width: str = "F", *, bias: Bias = None, only: str = ""
+) -> tuple[Tensor, ...]:
+    """A gated network; `suffix` of the target is "_shexp" for shared experts."""
+    return (
+        *linear(f"{prefix}gate_proj", f"ffn_gate{suffix}", f"{width} H", bias=bias, only=only),
+        *linear(f"{prefix}down_proj", f"ffn_down{suffix}", f"H {width}", bias=bias, only=only),
+        *linear(f"{prefix}up_proj", f"ffn_up{suffix}", f"{width} H", bias=bias, only=only),
+    )
+
+
+def router(source: str, *, bias: Bias = None, only: str = "") -> tuple[Tensor, ...]:
+    """What scores the experts; llama.cpp keeps it F32."""
+    return linear(source, "ffn_gate_inp", "E H", bias=bias, only=only, f32=True)
+
+
+def experts(
+    prefix: str = "mlp.", width: str = "M", *, names: str = "gate_proj down_proj up_proj", only: str = ""
+) -> tuple[Tensor, ...]:
+    """A stack of experts: one by one, as transformers saves them; stacked, gate and up fused, as it holds them; or
+
+    stacked one by one, as mlx-lm names them (models/switch_layers.py).
+    """
+    source, gate, down, up = LAYER + prefix, *(f"{BLOCK}ffn_{part}_exps.weight" for part in ("gate", "down", "up"))
+    shapes = (f"{width} H", f"H {width}", f"{width} H")
+    one_by_one = [
+        Tensor(f"{source}experts.{{e}}.{name}.weight", target, shape, only=only)
+        for name, target, shape in zip(names.split(), (gate, down, up), shapes, strict=True)
+    ]
+    return (
+        *one_by_one,
+        Tensor(source + "experts.gate_up_proj", gate, f"E 2*{width} H", (Split(0, 2),), only),
+        Tensor(source + "experts.gate_up_proj", up, f"E 2*{width} H", (Split(1, 2),), only),
+        Tensor(source + "experts.down_proj", down, f"E H {width}", only=only),
+        Tensor(source + "switch_mlp.gate_proj.weight", gate, f"E {width} H", only=only),
+        Tensor(source + "switch_mlp.down_proj.weight", down, f"E H {width}", only=only),
+        Tensor(source + "switch_mlp.up_proj.weight", up, f"E {width} H", only=only),
+    )
+
+
+EMBEDDING = Tensor("model.embed_tokens.weight", "token_embd.weight", "V H")
+OUTPUT_NORM = Tensor("model.norm.weight", "output_norm.weight", "H")
+OUTPUT_NORM_BIAS = Tensor("model.norm.bias", "output_norm.bias", "H")
+HEAD = Tensor("lm_head.weight", "output.weight", "V H", required=False)
+OWN_HEAD = Tensor("lm_head.weight", "output.weight", "V H")  # for run times that do not take the embedding instead
+
+DROPS = (
+    Drop("model.layers.{i}.self_attn.rotary_emb.inv_freq", "follows from the config"),
+    Drop("model.rotary_emb.inv_freq", "follows from the config"),
+)
+
+# ---------------------------------------------------------------- keys
+
+
+def keys(rope: Rope, epsilon: float, *, epsilon_key: str = "rms_norm_eps", layer_norm: bool = False) -> tuple[Key, ...]:
+    """The keys of any decoder. epsilon: transformers' default for `epsilon_key`; layer_norm: it is a LayerNorm's."""
+    name = "layer_norm_epsilon" if layer_norm else "layer_norm_rms_epsilon"
+    return (
+        Key("{arch}.vocab_size", "V"),
+        Key("{arch}.block_count", "L"),
+        Key("{arch}.embedding_length", "H"),
+        Key("{arch}.feed_forward_length", "F"),
+        Key("{arch}.attention.head_count", "A"),
+        Key("{arch}.attention.head_count_kv", "K"),
+        Key("{arch}.attention.key_length", "D"),
+        Key("{arch}.attention.value_length", "D"),
+        Key(f"{{arch}}.attention.{name}", lambda m: m.config.positive(epsilon_key) or epsilon, F32),
+        *rope.keys(),
+    )
+
+
+def expert_keys(width: str | None = "M") -> tuple[Key, ...]:
+    """The keys of a mixture of experts; `width` None where the run time takes feed_forward_length for it."""
+    found = (Key("{arch}.expert_count", "E"), Key("{arch}.expert_used_count", "U"))
+    return (*found, Key("{arch}.expert_feed_forward_length", width)) if width else found
+
+
+def constant(name: str, value: int) -> Key:
+    return Key(f"{{arch}}.{name}", lambda model: value)
+
+
+def window_keys(
+    window: Callable[[Config], int | None], pattern: Callable[[Config, int], list[bool] | None], fixed: int
+) -> tuple[Key, ...]:
+    """The sliding window, and which layers have it where that is not the run time's own: all but each `fixed`-th."""
+
+    def own(model: Model) -> list[int] | None:
+        slides = pattern(model.config, model.n_layers)
+        is_fixed = slides is None or slides == [(i + 1) % fixed != 0 for i in range(model.n_layers)]
+        return None if is_fixed else [int(one) for one in slides or ()]
+
+    return (
+        Key("{arch}.attention.sliding_window", lambda model: window(model.config)),
+        Key("{arch}.attention.sliding_window_pattern", own, BOOL),
+    )
+
+
+def sliding(config: Config, n_layers: int) -> list[bool] | None:
+    """Which layers have a sliding window, as `layer_types` says; None where it says nothing."""
+    types = config.list_of("layer_types", str)
+    if types is None:
+        return None
+    if len(types) != n_layers or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise config.wrong("layer_types", f"sliding_attention or full_attention for each of {n_layers} layers")
+    return [kind == "sliding_attention" for kind in types]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def activation(*names: str, key: str = "hidden_act", silent: str = "silu") -> Refusal:
+    """Any other activation than those that the run time computes. silent: transformers' where the config says none."""
+    return Refusal(
+        f"{key} is {{{key}!r}}, and the run time computes {names[0]}",
+        lambda m: (m.config.text(key) or silent) not in names,
+    )
+
+
+SILU = activation("silu", "swish")
+SHARED_HEADS = Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0)
+FULL_WIDTH = Refusal(
+    "{A} heads of {D} do not make the hidden size {H}, as the run time takes it",
+    lambda m: m.dims["A"] * m.dims["D"] != m.dims["H"],
+)
+USED_EXPERTS = Refusal("{U} of {E} experts cannot be used", lambda m: m.dims["U"] > m.dims["E"])
+
+
+def flag(key: str, *, only: bool, silent: bool, why: str) -> Refusal:
+    """Any other value of a flag than `only`. silent: transformers' where the config does not say."""
+    shown = "false" if only else "true"
+
+    def applies(model: Model) -> bool:
+        stated = model.config.flag(key)
+        return (silent if stated is None else stated) is not only
+
+    return Refusal(f"{key} is {shown}, and {why}", applies)
+
+
+def slides(model: Model) -> bool:
+    """Whether layers of a Qwen, by its several keys, have a sliding window that is shorter than the context."""
+    config = model.config
+    window, context = config.integer("sliding_window", minimum=0), config.integer("max_position_embeddings")
+    if not config.flag("use_sliding_window") or not window or (context is not None and window >= context):
+        return False
+    by_type = sliding(config, model.n_layers)
+    if by_type is not None:
+        return any(by_type)
+    first = config.integer("max_window_layers", minimum=0)
+    return first is None or first < model.n_layers
+
+
+NO_WINDOW = Refusal("use_sliding_window is true, and the run time has no window for this architecture", slides)
+
+
+def refusals(rope: Rope, *more: Refusal) -> tuple[Refusal, ...]:
+    return (*rope.refusals(), SHARED_HEADS, *more)

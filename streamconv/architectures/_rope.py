@@ -1,0 +1,176 @@
+"""RoPE as configs say it and as llama.cpp's keys do: shared by the files of architectures, and no architecture itself.
+
+Sources: transformers' modeling_rope_utils.py; llama_model_base::load_hparams in llama.cpp's src/llama-model.cpp, and
+llama-context.cpp, for what the run time makes of the keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamconv.recipe import F32, STRING, Config, Key, Model, Refusal, Scalar
+
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # the run time's, which reads no key for them
+LLAMA3_FACTORS = "rope_freqs.weight"
+
+ModelKey = Callable[[Model], Scalar | None]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """RoPE of one architecture.
+
+    Attributes:
+        theta: The base that transformers takes where the config is silent.
+        context: The context length that it takes then, in tokens.
+        scalings: The kinds of scaling that the run time can do for this architecture, beside none.
+        partial: The share of each head that is rotated where the config is silent; None: it is all, and must be.
+        kind: The kind of layers whose RoPE this is, where configs say it by kind.
+        rounded: Whether a YaRN that must not round its range is refused; the run time always rounds it.
+    """
+
+    theta: float
+    context: int
+    scalings: tuple[str, ...] = ("linear", "yarn")
+    partial: float | None = None
+    kind: str | None = None
+    rounded: bool = True
+
+    # -- what a config says
+
+    def of(self, config: Config) -> Config:
+        """The part of a config that says it."""
+        return config.rope if self.kind is None else config.rope_of(self.kind)
+
+    def type(self, config: Config) -> str:
+        """The kind of scaling, "default" for none."""
+        return self.of(config).text("rope_type") or self.of(config).text("type") or "default"
+
+    def base(self, config: Config) -> float:
+        return self.of(config).positive("rope_theta") or config.positive("rope_theta") or self.theta
+
+    def context_length(self, config: Config) -> int:
+        return config.integer("max_position_embeddings") or self.context
+
+    def trained_context(self, config: Config) -> int:
+        """The context length before scaling, in the order in which transformers looks for it."""
+        name = "original_max_position_embeddings"
+        return config.integer(name) or self.of(config).integer(name) or self.context_length(config)
+
+    def factor(self, config: Config) -> float:
+        """By how much linear scaling and YaRN stretch positions; what YaRN does not state is the context's growth."""
+        return self.of(config).positive("factor") or self.context_length(config) / self.trained_context(config)
+
+    def yarn_attention(self, config: Config) -> float | None:
+        """What the run time multiplies its own attention factor, 1 + ln(factor) / 10, by to reach the config's.
+
+        llama.cpp's converter writes `yarn_attn_factor`, which llama-context.cpp reads and then overwrites.
+        """
+        factor = self.factor(config)
+        wanted = self.of(config).positive("attention_factor")
+        scale, scale_all = self.of(config).number("mscale"), self.of(config).number("mscale_all_dim")
+        if wanted is None and scale and scale_all:
+            wanted = yarn_magnitude(factor, scale) / yarn_magnitude(factor, scale_all)
+        return None if wanted is None else wanted / yarn_magnitude(factor, 1.0)
+
+    def rotated(self, model: Model) -> int:
+        """The elements of each head that are rotated."""
+        config = model.config
+        share = self.of(config).positive("partial_rotary_factor") or config.positive("partial_rotary_factor")
+        return int(model.dims["D"] * (share or self.partial or 1.0))
+
+    def llama3_factors(self, model: Model) -> NDArray[np.float32] | None:
+        """[head size / 2]: by how much each frequency of RoPE is slowed down; None where it is not Llama 3's scaling.
+
+        In llama.cpp's order of float32 operations; only the power is rounded from float64, since torch's own differs
+        between machines. Equal to llama.cpp's bits for the published models.
+        """
+        config = model.config
+        if self.type(config) != "llama3":
+            return None
+        f32 = np.float32
+        factor = self.of(config).positive("factor") or 8.0
+        low, high = self.llama3_range(config)
+        context = self.trained_context(config)
+        exponents = np.arange(0, model.dims["D"], 2, dtype=f32) / f32(model.dims["D"])
+        with np.errstate(all="ignore"):  # of a hostile config; the factors that models have are far from any limit
+            frequencies = 1 / np.power(self.base(config), exponents.astype(np.float64)).astype(f32)
+            wavelengths = 1 / frequencies * f32(2 * math.pi)
+            smooth = (1 / wavelengths * f32(context) - f32(low)) / f32(high - low)
+            blended = 1 / ((1 - smooth) / f32(factor) + smooth)
+        slow = np.where(wavelengths > f32(context / low), f32(factor), blended)
+        return np.where(wavelengths < f32(context / high), f32(1), slow)
+
+    def llama3_range(self, config: Config) -> tuple[float, float]:
+        """low_freq_factor and high_freq_factor; llama.cpp's converter has these defaults, transformers has none."""
+        said = self.of(config)
+        return said.positive("low_freq_factor") or 1.0, said.positive("high_freq_factor") or 4.0
+
+    def is_llama3_empty(self, model: Model) -> bool:
+        low, high = self.llama3_range(model.config)
+        return self.type(model.config) == "llama3" and low >= high
+
+    def is_not(self, key: str, fixed: float) -> Callable[[Model], bool]:
+        """Whether a model's YaRN has another `key` than the run time."""
+        return lambda m: self.type(m.config) == "yarn" and self.of(m.config).positive(key) not in (None, fixed)
+
+    def for_scaling(self, *types: str, value: Callable[[Config], Scalar | None]) -> ModelKey:
+        """A key's value that only models with one of these RoPE scalings have."""
+        return lambda model: value(model.config) if self.type(model.config) in types else None
+
+    # -- what a file says
+
+    def keys(self) -> tuple[Key, ...]:
+        """The context length, the dimension count, the base, and what scaling adds to them."""
+        scaling, beta = "{arch}.rope.scaling.", "{arch}.rope.scaling.yarn_"
+        return (
+            Key("{arch}.context_length", lambda model: self.context_length(model.config)),
+            Key("{arch}.rope.dimension_count", "D" if self.partial is None else self.rotated),
+            Key("{arch}.rope.freq_base", lambda model: self.base(model.config), F32),
+            Key(scaling + "type", self.for_scaling("linear", "yarn", value=self.type), STRING),
+            Key(scaling + "factor", self.for_scaling("linear", "yarn", value=self.factor), F32),
+            Key(scaling + "original_context_length", self.for_scaling("yarn", value=self.trained_context)),
+            Key(scaling + "attn_factor", self.for_scaling("yarn", value=self.yarn_attention), F32),
+            *(
+                Key(beta + key, self.for_scaling("yarn", value=lambda c, key=key: self.of(c).positive(key)), F32)  # type: ignore[misc]
+                for key in YARN_BETAS
+            ),
+        )
+
+    def refusals(self) -> tuple[Refusal, ...]:
+        """What of a config's RoPE the run time cannot do."""
+        return (
+            Refusal(
+                "RoPE scaling {rope_type!r} has no place in the GGUF architecture",
+                lambda m: self.type(m.config) not in ("default", *self.scalings),
+            ),
+            Refusal("low_freq_factor of RoPE must be below high_freq_factor", self.is_llama3_empty),
+            # What llama.cpp has keys for, and reads in other architectures alone.
+            *(
+                Refusal(f"{key} of YaRN is not {fixed:g}, which the run time takes", self.is_not(key, fixed))
+                for key, fixed in YARN_BETAS.items()
+            ),
+            Refusal(
+                "truncate of YaRN is false, and the run time rounds its range",
+                lambda m: (
+                    self.rounded and self.type(m.config) == "yarn" and self.of(m.config).flag("truncate") is False
+                ),
+            ),
+            Refusal(
+                "partial_rotary_factor is not 1, and the run time rotates whole heads",
+                lambda m: (
+                    self.partial is None
+                    and bool({c.number("partial_rotary_factor") for c in (m.config, self.of(m.config))} - {None, 1.0})
+                ),
+            ),
+            Refusal("heads of {D} have no two halves for RoPE to turn", lambda m: self.rotated(m) % 2 != 0),
+        )
+
+
+def yarn_magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 1.0 + 0.1 * scale * math.log(factor)

@@ -1,0 +1,82 @@
+"""gpt-oss with experts in 16 bits, as fine-tunes have them: sinks, windows in each second layer, gate and up in turns.
+
+Sources: transformers' GptOssConfig and modeling_gpt_oss.py; GptOssModel in llama.cpp's conversion/gpt_oss.py, and
+openai-moe.cpp, which reads the layers with a window where a file lists them. The run time rounds the range of YaRN, and
+these models do not; all who run them there live with that.
+"""
+
+from __future__ import annotations
+
+from streamconv.architectures import _decoder as decoder
+from streamconv.architectures._decoder import BLOCK, LAYER
+from streamconv.architectures._rope import Rope
+from streamconv.recipe import BOOL, Interleaved, Key, Model, Recipe, Refusal, Tensor, Transpose
+
+ROPE = Rope(theta=150_000.0, context=131_072, rounded=False)
+
+WINDOW, EVERY = 128, 2
+
+# Constants of the run time's activation (LLM_FFN_SWIGLU_OAI_MOE).
+ACTIVATION = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+
+EXPERTS = LAYER + "mlp.experts."
+
+
+def pattern(model: Model) -> list[int] | None:
+    """1 for each layer with a window, where it is not each second from the first on, as the run time takes it."""
+    slides = decoder.sliding(model.config, model.n_layers)
+    own = [(i + 1) % EVERY != 0 for i in range(model.n_layers)]
+    return None if slides is None or slides == own else [int(one) for one in slides]
+
+
+def turn(index: int, part: str) -> tuple[Tensor, Tensor]:
+    """Gate (0) or up (1) of all experts: every second column of [E, H, 2*F], and of the biases."""
+    taken = Interleaved(index, 2, of_columns=True)
+    return (
+        Tensor(EXPERTS + "gate_up_proj", f"{BLOCK}ffn_{part}_exps.weight", "E H 2*F", (taken, Transpose())),
+        Tensor(EXPERTS + "gate_up_proj_bias", f"{BLOCK}ffn_{part}_exps.bias", "E 2*F", (taken,)),
+    )
+
+
+RECIPE = Recipe(
+    arch="gpt-oss",
+    description="gpt-oss, with experts in 16 bits",
+    hf_names=("GptOssForCausalLM",),
+    model_type="gpt_oss",
+    dims=decoder.dims(head=64) | decoder.expert_dims(("num_local_experts", "num_experts"), 4),
+    tensors=(
+        decoder.EMBEDDING,
+        *decoder.norm("input_layernorm", "attn_norm"),
+        *decoder.attention(bias=True, out_bias=True),
+        Tensor(LAYER + "self_attn.sinks", BLOCK + "attn_sinks.weight", "A"),
+        *decoder.norm("post_attention_layernorm", "post_attention_norm"),
+        *decoder.router("mlp.router", bias=True),
+        *turn(0, "gate"),
+        Tensor(EXPERTS + "down_proj", BLOCK + "ffn_down_exps.weight", "E F H", (Transpose(),)),
+        Tensor(EXPERTS + "down_proj_bias", BLOCK + "ffn_down_exps.bias", "E H"),
+        *turn(1, "up"),
+        decoder.OUTPUT_NORM,
+        decoder.OWN_HEAD,
+    ),
+    drops=decoder.DROPS,
+    keys=(
+        *decoder.keys(ROPE, epsilon=1e-5),
+        *decoder.expert_keys("F"),
+        Key("{arch}.attention.sliding_window", lambda model: model.config.integer("sliding_window") or WINDOW),
+        Key("{arch}.attention.sliding_window_pattern", pattern, BOOL),
+    ),
+    refusals=decoder.refusals(
+        ROPE,
+        decoder.SILU,
+        decoder.USED_EXPERTS,
+        decoder.flag("attention_bias", only=True, silent=True, why="the run time wants biases"),
+        *(
+            Refusal(
+                f"{key} is {{{key}}}, and the run time computes with {fixed:g}",
+                lambda m, key=key, fixed=fixed: m.config.positive(key) not in (None, fixed),  # type: ignore[misc]
+            )
+            for key, fixed in ACTIVATION.items()
+        ),
+    ),
+    default_pre="gpt-4o",
+)

@@ -1,0 +1,63 @@
+"""HunYuan, dense (0.5B to 7B): norms of Q and K behind RoPE.
+
+Sources: transformers' HunYuanDenseV1Config and modeling_hunyuan_v1_dense.py; HunYuanModel in llama.cpp's
+conversion/hunyuan.py, and hunyuan-dense.cpp.
+"""
+
+from __future__ import annotations
+
+from streamconv.architectures import _decoder as decoder
+from streamconv.architectures._rope import Rope
+from streamconv.recipe import Config, Recipe, Refusal, SpecialTokens
+
+
+class Dynamic(Rope):
+    """RoPE whose "dynamic" scaling by `alpha` is another base, and the same at each length."""
+
+    def base(self, config: Config) -> float:
+        theta, alpha = super().base(config), self.of(config).positive("alpha")
+        if self.type(config) != "dynamic" or alpha is None:
+            return theta
+        size = config.integer("head_dim") or 1
+        return float(theta * alpha ** (size / (size - 2)))
+
+
+ROPE = Dynamic(theta=10_000.0, context=2048, scalings=("linear", "yarn", "dynamic"))
+
+NO_BIAS = decoder.flag("attention_bias", only=False, silent=False, why="the run time has no place for it")
+
+RECIPE = Recipe(
+    arch="hunyuan-dense",
+    description="HunYuan, dense",
+    hf_names=("HunYuanDenseV1ForCausalLM",),
+    model_type="hunyuan_v1_dense",
+    dims=decoder.dims(),
+    tensors=(
+        decoder.EMBEDDING,
+        *decoder.norm("input_layernorm", "attn_norm"),
+        *decoder.attention(),
+        *decoder.norm("self_attn.query_layernorm", "attn_q_norm", "D"),
+        *decoder.norm("self_attn.key_layernorm", "attn_k_norm", "D"),
+        *decoder.norm("post_attention_layernorm", "ffn_norm"),
+        *decoder.gated(),
+        decoder.OUTPUT_NORM,
+        decoder.HEAD,
+    ),
+    drops=decoder.DROPS,
+    keys=decoder.keys(ROPE, epsilon=1e-5),
+    refusals=decoder.refusals(
+        ROPE,
+        decoder.SILU,
+        NO_BIAS,
+        Refusal(
+            "RoPE is scaled by length ('dynamic' without alpha), and the run time cannot do that",
+            lambda m: ROPE.type(m.config) == "dynamic" and ROPE.of(m.config).positive("alpha") is None,
+        ),
+        Refusal(
+            "RoPE is scaled by alpha, and config.json has no head_dim to work out its base",
+            lambda m: ROPE.type(m.config) == "dynamic" and (m.config.integer("head_dim") or 0) < 4,
+        ),
+    ),
+    default_pre="hunyuan-dense",
+    special_tokens=SpecialTokens(keys={"eos": "eod_token_id"}),
+)

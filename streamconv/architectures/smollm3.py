@@ -1,0 +1,59 @@
+"""SmolLM3: Llama's layers, every fourth of them without RoPE.
+
+Sources: transformers' SmolLM3Config and modeling_smollm3.py; SmolLM3Model in llama.cpp's conversion/llama.py, and
+smollm3.cpp, which knows the layers without RoPE by their number and has no key for them.
+"""
+
+from __future__ import annotations
+
+from streamconv.architectures import _decoder as decoder
+from streamconv.architectures._rope import Rope
+from streamconv.recipe import Model, Recipe, Refusal
+
+ROPE = Rope(theta=2_000_000.0, context=32_768)
+
+INTERVAL = 4  # n_no_rope_layer_step
+
+
+def other_layers_turn(model: Model) -> bool:
+    """Whether other layers have RoPE than all but each fourth. `no_rope_layers` has 1 for a layer that has it."""
+    turns = model.config.list_of("no_rope_layers", int)
+    if turns is None:
+        return model.config.integer("no_rope_layer_interval") not in (None, INTERVAL)
+    return [bool(one) for one in turns] != [(i + 1) % INTERVAL != 0 for i in range(model.n_layers)]
+
+
+NO_BIAS = tuple(
+    decoder.flag(key, only=False, silent=False, why="the run time has no place for it")
+    for key in ("attention_bias", "mlp_bias")
+)
+
+RECIPE = Recipe(
+    arch="smollm3",
+    description="SmolLM3",
+    hf_names=("SmolLM3ForCausalLM",),
+    model_type="smollm3",
+    dims=decoder.dims(),
+    tensors=(
+        decoder.EMBEDDING,
+        *decoder.norm("input_layernorm", "attn_norm"),
+        *decoder.attention(permuted=True),
+        *decoder.norm("post_attention_layernorm", "ffn_norm"),
+        *decoder.gated(),
+        decoder.OUTPUT_NORM,
+        decoder.HEAD,
+    ),
+    drops=decoder.DROPS,
+    keys=decoder.keys(ROPE, epsilon=1e-6),
+    refusals=decoder.refusals(
+        ROPE,
+        decoder.SILU,
+        decoder.NO_WINDOW,
+        *NO_BIAS,
+        Refusal(
+            "other layers than each fourth are without RoPE, and the run time has no key for that", other_layers_turn
+        ),
+    ),
+    tied_by_default=True,
+    default_pre="llama-bpe",
+)

@@ -1,0 +1,33 @@
+"""docs/architectures.md, made of the files in streamconv/architectures: `make docs`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from streamconv.recipe.language import all_recipes
+
+PATH = Path(__file__).parents[2] / "docs" / "architectures.md"
+HEAD = """# Supported architectures
+
+Made of `streamconv/architectures/` by `make docs`; `streamconv architectures` says the same. A checkpoint is known by
+the name in `architectures` of its config.json; adapters convert and merge for all of them. How each is proved is in
+[families.md](families.md), how one is added in [adding-an-architecture.md](adding-an-architecture.md).
+
+| models | `architectures` | GGUF |
+|---|---|---|
+"""
+
+
+def render() -> str:
+    """The page."""
+    rows = sorted(
+        (recipe.description, ", ".join(f"`{name}`" for name in recipe.hf_names), f"`{recipe.arch}`")
+        for recipe in all_recipes()
+    )
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    PATH.write_text(render(), encoding="utf-8")
+    sys.exit(0)

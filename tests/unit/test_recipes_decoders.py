@@ -1,0 +1,234 @@
+"""Decoders by their configs: what the run time cannot do is refused by name, what is left out is as in transformers."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamconv.errors import SourceError
+from tests import inmemory
+from tests.families import build
+from tests.inmemory import ABSENT
+
+YARN = {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 160}
+
+
+@cache
+def family(name: str) -> tuple[dict[str, Any], dict[str, inmemory.Stored]]:
+    """The config of a family, and tensors of its shapes, all alike: nothing here looks at their values."""
+    raw = inmemory.json.loads((build.DATA / name / "config.json").read_text(encoding="utf-8"))
+    shapes = {tensor: tuple(shape) for tensor, (_, *shape) in build.spec(name)["tensors"].items()}
+    return raw, {t: inmemory.Stored(np.broadcast_to(np.float32(0), shape)) for t, shape in shapes.items()}
+
+
+def bound(name: str, **changes: Any) -> inmemory.Model:
+    raw, stored = family(name)
+    return inmemory.bound(copy.deepcopy(raw), stored, **changes)
+
+
+def rope(name: str, **changes: Any) -> dict[str, Any]:
+    """The family's RoPE with some of its words changed."""
+    return family(name)[0]["rope_parameters"] | changes
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "layer_types": ABSENT},
+        "use_sliding_window",
+    ),
+    ("qwen2", {"hidden_act": "gelu"}, "hidden_act"),
+    ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+    ("qwen2", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}}, "llama3"),
+    ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "beta_fast"),
+    ("qwen2", {"rope_parameters": YARN | {"truncate": False}}, "truncate"),
+    ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob is true"),
+    ("qwen2moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    ("qwen2moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    ("qwen2moe", {"num_experts_per_tok": 6}, "6 of 5 experts"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob is false"),
+    ("qwen3moe", {"norm_topk_prob": ABSENT}, "norm_topk_prob is false"),
+    ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "RoPE"),
+    ("smollm3", {"no_rope_layers": ABSENT, "no_rope_layer_interval": 3}, "RoPE"),
+    ("smollm3", {"mlp_bias": True}, "mlp_bias"),
+    ("granite", {"hidden_act": "gelu"}, "hidden_act"),
+    ("granitemoe", {"num_experts_per_tok": 7}, "7 of 5 experts"),
+    ("olmo2", {"attention_bias": True}, "attention_bias"),
+    (
+        "olmo3",
+        {"rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}},
+        "in the layers with a window",
+    ),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+    ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob"),
+    ("seed-oss", {"attention_out_bias": True}, "attention_out_bias"),
+    ("seed-oss", {"mlp_bias": True}, "mlp_bias"),
+    ("starcoder2", {"use_bias": False}, "use_bias"),
+    ("starcoder2", {"hidden_act": "silu"}, "hidden_act"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+    ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual"),
+    ("exaone4", {"sliding_window": 128}, "3 layers"),
+    ("exaone4", {"sliding_window": ABSENT}, "3 layers"),
+    ("hunyuan-dense", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "alpha"),
+    ("cohere2", {"attention_bias": True}, "attention_bias"),
+    ("cohere2", {"rope_parameters": YARN}, "yarn"),
+    ("glm4", {"hidden_act": "gelu"}, "hidden_act"),
+    ("glm4moe", {"num_experts_per_tok": 6}, "6 of 5 experts"),
+    ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit"),
+    ("gpt-oss", {"attention_bias": False}, "attention_bias"),
+    ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func"),
+    ("minimax-m2", {"use_qk_norm": False}, "use_qk_norm"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), REFUSED, ids=[f"{n}, {w}" for n, _, w in REFUSED])
+def test_what_the_run_time_cannot_do_is_refused_by_name(name: str, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(SourceError, match=named) as refused:
+        bound(name, **changes)
+    assert refused.value.code == "model-unrunnable"
+
+
+NAMES = sorted({name for name, _, _ in REFUSED})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_families_themselves_are_not_refused(name: str) -> None:
+    bound(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rope_in_the_spelling_of_transformers_4(name: str) -> None:
+    """`rope_theta` and `rope_scaling` beside each other, a scaling's kind under `type`."""
+    said = family(name)[0].get("rope_parameters") or {}
+    said = said.get("full_attention", said)
+    scaling = {
+        key: value for key, value in said.items() if key not in ("rope_theta", "rope_type", "partial_rotary_factor")
+    }
+    old: dict[str, Any] = {"rope_parameters": ABSENT, "rope_theta": said["rope_theta"]}
+    old |= {"rope_scaling": scaling | {"type": said["rope_type"]} if scaling else None}
+    if "partial_rotary_factor" in said:
+        old["partial_rotary_factor"] = said["partial_rotary_factor"]
+    assert inmemory.keys(bound(name, **old)) == inmemory.keys(bound(name))
+
+
+# Sizes that the tensors decide, and flags that are as transformers has them where nothing is said.
+SILENT = ("num_key_value_heads", "hidden_act", "attention_bias", "mlp_bias", "attention_dropout", "sliding_window")
+
+
+@pytest.mark.parametrize("value", [None, ABSENT], ids=["null", "absent"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_config_leaves_out(name: str, value: Any) -> None:
+    raw = family(name)[0]
+    skipped = {"cohere2", "gpt-oss", "olmo3"}  # whose windows transformers takes from a default
+    keys = [
+        key for key in SILENT if key in raw and not (key == "sliding_window" and (name in skipped or value is ABSENT))
+    ]
+    if name in ("seed-oss", "glm4", "glm4moe"):
+        keys = [key for key in keys if key != "attention_bias"]
+    assert inmemory.keys(bound(name, **dict.fromkeys(keys, value))) == inmemory.keys(bound(name))
+
+
+@pytest.mark.parametrize(("name", "default"), [("cohere2", 4096), ("gpt-oss", 128), ("olmo3", 4096)])
+def test_windows_that_a_config_leaves_to_transformers(name: str, default: int) -> None:
+    assert inmemory.keys(bound(name, sliding_window=ABSENT))["attention.sliding_window"] == default
+
+
+@pytest.mark.parametrize("name", ["cohere2", "gpt-oss"])
+def test_other_layers_with_a_window_are_listed(name: str) -> None:
+    n_layers = family(name)[0]["num_hidden_layers"]
+    usual = inmemory.keys(bound(name))
+    assert "attention.sliding_window_pattern" not in usual
+    other = ["full_attention", *["sliding_attention"] * (n_layers - 1)]
+    model = bound(name, layer_types=other)
+    (listed,) = (entry.value for entry in list(model.keys()) if entry.key.endswith("sliding_window_pattern"))
+    assert np.frombuffer(listed.payload, "?").tolist() == [False, *[True] * (n_layers - 1)]
+
+
+def test_cohere2_has_no_head_of_its_own() -> None:
+    raw, stored = family("cohere2")
+    head = {"lm_head.weight": stored["model.embed_tokens.weight"]}
+    with pytest.raises(SourceError, match="tie_word_embeddings is false"):
+        inmemory.bound(raw, stored | head, tie_word_embeddings=False)
+
+
+def test_olmo2_has_no_window() -> None:
+    assert "attention.sliding_window" not in inmemory.keys(bound("olmo2", sliding_window=128))
+    assert "attention.sliding_window" not in inmemory.keys(bound("olmo3", sliding_window=None))
+
+
+def test_olmo3_may_scale_rope_where_there_is_no_window() -> None:
+    plain = {"rope_type": "default", "rope_theta": 50_000.0}
+    keys = inmemory.keys(bound("olmo3", rope_parameters={"full_attention": YARN, "sliding_attention": plain}))
+    assert (keys["rope.scaling.type"], keys["rope.scaling.factor"]) == ("yarn", 4.0)
+    old = inmemory.keys(bound("olmo3", rope_parameters=ABSENT, rope_theta=50_000.0, rope_scaling=YARN))
+    assert old == keys
+
+
+def test_a_window_that_starcoder2_loses_is_said() -> None:
+    assert [c.code for c in bound("starcoder2", sliding_window=128).warnings] == ["window-ignored"]
+    assert bound("starcoder2", sliding_window=640).warnings == []
+
+
+def test_hunyuans_alpha_is_another_base() -> None:
+    said = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10_000.0}
+    keys = inmemory.keys(bound("hunyuan-dense", rope_parameters=said))
+    assert keys["rope.freq_base"] == pytest.approx(10_000.0 * 1000.0 ** (64 / 62))
+    assert "rope.scaling.type" not in keys
+
+
+def test_minimax_rotates_what_rotary_dim_says() -> None:
+    assert (
+        inmemory.keys(bound("minimax-m2", rope_parameters=rope("minimax-m2", partial_rotary_factor=1.0)))[
+            "rope.dimension_count"
+        ]
+        == family("minimax-m2")[0]["rotary_dim"]
+    )
+    assert inmemory.keys(bound("minimax-m2-saved"))["rope.dimension_count"] == 32
+
+
+def with_next_layer() -> tuple[dict[str, Any], dict[str, inmemory.Stored]]:
+    """GLM-4.5 as published: a layer more than num_hidden_layers, which predicts a token further."""
+    raw, stored = family("glm4moe")
+    last = {name.replace("layers.2.", "layers.3."): one for name, one in stored.items() if ".layers.2." in name}
+    shapes = {"eh_proj": (256, 512), "enorm": (256,), "hnorm": (256,), "shared_head.norm": (256,)}
+    extra = {
+        f"model.layers.3.{n}.weight": inmemory.Stored(np.broadcast_to(np.float32(0), s)) for n, s in shapes.items()
+    }
+    return raw | {"num_nextn_predict_layers": 1}, stored | last | extra
+
+
+def test_glms_next_layer_is_written_where_it_is_stored() -> None:
+    model = inmemory.bound(*with_next_layer())
+    keys = inmemory.keys(model)
+    assert (keys["block_count"], keys["nextn_predict_layers"]) == (4, 1)
+    names = {target.name for target in model.targets}
+    assert {f"blk.3.nextn.{part}.weight" for part in ("eh_proj", "enorm", "hnorm", "shared_head_norm")} <= names
+    keys = inmemory.keys(bound("glm4moe", num_nextn_predict_layers=1))
+    assert (keys["block_count"], keys["nextn_predict_layers"]) == (3, 0)
+
+
+def test_glm_with_layers_that_nothing_tells_is_refused() -> None:
+    raw, stored = with_next_layer()
+    with pytest.raises(SourceError, match="4 layers are stored"):
+        inmemory.bound(raw, stored, num_nextn_predict_layers=0)
+
+
+def test_a_stack_of_experts_in_memory_form_is_the_same_model(tmp_path: Path) -> None:
+    """Gate and up fused, as transformers 5 holds them; its names without numbers."""
+    raw, stored = family("qwen3moe")
+    rest = {name: one for name, one in stored.items() if ".experts." not in name}
+    layers, zero = range(raw["num_hidden_layers"]), np.float32(0)
+    fused = {
+        f"model.layers.{i}.mlp.experts.{name}": inmemory.Stored(np.broadcast_to(zero, shape))
+        for i in layers
+        for name, shape in (("gate_up_proj", (5, 2048, 256)), ("down_proj", (5, 256, 1024)))
+    }
+    shapes = {t.name: t.tensor.spec.shape for t in bound("qwen3moe").targets}
+    assert {t.name: t.tensor.spec.shape for t in inmemory.bound(raw, rest | fused).targets} == shapes
