@@ -143,11 +143,12 @@ def test_it_is_named_for_what_it_is(tmp_path: Path, name: str, change: Callable[
 def test_an_unsupported_architecture_is_named_with_the_nearest(tmp_path: Path) -> None:
     source = configured(tiny.llama(tmp_path / "model"), architectures=["FancyForCausalLM"], model_type="fancy")
     tensors = dict(tiny.tensors_of(source))
-    strange = "model.layers.{}.self_attn.q_norm.weight"
+    strange = "model.layers.{}.self_attn.q_surprise.weight"
     rewritten(source, tensors | {strange.format(i): Tensor.of(np.ones(16), "F32") for i in range(2)})
     error = refused(source, tmp_path / "out.gguf")
     assert error.code == "architecture-unsupported"
-    assert "FancyForCausalLM" in error.message and "llama" in error.message
+    assert "FancyForCausalLM" in error.message
+    assert "nearest to granite" in error.message  # whose names are those of llama, and which comes first
     assert strange.format("{i}") in error.message
     assert "docs/adding-an-architecture.md" in (error.hint or "")
 
