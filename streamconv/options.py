@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 from streamconv.budget import default_limit_nbytes, parse_size
 from streamconv.errors import Interrupted, UsageError
-from streamconv.ggml.outtypes import WORDS
+from streamconv.ggml.outtypes import AUTO, OUTTYPES, WORDS, canonical
 from streamconv.timing import Profile, Stopwatch
 
 if TYPE_CHECKING:
     from streamconv.files.hub import Source
+    from streamconv.ggml.mixes import MixOptions
     from streamconv.lora.specs import AdapterSpec
 
 Command = Literal["convert", "lora", "verify"]
@@ -47,6 +48,7 @@ class Kind(Enum):
     NUMBER = auto()
     SOURCE = auto()  # a path, or the id of a repo
     DESTINATION = auto()  # a path
+    TEXTS = auto()  # any number of them
     ADAPTERS = auto()  # PATH or PATH=WEIGHT, any number of them
 
 
@@ -61,7 +63,7 @@ class Option:
         flag: on the command line; None where it exists in the library alone.
         group: the heading of `--help` that it is under.
         metavar: what stands for its value there.
-        choices: of a WORD.
+        choices: of a WORD, by command where they differ.
         hidden: choices that the command line does not name.
         key: in a jobs file; None where it has no place there.
         changes_bytes: whether it decides what an output holds.
@@ -73,13 +75,21 @@ class Option:
     flag: str | None
     group: str
     metavar: str | None
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] | Mapping[str, tuple[str, ...]]
     hidden: tuple[str, ...]
     key: str | None
     changes_bytes: bool
 
     def help_for(self, command: str) -> str:
         return self.help if isinstance(self.help, str) else self.help[command]
+
+    def choices_for(self, command: str | None) -> tuple[str, ...]:
+        """The choices of a command; of all together for None."""
+        if isinstance(self.choices, tuple):
+            return self.choices
+        if command is not None:
+            return self.choices[command]
+        return tuple(dict.fromkeys(word for words in self.choices.values() for word in words))
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ def option(
     flag: str | None = "",
     group: str = "",
     metavar: str | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | Mapping[str, tuple[str, ...]] = (),
     hidden: tuple[str, ...] = (),
     key: str | None = "",
     changes_bytes: bool = True,
@@ -124,7 +134,8 @@ class _Options:
         """UsageError where a word is not among its option's choices."""
         for one in declared(type(self)):
             value = getattr(self, one.name)
-            if one.option.choices and value not in one.option.choices and value != one.default:
+            choices = one.option.choices_for(None)
+            if choices and value not in choices and value != one.default:
                 raise not_a_choice(one.name, value)
 
 
@@ -251,7 +262,7 @@ class OutputOptions(_Options):
         kind=Kind.WORD,
         commands=MAKE,
         group="output",
-        choices=WORDS,
+        choices={"convert": WORDS, "lora": (AUTO, *(row.name for row in OUTTYPES.values() if not row.is_mix))},
     )
     dialect: str = option(
         DIALECTS[0],
@@ -276,13 +287,68 @@ class OutputOptions(_Options):
         metavar="NAME",
         key="general_name",
     )
+    imatrix: Source | None = option(
+        None,
+        {
+            "convert": "an importance matrix, by llama-imatrix: errors count by how much each column matters",
+            "verify": "the importance matrix that it was made with",
+        },
+        kind=Kind.SOURCE,
+        commands=("convert", "verify"),
+        group="types",
+        metavar="FILE",
+    )
+    tensor_type: Sequence[str] = option(
+        (),
+        "the type of tensors whose name has the pattern in it; may be repeated, the first that is found counts",
+        kind=Kind.TEXTS,
+        commands=("convert",),
+        group="types",
+        metavar="REGEX=TYPE",
+    )
+    output_tensor_type: str | None = option(
+        None,
+        "the type of output.weight, or of the embedding of a model without one",
+        kind=Kind.TEXT,
+        commands=("convert",),
+        group="types",
+        metavar="TYPE",
+    )
+    token_embedding_type: str | None = option(
+        None,
+        "the type of token_embd.weight",
+        kind=Kind.TEXT,
+        commands=("convert",),
+        group="types",
+        metavar="TYPE",
+    )
+    leave_output_tensor: bool = option(False, "do not quantise output.weight", commands=("convert",), group="types")
+    pure: bool = option(
+        False, "one type for all that is quantised, whatever the mix", commands=("convert",), group="types"
+    )
     split: SplitOptions | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "outtype", canonical(str(self.outtype or AUTO)))
+        if isinstance(self.tensor_type, str):
+            raise UsageError(
+                f"tensor_type is {self.tensor_type!r}", hint='a list, ["REGEX=TYPE"]', code="tensor-type-syntax"
+            )
         self._check_words()
         for text in (self.name, self.pre):
             if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
                 raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is", code="not-utf8")
+
+    @property
+    def mix(self) -> MixOptions:
+        """What is asked beyond the outtype. UsageError where it is not a type or a pattern."""
+        from streamconv.ggml.mixes import MixOptions, parse_override, parse_type
+
+        output, embedding = (
+            None if name is None else parse_type(name) for name in (self.output_tensor_type, self.token_embedding_type)
+        )
+        overrides = tuple(map(parse_override, self.tensor_type))
+        return MixOptions(overrides, output, embedding, self.leave_output_tensor, self.pure)
 
     @property
     def parts(self) -> SplitOptions:
@@ -470,6 +536,8 @@ def arguments(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(split.get("max_nbytes"), str):
             split["max_nbytes"] = parse_size(split["max_nbytes"])
         values["split"] = SplitOptions(**split)
+    if isinstance(values.get("tensor_type"), str):  # of a jobs file
+        values["tensor_type"] = [values["tensor_type"]]
     if "adapters" in values:
         from streamconv.lora.specs import parse_adapter
 
@@ -478,7 +546,7 @@ def arguments(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def not_a_choice(name: str, value: object, start: str | None = None) -> UsageError:
+def not_a_choice(name: str, value: object, start: str | None = None, command: str | None = None) -> UsageError:
     """The error for a word that is not among an option's choices, with the way to the one that was meant.
 
     Args:
@@ -490,7 +558,7 @@ def not_a_choice(name: str, value: object, start: str | None = None) -> UsageErr
         from streamconv.ggml.policy import outtype_hint
 
         hint = outtype_hint(str(value))
-    what = f"{start or f'{name} '}{value!r} is none of {', '.join(one.option.choices)}"
+    what = f"{start or f'{name} '}{value!r} is none of {', '.join(one.option.choices_for(command))}"
     return UsageError(what, hint=hint, code="word-unknown")
 
 

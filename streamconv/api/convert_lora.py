@@ -24,7 +24,9 @@ from streamconv.engine.split import make_parts
 from streamconv.errors import RunWarning, UsageError
 from streamconv.files.hub import Source, source_failures
 from streamconv.files.local import noting_files
-from streamconv.ggml.policy import ModelFacts, OuttypePolicy, StoredTypes, TensorRole, TypePolicy
+from streamconv.ggml.mixes import ModelFacts
+from streamconv.ggml.outtypes import AUTO, OUTTYPES
+from streamconv.ggml.policy import OuttypePolicy, StoredTypes, TensorRole, TypePolicy
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.lazy.leaves import sources
@@ -35,7 +37,7 @@ from streamconv.lora.fold import MAX_SCALE, Pair, fold
 from streamconv.lora.ollama import legacy_adapter, legacy_problems
 from streamconv.lora.resolve import LoraModule, Resolved, refuse, resolve
 from streamconv.metadata.modelcard import read_general
-from streamconv.options import OutputOptions, RunOptions, documented
+from streamconv.options import OutputOptions, RunOptions, documented, not_a_choice
 from streamconv.output.destination import output_path
 from streamconv.report import Report
 from streamconv.timing import Profile
@@ -83,6 +85,8 @@ def convert_adapter(
         Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
+    if wanted.outtype != AUTO and OUTTYPES[wanted.outtype].is_mix:
+        raise not_a_choice("outtype", outtype, command="lora")
     _check_legacy(dialect, {"--outtype": None if outtype == "auto" else outtype, "--scale": scale, "--name": name})
     with open_adapter_job(adapter, base, dst, wanted, options.limit_nbytes, scale) as job:
         return run(job, options)

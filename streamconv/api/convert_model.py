@@ -16,12 +16,18 @@ from streamconv.checkpoint.folder import Checkpoint
 from streamconv.engine.job import Job
 from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
 from streamconv.engine.split import make_parts
+from streamconv.errors import UsageError
 from streamconv.files.hub import Source, find_source, source_failures
 from streamconv.files.local import noting_files
 from streamconv.files.store import Place
-from streamconv.ggml.policy import OuttypePolicy, StoredTypes, TypePolicy, facts_of, resolve_auto
+from streamconv.ggml.blocks import BLOCK_TYPES
+from streamconv.ggml.imatrix import ImportanceMatrix
+from streamconv.ggml.mixes import MIXES, MixOptions, requires_importance
+from streamconv.ggml.outtypes import OUTTYPES
+from streamconv.ggml.policy import MixPolicy, OuttypePolicy, StoredTypes, TypePolicy, facts_of, resolve_auto
 from streamconv.gguf.format import KeyValue
 from streamconv.gguf.names import written_name
+from streamconv.lazy import dtype
 from streamconv.lazy.leaves import sources
 from streamconv.lora.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
 from streamconv.metadata.modelcard import read_general
@@ -52,6 +58,12 @@ def convert(
     outtype: str = "auto",
     dialect: str = "llama.cpp",
     name: str | None = None,
+    imatrix: Source | None = None,
+    tensor_type: Sequence[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    leave_output_tensor: bool = False,
+    pure: bool = False,
     split: SplitOptions | None = None,
     force: bool = False,
     modelfile: bool = False,
@@ -97,10 +109,11 @@ def open_model_job(
 ) -> Iterator[Job]:
     """The job of a checkpoint and the adapters merged into it, while their files are open."""
     with (
+        _open_imatrix(wanted.imatrix) as imatrix,
         open_adapters(adapters, headroom_nbytes(limit_nbytes)) as opened,
         open_checkpoint(find_source(src), headroom_nbytes(limit_nbytes)) as source,
     ):
-        yield plan_model(source, dst, wanted, limit_nbytes, opened, stored)
+        yield plan_model(source, dst, wanted, limit_nbytes, opened, stored, imatrix)
 
 
 @source_failures()
@@ -111,6 +124,7 @@ def plan_model(
     limit_nbytes: int,
     adapters: Sequence[Adapter] = (),
     stored: StoredTypes | None = None,
+    imatrix: ImportanceMatrix | None = None,
 ) -> Job:
     """Everything that decides the output's bytes; headers and vocabulary are read, and no weight.
 
@@ -121,8 +135,12 @@ def plan_model(
     bound = recognise(checkpoint, recipe)
     merged = merge(checkpoint, bound, adapters)
     model = merged.model
-    policy = stored or OuttypePolicy(auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype)
-    tensors = _place(model, wanted.dialect, policy)
+    outtype = auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype
+    policy = stored or policy_of(model, outtype, wanted.mix, has_importance=imatrix is not None)
+    tensors = _place(model, wanted.dialect, policy, imatrix)
+    told = imatrix.check({target.name: target.tensor.spec.shape for target in model.targets}) if imatrix else []
+    if stored is None:
+        _require_importance(policy.outtype, tensors)
     general = read_general(
         checkpoint.directory,
         arch=model.recipe.arch,
@@ -132,7 +150,7 @@ def plan_model(
     )
     vocabulary = _bounded_vocabulary(merged, recipe, wanted, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", policy.file_type)
-    keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys]
+    keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys, *(imatrix.metadata() if imatrix else ())]
     path = output_path(dst, general.file_name(policy.outtype))
     companion_policy = OuttypePolicy(policy.outtype if policy.outtype in COMPANION_OUTTYPES else "f16")
     is_whole = wanted.parts.only_part in (None, 1)
@@ -154,10 +172,19 @@ def plan_model(
         options={
             "outtype": policy.outtype,
             "dialect": wanted.dialect,
+            "types": str(wanted.mix),
+            "imatrix": imatrix.fingerprint if imatrix else "",
             **merged.options,
         },
         defaults=model.defaults(),
-        warnings=[*checkpoint.warnings, *model.warnings, *merged.warnings, *general.warnings, *vocabulary.warnings],
+        warnings=[
+            *checkpoint.warnings,
+            *model.warnings,
+            *merged.warnings,
+            *general.warnings,
+            *vocabulary.warnings,
+            *told,
+        ],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
 
@@ -197,7 +224,45 @@ def auto_outtype(checkpoint: Checkpoint, model: Model) -> str:
     return resolve_auto(tensor.lazy().spec for name, tensor in checkpoint.tensors.items() if name in used)
 
 
-def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]:
+def policy_of(model: Model, outtype: str, options: MixOptions, *, has_importance: bool = False) -> TypePolicy:
+    """The types of a file of `outtype`, which is not auto."""
+    if OUTTYPES[outtype].is_mix or (outtype == "q8_0" and options != MixOptions()):
+        return MixPolicy(outtype, _lossless(model), options, has_importance)
+    if options.leave_output:
+        what = f"nothing is quantised in a file of {outtype}"
+        raise UsageError(what, hint="leave out --leave-output-tensor", code="option-conflict")
+    return OuttypePolicy(outtype, options)
+
+
+def _lossless(model: Model) -> str:
+    """The plain outtype that holds all weights as they are."""
+    dtypes = {target.tensor.spec.dtype for target in model.targets if model.role(target).is_weight}
+    return "bf16" if dtypes == {dtype.BF16} else "f16" if dtypes == {dtype.F16} else "f32"
+
+
+def _require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
+    """UsageError where llama-quantize makes a type with an importance matrix only."""
+    mix = MIXES.get(outtype)
+    for one in tensors if mix else ():
+        if mix and one.weights is None and requires_importance(mix, one.target, one.type):
+            what = f"{one.type.name} of a {outtype} file is made with an importance matrix"
+            raise UsageError(
+                what, tensor=one.target, hint="give --imatrix FILE, or --outtype q2_k", code="imatrix-missing"
+            )
+
+
+@contextmanager
+def _open_imatrix(source: Source | None) -> Iterator[ImportanceMatrix | None]:
+    if source is None:
+        yield None
+        return
+    with ImportanceMatrix.open(find_source(source)) as imatrix:
+        yield imatrix
+
+
+def _place(
+    model: Model, dialect: str, policy: TypePolicy, imatrix: ImportanceMatrix | None = None
+) -> list[PlacedTensor]:
     """The model's tensors under the names, and of the types, that the file will have."""
     types = policy.choose([model.role(target) for target in model.targets], facts_of(model.recipe.arch, model.keys()))
     return [
@@ -206,6 +271,7 @@ def _place(model: Model, dialect: str, policy: TypePolicy) -> list[PlacedTensor]
             target.tensor,
             tuple(source.name for source in sources(target.tensor)),
             type_,
+            imatrix.columns(target.name, target.tensor.spec.shape) if imatrix and type_ in BLOCK_TYPES else None,
         )
         for target, type_ in zip(model.targets, types, strict=True)
     ]

@@ -20,9 +20,10 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import UsageError
 from streamconv.files.hub import Source
+from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.policy import StoredTypes, stored_outtype
 from streamconv.gguf.names import LLAMA_CPP
-from streamconv.gguf.reader import refuse
+from streamconv.gguf.reader import GGUFFile, refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.merge import AdapterSpec
 from streamconv.options import OutputOptions, RunOptions, documented
@@ -40,6 +41,7 @@ def verify(
     scale: float | None = None,
     pre: str | None = None,
     tokenizer: str = "auto",
+    imatrix: Source | None = None,
     dialect: str = LLAMA_CPP,
     max_memory: int | str | None = None,
     threads: int | None = None,
@@ -63,7 +65,7 @@ def verify(
     """
     options, wanted, started = RunOptions.of(locals()), OutputOptions.of(locals()), time.monotonic()
     outputs, stored, architecture = _read(
-        out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre}
+        out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre, "--imatrix": imatrix}
     )
     with (
         open_model_job(source, out, wanted, options.limit_nbytes, adapters, stored)
@@ -100,11 +102,15 @@ def _read(
         outputs = [Output(Path(str(file.path)), file.file.nbytes) for file in found.files]
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"
         stored = _types(found)
+        imatrix = _imatrix_of(found.files[0], stored)
         architecture = found.files[0].scalar("general.architecture", str)
     if is_adapter and of_adapters["--base"] is None:
         raise UsageError(
             "is an adapter, whose tensors follow from its base", file=out, hint="give --base", code="base-missing"
         )
+    if not is_adapter and of_models["--imatrix"] is None and imatrix is not None:
+        hint = "give it with --imatrix FILE, as it was given then"
+        raise UsageError(f"was made with an importance matrix, {imatrix}", file=out, hint=hint, code="imatrix-missing")
     for option, value in (of_models if is_adapter else of_adapters).items():
         if value is not None:
             raise UsageError(
@@ -118,6 +124,13 @@ def _read(
 def _of_file(job: Job, architecture: str | None) -> Job:
     """The output of a job that a file of this architecture is: the model, or what comes with it."""
     return next((one for one in job.outputs if one.architecture == architecture), job)
+
+
+def _imatrix_of(file: GGUFFile, stored: StoredTypes) -> str | None:
+    """The importance matrix that decided bytes of a file, by its name; None where there was none."""
+    key = file.keys.get("quantize.imatrix.file")
+    has_blocks = any(type_ in BLOCK_TYPES for _, type_ in stored.types.values())
+    return None if key is None or not has_blocks else str(key.value)
 
 
 def _types(found: GGUFSet) -> StoredTypes:

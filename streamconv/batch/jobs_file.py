@@ -27,6 +27,7 @@ from typing import Any, Final, get_args
 from streamconv.budget import parse_size
 from streamconv.errors import UsageError
 from streamconv.files.hub import find_cached, is_repo_id, model_name
+from streamconv.ggml.outtypes import AUTO, canonical
 from streamconv.options import Command, Kind, declared, not_a_choice
 
 DEFAULT_OUTPUT = "{name}-{outtype}.gguf"
@@ -68,14 +69,19 @@ class JobSpec:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> JobSpec:
         """A job from what `to_json` gave."""
-        return cls(**{**values, "options": tuple(values["options"].items())})
+        return cls(**{**values, "options": tuple((key, _frozen(value)) for key, value in values["options"].items())})
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JobSpec:
         """A job from values by key."""
         own = {one.name for one in fields(cls)}
-        others = tuple((key, values[key]) for key in OPTIONS if key in values and key not in own)
-        return cls(**{key: value for key, value in values.items() if key in own}, options=others)
+        others = tuple((key, _frozen(values[key])) for key in OPTIONS if key in values and key not in own)
+        mine = {key: value for key, value in values.items() if key in own}
+        return cls(**mine | {"outtype": canonical(mine.get("outtype", AUTO))}, options=others)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 OPTIONS: Final = {one.option.key: one for one in declared() if one.option.key is not None}  # by key
@@ -157,6 +163,10 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
 
 def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpec]:
     """The jobs of one entry: one for each match of its source."""
+    if isinstance(entry.get("outtype"), list):
+        for outtype in entry["outtype"]:
+            yield from _expand({**entry, "outtype": outtype}, where, path)
+        return
     _check(entry, where, path)
     _check_whole(entry, where, path)
     folder = path.absolute().parent
@@ -164,7 +174,7 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
     if "name" in entry and len(matches) > 1:
         raise UsageError(f"{where}: one name for {len(matches)} sources", file=path, code="jobs-name")
     given = dict(entry)
-    for key in ("base", "adapter"):
+    for key in ("base", "adapter", "imatrix"):
         if key in given:
             given[key] = _absolute(given[key], folder)
     for match in matches:
@@ -239,6 +249,13 @@ def _resolved(source: Path) -> str:
 
 
 def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
+    listed = entry.get("outtype")
+    if isinstance(listed, list):
+        if not listed:
+            raise UsageError(f"{where}: outtype is an empty list", file=path, code="jobs-value")
+        for outtype in listed:
+            _check({**entry, "outtype": outtype}, where, path)
+        return
     for key, value in entry.items():
         if key not in KEYS:
             raise UsageError(
@@ -246,6 +263,8 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
             )
         kind = OPTIONS[key].option.kind if key in OPTIONS else Kind.TEXT
         types = _TYPES.get(kind, (str,))
+        if kind is Kind.TEXTS and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            continue
         if type(value) not in types:
             raise UsageError(f"{where}: {key} must be {_TYPE_NAMES[types[0]]}", file=path, code="jobs-value")
         if value == "" or "\0" in str(value) or (kind is Kind.COUNT and value < 1):
@@ -253,7 +272,7 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
         if kind is Kind.SIZE and not _size(value):
             hint = "a size is as 4G or 96MiB"
             raise UsageError(f"{where}: {key} is {value!r}", file=path, hint=hint, code="jobs-value")
-        if kind is Kind.WORD and value not in OPTIONS[key].option.choices:
+        if kind is Kind.WORD and canonical(value) not in OPTIONS[key].option.choices_for(None):
             error = not_a_choice(OPTIONS[key].name, value, f"{where}: {key} ")
             raise UsageError(error.message, file=path, hint=error.hint, code="jobs-value")
     if entry.get("command", "convert") not in get_args(Command):

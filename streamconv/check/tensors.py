@@ -126,7 +126,8 @@ def _match(job: Job, files: Sequence[GGUFFile]) -> Iterator[_Pair]:
 
 
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor, type_: GGMLQuantizationType) -> _Pair:
-    expected = Encode(made.parents[0], stored.name, type_)
+    rows, *weights = made.parents
+    expected = Encode(rows, stored.name, type_, *weights)
     return _Pair(expected, file, stored, slab_rows(expected))
 
 

@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 from streamconv import options as declared
 from streamconv.errors import UsageError
+from streamconv.ggml.outtypes import canonical
 from streamconv.options import Kind
 
 HEADINGS = {
     "output": "output",
+    "types": "types of tensors, as in llama-quantize",
     "split": "several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first",
     "run": "run",
 }
@@ -73,15 +75,15 @@ def _add(group: Any, one: declared.Declared, command: str) -> None:
         group.add_argument(flag, action="store_true", **words)
         return
     if kind is Kind.WORD:
-        words["choices"] = [word for word in one.option.choices if word not in one.option.hidden]
+        words["choices"] = [word for word in one.option.choices_for(command) if word not in one.option.hidden]
     else:
         words["metavar"] = one.option.metavar
-    if kind is Kind.ADAPTERS:
+    if kind in (Kind.ADAPTERS, Kind.TEXTS):
         words["action"] = "append"
-    group.add_argument(flag, type=_reader(one), **words)
+    group.add_argument(flag, type=_reader(one, command), **words)
 
 
-def _reader(one: declared.Declared) -> Callable[[str], Any]:
+def _reader(one: declared.Declared, command: str) -> Callable[[str], Any]:
     """What makes a value of the text on the command line."""
     readers: dict[Kind, Callable[[str], Any]] = {
         Kind.COUNT: positive,
@@ -89,14 +91,14 @@ def _reader(one: declared.Declared) -> Callable[[str], Any]:
         Kind.SOURCE: src_path,
         Kind.DESTINATION: dst_path,
     }
-    return partial(_word, one) if one.option.kind is Kind.WORD else readers.get(one.option.kind, str)
+    return partial(_word, one, command) if one.option.kind is Kind.WORD else readers.get(one.option.kind, str)
 
 
-def _word(one: declared.Declared, text: str) -> str:
+def _word(one: declared.Declared, command: str, text: str) -> str:
     """The word in small letters; UsageError, with the way to it, on one that has a better name or place."""
-    word = text.lower()
-    if word not in one.option.choices:
-        error = declared.not_a_choice(one.name, text, f"argument {one.option.flag}: ")
+    word = canonical(text)
+    if word not in one.option.choices_for(command):
+        error = declared.not_a_choice(one.name, text, f"argument {one.option.flag}: ", command)
         if error.hint:
             raise error
     return word

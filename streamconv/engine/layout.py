@@ -46,12 +46,17 @@ class Io(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PlacedTensor:
-    """A tensor that will be written: its name in the file, its rows before encoding, its sources' names, its type."""
+    """A tensor that will be written: its name in the file, its rows before encoding, its sources' names, its type.
+
+    Attributes:
+        weights: how much each column matters, see `Encode`.
+    """
 
     target: str
     rows: LazyTensor
     sources: tuple[str, ...]
     type: GGMLQuantizationType
+    weights: LazyTensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,7 @@ def worker_nbytes(chunk: int, slab: int) -> int:
 def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> Layout:
     """The file that holds `keys` and `tensors`, in this order."""
     infos, offset = [], 0
-    encoded = [Encode(tensor.rows, tensor.target, tensor.type) for tensor in tensors]
+    encoded = [Encode(tensor.rows, tensor.target, tensor.type, tensor.weights) for tensor in tensors]
     for tensor in encoded:
         infos.append(TensorInfo(tensor.target, tensor.spec.shape, tensor.type, offset))
         offset = align(offset + tensor.spec.nbytes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -24,6 +24,9 @@ from streamconv.files.local import Cursor, open_blob
 from streamconv.files.store import Blob, Place
 from streamconv.gguf.format import MAGIC, MAX_NAME_NBYTES, KeyValue
 from streamconv.gguf.reader import GGUFFile, Span, refuse
+from streamconv.lazy.dtype import F32
+from streamconv.lazy.leaves import Leaf
+from streamconv.lazy.node import Bytes, Step, TensorSpec, Workspace
 
 Floats = NDArray[np.float32]
 
@@ -71,7 +74,7 @@ class ImportanceMatrix:
     def __init__(
         self, blob: Blob, entries: Mapping[str, _Entry], datasets: tuple[str, ...], n_chunks: int, fill_unseen: bool
     ) -> None:
-        self._blob = blob
+        self.blob = blob
         self._entries = entries
         self._fill_unseen = fill_unseen  # matrices without a count weigh 1 everywhere
         self.path = blob.path
@@ -110,11 +113,11 @@ class ImportanceMatrix:
         self.close()
 
     def close(self) -> None:
-        self._blob.close()
+        self.blob.close()
 
     def check_unchanged(self) -> None:
         """SourceError if the file is no longer what it was when it was opened."""
-        self._blob.check_unchanged()
+        self.blob.check_unchanged()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -171,13 +174,22 @@ class ImportanceMatrix:
             return None
         n_columns = shape[-1]
         numbers = np.empty(n_columns, dtype="<f4")
-        self._blob.read_into(entry.offset + 4 * n_columns * matrix, numbers.view(np.uint8))
+        self.blob.read_into(entry.offset + 4 * n_columns * matrix, numbers.view(np.uint8))
         count = entry.count if entry.n_counts == 1 else self._count(entry, matrix)
         if count > 0:
             numbers /= np.float32(count)
         elif self._fill_unseen:
             numbers.fill(1)
         return numbers
+
+    def columns(self, name: str, shape: tuple[int, ...]) -> ColumnWeights | None:
+        """The weights of a tensor as a node; None where the file says nothing of it."""
+        return ColumnWeights(self, name, shape) if name in self._entries and self._fits(name, shape) else None
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the numbers without reading them all once more."""
+        return f"{self.blob.identity.lasting} {len(self._entries)}"
 
     def metadata(self) -> list[KeyValue]:
         """The keys that llama-quantize writes of it; the file by its last name alone."""
@@ -194,7 +206,7 @@ class ImportanceMatrix:
 
     def _count(self, entry: _Entry, matrix: int) -> float:
         number = np.empty(1, dtype="<f4")
-        self._blob.read_into(entry.counts_offset + 4 * matrix, number.view(np.uint8))
+        self.blob.read_into(entry.counts_offset + 4 * matrix, number.view(np.uint8))
         return _rounded(float(number[0]))
 
     def _check_numbers(self) -> None:
@@ -207,12 +219,30 @@ class ImportanceMatrix:
     def _check_run(self, name: str, offset: int, n_values: int, window: Floats) -> None:
         for start in range(0, n_values, _WINDOW):
             part = window[: min(_WINDOW, n_values - start)]
-            self._blob.read_into(offset + 4 * start, part.view(np.uint8))
+            self.blob.read_into(offset + 4 * start, part.view(np.uint8))
             least, largest = float(part.min()), float(part.max())
             if not (least >= 0 and math.isfinite(largest)):
                 wrong = part[~(np.isfinite(part) & (part >= 0))][0]
                 message = f"has an importance or a count of {wrong}, each must be a finite number of at least 0"
                 raise SourceError(message, file=self.path, tensor=name, code="imatrix-value")
+
+
+class ColumnWeights(Leaf):
+    """The importances of one tensor's columns, [matrices, columns] in F32, as they are read from the file."""
+
+    def __init__(self, matrix: ImportanceMatrix, name: str, shape: tuple[int, ...]) -> None:
+        self._matrix, self._name, self._shape = matrix, name, shape
+        self.spec = TensorSpec((shape[-3] if len(shape) > 2 else 1, shape[-1]), F32)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        work.files.add(self._matrix.blob)
+        for row, part in zip(rows, out.reshape(len(rows), -1), strict=True):
+            found = self._matrix.weights(self._name, self._shape, row)
+            assert found is not None  # it was there when the node was made
+            part[:] = found.view(np.uint8)
+
+    def describe(self) -> str:
+        return f"importance of {self._name!r}"
 
 
 _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")

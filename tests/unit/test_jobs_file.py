@@ -128,7 +128,7 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
     [
         ('[[job]]\nsource = "a"\nouttyp = "f16"\n', "job 1: unknown key 'outtyp'"),
         ('[defaults]\nouttyp = "f16"\n[[job]]\nsource = "a"\n', "defaults: unknown key 'outtyp'"),
-        ('[[job]]\nsource = "a"\n[[job]]\nsource = "b"\nouttype = "q4_0"\n', "job 2: outtype 'q4_0' is none of"),
+        ('[[job]]\nsource = "a"\n[[job]]\nsource = "b"\nouttype = "q4"\n', "job 2: outtype 'q4' is none of"),
         ('[[job]]\nsource = "a"\ncommand = "quantize"\n', "job 1: command 'quantize' is none of"),
         ('[[job]]\nsource = 3\n', "job 1: source must be a string"),
         ('[[job]]\nsource = ""\n', "job 1: source is ''"),
@@ -158,7 +158,7 @@ def test_what_is_wrong_is_refused_before_anything_runs(tmp_path: Path, text: str
     assert refusal(tmp_path, text).startswith(message)
 
 
-@pytest.mark.parametrize(("word", "hint"), [("Q8_0", "write q8_0"), ("q5_k_s", "llama-quantize"), ("q8", None)])
+@pytest.mark.parametrize(("word", "hint"), [("iq3_s", "llama-quantize"), ("q8", None)])
 def test_the_way_out_of_an_unknown_outtype(tmp_path: Path, word: str, hint: str | None) -> None:
     (tmp_path / "jobs.toml").write_text(f'[[job]]\nsource = "a"\nouttype = "{word}"\n')
     with pytest.raises(UsageError) as caught:

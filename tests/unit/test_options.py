@@ -84,7 +84,7 @@ def test_the_command_line_has_every_option_and_no_other(command: str) -> None:
 def test_the_words_are_those_of_the_tables() -> None:
     def one_of(name: str) -> tuple[str, ...]:
         (found,) = (one for one in options.declared() if one.name == name)
-        return found.option.choices
+        return found.option.choices_for(found.option.commands[0])
 
     assert one_of("outtype") == WORDS
     assert one_of("dialect") == tuple(RENAMES)
@@ -100,13 +100,13 @@ def test_a_jobs_file_takes_every_option_that_has_a_key(tmp_path: Path) -> None:
     }
     (tmp_path / "m").mkdir()
     for key, one in jobs_file.OPTIONS.items():
-        value = values.get(one.option.kind, one.option.choices[-1] if one.option.choices else "text")
+        value = values.get(one.option.kind, (*one.option.choices_for(one.option.commands[0]), "text")[0])
         command = one.option.commands[0]
         entry = {"command": command, "source": "m", "output": "out.gguf", key: value}
         entry |= {"base": "b"} if command == "lora" else {}
         (tmp_path / "jobs.jsonl").write_text(json.dumps(entry))
         (job,) = read_jobs(tmp_path / "jobs.jsonl")
-        expected = str(tmp_path / value) if key == "adapter" else value
+        expected = str(tmp_path / value) if key in ("adapter", "imatrix") else value
         assert job.given()[key] == expected, key
         assert JobSpec.from_json(json.loads(json.dumps(job.to_json()))) == job
         assert one.name in options.arguments(command, {one.name: value}) or one.of is options.SplitOptions

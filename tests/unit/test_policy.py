@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
 
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGUFValueType, LlamaFileType
@@ -11,21 +10,11 @@ from gguf.constants import GGMLQuantizationType as T
 
 from streamconv import options
 from streamconv.errors import SourceError
-from streamconv.ggml import policy
 from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.element_types import BLOCKS, TYPE_OF, TYPES, VERIFIABLE
+from streamconv.ggml.mixes import MIXES, MixOptions, ModelFacts, parse_override
 from streamconv.ggml.outtypes import OUTTYPES, WORDS, Outtype
-from streamconv.ggml.policy import (
-    FALLBACKS,
-    ModelFacts,
-    OuttypePolicy,
-    Override,
-    TensorRole,
-    choose,
-    facts_of,
-    file_type_of,
-    settled,
-)
+from streamconv.ggml.policy import MixPolicy, OuttypePolicy, TensorRole, facts_of, file_type_of, settled
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.recipe.language import Recipe, all_recipes
 
@@ -60,15 +49,18 @@ def test_outtypes_name_types_that_are_made_and_fall_back_to_such() -> None:
     for row in OUTTYPES.values():
         assert T[row.type] in VERIFIABLE
         assert file_type_of(row) in LlamaFileType
-        assert row.mix in ("", *policy.MIXES)
-    assert FALLBACKS.keys() == {row.id for row in TYPES.values() if row.encoder and row.dtype.block > 1}
+    assert {row.name for row in OUTTYPES.values() if row.is_mix} == MIXES.keys() - {"q8_0"}
+    assert {name: file_type_of(OUTTYPES[name]) for name in MIXES} == {
+        name: mix.file_type for name, mix in MIXES.items()
+    }
+    assert {name: T[OUTTYPES[name].type] for name in MIXES} == {name: mix.type for name, mix in MIXES.items()}
     assert options.WORDS is WORDS
 
 
 def test_file_types() -> None:
-    found = {row.name: int(file_type_of(row)) for row in OUTTYPES.values() if not row.mix}
+    found = {row.name: int(file_type_of(row)) for row in OUTTYPES.values() if not row.is_mix}
     assert found.items() >= {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}.items()
-    assert file_type_of(Outtype("q4_k_m", "Q4_K", "Q4_K_M", "x")) == 15
+    assert file_type_of(Outtype("q4_k_m", "Q4_K", "Q4_K_M")) == 15
 
 
 # ---------------------------------------------------------------- what stays F32
@@ -124,28 +116,18 @@ def test_rows_that_do_not_divide_fall_back(wanted: T, columns: int, type_: T) ->
 
 
 def test_the_first_override_that_is_found_counts() -> None:
-    overrides = (Override.of("Attn_[QK]\\.", T.F16), Override.of("attn_", T.F32), Override.of("norm", T.F16))
+    overrides = tuple(parse_override(text) for text in ("Attn_[QK]\\.=f16", "attn_=F32", "norm=f16"))
     roles = [role("blk.1.attn_q.weight"), role("blk.1.attn_v.weight"), role("output.weight")]
     roles.append(TensorRole("blk.1.attn_norm.weight", (64,)))
-    assert OuttypePolicy("bf16", overrides).choose(roles, FACTS) == [T.F16, T.F32, T.BF16, T.F32]
+    policy = OuttypePolicy("bf16", MixOptions(overrides))
+    assert policy.choose(roles, FACTS) == [T.F16, T.F32, T.BF16, T.F32]
 
 
-def test_a_mix_sees_the_weights_by_layer_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[list[str], ModelFacts, list[str]]] = []
-
-    def mix(roles: Sequence[TensorRole], facts: ModelFacts, forced: Collection[str]) -> Mapping[str, T]:
-        seen.append(([one.name for one in roles], facts, sorted(forced)))
-        return {"blk.10.ffn_down.weight": T.Q8_0, "blk.2.attn_v.weight": T.Q8_0, "output.weight": T.Q6_K}
-
-    monkeypatch.setattr(policy, "MIXES", {"made": mix})
-    names = ["blk.10.ffn_down", "output", "blk.2.attn_v", "blk.2.attn_q", "token_embd"]
-    roles = [role(f"{name}.weight") for name in names] + [TensorRole("output_norm.weight", (64,))]
-    facts = ModelFacts("llama", n_layers=11)
-    overrides = (Override.of("attn_v", T.F16),)
-    found = choose(roles, facts, Outtype("made", "BF16", "BF16", "made"), overrides)
-    assert found == [T.Q8_0, T.Q6_K, T.F16, T.BF16, T.BF16, T.F32]
-    order = ["output", "token_embd", "blk.2.attn_q", "blk.2.attn_v", "blk.10.ffn_down"]
-    assert seen == [([f"{name}.weight" for name in order], facts, ["blk.2.attn_v.weight"])]
+def test_a_mix_leaves_what_it_does_not_quantise_as_in_the_lossless_file() -> None:
+    names = ["token_embd.weight", "output.weight", "blk.0.attn_q.weight", "blk.0.ffn_gate_inp.weight", "blk.0.x.bias"]
+    roles = [TensorRole(name, (4, 256), name.startswith("blk.0.ffn_gate_inp")) for name in names]
+    found = MixPolicy("q4_k_m", "bf16", MixOptions(leave_output=True)).choose(roles, ModelFacts("llama", 1))
+    assert found == [T.Q4_K, T.BF16, T.Q4_K, T.F32, T.F32]
 
 
 def test_the_facts_of_a_file_are_in_its_keys() -> None:
@@ -158,7 +140,7 @@ def test_the_facts_of_a_file_are_in_its_keys() -> None:
         KeyValue.u32("clip.vision.block_count", 27),
     ]
     assert facts_of("lfm2moe", keys) == ModelFacts("lfm2moe", 3, 32, 16, 0)
-    assert facts_of("llama", keys, has_importance=True) == ModelFacts("llama", has_importance=True)
+    assert facts_of("llama", keys) == ModelFacts("llama")
 
 
 def test_a_type_that_would_round_what_the_model_made_is_refused() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from streamconv.errors import SourceError
-from streamconv.ggml.policy import ModelFacts, OuttypePolicy
+from streamconv.ggml.mixes import ModelFacts
+from streamconv.ggml.policy import OuttypePolicy
 from streamconv.ggml.rows import Encode
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import peak_nbytes
