@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from streamconv.checkpoint.config import Config
@@ -40,9 +41,10 @@ def open_checkpoint(source: Place, max_header_nbytes: int) -> Checkpoint:
     try:
         return Checkpoint.open(source, max_header_nbytes=max_header_nbytes)
     except SourceError:
-        folder = source if source.is_dir() else source.parent
-        if (folder / CONFIG).is_file():
-            recognise_architecture(Config(load_object(folder / CONFIG, MAX_CONFIG_NBYTES), folder / CONFIG))
+        with suppress(OSError):  # a folder that may not be searched: the first error says so
+            folder = source if source.is_dir() else source.parent
+            if (folder / CONFIG).is_file():
+                recognise_architecture(Config(load_object(folder / CONFIG, MAX_CONFIG_NBYTES), folder / CONFIG))
         raise
 
 
