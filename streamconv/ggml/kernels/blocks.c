@@ -37,7 +37,8 @@ const int N_BLOCK_TYPES = sizeof BLOCK_TYPES / sizeof *BLOCK_TYPES;
 
 static int has_avx2(void) {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2");
+    __builtin_cpu_init(); /* some runtimes do it only when asked */
+    return __builtin_cpu_supports("avx2") != 0;
 #else
     return 0;
 #endif

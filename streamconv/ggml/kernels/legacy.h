@@ -15,12 +15,8 @@ INLINE void extremes(const float *x, floats_t *least, floats_t *largest) {
         low = lesser(at, low);
         high = greater(at, high);
     }
-    UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) {
-        low = lesser(low, exchange(low, apart));
-        high = greater(high, exchange(high, apart));
-    }
-    *least = low;
-    *largest = high;
+    *least = least_of_all(low);
+    *largest = largest_of_all(high);
 }
 
 /* Scale and minimum of each block of a piece, as ggml chooses them. */
@@ -56,8 +52,8 @@ INLINE void pack_legacy(const ints_t *l, int n_max, uint8_t *out) {
     if (n_max == 31) {
         ints_t bits = splat_int(0);
         for (int v = 0; v < LEGACY_VECTORS; v++) bits |= (l[v] >> 4) << (LANE_NUMBERS + v * LANES);
-        UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) bits |= (ints_t)exchange((floats_t)bits, apart);
-        int32_t high = bits[0];
+        int32_t high = 0;
+        for (int i = 0; i < LANES; i++) high |= bits[i];
         memcpy(out, &high, 4);
         out += 4;
     }

@@ -4,8 +4,7 @@
 INLINE float ternary_levels(const float *x, int32_t *levels) {
     floats_t largest = splat(0);
     for (int i = 0; i < SUPER; i += LANES) largest = greater(magnitude(load(x + i)), largest);
-    UNROLL for (int apart = LANES / 2; apart > 0; apart /= 2) largest = greater(largest, exchange(largest, apart));
-    float d = largest[0], inverse = d != 0 ? 1 / d : 0;
+    float d = largest_of_all(largest)[0], inverse = d != 0 ? 1 / d : 0;
     if (inverse > 0x1.fffffep127f) inverse = 0; /* ggml makes zeros of what no integer holds */
     for (int i = 0; i < SUPER; i += LANES) {
         floats_t product = load(x + i) * inverse;

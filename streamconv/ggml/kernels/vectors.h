@@ -94,6 +94,18 @@ INLINE floats_t exchange(floats_t vector, int apart) {
 #endif
 }
 
+/* The least and the largest lane, in every lane. */
+INLINE floats_t least_of_all(floats_t vector) {
+    if (LANES == 8) vector = lesser(vector, exchange(vector, LANES / 2));
+    vector = lesser(vector, exchange(vector, 2));
+    return lesser(vector, exchange(vector, 1));
+}
+INLINE floats_t largest_of_all(floats_t vector) {
+    if (LANES == 8) vector = greater(vector, exchange(vector, LANES / 2));
+    vector = greater(vector, exchange(vector, 2));
+    return greater(vector, exchange(vector, 1));
+}
+
 INLINE int any(ints_t mask) {
     int32_t found = 0;
     for (int i = 0; i < LANES; i++) found |= mask[i];
