@@ -40,6 +40,14 @@ def _nearly_constant(rng: np.random.Generator, shape: tuple[int, int]) -> NDArra
     return (numbers.view(np.int32) + rng.integers(-2, 3, shape, dtype=np.int32)).view(np.float32)
 
 
+def _negative_outliers(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.generic]:
+    """Negative blocks, all but constant, with outliers: where those have little weight, a search moves its minimum
+    beyond the largest element, and what it rounds leaves the range of the fast rounding."""
+    numbers = np.repeat(-(10.0 ** rng.uniform(-3, 3, (shape[0], shape[1] // 32))), 32, axis=1).astype(np.float32)
+    near = (numbers.view(np.int32) + rng.integers(-3, 4, shape, dtype=np.int32)).view(np.float32)
+    return np.where(rng.random(shape) < 0.03, numbers * np.float32(1e7), near)
+
+
 def _bf16(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.generic]:
     numbers = (rng.standard_normal(shape) * 0.02).astype(np.float32)
     return (numbers.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -67,6 +75,8 @@ ROWS: dict[str, Maker] = {
     "zeros": _zeros,
     "zero-blocks": _zero_blocks,
     "outliers": _outliers,
+    "negative-outliers": _negative_outliers,
+    "extreme": lambda rng, shape: rng.choice([-1.0, 1.0], shape) * rng.uniform(1e38, 3.3e38, shape),
     "scales": lambda rng, shape: _by_block(rng, shape, 10.0 ** np.arange(-20, 3)),
     "tiny": lambda rng, shape: _by_block(rng, shape, 10.0 ** np.arange(-17, -5)),
     "subnormal": lambda rng, shape: _by_block(rng, shape, 2.0 ** np.arange(-149, -120)),

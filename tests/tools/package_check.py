@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     assert "streamconv/py.typed" in inside
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     assert not [name for name in inside if not name.startswith("streamconv")], "foreign files in the wheel"
-    assert sum(name.endswith(".abi3.so") for name in inside) == 2, "an extension was not built"
+    extensions = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    built = {name.removesuffix(".abi3.so").replace("/", ".") for name in inside if name.endswith(".abi3.so")}
+    assert built == {extension["name"] for extension in extensions}, "an extension was not built"
     assert "-cp311-abi3-" in wheel.name, wheel.name
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

@@ -76,7 +76,8 @@ INLINE void quantise_legacy(const float *x, legacy_t how, int n_blocks, int nbyt
             if (how.has_minimum) at -= minimum[block];
             l[v] = __builtin_convertvector(lesser(at * inverse + half, splat((float)how.n_max)), ints_t);
         }
-        if (__builtin_fabsf(inverse) > 0x1.fffffep127f) /* ggml makes zeros of what no integer holds */
+        if (__builtin_fabsf(inverse) > 0x1.fffffep127f || __builtin_fabsf(d[block]) > 0x1.fffffep127f)
+            /* ggml makes zeros of what no integer holds */
             memset(l, 0, sizeof l);
         pack_legacy(l, how.n_max, out + (how.has_minimum ? 4 : 2));
     }
