@@ -1,0 +1,89 @@
+"""Asks llama.cpp's own quantizer for whole files: `python -m tests.tools.make_quantised_goldens PYTHON`.
+
+PYTHON has llama-cpp-python (see quantize.py, which it runs). Writes tests/data/goldens/quantised.json: for each case of
+tests/quantised_models.py a digest of the names, types and bytes of all tensors, and the file's general.file_type. What
+it reads is the lossless file that streamconv makes, which other goldens compare with llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+import streamconv
+from streamconv.ggml.mixes import MIXES, parse_override, parse_type
+from tests.quantised_models import LOSSLESS, MODELS, Case, cases, importance
+
+GOLDENS = Path(__file__).parents[1] / "data" / "goldens" / "quantised.json"
+PROGRAM = Path(__file__).with_name("quantize.py")
+
+
+def digest(path: Path) -> str:
+    """Of names, types and bytes of the tensors, in the order of their names, and the file type."""
+    reader = gguf.GGUFReader(path)
+    found = hashlib.sha256()
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.name):
+        found.update(f"{tensor.name} {tensor.tensor_type.name} ".encode() + tensor.data.tobytes())
+    return f"{int(reader.fields['general.file_type'].contents())} {found.hexdigest()[:24]}"
+
+
+def job(case: Case, src: Path, dst: Path, weights: dict[str, Any]) -> dict[str, Any]:
+    options = case.options
+    found: dict[str, Any] = {
+        "src": str(src),
+        "dst": str(dst),
+        "ftype": int(MIXES[case.outtype].file_type),
+        "pure": options.get("pure", False),
+        "leave_output": options.get("leave_output_tensor", False),
+        "overrides": [
+            (pattern.pattern, int(type_)) for pattern, type_ in map(parse_override, options.get("tensor_type", ()))
+        ],
+    }
+    if "output_tensor_type" in options:
+        found["output_type"] = int(parse_type(options["output_tensor_type"]))
+    if "token_embedding_type" in options:
+        found["embedding_type"] = int(parse_type(options["token_embedding_type"]))
+    return found | ({"importance": weights} if case.weighted else {})
+
+
+def weights_of(path: Path, folder: Path) -> dict[str, Any]:
+    index, offset = {}, 0
+    with (folder / f"{path.stem}.weights").open("wb") as file:
+        for tensor in gguf.GGUFReader(path).tensors:
+            values = importance(tensor.name, tuple(map(int, tensor.shape))[::-1])
+            if values is not None:
+                index[tensor.name] = [file.name, offset, values.size]
+                offset += file.write(values.tobytes())
+    return index
+
+
+def main(python: str) -> int:
+    made: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model, make in MODELS.items():
+            src = folder / f"{model}.gguf"
+            streamconv.convert(make(folder / model), src, outtype=LOSSLESS[model])
+            weights = weights_of(src, folder)
+            found = [case for case in cases() if case.model == model]
+            jobs = [job(case, src, folder / f"{n}.gguf", weights) for n, case in enumerate(found)]
+            (folder / "jobs.json").write_text(json.dumps(jobs))
+            command = [python, "-P", str(PROGRAM), str(folder / "jobs.json")]
+            codes = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            for n, (case, code) in enumerate(zip(found, codes, strict=True)):
+                if code:
+                    raise SystemExit(f"{case}: llama_model_quantize answers {code}")
+                made[str(case)] = digest(folder / f"{n}.gguf")
+    GOLDENS.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
