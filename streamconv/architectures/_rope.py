@@ -13,10 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.recipe import F32, STRING, Config, Key, Model, Refusal, Scalar
+from streamconv.recipe import F32, STRING, Caveat, Config, Key, Model, Refusal, Scalar
 
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # the run time's, which reads no key for them
 LLAMA3_FACTORS = "rope_freqs.weight"
+DYNAMIC = "dynamic"  # modeling_rope_utils.py: _compute_dynamic_ntk_parameters, whose base is theta up to that length
+PLAIN_UP_TO_CONTEXT = (
+    "RoPE scaling 'dynamic' is plain RoPE up to the trained context, and is written as that: beyond it the run time "
+    "computes otherwise"
+)
 
 ModelKey = Callable[[Model], Scalar | None]
 
@@ -47,9 +52,17 @@ class Rope:
         """The part of a config that says it."""
         return config.rope if self.kind is None else config.rope_of(self.kind)
 
-    def type(self, config: Config) -> str:
-        """The kind of scaling, "default" for none."""
+    def stated_type(self, config: Config) -> str:
+        """The kind of scaling that a config says, "default" for none."""
         return self.of(config).text("rope_type") or self.of(config).text("type") or "default"
+
+    def type(self, config: Config) -> str:
+        """The kind of scaling up to the trained context, "default" for none: there "dynamic" scales nothing."""
+        return "default" if self.is_dynamic(config) else self.stated_type(config)
+
+    def is_dynamic(self, config: Config) -> bool:
+        """Whether positions are scaled beyond the trained context alone, by the length of the text."""
+        return self.stated_type(config) == DYNAMIC and DYNAMIC not in self.scalings
 
     def base(self, config: Config) -> float:
         return self.of(config).positive("rope_theta") or config.positive("rope_theta") or self.theta
@@ -149,6 +162,7 @@ class Rope:
                 "RoPE scaling {rope_type!r} has no place in the GGUF architecture",
                 lambda m: self.type(m.config) not in ("default", *self.scalings),
             ),
+            Caveat(PLAIN_UP_TO_CONTEXT, lambda m: self.is_dynamic(m.config), code="rope-dynamic"),
             Refusal("low_freq_factor of RoPE must be below high_freq_factor", self.is_llama3_empty),
             # What llama.cpp has keys for, and reads in other architectures alone.
             *(

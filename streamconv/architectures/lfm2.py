@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamconv.recipe import F32, Alias, Claim, Config, Dim, Key, PerLayer, Recipe, Refusal, Squeeze, Tensor
+from streamconv.architectures._rope import DYNAMIC, PLAIN_UP_TO_CONTEXT
+from streamconv.recipe import F32, Alias, Caveat, Claim, Config, Dim, Key, PerLayer, Recipe, Refusal, Squeeze, Tensor
 
 # Lfm2Config's defaults, and Lfm2MoeConfig's.
 ROPE_THETA, CONTEXT_LENGTH, RMS_EPSILON = 1_000_000.0, 128_000, 1e-5
@@ -99,10 +100,12 @@ CLAIMS = (Claim("layer_types", "mixer", mixers_by_type), Claim("full_attn_idxs",
 
 REFUSALS = (
     Refusal(
-        "conv_bias is true, and the GGUF architecture has no place for it", lambda m: bool(m.config.flag("conv_bias"))
+        "RoPE scaling {rope_type!r} has no place in the GGUF architecture",
+        lambda m: m.config.rope_type not in ("default", DYNAMIC),
     ),
+    Caveat(PLAIN_UP_TO_CONTEXT, lambda m: m.config.rope_type == DYNAMIC, code="rope-dynamic"),
     Refusal(
-        "RoPE scaling {rope_type!r} has no place in the GGUF architecture", lambda m: m.config.rope_type != "default"
+        "conv_bias is true, and the GGUF architecture has no place for it", lambda m: bool(m.config.flag("conv_bias"))
     ),
     Refusal(
         "{A} heads of {D} do not make the hidden size {H}, as the run time takes it",

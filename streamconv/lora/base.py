@@ -110,9 +110,14 @@ class BaseModel:
 
     def slot(self, module: str) -> Slot | Problem:
         """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
-        if self.is_tied and self.recipe.canonical(f"{module}.weight") == self.recipe.head:
+        return self.slot_of(f"{module}.weight")
+
+    def slot_of(self, name: str) -> Slot | Problem:
+        """As `slot`, of a tensor by its own name, which need not end in .weight."""
+        module = name.removesuffix(".weight")
+        if self.is_tied and self.recipe.canonical(name) == self.recipe.head:
             return Problem("tied", "the base is tied: it has no head of its own that llama.cpp could adapt", (module,))
-        rows = list(self._rows(f"{module}.weight"))
+        rows = list(self._rows(name))
         if not rows:
             return Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
         found, row = rows[0][1:]

@@ -87,6 +87,8 @@ class LoraConfig(ABC):
     warnings: list[RunWarning] = field(default_factory=list)
     is_dora: bool = False
     invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA (aLoRA)
+    target_parameters: tuple[str, ...] = ()  # stacked parameters that factors are of
+    token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module, rows that were trained whole
     ties_ends: bool = False  # whether a change of a tied model's embedding is one of its head
 
     @abstractmethod
@@ -163,7 +165,10 @@ class PeftConfig(LoraConfig):
         self.tells_ranks = self.fixed_scale is None and not self.problems
         self.is_dora = self._read(config.flag, "use_dora") or False
         self.is_rslora = self._read(config.flag, "use_rslora") or False
-        self.ties_ends = self._read(config.flag, "ensure_weight_tying") or False
+        self.token_rows = self._read(self._token_rows, "trainable_token_indices") or {}
+        self.ties_ends = self._read(config.flag, "ensure_weight_tying") or bool(self.token_rows)
+        targets = self._read(lambda key: config.list_of(key, str), "target_parameters") or ()
+        self.target_parameters = tuple(targets)
         alpha = self._read(config.number, "lora_alpha")
         self.default_alpha = DEFAULT_ALPHA if alpha is None else alpha
         if alpha is None and self.fixed_scale is None:
@@ -244,6 +249,14 @@ class PeftConfig(LoraConfig):
             self.problems.append(Problem("invocation", message))
         return tokens
 
+    def _token_rows(self, key: str) -> dict[str, tuple[int, ...]]:
+        """The rows by module: a list is of the embedding (LoraConfig.trainable_token_indices)."""
+        value = self.config.raw.get(key)
+        by_module = {"embed_tokens": value} if isinstance(value, list) else value or {}
+        if not isinstance(by_module, dict) or not all(_are_rows(rows) for rows in by_module.values()):
+            raise self.config.wrong(key, "a list of token ids, or such a list by module")
+        return {module: tuple(rows) for module, rows in by_module.items()}
+
     def _token_ids(self, key: str) -> list[int] | None:
         tokens = self.config.list_of(key, int)
         if not all(0 <= token < 1 << 32 for token in tokens or ()):
@@ -267,6 +280,12 @@ class PeftConfig(LoraConfig):
         for code, message in _CONFIG_REASONS.items():
             if raw.get(f"{code}_config") is not None:
                 yield Problem(code, message)
+
+
+def _are_rows(value: object) -> bool:
+    """Whether it is a list of different rows."""
+    is_list = isinstance(value, list) and all(type(row) is int and 0 <= row < 1 << 31 for row in value)
+    return is_list and isinstance(value, list) and len(set(value)) == len(value)
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, 
 NUMBERED = "*[0-9]_adapters.safetensors"  # MLX's checkpoints, as 0000100_adapters.safetensors
 
 A, B, UNUSED = "a", "b", "unused"
+TOKEN_ADAPTER = ".token_adapter."  # the wrapper of trainable_token_indices, around what it wraps
 
 _NAME = (
     r"(?:\.[^.]+)?"  # an adapter's, as "default": PEFT leaves it out when it saves, a state dict saved by hand has it
@@ -45,7 +46,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("dora", r"(.+)\.(?:lora_magnitude_vector(?:\..+)?|m)"),
         ("lora-bias", rf"(.+)\.lora_B{_NAME}\.bias"),
         ("kasa", r"(.+)\.lora_diag(?:\..+)?"),
-        ("tokens", r"(.+?)\.(?:token_adapter\..+|trainable_tokens_.+)"),
+        ("tokens", r"(.+?)\.trainable_tokens_delta(?:\..+)?"),
         ("unknown", r"(.+\.lora_.+)"),
         ("bias", r"(.+?)(?:\.base_layer)?\.bias"),
         ("norm", r"((?:.+\.)?[^.]*norm)\.weight"),
@@ -135,7 +136,7 @@ class LoraFile:
 
 def parse_name(name: str) -> tuple[str, str]:
     """(role, module) of a tensor: base_model.model.lm_head.lora_A.weight is ("a", "lm_head"), whatever its prefixes."""
-    name = unwrapped(name)
+    name = unwrapped(name).replace(TOKEN_ADAPTER, ".")
     for role, pattern in _ROLES:
         if match := pattern.fullmatch(name):
             return role, match[1]

@@ -34,12 +34,13 @@ from streamconv.lora.files import parse_name
 from streamconv.lora.fold import turned
 from streamconv.lora.resolve import LoraModule, base_hint, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
-from streamconv.lora.whole_weights import WholeWeight, alone, one_by_one
+from streamconv.lora.whole_weights import TokenRows, WholeWeight, alone, one_by_one
 from streamconv.metadata.vocab.choice import Tokenizers
 from streamconv.metadata.vocab.files import has_tokens
 from streamconv.recipe.bind import bind
 from streamconv.recipe.language import Model, Stored
 from streamconv.recipe.names import fill
+from streamconv.recipe.ops import factors_through
 from streamconv.recipe.spelling import Speller
 from streamconv.recipe.words import Tensor
 
@@ -49,8 +50,10 @@ __all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_
 # as stacked experts, is of an unknown kind until the base knows it.
 _REPLACING: Mapping[str, str] = {"weight": ".weight", "norm": ".weight", "bias": ".bias", "unknown": ""}
 # What rules out a GGUF adapter and not a merge; whether they can be merged is found here.
-_MERGEABLE = frozenset(("dora", *_REPLACING))
+_MERGEABLE = frozenset(("dora", "tokens", *_REPLACING))
 _FROZEN = (".base_layer.weight", ".original_module.weight")
+
+HEAD_MODULE = "lm_head"  # transformers' name of it
 
 SAVE_ENDS = "save the grown embedding and head with the adapter (save_embedding_layers=True, or modules_to_save)"
 
@@ -261,8 +264,6 @@ class _Merge:
             self._problem(
                 adapter, "alora", "an activated LoRA: its tokens switch it on at run time, which no merge can express"
             )
-        if adapter.file.config.raw.get("target_parameters"):
-            self._problem(adapter, "parameters", "target_parameters: factors of stacked parameters are not known here")
         magnitudes = self._magnitudes(adapter, config, resolved.modules)
         origins = []
         singles = alone(self.recipe)
@@ -273,7 +274,51 @@ class _Merge:
             for name, left, right in self._factors(module):
                 self._change(adapter, module, name, left, right, magnitudes.get(module.name))
             origins.append(f"{module.name} {module.slot.order} {module.scale!r} {module.turned}")
-        return origins
+        return [*origins, *self._replace_rows(adapter, config)]
+
+    def _replace_rows(self, adapter: Adapter, config: LoraConfig) -> Iterator[str]:
+        """Put the adapter's trained rows (trainable_token_indices) in place; what decided them."""
+        deltas = {
+            module: tensor
+            for name, tensor in adapter.file.shard.tensors.items()
+            for role, module in [parse_name(name)]
+            if role == "tokens"
+        }
+        speller = Speller(self.recipe, (f"{module}.weight" for module in deltas))
+        placed: dict[str, TokenRows] = {}
+        for module, tensor in deltas.items():
+            name = speller.spell(f"{module}.weight")
+            numbers = next((rows for key, rows in config.token_rows.items() if f".{module}".endswith(f".{key}")), None)
+            if numbers is None and module.endswith(HEAD_MODULE):
+                numbers = config.token_rows.get("embed_tokens")  # of a tied model, whose head PEFT wraps as well
+            if not self._is_stored(name):
+                self._problem(adapter, "no-module", f"the base ({self.recipe.arch}) has no such module", module)
+            elif numbers is None:
+                self._problem(adapter, "tokens", "the configuration does not say of which tokens its rows are", module)
+            elif fault := self._rows_fault(adapter, name, numbers, tensor):
+                self._problem(adapter, "tokens", fault, module)
+            else:
+                placed[name] = TokenRows(numbers, tensor)
+        if not self._has_own_head() and self.recipe.head in placed:
+            head = placed.pop(self.recipe.head)
+            if (embedding := placed.get(self.embedding)) is None or not embedding.is_same(head):
+                self._problem(adapter, "tying", "its rows of the embedding and of the tied head differ")
+        for name, rows in placed.items():
+            before = self.made.get(name) or self._base_of(name).lazy()
+            self.made[name] = rows.over(before)
+            self.changed_by[name].append(adapter)
+            yield f"{name} rows {rows.numbers}"
+
+    def _rows_fault(self, adapter: Adapter, name: str, numbers: Sequence[int], tensor: SourceTensor) -> str | None:
+        """Why trained rows cannot replace those of `name`."""
+        shape = (self.made.get(name) or self._base_of(name).lazy()).spec.shape
+        if len(shape) != 2 or tensor.shape != (len(numbers), shape[1]) or max(numbers, default=0) >= shape[0]:
+            return f"trained rows {list(tensor.shape)} of {len(numbers)} tokens do not fit {name} {list(shape)}"
+        if adapter.weight != 1:
+            return "trained rows replace the base's: they merge at weight 1 alone"
+        if self.changed_by[name]:
+            return f"{name} is changed by {self.changed_by[name][0].label} as well"
+        return None
 
     def _base_model(self) -> BaseModel:
         """The base as its adapters see it: the head of a tied base is a matrix of its own here."""
@@ -320,17 +365,31 @@ class _Merge:
         layer, number, expert = module.slot.order
         row = self.recipe.tensors[number]
         if module.slot.n_experts:
-            row = alone(self.recipe)[row.target]
-            if fill(row.source, layer, 0) not in self.stored:
-                self._unstack(row, layer)
+            row = self._single(row.target, layer)
         if module.slot.n_experts and module.slot.expert is None:
-            n_out, rank = module.b.spec.shape[-2:]
-            for e in range(module.slot.n_experts):
-                yield fill(row.source, layer, e), matrix_of(module.b, e, n_out), matrix_of(module.a, e, rank)
+            yield from self._factors_of_stack(module)
         elif module.slot.is_embedding:
             yield row.source, turned(module.a), turned(module.b)
         else:
             yield fill(row.source, layer, expert), module.b, module.a
+
+    def _factors_of_stack(self, module: LoraModule) -> Iterator[tuple[str, LazyTensor, LazyTensor]]:
+        """As `_factors`, of all experts of a layer, in every tensor that their stack is split into."""
+        for landing in module.slot.landings:
+            layer, number, _ = landing.order
+            row, single = self.recipe.tensors[number], self._single(landing.target, layer)
+            apart = row.ops[: len(row.ops) - len(single.ops)]  # what makes single experts of the stack
+            a, b = factors_through(apart, module.a, module.b, self.model)
+            n_out, rank = b.spec.shape[-2:]
+            for e in range(module.slot.n_experts):
+                yield fill(single.source, layer, e), matrix_of(b, e, n_out), matrix_of(a, e, rank)
+
+    def _single(self, target: str, layer: int) -> Tensor:
+        """The row of single experts of a target, which the table of tensors has one by one from now on."""
+        row = next(row for row in alone(self.recipe).values() if fill(row.target, layer) == fill(target, layer))
+        if fill(row.source, layer, 0) not in self.stored:
+            self._unstack(row, layer)
+        return row
 
     def _unstack(self, row: Tensor, layer: int) -> None:
         """See a layer's stacked experts one by one, as recipes know them as well."""
@@ -377,8 +436,8 @@ class _Merge:
         """Untie a head whose embedding changed, unless both are one; refuse one that the vocabulary outgrew."""
         head, embedding = self.recipe.head, self.embedding
         if self._tie():
-            if head not in self.made and self._has_copied_head():
-                del self.stored[head]
+            if head not in self.made:
+                self.stored.pop(head, None)  # a copy, in the base or of the grown rows
         elif embedding in self.made and head not in self.made and head not in self.stored:
             self.made[head] = self.stored[embedding].lazy()
         is_told = any(problem.code == "vocabulary" for _, problem in self.problems)
@@ -389,13 +448,13 @@ class _Merge:
                 what = f"{grew}, and the adapter has no {name} of that size"
                 self._problem(next(self._ends_from()), "vocabulary", what)
 
-    def _has_copied_head(self) -> bool:
-        """Whether a head is stored that the config calls the embedding, as tying frameworks make it when they load."""
-        return self.recipe.head in self.base and bool(self.recipe.stated_tie(self.model.config))
+    def _has_own_head(self) -> bool:
+        """Whether the base has a head of its own: one that its config calls the embedding is a copy of that."""
+        return self.recipe.head in self.base and not self.recipe.stated_tie(self.model.config)
 
     def _tie(self) -> bool:
         """Whether who changed the embedding of a tied base changed the head with it (MLX, and ensure_weight_tying)."""
-        if self.recipe.head in self.base and not self._has_copied_head():
+        if self._has_own_head():
             return False
         of_embedding, of_head = self.changed_by[self.embedding], self.changed_by[self.recipe.head]
         tying = [adapter for adapter in of_embedding if adapter in self.tying]

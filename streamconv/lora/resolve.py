@@ -21,6 +21,7 @@ from streamconv.lora.base import BaseModel, Slot
 from streamconv.lora.config import LoraConfig, Problem, stated_base
 from streamconv.lora.factors import is_zero
 from streamconv.lora.files import LoraFile
+from streamconv.lora.parameters import is_wrapped, missing, stacked_factors
 from streamconv.recipe.spelling import Speller
 
 MAX_PROBLEMS_SHOWN = 12
@@ -69,12 +70,15 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     """The adapter's modules on `base`; `problems` has what is wrong. Factors are read only to see that one is not 0."""
     problems = [*adapter.problems, *config.problems, *_whole_problems(adapter, base, config)]
     placed, is_taken = [], _Taken()
+    pairs: dict[str, tuple[SourceTensor, SourceTensor]] = {}
     speller = Speller(base.recipe, (f"{name}.weight" for name in adapter.factors))
     for name, factors in adapter.factors.items():
         slot = base.slot((speller.spell(f"{name}.weight") or name).removesuffix(".weight"))
         problems += config.module_problems(name)
         if factors.a is None or factors.b is None:
             problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
+        elif isinstance(slot, Problem) and is_wrapped(name, config):
+            pairs[name] = factors.a, factors.b
         elif isinstance(slot, Problem):
             problems.append(slot)
         elif is_taken(slot):
@@ -90,10 +94,17 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
             problems.append(Problem("dtype", error.message, (one.name,)))
         except _Unfit as error:
             problems.append(error.problem)
+    parameters = stacked_factors(pairs, base, config, speller)
+    problems += [*parameters.problems, *missing(adapter.factors, base, config)]
+    for stack in parameters.stacked:
+        if is_taken(stack.slot):
+            problems.append(Problem("twice", f"another module changes {stack.slot.target} as well", (stack.name,)))
+        scale = config.scale(stack.name, stack.b.spec.n_columns)
+        modules.append(LoraModule(stack.name, stack.slot, stack.a, stack.b, scale, (stack.is_old, stack.is_old)))
     for module in modules:
         problems += _misfits(module, base, config)
     modules.sort(key=lambda module: module.slot.order)
-    warnings = [*base.warnings, *config.warnings, *speller.warnings]
+    warnings = [*base.warnings, *config.warnings, *speller.warnings, *parameters.warnings]
     if modules and not problems and all(is_zero(module.b) or is_zero(module.a) for module in modules):
         message = f"{adapter.directory}: every product of factors is zero, so the adapter changes nothing"
         warnings.append(RunWarning("adapter-zero", f"{message}: was it saved before it was trained?"))
@@ -134,6 +145,7 @@ _MERGEABLE = {
     "bias": "bias",
     "tied": "weight",
     "vocabulary": "weight",
+    "tokens": "weight",
 }
 
 

@@ -1,4 +1,4 @@
-"""What an adapter has whole beside its factors: weights in place of the base's.
+"""What an adapter has whole beside its factors: weights, and rows of them, in place of the base's.
 
 Owns: telling whether two of a kind are the same. Does not own: which of them a merge takes (merge.py).
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from streamconv.lazy.arithmetic import widened
 from streamconv.lazy.node import LazyTensor
-from streamconv.lazy.views import matrix_of
+from streamconv.lazy.views import Concatenate, IndexRows, matrix_of
 from streamconv.lora.specs import Adapter
 from streamconv.recipe.dims import extents
 from streamconv.recipe.language import Model, Output, Stored
@@ -35,6 +38,26 @@ class WholeWeight:
 def alone(recipe: Output) -> dict[str, Tensor]:
     """By target, the rows of experts that are stored one by one."""
     return {row.target: row for row in recipe.tensors if has_experts(row.source)}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of an embedding or head that were trained whole, and their numbers in the order of the rows."""
+
+    numbers: tuple[int, ...]
+    tensor: Stored
+
+    def over(self, tensor: LazyTensor) -> LazyTensor:
+        """`tensor` with these rows in place of its own."""
+        rows = self.tensor.lazy()
+        if rows.spec.dtype != tensor.spec.dtype:
+            tensor, rows = widened(tensor), widened(rows)
+        index = np.arange(tensor.spec.n_rows)
+        index[list(self.numbers)] = tensor.spec.n_rows + np.arange(len(self.numbers))
+        return IndexRows(Concatenate([tensor, rows]), index)
+
+    def is_same(self, other: TokenRows) -> bool:
+        return self.numbers == other.numbers and has_same_numbers(self.tensor, other.tensor)
 
 
 def one_by_one(model: Model, name: str, stack: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:

@@ -24,7 +24,7 @@ from streamconv.recipe.dims import Equation, extents, parse_extent, parse_shape,
 from streamconv.recipe.language import Model, Output, Recipe, Stored, Target
 from streamconv.recipe.names import NONE, fill, has_experts, stack_of
 from streamconv.recipe.ops import first_fault
-from streamconv.recipe.words import Computed, Tensor
+from streamconv.recipe.words import Caveat, Computed, Tensor
 
 MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
 MAX_NAMES_SHOWN = 4
@@ -105,9 +105,12 @@ class _Binding:
             model.warnings.append(RunWarning("flag-missing", what))
         refusals = []
         if model.dims.keys() >= self.recipe.dims.keys():
-            refusals = [Problem("unrunnable", told) for refusal in self.recipe.refusals if (told := refusal.of(model))]
-            told_caveats = ((caveat.code, caveat.of(model)) for caveat in self.recipe.caveats)
-            model.warnings += [RunWarning(code, told) for code, told in told_caveats if told]
+            for one in (*self.recipe.refusals, *self.recipe.caveats):
+                told = one.of(model)
+                if told is not None and isinstance(one, Caveat):
+                    model.warnings.append(RunWarning(one.code, told))
+                elif told is not None:
+                    refusals.append(Problem("unrunnable", told))
         if self.problems or refusals:
             raise self._error(refusals)
         model.targets += [target for choice in choices if (target := self._make(model, choice))]

@@ -77,6 +77,10 @@ class Speller:
         """The recipe's name for `name`, None where it has none."""
         return self._found.get(name)
 
+    def find(self, name: str) -> str | None:
+        """The recipe's name for one more name of the same program's, None where it has none."""
+        return self._known(unwrapped(name)) or (self._without(self.prefix, name) if self.prefix else None)
+
     @cached_property
     def warnings(self) -> list[RunWarning]:
         found = []

@@ -377,7 +377,7 @@ def test_dora_merges_alone(llama: Path, tmp_path: Path) -> None:
         ({"model.norm.lora_magnitude_vector": (64,)}, "model.norm: has magnitudes, and no factors"),
         ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (63,)}, "has magnitudes [63], and needs [64]"),
         ({"model.layers.0.self_attn.q_proj.lora_B.bias": (64,)}, "lora_bias"),
-        ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 64)}, "trainable_token_indices"),
+        ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 64)}, "does not say of which tokens"),
         ({"model.layers.0.mlp.up_proj.lora_diag": (8,)}, "KaSA"),
         ({"model.layers.0.mlp.up_proj.weight": (3, 64)}, "has shape [3, 64], the base's is [160, 64]"),
         ({"something": (3, 64)}, "something: the base (llama) has no such tensor"),
@@ -397,7 +397,6 @@ def test_what_cannot_be_added_is_named(
         ({"use_dora": True}, "DoRA, and its magnitudes are missing"),
         ({"alora_invocation_tokens": [5, 6]}, "an activated LoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
         ({"r": 7}, "has rank 8, adapter_config.json gives it 7"),
     ],
 )

@@ -43,7 +43,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "use_sliding_window",
     ),
     ("qwen2", {"hidden_act": "gelu"}, "hidden_act"),
-    ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
     ("qwen2", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}}, "llama3"),
     ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "beta_fast"),
     ("qwen2", {"rope_parameters": YARN | {"truncate": False}}, "truncate"),

@@ -226,7 +226,6 @@ def test_only_llama3_has_factors(llama: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic' has no place"),
         ({"rope_scaling": {"type": "longrope"}}, "RoPE scaling 'longrope' has no place"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, LOW_AND_HIGH),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 5.0}}, LOW_AND_HIGH),

@@ -158,3 +158,25 @@ def test_an_unsupported_architecture_is_said_before_anything_else(tmp_path: Path
     (source / "model-00002-of-00002.safetensors").unlink()
     (source / "tokenizer.json").write_text("{")
     assert refused(source, tmp_path / "out.gguf").code == "architecture-unsupported"
+
+
+# ---------------------------------------------------------------- RoPE
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}, "rope_theta": 1e4},
+    ],
+)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_dynamic_rope_is_plain_up_to_the_trained_context(tmp_path: Path, name: str, rope: dict[str, Any]) -> None:
+    source = BUILDERS[name](tmp_path / "model")
+    theta = {"rope_theta": rope.get("rope_parameters", {}).get("rope_theta", 7e5), "rope_type": "default"}
+    plain = streamconv.convert(configured(source, rope_parameters=theta), tmp_path / "plain.gguf")
+    configured(source, **({"rope_theta": 7e5} | rope))
+    report = streamconv.convert(source, tmp_path / "out.gguf")
+    assert [warning.code for warning in report.warnings] == ["rope-dynamic"]
+    assert ggufs.read(report.output).golden() == ggufs.read(plain.output).golden()
