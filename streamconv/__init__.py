@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from streamconv.api.convert_lora import convert_adapter
     from streamconv.api.convert_model import convert
     from streamconv.api.inspect_file import inspect
+    from streamconv.api.list_quants import quants
     from streamconv.api.verify_file import verify
     from streamconv.files.store import Blob, Identity, Store
     from streamconv.options import SplitOptions
@@ -53,6 +54,7 @@ __all__ = [
     "convert",
     "convert_adapter",
     "inspect",
+    "quants",
     "verify",
 ]
 
@@ -64,6 +66,7 @@ _HOMES = {
     "convert": "streamconv.api.convert_model",
     "convert_adapter": "streamconv.api.convert_lora",
     "inspect": "streamconv.api.inspect_file",
+    "quants": "streamconv.api.list_quants",
     "Report": "streamconv.report",
     "SplitOptions": "streamconv.options",
     "verify": "streamconv.api.verify_file",

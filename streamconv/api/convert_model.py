@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.api.run import run
@@ -116,6 +117,23 @@ def open_model_job(
         yield plan_model(source, dst, wanted, limit_nbytes, opened, stored, imatrix)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checkpoint bound to its recipe, and the same with adapters merged into it."""
+
+    recipe: Recipe
+    bound: Model
+    merged: Merged
+
+
+@source_failures()
+def prepare(checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> Prepared:
+    """What of a job does not depend on its options; no weight is read."""
+    recipe = recognise_architecture(checkpoint.config, checkpoint.tensors)
+    bound = recognise(checkpoint, recipe)
+    return Prepared(recipe, bound, merge(checkpoint, bound, adapters))
+
+
 @source_failures()
 def plan_model(
     checkpoint: Checkpoint,
@@ -125,15 +143,15 @@ def plan_model(
     adapters: Sequence[Adapter] = (),
     stored: StoredTypes | None = None,
     imatrix: ImportanceMatrix | None = None,
+    prepared: Prepared | None = None,
 ) -> Job:
     """Everything that decides the output's bytes; headers and vocabulary are read, and no weight.
 
     stored: the types of the file that the job is compared with, in place of an outtype.
     """
     config = checkpoint.config
-    recipe = recognise_architecture(config, checkpoint.tensors)
-    bound = recognise(checkpoint, recipe)
-    merged = merge(checkpoint, bound, adapters)
+    prepared = prepared or prepare(checkpoint, adapters)
+    recipe, bound, merged = prepared.recipe, prepared.bound, prepared.merged
     model = merged.model
     outtype = auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype
     policy = stored or policy_of(model, outtype, wanted.mix, has_importance=imatrix is not None)

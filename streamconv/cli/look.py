@@ -26,6 +26,28 @@ def add_inspect(commands: Any) -> None:
     parser.set_defaults(run=_inspect)
 
 
+def add_quants(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "quants",
+        help="how large a checkpoint would be in each outtype",
+        description="List every outtype with the size of the file and the bits that a weight takes; reads no weight.",
+        epilog="example:\n  streamconv quants LFM2-1.2B\n\n" + EXIT_CODES,
+    )
+    parser.add_argument("src", metavar="SRC", type=src_path, help="the checkpoint, as for convert")
+    parser.add_argument(
+        "--adapter",
+        metavar="PATH[=WEIGHT]",
+        dest="adapters",
+        action="append",
+        default=[],
+        help="an adapter that would be merged; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_verbose(parser)
+    parser.set_defaults(run=_quants)
+
+
 def add_architectures(commands: Any) -> None:
     parser = add_command(
         commands,
@@ -61,6 +83,28 @@ def _inspect(options: argparse.Namespace) -> int:
         return 0
     for line in render(found, width=terminal_width(), tensors=options.tensors, head=options.head):
         say(line)
+    return 0
+
+
+def _quants(options: argparse.Namespace) -> int:
+    from streamconv.api.list_quants import quants
+    from streamconv.cli.inspection import terminal_width
+    from streamconv.lora.specs import parse_adapter
+
+    found = quants(options.src, adapters=[parse_adapter(text) for text in options.adapters])
+    if options.json:
+        say(json.dumps(found.to_json()))
+        return 0
+    width = terminal_width()
+    say(f"{found.architecture}, {found.n_parameters:,} parameters"[:width])
+    say(f"{'outtype':<9}{'bytes':>17}{'bits a weight':>15}  tensors")
+    for one in found.quants:
+        if one.problem is not None:
+            line = f"{one.outtype:<9}{'-':>17}{'-':>15}  {one.problem}"
+        else:
+            types = ", ".join(f"{n} {name}" for name, n in (one.types or {}).items())
+            line = f"{one.outtype:<9}{one.nbytes:>17,}{one.bits_per_weight:>15.2f}  {types}"
+        say(line if len(line) <= width else f"{line[: width - 3]}...")
     return 0
 
 

@@ -19,6 +19,7 @@ ADDED = (
     conversion.add_verify,
     batch.add_batch,
     look.add_inspect,
+    look.add_quants,
     look.add_architectures,
     look.add_draft,
 )

@@ -85,6 +85,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
     tiny.write_safetensors(broken / "model.safetensors", tensors)
     nan = tiny.llama(folder / "nan")
     tiny.write_safetensors(nan / "model.safetensors", tensors)
+    scaled = tiny.lfm2moe(folder / "scaled", config={"routed_scaling_factor": 2.5})
     runs = [
         *say("convert", source, "-o", out, "--json", "--sha256", "--profile", folder / "profile.json"),
         *say("convert", source, "--dry-run", "--json", "--adapter", adapter),
@@ -121,6 +122,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
         "inspect": union(*shown),
         "batch: a line for each job that ends": union(*finished),
         "batch --dry-run": union(*planned),
+        "quants": union(*say("quants", source, "--json"), *say("quants", scaled, "--json")),
         "OUT.manifest.json": union(json.loads((folder / "m.gguf.manifest.json").read_text())),
     }
 

@@ -1,0 +1,113 @@
+"""What a checkpoint would become in each outtype: how large the file, and how many bits a weight takes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from streamconv.api.convert_model import plan_model, policy_of, prepare
+from streamconv.budget import default_limit_nbytes, headroom_nbytes
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.engine.layout import memory_failures
+from streamconv.errors import StreamconvError
+from streamconv.files.hub import Source, find_source
+from streamconv.files.local import noting_files
+from streamconv.ggml.element_types import tensor_nbytes
+from streamconv.ggml.mixes import MixOptions
+from streamconv.ggml.outtypes import OUTTYPES
+from streamconv.ggml.policy import facts_of
+from streamconv.gguf.format import align
+from streamconv.lora.specs import AdapterSpec, open_adapters
+from streamconv.options import OutputOptions
+from streamconv.recipe.language import Model
+
+SCHEMA: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Quant:
+    """One outtype of a model.
+
+    Attributes:
+        outtype: the word for `convert`.
+        nbytes: of the model's file, 0 where it would be refused.
+        bits_per_weight: of all tensors, in the mean.
+        types: number of tensors by type.
+        problem: why it would be refused; None where it would not.
+    """
+
+    outtype: str
+    nbytes: int = 0
+    bits_per_weight: float = 0.0
+    types: Mapping[str, int] | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quants:
+    """What a checkpoint would become, by outtype, the most precise first."""
+
+    source: str
+    architecture: str
+    n_parameters: int
+    quants: Sequence[Quant]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "schema": SCHEMA,
+            "source": self.source,
+            "architecture": self.architecture,
+            "n_parameters": self.n_parameters,
+            "quants": [
+                {
+                    "outtype": one.outtype,
+                    "nbytes": one.nbytes,
+                    "bits_per_weight": round(one.bits_per_weight, 3),
+                    "types": dict(one.types or {}),
+                    "problem": one.problem,
+                }
+                for one in self.quants
+            ],
+        }
+
+
+@noting_files()
+@memory_failures()
+def quants(src: Source, *, adapters: Sequence[AdapterSpec] = ()) -> Quants:
+    """The size of a checkpoint's file in every outtype; no weight is read.
+
+    Args:
+        src: as for `convert`.
+        adapters: that would be merged.
+
+    Raises:
+        StreamconvError: the checkpoint cannot be converted at all.
+    """
+    limit = default_limit_nbytes()
+    with (
+        open_adapters(adapters, headroom_nbytes(limit)) as opened,
+        Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit)) as checkpoint,
+    ):
+        prepared = prepare(checkpoint, opened)
+        job = plan_model(checkpoint, None, OutputOptions(outtype="q8_0"), limit, opened, prepared=prepared)
+        model = prepared.merged.model
+        header = job.parts[0].layout.header.nbytes  # the same for all types
+        n_parameters = sum(math.prod(target.tensor.spec.shape) for target in model.targets)
+        found = [_quant(model, outtype, header, n_parameters) for outtype in OUTTYPES]
+    return Quants(str(src), job.architecture, n_parameters, found)
+
+
+def _quant(model: Model, outtype: str, header_nbytes: int, n_parameters: int) -> Quant:
+    roles = [model.role(target) for target in model.targets]
+    try:
+        policy = policy_of(model, outtype, MixOptions())
+        types = policy.choose(roles, facts_of(model.recipe.arch, model.keys()))
+    except StreamconvError as error:
+        return Quant(outtype, problem=error.message)
+    sizes = [tensor_nbytes(role.shape, type_) for role, type_ in zip(roles, types, strict=True)]
+    nbytes = header_nbytes + sum(map(align, sizes))
+    return Quant(outtype, nbytes, 8 * sum(sizes) / max(n_parameters, 1), Counter(type_.name for type_ in types))
