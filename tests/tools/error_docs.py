@@ -18,7 +18,7 @@ from streamconv import errors
 ROOT = Path(__file__).parents[2]
 PATH = ROOT / "docs" / "errors.md"
 ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
-WARNINGS = frozenset({"RunWarning"})
+WARNINGS = frozenset({"RunWarning", "Caveat"})
 PROBLEMS = frozenset({"Problem", "FileProblem", "_problem", "_Unfit"})
 # Functions that raise, or describe, an error for their callers, and the class of that error.
 HELPERS = {
@@ -115,6 +115,7 @@ def _kind(site: Site) -> str:
         return "warning"
     if site.of in PROBLEMS:
         return "problem"
+    assert site.of in ERRORS, f"{site.of} takes a code: say in error_docs.py what it makes"
     kind = ERRORS[site.of]
     assert issubclass(kind, errors.StreamconvError)
     return kind.kind
