@@ -7,7 +7,7 @@ how near it is to those that are known; unmerged adapters, value heads, empty sh
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -135,10 +135,18 @@ def _nearest(names: Collection[str]) -> str:
 def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
     """SourceError for tensors that are no part of a model, by what they are."""
     unknown = [name for name in spelled.tensors if recipe.find(name) is None and not recipe.is_of_another(name)]
-    for code, what, hint, pattern in _FOREIGN:
-        if found := [name for name in unknown if pattern.search(name)]:
-            count = f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}"
-            raise SourceError(f"{what}: {count}", file=folder, hint=hint, code=code)
+    if found := _some(_LORA, unknown):
+        what = f"the model holds LoRA layers that were not merged: {found}"
+        hint = "merge them first (model.merge_and_unload(), then save), or save the adapter and give it with --adapter"
+        raise SourceError(what, file=folder, hint=hint, code="unmerged-lora")
+    if found := _some(_VALUE_HEAD, unknown):
+        what = f"the model has a value head, as TRL trains it, which a text model has no place for: {found}"
+        hint = "save the model inside it: model.pretrained_model.save_pretrained(folder)"
+        raise SourceError(what, file=folder, hint=hint, code="value-head")
+    if found := _some(_CLASSIFIER, unknown):
+        what = f"the model has a head that classifies or scores, which a text model has no place for: {found}"
+        hint = "convert the model that it was made of, or save its body: model.model.save_pretrained(folder)"
+        raise SourceError(what, file=folder, hint=hint, code="classification-head")
     empty = list(_empty(spelled.tensors))
     if empty:
         what = (
@@ -150,27 +158,11 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
         raise SourceError(f"{what} held them apart", file=folder, hint=hint, code="empty-tensors")
 
 
+def _some(pattern: re.Pattern[str], names: Sequence[str]) -> str:
+    """The first of the names that have `pattern`, and how many more there are; nothing where there is none."""
+    found = [name for name in names if pattern.search(name)]
+    return f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}" if found else ""
+
+
 def _empty(tensors: Mapping[str, Stored]) -> Iterator[str]:
     return (name for name, tensor in tensors.items() if 0 in tensor.shape)
-
-
-_FOREIGN = (
-    (
-        "unmerged-lora",
-        "the model holds LoRA layers that were not merged",
-        "merge them first (model.merge_and_unload(), then save), or save the adapter and give it with --adapter",
-        _LORA,
-    ),
-    (
-        "value-head",
-        "the model has a value head, as TRL trains it, which a text model has no place for",
-        "save the model inside it: model.pretrained_model.save_pretrained(folder)",
-        _VALUE_HEAD,
-    ),
-    (
-        "classification-head",
-        "the model has a head that classifies or scores, which a text model has no place for",
-        "convert the model that it was made of, or save its body: model.model.save_pretrained(folder)",
-        _CLASSIFIER,
-    ),
-)
