@@ -89,7 +89,9 @@ RECIPE = Recipe(
         "F": Dim("ffn"),
         "E": Dim("experts"),
         "M": Dim("expert_ffn"),
+        "X": Dim("n_mixers"),
     },
+    stacks={"": "L", "mixers": "X"},
     tensors=(
         Tensor("model.embed.weight", "token_embd.weight", "V H"),
         Tensor(LAYER + "norm.weight", BLOCK + "attn_norm.weight", "H", (PlusOne(),)),
@@ -107,6 +109,11 @@ RECIPE = Recipe(
             LAYER + "experts.{e}.down.weight", BLOCK + "ffn_down_exps.weight", "H M",
             (Scale(lambda model: model.config.number("routed_scale") or 1.0),), only=MOE,
         ),
+        Tensor(
+            LAYER + "experts.{e}.gate_up.bias", BLOCK + "ffn_up_exps.bias", "2*M",
+            (Split(1, 2, of_columns=True),), only=MOE,
+        ),
+        Tensor("model.mixers.{i:mixers}.mix.weight", "mix.{i:mixers}.weight", "H F", (Transpose(),)),
         Tensor("model.norm.weight", "output_norm.weight", "H", (PlusOne(),)),
         Tensor("lm_head.weight", "output.weight", "V H", required=False),
     ),
@@ -130,7 +137,7 @@ RECIPE = Recipe(
 )
 '''
 
-L, N, V, H, A, K, D, F, E, M, P = 3, 5, 416, 64, 4, 2, 12, 28, 6, 20, 36
+L, N, X, V, H, A, K, D, F, E, M, P = 3, 5, 7, 416, 64, 4, 2, 12, 28, 6, 20, 36
 SCALE = 2.5
 Arrays = dict[str, NDArray[np.float64]]
 
@@ -145,6 +152,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     **{f"model.text.layers.{i}.router.weight": (E, H) for i in range(1, L)},
     **{f"model.text.layers.{i}.experts.{e}.gate_up.weight": (2 * M, H) for i in range(1, L) for e in range(E)},
     **{f"model.text.layers.{i}.experts.{e}.down.weight": (H, M) for i in range(1, L) for e in range(E)},
+    **{f"model.text.layers.{i}.experts.{e}.gate_up.bias": (2 * M,) for i in range(1, L) for e in range(E)},
+    **{f"model.text.mixers.{i}.mix.weight": (H, F) for i in range(X)},
     "model.vision.patch.weight": (P, 3, 5, 7),
     **{f"model.vision.blocks.{i}.norm.weight": (P,) for i in range(N)},
     **{f"model.vision.blocks.{i}.up.weight": (P, 2 * P) for i in range(N)},
@@ -208,6 +217,9 @@ def targets(w: Mapping[str, NDArray[np.float64]]) -> Arrays:
         found[block + "ffn_down_exps.weight"] = SCALE * np.stack(
             [w[f"{layer}experts.{e}.down.weight"] for e in range(E)]
         )
+        found[block + "ffn_up_exps.bias"] = np.stack([w[f"{layer}experts.{e}.gate_up.bias"][M:] for e in range(E)])
+    for i in range(X):
+        found[f"mix.{i}.weight"] = w[f"model.text.mixers.{i}.mix.weight"].T
     return found
 
 

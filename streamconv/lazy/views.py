@@ -231,17 +231,15 @@ class Concatenate(View):
 
 
 class Stack(Concatenate):
-    """Equal tensors, one after the other, under one more dimension: experts [M, H] to [E, M, H]."""
+    """Equal tensors, one after the other, under one more dimension: experts [M, H] to [E, M, H], [M] to [E, M]."""
 
     def __init__(self, parents: Sequence[LazyTensor]) -> None:
         specs = {parent.spec for parent in parents}
         if len(specs) != 1:
             raise ValueError(f"cannot stack tensors of {len(specs)} different shapes or types")
         (one,) = specs
-        if len(one.shape) < 2:
-            raise ValueError("only matrices are stacked")
         self.spec = TensorSpec((len(parents), *one.shape), one.dtype)
-        self._place(parents)
+        self._place(parents if len(one.shape) > 1 else [Reflow(parent, (1, *one.shape)) for parent in parents])
 
 
 class RowBlocks(View):

@@ -145,10 +145,12 @@ class BaseModel:
 
     def _has(self, row: Tensor, found: Found) -> bool:
         stack = stack_of(row.source)
-        if (stack is not None and found.i >= self.model.depth(stack)) or found.e >= self.dims.get(N_EXPERTS, 0):
+        if found.e >= self.dims.get(N_EXPERTS, 0):
             return False
         if self.targets is not None:
             return fill(row.target, found.i) in self.targets
+        if stack is not None and found.i >= self.dims.get(self.recipe.stacks[stack], 0):
+            return False
         axis, _, kind = row.only.partition("=")
         return stack is None or axis not in self.model.kinds or self.model.kinds[axis][found.i] == kind
 

@@ -60,7 +60,7 @@ class Extent:
 
 def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> Fraction:
     match node:
-        case ast.Constant(value=int(number)):
+        case ast.Constant(value=int(number)) if number is not True and number is not False:
             return Fraction(number)
         case ast.Name(id=name):
             return Fraction(dims[name])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -155,6 +156,12 @@ class Recipe(Output):
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
     description: str = ""
     head: str = "lm_head.weight"
+
+    def __post_init__(self) -> None:
+        Output.__post_init__(self)
+        role, n = Counter(output.role for output in (self, *self.outputs)).most_common(1)[0]
+        if n > 1:  # files are named by it
+            raise ValueError(f"the recipe of {self.arch}: {n} outputs are {role}")
 
     def config_of(self, config: Config) -> Config:
         return config.within(self.config_root)

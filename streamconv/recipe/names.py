@@ -50,6 +50,11 @@ def template_fault(template: str) -> str | None:
     rest = _PLACEHOLDER.sub("0", template)
     if "{" in rest or "}" in rest:
         return "has braces that are neither {i}, {i:STACK} nor {e}"
+    parts = template.split(".")
+    if any(_PLACEHOLDER.search(part) and not _PLACEHOLDER.fullmatch(part) for part in parts) or (
+        _PLACEHOLDER.search(parts[0] + parts[-1])
+    ):
+        return "has a number that is not between two dots"
     if len([one for one in found if one != "{e}"]) > 1 or found.count("{e}") > 1:
         return "counts two kinds of layers or experts"
     return None

@@ -233,6 +233,11 @@ class Split(Op):
     sizes: str | int
     of_columns: bool = False
 
+    def __post_init__(self) -> None:
+        count = self.sizes if isinstance(self.sizes, int) else len(self.sizes.split())
+        if not 0 <= self.index < count:
+            raise ValueError(f"there is no block {self.index} of {self.sizes!r}")
+
     def bounds(self, extent: int, model: Model) -> tuple[int, int]:
         """(start, size) of the block. ValueError where the blocks do not make up `extent`."""
         if isinstance(self.sizes, int):
@@ -275,6 +280,10 @@ class Interleaved(Op):
     index: int
     count: int
     of_columns: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"there is no row {self.index} of every {self.count}")
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         shape = parent.spec.shape

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from streamconv.recipe.dims import parse_extent
 from streamconv.recipe.names import MAIN_STACK, has_experts, stack_of, template_fault
+from streamconv.recipe.ops import Op
 from streamconv.recipe.words import Computed, Key, PerLayer, Tensor
 
 if TYPE_CHECKING:
@@ -29,6 +31,15 @@ def faults(recipe: Output) -> Iterator[str]:
     for claim in recipe.claims:
         if claim.axis not in recipe.axes:
             yield f"{claim.key}: there is no axis {claim.axis!r}"
+    for axis in recipe.axes:
+        yield from (f"axis {axis}: {fault}" for fault in _axis_faults(recipe, axis))
+    sources = {row.source for row in recipe.tensors}
+    for alias in recipe.aliases:
+        if alias.name not in sources:
+            yield f"{alias.source}: no row has its name here, {alias.name}"
+    for (source, target, only), n in Counter((row.source, row.target, row.only) for row in recipe.tensors).items():
+        if n > 1:
+            yield f"{source}: {n} rows make {target} of it" + (f" for {only}" if only else "")
     for row in recipe.tensors:
         yield from (f"{row.source}: {fault}" for fault in _row_faults(recipe, row))
     for computed in recipe.computed:
@@ -40,7 +51,20 @@ def faults(recipe: Output) -> Iterator[str]:
             yield f"{drop.source}: beyond= is for names of layers that end in *"
 
 
+def _axis_faults(recipe: Output, axis: str) -> Iterator[str]:
+    targets = {
+        row.target for rows in (recipe.tensors, recipe.computed) for row in rows if row.only.startswith(f"{axis}=")
+    }
+    if len({stack_of(target) for target in targets}) > 1:
+        yield "its rows are of several stacks"
+    for kind in recipe.axes[axis]:
+        if all(row.only != f"{axis}={kind}" for row in recipe.tensors):
+            yield f"no tensor is only of {kind}, by which a layer would be known as one"
+
+
 def _key_faults(recipe: Output, key: Key) -> Iterator[str]:
+    if "{" in key.name.replace("{arch}", ""):
+        yield f"{key.name}: has braces that are not {{arch}}"
     if isinstance(key.value, str):
         yield from _extent_faults(recipe, [key.value], key.name)
     elif isinstance(key.value, PerLayer):
@@ -59,9 +83,16 @@ def _row_faults(recipe: Output, row: Tensor) -> Iterator[str]:
         yield f"there is no stack {stack!r}"
     if has_experts(row.source) and "E" not in recipe.dims:
         yield "no dim E, which counts the experts"
+    if isinstance(row.required, str) and row.required not in recipe.flags:
+        yield f"required={row.required!r}, and there is no such flag"
+    if not row.shape.split():
+        yield "it has no shape"
     yield from _extent_faults(recipe, row.shape.split(), f"shape {row.shape!r}")
     for op in row.ops:
-        yield from _extent_faults(recipe, op.dims(), type(op).__name__)
+        if isinstance(op, Op):
+            yield from _extent_faults(recipe, op.dims(), type(op).__name__)
+        else:
+            yield f"{op!r} is not an operation"
     yield from _target_faults(recipe, row)
 
 

@@ -6,7 +6,7 @@ a meaning here: L counts the layers ({i} in a name), E the experts ({e}), V the 
 
 from __future__ import annotations
 
-from collections import ChainMap
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -175,7 +175,7 @@ class SpecialTokens:
 class Refusal:
     """What the GGUF architecture or its run time cannot do: `what`, told of every model for which `applies`.
 
-    `what` may have dims, keys of the config and `rope_type` in braces.
+    `what` may have dims, keys of the config and `rope_type` in braces; a key that the config lacks is None.
     """
 
     what: str
@@ -185,7 +185,8 @@ class Refusal:
         """The sentence for `model`; None where the model is fine."""
         if not self.applies(model):
             return None
-        return self.what.format_map(ChainMap({"rope_type": model.config.rope_type}, model.dims, dict(model.config.raw)))
+        known = {**model.config.raw, **model.dims, "rope_type": model.config.rope_type}
+        return self.what.format_map(defaultdict(lambda: None, known))
 
 
 @dataclass(frozen=True, slots=True)

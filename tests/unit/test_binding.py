@@ -69,6 +69,7 @@ TOY = Recipe(
     ),
     drops=(Drop(LAYER + "cache", "is not needed"),),
     axes={"mixer": ("attention", "conv")},
+    flags={"bias": True},
     claims=(Claim("kinds", "mixer", lambda config, n_layers: config.list_of("kinds", str)),),
     refusals=(Refusal("twisted is true", lambda model: bool(model.config.flag("twisted"))),),
     keys=(

@@ -181,7 +181,8 @@ QKV, OUT = "model.text.layers.1.attn.qkv", "model.text.layers.2.attn.out"
 DENSE, GATE_UP, DOWN = (
     f"model.text.layers.{name}" for name in ("0.mlp.gate_up", "1.experts.4.gate_up", "2.experts.1.down")
 )
-MODULES = (QKV, OUT, DENSE, GATE_UP, DOWN)
+MIXER = "model.text.mixers.6.mix"  # beyond the layers of the model's own stack
+MODULES = (QKV, OUT, DENSE, MIXER, GATE_UP, DOWN)
 
 
 def adapter(folder: Path, modules: tuple[str, ...] = MODULES) -> Path:

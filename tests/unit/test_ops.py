@@ -167,6 +167,24 @@ def test_a_shape_that_does_not_suit_is_a_fault(op: Op, shape: tuple[int, ...]) -
     assert first_fault((op,), shape, model()) is not None
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Split(3, "A*D K*D K*D"),
+        lambda: Split(-1, "A*D K*D"),
+        lambda: Split(2, 2),
+        lambda: Split(0, 0),
+        lambda: Split(0, ""),
+        lambda: Interleaved(2, 2),
+        lambda: Interleaved(-1, 2),
+        lambda: Interleaved(0, 0),
+    ],
+)
+def test_there_is_no_block_beyond_the_last(made: Callable[[], Op]) -> None:
+    with pytest.raises(ValueError, match=r"there is no (block|row)"):
+        made()
+
+
 @EACH
 def test_a_shape_that_suits_is_none(case: Case) -> None:
     assert first_fault(case.ops, case.shape, model()) is None

@@ -11,8 +11,24 @@ import pytest
 from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
 from streamconv.gguf.format import MAX_NAME_NBYTES
-from streamconv.recipe import Claim, Computed, Dim, Drop, Key, PerLayer, Permute, Reshape, Split, Tensor, language
-from streamconv.recipe.language import Recipe, all_recipes, find_recipe, recipe_of
+from streamconv.recipe import (
+    Alias,
+    Claim,
+    Computed,
+    Dim,
+    Drop,
+    Key,
+    Output,
+    PerLayer,
+    Permute,
+    Refusal,
+    Reshape,
+    Split,
+    Tensor,
+    Transpose,
+    language,
+)
+from streamconv.recipe.language import Model, Recipe, all_recipes, find_recipe, recipe_of
 from tests.raising import raises
 
 FILE = Path("model") / "config.json"
@@ -72,8 +88,9 @@ def test_a_gguf_architecture_has_its_recipe() -> None:
 
 
 def test_of_two_recipes_of_one_architecture_the_files_tensors_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = recipe(tensors=(Tensor(LAYER, "blk.{i}.ffn_up.weight", "H"),))
+    dense = recipe(tensors=(Tensor(LAYER, "blk.{i}.ffn_up.weight", "H"),), axes={})
     experts = recipe(
+        axes={},
         tensors=(Tensor("layers.{i}.x.{e}.w", "blk.{i}.ffn_up_exps.weight", "H"),),
         dims={"L": Dim("l"), "V": Dim("v"), "H": Dim("h"), "E": Dim("e")},
     )
@@ -100,10 +117,19 @@ def recipe(**changed: Any) -> Recipe:
         "keys": (),
         "axes": {"mixer": ("attention", "conv")},
     }
+    if "axes" not in changed and "tensors" not in changed:
+        fields["tensors"] += MIXED
     return Recipe(**fields | changed)
 
 
 LAYER, BLOCK = "layers.{i}.w.weight", "blk.{i}.w.weight"
+MIXED = tuple(Tensor(f"layers.{{i}}.{kind}.w", BLOCK, "H", only=f"mixer={kind}") for kind in ("attention", "conv"))
+TOWER = Tensor("v.{i:vision}.w", "v.{i:vision}.w", "H", only="mixer=conv")
+
+
+def projector(arch: str) -> Output:
+    dims = {"P": Dim("width")}
+    return Output(role="mmproj", arch=arch, dims=dims, tensors=(Tensor(f"{arch}.w", "w", "P"),), keys=())
 
 
 @pytest.mark.parametrize(
@@ -134,6 +160,21 @@ LAYER, BLOCK = "layers.{i}.w.weight", "blk.{i}.w.weight"
         ({"keys": (Key("{arch}.heads", PerLayer("mixer", {"attention": "Q", "conv": 0})),)}, "no dim Q"),
         ({"claims": (Claim("types", "mixr", lambda c, n: None),)}, "types: there is no axis 'mixr'"),
         ({"stacks": {"": "L", "vision": "N"}}, "stack 'vision': there is no dim N"),
+        ({"keys": (Key("{arhc}.heads", "A"),)}, "{arhc}.heads: has braces"),
+        ({"axes": {"mixer": ("attention", "cnv")}, "tensors": MIXED}, "axis mixer: no tensor is only of cnv"),
+        (
+            {"stacks": {"": "L", "vision": "A"}, "tensors": (*MIXED, TOWER)},
+            "axis mixer: its rows are of several stacks",
+        ),
+        ({"tensors": (Tensor("w", "w", " "),)}, "w: it has no shape"),
+        ({"tensors": (Tensor("w", "w", "True*A H"),)}, "'True*A' cannot be read"),
+        ({"tensors": (Tensor("scales.{i}", BLOCK, "H"),)}, "scales.{i}: has a number that is not between two dots"),
+        ({"tensors": (Tensor("layer{i}.w", BLOCK, "H"),)}, "layer{i}.w: has a number that is not between two dots"),
+        ({"tensors": (Tensor("w", "w", "H"), Tensor("w", "w", "H"))}, "w: 2 rows make w of it"),
+        ({"tensors": (Tensor("w", "w", "H", required="attention_bais"),)}, "there is no such flag"),
+        ({"tensors": (Tensor("w", "w", "A H", (Transpose,)),)}, "is not an operation"),  # type: ignore[arg-type]
+        ({"aliases": (Alias("v.w", "embd.weight"),)}, "v.w: no row has its name here, embd.weight"),
+        ({"outputs": (projector("clip"), projector("dlip"))}, "2 outputs are mmproj"),
         ({"drops": (Drop("layers.{j}.w", "no"),)}, "layers.{j}.w: has braces"),
         ({"drops": (Drop("tower.*", "no", beyond=True),)}, "tower.*: beyond="),
         ({"drops": (Drop("layers.{i}.w", "no", beyond=True),)}, "layers.{i}.w: beyond="),
@@ -149,6 +190,11 @@ def test_all_faults_of_a_recipe_are_listed() -> None:
     with pytest.raises(ValueError, match=r"no dim Z.*no dim Y.*no axis|no dim Z.*no axis") as caught:
         recipe(tensors=(Tensor("w", "w", "Z"), Tensor(LAYER, BLOCK, "Y", only="mixr=conv")))
     assert "no dim Y" in str(caught.value)
+
+
+def test_a_refusal_may_name_what_the_config_leaves_out() -> None:
+    refusal = Refusal("{A} heads, and hidden_act is {hidden_act!r}", lambda model: True)
+    assert refusal.of(Model(recipe(), config(A=3), {"A": 4})) == "4 heads, and hidden_act is None"
 
 
 def test_no_name_belongs_to_two_recipes() -> None:
