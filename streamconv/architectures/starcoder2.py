@@ -47,7 +47,7 @@ RECIPE = Recipe(
         Caveat(
             "beyond {sliding_window} tokens llama.cpp predicts otherwise: it has no sliding window for StarCoder2",
             is_windowed,
-            "window-ignored",
+            code="window-ignored",
         ),
     ),
     tied_by_default=True,
