@@ -61,6 +61,7 @@ class Option:
         help: for `--help` and docs/cli.md, by command where it differs.
         commands: those that take it.
         flag: on the command line; None where it exists in the library alone.
+        aliases: further flags, by which other tools have it.
         group: the heading of `--help` that it is under.
         metavar: what stands for its value there.
         choices: of a WORD, by command where they differ.
@@ -73,6 +74,7 @@ class Option:
     help: str | Mapping[str, str]
     commands: tuple[str, ...]
     flag: str | None
+    aliases: tuple[str, ...]
     group: str
     metavar: str | None
     choices: tuple[str, ...] | Mapping[str, tuple[str, ...]]
@@ -109,6 +111,7 @@ def option(
     kind: Kind = Kind.FLAG,
     commands: tuple[str, ...] = ALL,
     flag: str | None = "",
+    aliases: tuple[str, ...] = (),
     group: str = "",
     metavar: str | None = None,
     choices: tuple[str, ...] | Mapping[str, tuple[str, ...]] = (),
@@ -117,7 +120,7 @@ def option(
     changes_bytes: bool = True,
 ) -> Any:
     """A field that is an option. flag, key: by default the field's name, in the spelling of either."""
-    declared = Option(kind, help, commands, flag, group, metavar, choices, hidden, key, changes_bytes)
+    declared = Option(kind, help, commands, flag, aliases, group, metavar, choices, hidden, key, changes_bytes)
     return field(default=default, metadata={"option": declared})
 
 
@@ -284,6 +287,7 @@ class OutputOptions(_Options):
         kind=Kind.TEXT,
         commands=MAKE,
         group="output",
+        aliases=("--model-name",),
         metavar="NAME",
         key="general_name",
     )

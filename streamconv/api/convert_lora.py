@@ -22,7 +22,7 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import PlacedTensor, memory_failures
 from streamconv.engine.split import make_parts
 from streamconv.errors import RunWarning, UsageError
-from streamconv.files.hub import Source, source_failures
+from streamconv.files.hub import Source, model_name, source_failures
 from streamconv.files.local import noting_files
 from streamconv.ggml.mixes import ModelFacts
 from streamconv.ggml.outtypes import AUTO, OUTTYPES
@@ -149,7 +149,7 @@ def _plan(
     policy = stored or (None if wanted.outtype == "auto" else OuttypePolicy(wanted.outtype))
     tensors = _place([factor for pair in folded.pairs for factor in _factors(pair)], base.recipe.arch, policy)
     outtype = wanted.outtype if wanted.outtype != "auto" else _outtype(tensors)
-    path = output_path(dst, general.file_name(outtype, "LoRA"))
+    path = output_path(dst, general.file_name(outtype, "LoRA"), name=model_name(source.directory), outtype=outtype)
     keys = [*general.keys, *_adapter_keys(folded.alpha, invocation_tokens), *base.keys]
     return Job(
         command="lora",
@@ -181,7 +181,7 @@ def _plan_legacy(
     general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
     own = [PlacedTensor(one.target, one.tensor, (one.source,), one.type) for one in legacy.tensors]
     tensors = _place(own, base.recipe.arch, stored)
-    path = output_path(dst, general.file_name("f16", "LoRA"))
+    path = output_path(dst, general.file_name("f16", "LoRA"), name=model_name(source.directory), outtype="f16")
     return Job(
         command="lora",
         role="adapter",

@@ -18,7 +18,7 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
 from streamconv.engine.split import make_parts
 from streamconv.errors import UsageError
-from streamconv.files.hub import Source, find_source, source_failures
+from streamconv.files.hub import Source, find_source, model_name, source_failures
 from streamconv.files.local import noting_files
 from streamconv.files.store import Place
 from streamconv.ggml.blocks import BLOCK_TYPES
@@ -169,7 +169,9 @@ def plan_model(
     vocabulary = _bounded_vocabulary(merged, recipe, wanted, tensors, limit_nbytes)
     file_type = KeyValue.u32("general.file_type", policy.file_type)
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys, *(imatrix.metadata() if imatrix else ())]
-    path = output_path(dst, general.file_name(policy.outtype))
+    path = output_path(
+        dst, general.file_name(policy.outtype), name=model_name(checkpoint.directory), outtype=policy.outtype
+    )
     companion_policy = OuttypePolicy(policy.outtype if policy.outtype in COMPANION_OUTTYPES else "f16")
     is_whole = wanted.parts.only_part in (None, 1)
     others = bind_outputs(recipe, model, bound.stored) if is_whole else []

@@ -221,14 +221,14 @@ def _absolute(source: str, folder: Path) -> str:
 def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
     """The template with its fields filled in; a field is a name in braces and nothing more."""
     names = _FIELD.findall(template)
-    if set(names) - {"name", "outtype"} or set("{}") & set(_FIELD.sub("", template)):
+    if set(names) - {"name", "outtype", "ftype"} or set("{}") & set(_FIELD.sub("", template)):
         raise UsageError(
             f"{where}: output {template!r} may hold {{name}} and {{outtype}}", file=path, code="jobs-output"
         )
     outtype = job.outtype
-    if outtype == "auto" and "outtype" in names and job.command != "lora":
+    if outtype == "auto" and {"outtype", "ftype"} & set(names) and job.command != "lora":
         outtype = _resolved(Path(job.source))
-    values = {"name": job.name, "outtype": outtype}
+    values = {"name": job.name, "outtype": outtype, "ftype": outtype}
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 

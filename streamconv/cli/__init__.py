@@ -27,7 +27,7 @@ RESUMED = frozenset({"convert", "lora", "batch"})  # the commands that have some
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one call of the command."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _asked(list(sys.argv[1:] if arguments is None else arguments))
     as_json = "--json" in arguments
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's products are small here; threads for them cost 40 ms
     hint = RESUME if RESUMED & set(arguments[:1]) else None
@@ -59,8 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(no_memory(), as_json)
         if {"-v", "--verbose"} & set(arguments):
             raise
-        what = f"a bug of ours: {type(error).__name__}: {error}".replace("\n", " ")
+        what = f"internal error: {type(error).__name__}: {error}".replace("\n", " ")
         return _fail(StreamconvError(what, hint="please report it, with what -v shows", code="internal-error"), as_json)
+
+
+def _asked(words: list[str]) -> list[str]:
+    """The words, with what people type to get help in the one form that the parser has."""
+    if not words:
+        return ["--help"]
+    return [*words[1:2], "--help", *words[2:]] if words[0] == "help" else words
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:

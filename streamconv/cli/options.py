@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,15 +21,46 @@ HEADINGS = {
     "run": "run",
 }
 EXIT_CODES = """exit codes:
-  0 done   2 usage   3 something wrong with the sources   4 memory bound too small
-  5 something wrong with the destination   6 verification mismatch   130/143 interrupted   1 a bug of ours"""
+  0 done      2 usage        3 something wrong with the sources
+  4 memory bound too small   5 something wrong with the destination
+  6 verification mismatch    130/143 interrupted    1 internal error"""
+OUTPUT_FLAGS = ("-o", "--output", "--outfile")  # the last is that of llama.cpp's converters
+SUGGESTION_CUTOFF = 0.6  # difflib's ratio, above which a word may have been meant
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong usage as any other error is reported, so that --json covers it."""
+    """Reports wrong usage as any other error is reported, so that --json covers it.
+
+    A word that is not known is told with the nearest that is, by the parser of the command that it was given to.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help", code="command-line")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._subparsers is None:
+            self._refuse_unknown(args)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown(self, args: Sequence[str]) -> None:
+        """UsageError on the first option that this command does not have."""
+        for word in args:
+            if word == "--":
+                return
+            name = word.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+                raise UsageError(f"no option {name}", hint=self._nearest(name, known), code="option-unknown")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            shown = [row.dest for row in action._choices_actions]
+            raise UsageError(f"no command {value!r}", hint=self._nearest(str(value), shown), code="command-unknown")
+        super()._check_value(action, value)
+
+    def _nearest(self, word: str, known: Sequence[str]) -> str:
+        near = difflib.get_close_matches(word, known, n=1, cutoff=SUGGESTION_CUTOFF)
+        return f"did you mean {near[0]}? {self.prog} --help" if near else f"{self.prog} --help lists all"
 
 
 def add_command(commands: Any, name: str, *, help: str, description: str, epilog: str = EXIT_CODES) -> Parser:
@@ -62,8 +94,8 @@ def add_options(parser: argparse.ArgumentParser, command: str, *, output: str | 
         if one.option.flag is not None:
             name = one.option.group if output or one.option.group == "run" else ""
             if name == "output" and name not in groups:
-                help = f"default: {output}, in this folder"
-                group(name).add_argument("-o", "--output", metavar="OUT", type=dst_name, help=help)
+                help = f"default: {output}, in this folder; {{name}} and {{outtype}} are filled in"
+                group(name).add_argument(*OUTPUT_FLAGS, dest="output", metavar="OUT", type=dst_name, help=help)
             _add(group(name), one, command)
     add_report_options(group("run"))
 
@@ -72,7 +104,7 @@ def _add(group: Any, one: declared.Declared, command: str) -> None:
     flag, kind = one.option.flag, one.option.kind
     words: dict[str, Any] = {"dest": one.name, "help": one.option.help_for(command)}
     if kind is Kind.FLAG:
-        group.add_argument(flag, action="store_true", **words)
+        group.add_argument(flag, *one.option.aliases, action="store_true", **words)
         return
     if kind is Kind.WORD:
         words["choices"] = [word for word in one.option.choices_for(command) if word not in one.option.hidden]
@@ -80,7 +112,7 @@ def _add(group: Any, one: declared.Declared, command: str) -> None:
         words["metavar"] = one.option.metavar
     if kind in (Kind.ADAPTERS, Kind.TEXTS):
         words["action"] = "append"
-    group.add_argument(flag, type=_reader(one, command), **words)
+    group.add_argument(flag, *one.option.aliases, type=_reader(one, command), **words)
 
 
 def _reader(one: declared.Declared, command: str) -> Callable[[str], Any]:
@@ -111,7 +143,7 @@ def add_report_options(group: Any) -> None:
 
 
 def add_verbose(group: Any) -> None:
-    group.add_argument("-v", "--verbose", action="store_true", help="say more; of a bug of ours, its traceback")
+    group.add_argument("-v", "--verbose", action="store_true", help="say more; of an internal error, its traceback")
 
 
 def add_resume_options(group: Any, unfinished: str) -> None:

@@ -33,12 +33,12 @@ def build_parser(command: Sequence[str] = ()) -> Parser:
     """
     parser = Parser(
         prog="streamconv",
-        description="Convert Hugging Face checkpoints and LoRA adapters to GGUF, streaming, in bounded memory.",
+        description="Convert Hugging Face checkpoints and LoRA adapters to GGUF, in bounded memory.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"streamconv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for add in (*ADDED, *(OWN[name] for name in command if name in OWN)):
         add(commands)

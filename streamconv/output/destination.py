@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from streamconv.output.directio import (
     write_all,
 )
 
+_FIELD = re.compile(r"\{(name|outtype|ftype|OUTTYPE|FTYPE)\}")
 _LOCK_ATTEMPTS = 100  # each lost to another run that finished or began at that very moment
 # A batch looks for a moment whether a lock is held, and takes it for that; a run holds it for as long as it writes.
 _LOCK_PATIENCE_SECONDS = 0.25
@@ -163,11 +165,18 @@ def failures(path: Path) -> Iterator[None]:
         raise failure(exc, path) from exc
 
 
-def output_path(dst: str | Path | None, default: str) -> Path:
-    """What a caller named as the output; `default`, in the current directory, where that is nothing."""
+def output_path(dst: str | Path | None, default: str, *, name: str, outtype: str) -> Path:
+    """What a caller named as the output; `default`, in the current directory, where that is nothing.
+
+    {name}, {outtype} and {ftype} in it are filled in, in capitals for {OUTTYPE} and {FTYPE}: as in a jobs file and in
+    --outfile of llama.cpp's converters. Other braces are part of a name.
+    """
     if isinstance(dst, str) and dst.endswith(os.sep):  # which Path would drop
         raise failure(IsADirectoryError(errno.EISDIR, ""), Path(dst))
-    return Path(default if dst is None else dst)
+    if dst is None:
+        return Path(default)
+    values = {"name": name, "outtype": outtype, "ftype": outtype, "OUTTYPE": outtype.upper(), "FTYPE": outtype.upper()}
+    return Path(_FIELD.sub(lambda match: values[match[1]], str(dst)))
 
 
 def claim(paths: Sequence[Path], sources: Mapping[FileId, Path]) -> list[Place]:

@@ -89,9 +89,9 @@ def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
         ("inspect _", "PATH: is empty; the current folder is ."),
         ("draft _", "SRC: is empty; the current folder is ."),
         ("batch _", "JOBS: is empty; the current folder is ."),
-        ("convert . -o _", "-o/--output: is empty; name a file"),
-        ("convert . -o -", "-o/--output: - is no standard output here; a file of that name is ./-"),
-        ("lora . --base . -o -", "-o/--output: - is no standard output here; a file of that name is ./-"),
+        ("convert . -o _", "-o/--output/--outfile: is empty; name a file"),
+        ("convert . -o -", "-o/--output/--outfile: - is no standard output here; a file of that name is ./-"),
+        ("lora . --base . -o -", "-o/--output/--outfile: - is no standard output here; a file of that name is ./-"),
         ("convert . --profile -", "--profile: - is no standard output here; a file of that name is ./-"),
     ],
 )
@@ -226,10 +226,9 @@ def test_no_file_gets_the_number_of_a_closed_standard_stream() -> None:
     assert done.stdout.endswith(b"\nTrue\n")
 
 
-def test_an_unknown_command_is_told_of_those_that_people_use() -> None:
-    message = run("foo").stderr.decode()
-    assert "convert" in message
-    assert "batch-job" not in message
+def test_an_unknown_command_leads_to_those_that_people_use() -> None:
+    assert b"batch-job" not in run("batch-jbo").stderr
+    assert b"streamconv --help" in run("foo").stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -261,7 +260,7 @@ def test_a_bug_of_ours_is_one_line_and_with_v_a_traceback(
 
     monkeypatch.setattr("streamconv.recipe.language.all_recipes", broken)
     assert cli.main(["architectures"]) == 1
-    expected = "streamconv: a bug of ours: ZeroDivisionError: a b (please report it, with what -v shows)\n"
+    expected = "streamconv: internal error: ZeroDivisionError: a b (please report it, with what -v shows)\n"
     assert capsys.readouterr().err == expected
     with pytest.raises(ZeroDivisionError):
         cli.main(["architectures", "-v"])
@@ -293,3 +292,61 @@ def test_completion_knows_commands_and_options(tmp_path: Path) -> None:
     assert [word.strip() for word in complete("streamconv in")] == ["inspect"]
     assert [word.strip() for word in complete("streamconv convert x --outtype q8")] == ["q8_0"]
     assert b"PYTHON_ARGCOMPLETE_OK" in (Path(streamconv.__file__).parent / "__main__.py").read_bytes()[:1024]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "meant", "command"),
+    [
+        ("convert . --out-type q8_0", "option-unknown", "--outtype", "streamconv convert"),
+        ("convert . --verfy", "option-unknown", "--verify", "streamconv convert"),
+        ("lora a --bsae b", "option-unknown", "--base", "streamconv lora"),
+        ("inspect . --tensor=3", "option-unknown", "--tensors", "streamconv inspect"),
+        ("convrt .", "command-unknown", "convert", "streamconv"),
+        ("help inspct", "command-unknown", "inspect", "streamconv"),
+    ],
+)
+def test_what_is_not_known_is_told_with_the_nearest_that_is(
+    capsys: pytest.CaptureFixture[str], words: str, code: str, meant: str, command: str
+) -> None:
+    assert cli.main([*words.split(), "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == code
+    assert f"{meant}? {command} --help" in error["hint"]
+
+
+def test_options_after_two_dashes_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.llama(tmp_path / "--odd")
+    assert cli.main(["convert", "-o", "x.gguf", "--", "--odd"]) == 0
+    assert (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize(("words", "same"), [("", "--help"), ("help", "--help"), ("help convert", "convert --help")])
+def test_help_however_it_is_asked_for(words: str, same: str) -> None:
+    done = run(*words.split(), COLUMNS="80")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == run(*same.split(), COLUMNS="80").stdout
+
+
+def test_the_help_of_all_commands_fits_80_columns() -> None:
+    assert max(map(len, run("--help", COLUMNS="80").stdout.decode().splitlines())) <= 80
+    assert run("-V").stdout == run("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("template", "made"),
+    [
+        ("{name}-{ftype}.gguf", "src-q8_0.gguf"),
+        ("{outtype}/{NAME}-{FTYPE}.gguf", "q8_0/{NAME}-Q8_0.gguf"),
+        ("{OUTTYPE}-{x}.gguf", "Q8_0-{x}.gguf"),
+    ],
+)
+def test_llama_cpp_s_options_for_name_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, made: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q8_0").mkdir()
+    source = str(tiny.llama(tmp_path / "src"))
+    words = ["convert", source, "--outfile", template, "--outtype", "Q8_0", "--model-name", "Called so"]
+    assert cli.main(words) == 0
+    assert b"Called so" in (tmp_path / made).read_bytes()

@@ -294,7 +294,7 @@ def test_more_scratch_than_declared_is_a_bug(
     monkeypatch.setattr(run, "prove_memory", lambda *args, **keywords: replace(prove(*args, **keywords), slab=64))
     command = ["convert", str(source), "-o", str(tmp_path / "out.gguf"), "--outtype", "q8_0", "--io", "positioned"]
     assert main([*command, "--quiet"]) == 1
-    assert "a bug of ours: Overdraft" in capsys.readouterr().err
+    assert "internal error: Overdraft" in capsys.readouterr().err
 
 
 def test_a_weight_beyond_f16_names_tensor_value_and_way_out(source: Path, tmp_path: Path) -> None:
