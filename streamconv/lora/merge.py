@@ -32,7 +32,7 @@ from streamconv.lora.base import N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora.files import parse_name
 from streamconv.lora.fold import turned
-from streamconv.lora.resolve import LoraModule, base_hint, refuse_all, resolve
+from streamconv.lora.resolve import LoraModule, base_hint, other_base, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
 from streamconv.lora.whole_weights import TokenRows, WholeWeight, alone, one_by_one
 from streamconv.metadata.vocab.choice import Tokenizers
@@ -153,10 +153,10 @@ class _Merge:
             problems = [problem for other, problem in self.problems if other is adapter]
             try:
                 refuse_all(
-                    "cannot be merged",
+                    f"cannot be merged{other_base(problems, adapter.file)}",
                     problems,
                     adapter.file.directory,
-                    SAVE_ENDS if _lacks_rows(problems) else base_hint(problems, adapter.file),
+                    SAVE_ENDS if _lacks_rows(problems) else base_hint(problems),
                     code="adapter-unmergeable",
                 )
             except SourceError as error:

@@ -24,7 +24,7 @@ from streamconv.lora.files import LoraFile
 from streamconv.lora.parameters import is_wrapped, missing, stacked_factors
 from streamconv.recipe.spelling import Speller
 
-MAX_PROBLEMS_SHOWN = 12
+MAX_PROBLEMS_SHOWN = 6
 
 Shape = Sequence[int]
 Orientation = tuple[bool, bool]  # whether A, whether B is stored transposed
@@ -114,15 +114,33 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
 def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> None:
     """SourceError with all of `problems`, if there are any; its hint is merging where that can carry all of them."""
     merges = all(_is_mergeable(problem, base) for problem in problems)
-    hint = f"streamconv convert BASE --adapter {adapter.directory}" if merges else base_hint(problems, adapter)
-    refuse_all("no GGUF adapter can carry this exactly", problems, adapter.directory, hint, code="adapter-unsupported")
+    is_formula = all(problem.code in _BEYOND_ADAPTERS for problem in problems)
+    what = "no GGUF adapter can carry this exactly" if is_formula else "cannot be converted"
+    hint = f"streamconv convert BASE --adapter {adapter.directory}" if merges else base_hint(problems)
+    refuse_all(f"{what}{other_base(problems, adapter)}", problems, adapter.directory, hint, code="adapter-unsupported")
 
 
-def base_hint(problems: Sequence[Problem], adapter: LoraFile) -> str | None:
-    """The base that the adapter names, where `problems` are such as another base has; None where it names none."""
+# Kinds of problems of adapters that compute more than llama.cpp's pairs of factors.
+_BEYOND_ADAPTERS = frozenset(
+    ("dora", "weight", "norm", "bias", "lora-bias", "kasa", "arrow", "bd-lora", "tokens", "init", "peft-type", "tied")
+)
+
+
+def other_base(problems: Sequence[Problem], adapter: LoraFile) -> str:
+    """The likely cause of problems such as another base has, to stand before them; nothing where they are others."""
+    if not _is_other_base(problems):
+        return ""
     name = stated_base(adapter.config.raw)
-    is_other = any(problem.code in ("no-module", "shape") for problem in problems)
-    return f"{adapter.config.file.name} names its base: {name:.200}" if name and is_other else None
+    says = f", {adapter.config.file.name} names {name:.200}" if name else ""
+    return f": the adapter was made for another base{says}"
+
+
+def base_hint(problems: Sequence[Problem]) -> str | None:
+    return "give the base that it was trained on" if _is_other_base(problems) else None
+
+
+def _is_other_base(problems: Sequence[Problem]) -> bool:
+    return any(problem.code in ("no-module", "shape") for problem in problems)
 
 
 def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | None = None, *, code: str) -> None:
@@ -130,11 +148,24 @@ def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | Non
     if not found:
         return
     problems = grouped(found)
-    shown = "; ".join(map(str, problems[:MAX_PROBLEMS_SHOWN]))
-    if len(problems) > MAX_PROBLEMS_SHOWN:
-        shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
+    in_short = [*_in_short(problems)]
+    shown = "; ".join(in_short[:MAX_PROBLEMS_SHOWN])
+    if len(in_short) > MAX_PROBLEMS_SHOWN:
+        shown += f"; and {len(in_short) - MAX_PROBLEMS_SHOWN} more"
     listed = [{"code": one.code, "message": one.message, "modules": list(one.modules)} for one in problems]
     raise SourceError(f"{what}: {shown}", file=file, hint=hint, problems=listed, code=code)
+
+
+def _in_short(problems: Sequence[Problem]) -> Iterator[str]:
+    """The problems as text; of all that are about shapes the first, and how many modules more there are."""
+    shapes = [problem for problem in problems if problem.code == "shape"]
+    n_modules = sum(len(problem.modules) for problem in shapes)
+    for problem in problems:
+        if problem.code != "shape":
+            yield str(problem)
+        elif problem is shapes[0]:
+            more = f" (and {n_modules - 1} more)" if n_modules > 1 else ""
+            yield f"{replace(problem, modules=problem.modules[:1])}{more}"
 
 
 # Kinds of problems that a merge does not have, each with what of a module it needs the base to have.

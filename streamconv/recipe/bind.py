@@ -22,13 +22,15 @@ from streamconv.lazy.leaves import Resident
 from streamconv.lazy.views import Stack
 from streamconv.recipe.dims import Equation, extents, parse_extent, parse_shape, solve_dims, stated_dims
 from streamconv.recipe.language import Model, Output, Recipe, Stored, Target
-from streamconv.recipe.names import NONE, fill, has_experts, stack_of
+from streamconv.recipe.mismatch import cause, closest, listed
+from streamconv.recipe.names import NONE, fill, has_experts, match_name, stack_of
 from streamconv.recipe.ops import first_fault
 from streamconv.recipe.words import Caveat, Computed, Tensor
 
 MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
 MAX_NAMES_SHOWN = 4
-MAX_PROBLEMS_SHOWN = 12
+MAX_PROBLEMS_SHOWN = 6
+MAX_SHAPES_SHOWN = 2  # a config of another size makes all of them wrong
 
 
 def bind(
@@ -83,6 +85,8 @@ class _Binding:
         self.recipe, self.config, self.stored, self.main = recipe, recipe.config_of(config), stored, main
         self.problems: list[Problem] = []
         self.missing: list[str] = []
+        self.unknown: list[str] = []
+        self.sizes: dict[str, None] = {}  # what the config says of dims, against the tensors' shapes
         self.forbidden: dict[str, list[str]] = {}  # flag of the config -> tensors that it denies
         self.unsaid: dict[str, list[str]] = {}  # flag that the config lacks -> tensors that it would ask for
         self.dims: dict[str, int] = {}
@@ -101,7 +105,7 @@ class _Binding:
         self._check_accounts(choices)
         self._check_head(model)
         for flag, names in self.unsaid.items():
-            what = f"no {flag} in config.json, and there are {_listed(names)}: written, where transformers ignores them"
+            what = f"no {flag} in config.json, and there are {listed(names)}: written, where transformers ignores them"
             model.warnings.append(RunWarning("flag-missing", what))
         refusals = []
         if model.dims.keys() >= self.recipe.dims.keys():
@@ -132,7 +136,7 @@ class _Binding:
                 if other is not name:
                     self._problem("tensor-twice", f"{other} and {name} are the same tensor")
         if unknown:
-            self._problem("tensors-unknown", f"unknown tensors: {_listed(unknown)}")
+            self.unknown = unknown
 
     # -- dims
 
@@ -177,6 +181,7 @@ class _Binding:
                 continue
             wrong = [name for name in names if self.stored[name].shape != expected]
             if wrong:
+                self._note_sizes(row, self.stored[wrong[0]].shape, stated)
                 used = dict.fromkeys(name for one in parse_shape(row.shape) for name in one.names if name in stated)
                 origin = ", ".join(f"{self.recipe.dims[f].label}={stated[f]}" for f in used)
                 self._problem(
@@ -189,6 +194,13 @@ class _Binding:
             if (fault := self._op_fault(row, expected, len(names))) is not None:
                 self._problem("op-shape", f"{names[0]} {fault}")
                 return
+
+    def _note_sizes(self, row: Tensor, shape: tuple[int, ...], stated: Mapping[str, int]) -> None:
+        """Note the dims of a row that the config states otherwise than a tensor of this shape."""
+        for extent, found in zip(parse_shape(row.shape), shape, strict=len(parse_shape(row.shape)) == len(shape)):
+            if extent.text in stated and len(shape) == len(parse_shape(row.shape)) and stated[extent.text] != found:
+                said = f"{self.recipe.dims[extent.text].label}={stated[extent.text]}"
+                self.sizes[f"{said}, the tensors {found}"] = None
 
     def _op_fault(self, row: Tensor, shape: tuple[int, ...], n_names: int) -> str | None:
         """What is wrong with sources of `shape` for the row's operations, where all their dims are known."""
@@ -302,11 +314,15 @@ class _Binding:
 
     def _check_accounts(self, choices: Sequence[_Choice]) -> None:
         """Every tensor found is taken by a target, and every tensor that must be there was found."""
+        if self.unknown:
+            known = [match_name(name)[0] for name in self.missing] or [row.source for row in self.recipe.tensors]
+            shown = listed(self.unknown, closest(self.unknown, known))
+            self._problem("tensors-unknown", f"unknown tensors: {shown}")
         if self.missing:
-            self._problem("tensors-missing", f"missing tensors: {_listed(self.missing)}")
+            self._problem("tensors-missing", f"missing tensors: {listed(self.missing)}")
         for flag, names in self.forbidden.items():
             self._problem(
-                "config-contradiction", f"config.json says that {flag} is false, and there are {_listed(names)}"
+                "config-contradiction", f"config.json says that {flag} is false, and there are {listed(names)}"
             )
         taken = {source for choice in choices for source in choice.sources}
         left = [name for template in self.found for name in self._names(template) if name not in taken]
@@ -314,7 +330,7 @@ class _Binding:
             counting = {*self.recipe.stacks.values(), "E"} & self.dims.keys()
             counts = [f"{dim.label}={self.dims[n]}" for n, dim in self.recipe.dims.items() if n in counting]
             self._problem(
-                "tensors-misplaced", f"tensors with no place in the model ({', '.join(counts)}): {_listed(left)}"
+                "tensors-misplaced", f"tensors with no place in the model ({', '.join(counts)}): {listed(left)}"
             )
 
     def _check_head(self, model: Model) -> None:
@@ -355,17 +371,26 @@ class _Binding:
 
     def _error(self, refusals: Sequence[Problem]) -> SourceError:
         problems = [*refusals, *self.problems]
-        shown = "; ".join(problem.message for problem in problems[:MAX_PROBLEMS_SHOWN])
-        if len(problems) > MAX_PROBLEMS_SHOWN:
-            shown += f"; and {len(problems) - MAX_PROBLEMS_SHOWN} more"
+        shapes = [problem for problem in problems if problem.code == "shape-mismatch"]
+        chosen = [problem for problem in problems if problem not in shapes[MAX_SHAPES_SHOWN:]][:MAX_PROBLEMS_SHOWN]
+        shown = "; ".join(problem.message for problem in chosen)
+        if len(problems) > len(chosen):
+            shown += f"; and {len(problems) - len(chosen)} more"
+        listed_problems = [problem._asdict() for problem in problems]
+        folder, what = self.config.file.parent, f"cannot be converted as {self.recipe.arch}"
+        if not self.problems:
+            hint = "llama.cpp would compute another model: run it with transformers"
+            return SourceError(
+                f"{what}: {shown}", file=folder, hint=hint, problems=listed_problems, code="model-unrunnable"
+            )
+        names = self.config.whole.list_of("architectures", str) or []
+        likely, hint = cause({problem.code for problem in self.problems}, [*self.sizes], self.recipe.arch, names)
         return SourceError(
-            f"cannot be converted as {self.recipe.arch}: {shown}",
-            code="checkpoint-mismatch" if self.problems else "model-unrunnable",
-            problems=[problem._asdict() for problem in problems],
-            file=self.config.file.parent,
-            hint="checkpoint and config.json must belong together"
-            if self.problems
-            else "no GGUF file can make llama.cpp run this model: run it with transformers",
+            f"{what}: {likely}{': ' if likely else ''}{shown}",
+            file=folder,
+            hint=hint,
+            problems=listed_problems,
+            code="checkpoint-mismatch",
         )
 
 

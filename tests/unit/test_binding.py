@@ -324,9 +324,9 @@ def test_what_the_config_does_not_say_follows_from_the_tensors(key: str, value: 
         ("n_layers", 3, "layer 2 with no tensors of attention or conv"),
         ("hidden", 9, "embed.weight has shape [11, 6], expected [11, 9] from hidden=9"),
         ("heads", 4, "layers.1.q.weight has shape [8, 6], expected [16, 6] from heads=4, head_dim=4, hidden=6"),
-        ("experts", 2, "(n_layers=2, experts=2): layers.0.experts.2.up.weight, layers.1.experts.2.up.weight"),
-        ("experts", 4, "missing tensors: layers.0.experts.3.up.weight, layers.1.experts.3.up.weight"),
-        ("experts", 1 << 30, "missing tensors: layers.0.experts.3.up.weight, layers.1.experts.3.up.weight"),
+        ("experts", 2, "(n_layers=2, experts=2): layers.0.experts.2.up.weight (and 1 more)"),
+        ("experts", 4, "missing tensors: layers.0.experts.3.up.weight (and 1 more)"),
+        ("experts", 1 << 30, "missing tensors: layers.0.experts.3.up.weight (and 1 more)"),
         ("width", 6, "expected [6, 6] from width=6, hidden=6 (and 5 more like it)"),
         ("kinds", ["conv", "conv"], "kinds in config.json makes layer 1 'conv', its tensors are those of 'attention'"),
         ("kinds", ["conv"], "kinds in config.json is of 1 layers, and there are 2"),
@@ -376,7 +376,7 @@ def test_all_disagreements_are_listed_at_once() -> None:
 
 def test_many_alike_are_counted_and_not_listed() -> None:
     said = complaint(SHAPES | {f"stray.{n}.x": (1,) for n in range(900)})
-    assert "unknown tensors: stray.0.x, stray.1.x, stray.2.x, stray.3.x and 896 more" in said
+    assert "unknown tensors: stray.0.x (and 899 more)" in said
     assert len(said) < 300
 
 
@@ -443,7 +443,7 @@ def test_a_recipe_that_is_untied_by_default_warns_where_the_head_is_missing() ->
 def test_refusals_alone_do_not_blame_the_files() -> None:
     with pytest.raises(SourceError) as caught:
         toy(twisted=True)
-    assert caught.value.hint == "no GGUF file can make llama.cpp run this model: run it with transformers"
+    assert caught.value.code == "model-unrunnable"
 
 
 def test_a_rule_over_the_config_is_named_by_its_label() -> None:

@@ -354,8 +354,8 @@ def test_nonsense_in_the_configuration_does_not_hide_the_rest(tmp_path: Path, ll
     assert found == [("dora", [K]), ("config", []), ("config", []), ("config", []), ("partner", [Q])]
 
 
-def test_twelve_of_many_problems_are_shown(tmp_path: Path, llama: Path) -> None:
-    with LoraFile.open(loras.write(tmp_path, PAIR), LIMIT) as file, pytest.raises(SourceError, match=r"; and 3 more$"):
+def test_some_of_many_problems_are_shown(tmp_path: Path, llama: Path) -> None:
+    with LoraFile.open(loras.write(tmp_path, PAIR), LIMIT) as file, pytest.raises(SourceError, match=r"; and 9 more$"):
         refuse([Problem(str(i), f"problem {i}") for i in range(15)], file, open_base(llama, LIMIT))
 
 
@@ -383,4 +383,4 @@ def test_a_base_that_is_not_the_adapters_is_answered_with_the_one_it_names(
     ):
         with pytest.raises(SourceError) as caught:
             convert()
-        assert caught.value.hint == "adapter_config.json names its base: Some/Other-3B"
+        assert "adapter_config.json names Some/Other-3B" in caught.value.message.partition(module)[0]

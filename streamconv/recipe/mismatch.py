@@ -1,0 +1,65 @@
+"""What to say where a checkpoint is not what its recipe asks for: the likely cause, then one example of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+
+from streamconv.recipe.names import match_name
+
+MAX_KINDS_SHOWN = 4
+MIN_LIKENESS = 0.7  # of two names, as difflib measures it, for one to be shown as what the other may mean
+MAX_COMPARED = 64  # kinds of names: comparing is quadratic
+
+
+def kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by their template: one with every number left open."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(match_name(name)[0], []).append(name)
+    return found
+
+
+def listed(names: Iterable[str], closest: Mapping[str, str] | None = None) -> str:
+    """One name of each kind and how many more there are, the closest known names beside them."""
+    by_kind = kinds(names)
+    shown = []
+    for template, of_kind in [*by_kind.items()][:MAX_KINDS_SHOWN]:
+        notes = [f"and {len(of_kind) - 1} more"] if len(of_kind) > 1 else []
+        notes += [f"closest is {closest[template]}"] if closest and template in closest else []
+        shown.append(f"{of_kind[0]} ({', '.join(notes)})" if notes else of_kind[0])
+    rest = sum(len(of_kind) for of_kind in [*by_kind.values()][MAX_KINDS_SHOWN:])
+    return ", ".join(shown) + (f" and {rest} more of {len(by_kind) - MAX_KINDS_SHOWN} kinds" if rest else "")
+
+
+def closest(unknown: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """For kinds of unknown names the known name that is most alike, where one is alike at all."""
+    found = {}
+    templates = list(dict.fromkeys(known))
+    for template in [*kinds(unknown)][:MAX_COMPARED]:
+        if alike := get_close_matches(template, templates[: MAX_COMPARED * 4], n=1, cutoff=MIN_LIKENESS):
+            found[template] = alike[0]
+    return found
+
+
+def cause(codes: Collection[str], sizes: Sequence[str], arch: str, class_names: Sequence[str]) -> tuple[str, str]:
+    """The likely cause of the problems of these codes, and the way out.
+
+    Args:
+        codes: Of all problems.
+        sizes: What the config says of dims that the tensors' shapes contradict, as "hidden_size=64, the tensors 96".
+        arch: The recipe's.
+        class_names: As the config names the model.
+    """
+    named = " and ".join(class_names) or arch
+    if sizes:
+        what = f"config.json is another model's, or the tensors are: it says {'; '.join(sizes[:3])}"
+        return what, "put the config.json beside the tensors that they were saved with"
+    if {"tensors-unknown", "tensors-missing"} <= set(codes):
+        what = f"the names of its tensors are not those of {named}"
+        return what, "checkpoint and config.json must belong together; name the right class in config.json"
+    if "tensors-unknown" in codes:
+        return f"it has tensors that {named} has no place for", "it may be another architecture, or an extended model"
+    if codes and set(codes) <= {"tensors-missing", "head-missing"}:
+        return "it is incomplete", "download or copy the missing files again, or save the model again as a whole"
+    return "", "checkpoint and config.json must belong together"
