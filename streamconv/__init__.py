@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from streamconv.api.convert_model import convert
     from streamconv.api.inspect_file import inspect
     from streamconv.api.list_quants import quants
+    from streamconv.api.quantize_file import quantize
     from streamconv.api.verify_file import verify
     from streamconv.files.store import Blob, Identity, Store
     from streamconv.options import SplitOptions
@@ -54,6 +55,7 @@ __all__ = [
     "convert",
     "convert_adapter",
     "inspect",
+    "quantize",
     "quants",
     "verify",
 ]
@@ -66,6 +68,7 @@ _HOMES = {
     "convert": "streamconv.api.convert_model",
     "convert_adapter": "streamconv.api.convert_lora",
     "inspect": "streamconv.api.inspect_file",
+    "quantize": "streamconv.api.quantize_file",
     "quants": "streamconv.api.list_quants",
     "Report": "streamconv.report",
     "SplitOptions": "streamconv.options",

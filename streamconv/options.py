@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from streamconv.lora.specs import AdapterSpec
 
 Command = Literal["convert", "lora", "verify"]
-MAKE: Final = ("convert", "lora")  # the commands that write a file
+MAKE: Final = ("convert", "lora", "quantize")  # the commands that write a file
 ALL: Final = (*MAKE, "verify")
 
 DIALECTS: Final = ("llama.cpp", "ollama-legacy")
@@ -192,7 +192,7 @@ class SplitOptions(_Options):
         None,
         "tensor data in a file, as 4G",
         kind=Kind.SIZE,
-        commands=("convert",),
+        commands=("convert", "quantize"),
         flag="--split-max-size",
         group="split",
         metavar="SIZE",
@@ -202,7 +202,7 @@ class SplitOptions(_Options):
         None,
         "tensors in a file",
         kind=Kind.COUNT,
-        commands=("convert",),
+        commands=("convert", "quantize"),
         flag="--split-max-tensors",
         group="split",
         metavar="N",
@@ -212,7 +212,7 @@ class SplitOptions(_Options):
         None,
         "make this one alone: each machine makes a part",
         kind=Kind.COUNT,
-        commands=("convert",),
+        commands=("convert", "quantize"),
         group="split",
         metavar="K",
         key=None,
@@ -261,11 +261,16 @@ class OutputOptions(_Options):
         {
             "convert": "default: auto, the source's own 16-bit type",
             "lora": "default: auto, each factor's own type",
+            "quantize": "llama-quantize's name of the type",
         },
         kind=Kind.WORD,
         commands=MAKE,
         group="output",
-        choices={"convert": WORDS, "lora": (AUTO, *(row.name for row in OUTTYPES.values() if not row.is_mix))},
+        choices={
+            "convert": WORDS,
+            "lora": (AUTO, *(row.name for row in OUTTYPES.values() if not row.is_mix)),
+            "quantize": ("q8_0", *(row.name for row in OUTTYPES.values() if row.is_mix)),
+        },
     )
     dialect: str = option(
         DIALECTS[0],
@@ -278,6 +283,7 @@ class OutputOptions(_Options):
             "verify": "the dialect it was made with",
         },
         kind=Kind.WORD,
+        commands=("convert", "lora", "verify"),
         group="output",
         choices=DIALECTS,
     )
@@ -285,7 +291,7 @@ class OutputOptions(_Options):
         None,
         "the name in the file, general.name",
         kind=Kind.TEXT,
-        commands=MAKE,
+        commands=("convert", "lora"),
         group="output",
         aliases=("--model-name",),
         metavar="NAME",
@@ -295,10 +301,11 @@ class OutputOptions(_Options):
         None,
         {
             "convert": "an importance matrix, by llama-imatrix: errors count by how much each column matters",
+            "quantize": "an importance matrix, by llama-imatrix: errors count by how much each column matters",
             "verify": "the importance matrix that it was made with",
         },
         kind=Kind.SOURCE,
-        commands=("convert", "verify"),
+        commands=("convert", "quantize", "verify"),
         group="types",
         metavar="FILE",
     )
@@ -306,7 +313,7 @@ class OutputOptions(_Options):
         (),
         "the type of tensors whose name has the pattern in it; may be repeated, the first that is found counts",
         kind=Kind.TEXTS,
-        commands=("convert",),
+        commands=("convert", "quantize"),
         group="types",
         metavar="REGEX=TYPE",
     )
@@ -314,7 +321,7 @@ class OutputOptions(_Options):
         None,
         "the type of output.weight, or of the embedding of a model without one",
         kind=Kind.TEXT,
-        commands=("convert",),
+        commands=("convert", "quantize"),
         group="types",
         metavar="TYPE",
     )
@@ -322,13 +329,22 @@ class OutputOptions(_Options):
         None,
         "the type of token_embd.weight",
         kind=Kind.TEXT,
-        commands=("convert",),
+        commands=("convert", "quantize"),
         group="types",
         metavar="TYPE",
     )
-    leave_output_tensor: bool = option(False, "do not quantise output.weight", commands=("convert",), group="types")
+    leave_output_tensor: bool = option(
+        False, "do not quantise output.weight", commands=("convert", "quantize"), group="types"
+    )
     pure: bool = option(
-        False, "one type for all that is quantised, whatever the mix", commands=("convert",), group="types"
+        False, "one type for all that is quantised, whatever the mix", commands=("convert", "quantize"), group="types"
+    )
+    allow_requantize: bool = option(
+        False,
+        "quantise what is quantised already, too, which loses more",
+        commands=("quantize",),
+        group="types",
+        key=None,  # a batch has no such jobs
     )
     split: SplitOptions | None = None
 

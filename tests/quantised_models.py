@@ -25,6 +25,8 @@ MODELS: dict[str, Callable[[Path], Path]] = {
 }
 # The outtype of the file that llama-quantize reads: it loses nothing.
 LOSSLESS = {"lfm2": "bf16", "lfm2moe": "bf16", "llama": "f16", "llama-f32": "f32"}
+# Of files that are quantised already, by their outtype: what is made of them with --allow-requantize.
+AGAIN = {"q8_0": ("q4_k_m", "q6_k"), "q6_k": ("q4_k_m", "iq4_xs"), "q4_k_m": ("q3_k_m", "q5_0"), "q5_1": ("q4_0",)}
 WITHOUT_IMPORTANCE = ("blk.1.attn_q.weight", "token_embd.weight", "output.weight")
 
 

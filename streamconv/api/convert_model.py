@@ -110,7 +110,7 @@ def open_model_job(
 ) -> Iterator[Job]:
     """The job of a checkpoint and the adapters merged into it, while their files are open."""
     with (
-        _open_imatrix(wanted.imatrix) as imatrix,
+        open_imatrix(wanted.imatrix) as imatrix,
         open_adapters(adapters, headroom_nbytes(limit_nbytes)) as opened,
         open_checkpoint(find_source(src), headroom_nbytes(limit_nbytes)) as source,
     ):
@@ -158,7 +158,7 @@ def plan_model(
     tensors = _place(model, wanted.dialect, policy, imatrix)
     told = imatrix.check({target.name: target.tensor.spec.shape for target in model.targets}) if imatrix else []
     if stored is None:
-        _require_importance(policy.outtype, tensors)
+        require_importance(policy.outtype, tensors)
     general = read_general(
         checkpoint.directory,
         arch=model.recipe.arch,
@@ -260,7 +260,7 @@ def _lossless(model: Model) -> str:
     return "bf16" if dtypes == {dtype.BF16} else "f16" if dtypes == {dtype.F16} else "f32"
 
 
-def _require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
+def require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
     """UsageError where llama-quantize makes a type with an importance matrix only."""
     mix = MIXES.get(outtype)
     for one in tensors if mix else ():
@@ -272,7 +272,7 @@ def _require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
 
 
 @contextmanager
-def _open_imatrix(source: Source | None) -> Iterator[ImportanceMatrix | None]:
+def open_imatrix(source: Source | None) -> Iterator[ImportanceMatrix | None]:
     if source is None:
         yield None
         return

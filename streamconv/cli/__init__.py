@@ -22,7 +22,7 @@ from streamconv.cli.parser import build_parser
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory
 
 RESUME = "run it again to go on"
-RESUMED = frozenset({"convert", "lora", "batch"})  # the commands that have something to resume
+RESUMED = frozenset({"convert", "lora", "quantize", "batch"})  # the commands that have something to resume
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,6 +58,20 @@ def add_lora(commands: Any) -> None:
     parser.set_defaults(run=_lora)
 
 
+def add_quantize(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "quantize",
+        help="a GGUF file becomes one of another type",
+        description="Write a GGUF file, or a split set, in a type of llama-quantize's.",
+        epilog="example:\n  streamconv quantize LFM2-1.2B-BF16.gguf -o LFM2-1.2B-Q4_K_M.gguf --outtype q4_k_m\n\n"
+        + EXIT_CODES,
+    )
+    parser.add_argument("src", metavar="IN", type=src_path, help="the GGUF file, or the first of a split")
+    add_options(parser, "quantize", output="IN-Q4_K_M.gguf")
+    parser.set_defaults(run=_quantize)
+
+
 def add_verify(commands: Any) -> None:
     parser = add_command(
         commands,
@@ -78,6 +92,12 @@ def _convert(options: argparse.Namespace) -> int:
     from streamconv.api.convert_model import convert
 
     return _run(options, lambda words: convert(options.src, options.output, **words))
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from streamconv.api.quantize_file import quantize
+
+    return _run(options, lambda words: quantize(options.src, options.output, **words))
 
 
 def _lora(options: argparse.Namespace) -> int:

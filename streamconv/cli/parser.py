@@ -16,6 +16,7 @@ from streamconv.cli.options import EXIT_CODES, Parser
 ADDED = (
     conversion.add_convert,
     conversion.add_lora,
+    conversion.add_quantize,
     conversion.add_verify,
     batch.add_batch,
     look.add_inspect,

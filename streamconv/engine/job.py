@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 from streamconv.checkpoint.config import Config
-from streamconv.checkpoint.safetensors import Shard
 from streamconv.engine.layout import Step
 from streamconv.engine.split import Part
 from streamconv.errors import RunWarning
@@ -28,6 +28,17 @@ from streamconv.report import Output, Report, TypeTotal
 
 _MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer ones are told apart by their digests
 FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
+
+
+class SourceFile(Readable, Protocol):
+    """A file of tensors."""
+
+    @property
+    def path(self) -> Place: ...
+    @property
+    def fingerprint(self) -> str:
+        """What identifies its bytes without reading them all."""
+        ...
 
 
 @dataclass(slots=True)
@@ -43,7 +54,7 @@ class Job:
     architecture: str
     dialect: str
     outtype: str
-    shards: Sequence[Shard]
+    shards: Sequence[SourceFile]
     configs: Sequence[Config]
     options: Mapping[str, str]
     defaults: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)  # of keys that are missing, by name

@@ -10,7 +10,8 @@ import gguf
 import pytest
 
 import streamconv
-from streamconv.errors import UsageError, VerifyError
+from streamconv.cli import main
+from streamconv.errors import SourceError, UsageError, VerifyError
 from tests import quantised_models, tiny
 from tests.quantised_models import LOSSLESS, MODELS, Case
 from tests.raising import raises
@@ -114,6 +115,71 @@ def test_any_number_of_threads_and_parts_gives_the_same_bytes(outtype: str, tmp_
     report = streamconv.convert(source, tmp_path / "parts.gguf", outtype=outtype, split=split)
     assert len(report.outputs) > 3
     assert streamconv.verify(report.outputs[0].path, source).outtype == outtype
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_gguf_file_as_the_source(
+    model: str, source: Callable[[str], Path], expected: dict[str, str], tmp_path: Path
+) -> None:
+    src = source(model).with_name(f"{model}.gguf")
+    chosen = [case for case in BY_MODEL[model] if case.options or case.weighted or case.outtype in ("q4_k_m", "q2_k")]
+    assert len(chosen) > 20
+    for case in chosen:
+        imatrix = src.with_suffix(".dat") if case.weighted else None
+        out = tmp_path / "x.gguf"
+        streamconv.quantize(src, out, outtype=case.outtype, imatrix=imatrix, force=True, **case.options)
+        assert digest(out) == expected[str(case)], case
+    made = {field.name: field.contents() for field in gguf.GGUFReader(out).fields.values()}
+    for field in gguf.GGUFReader(src).fields.values():
+        if field.name not in ("general.file_type", "GGUF.kv_count"):
+            assert made[field.name] == field.contents(), field.name
+
+
+def test_a_split_set_as_the_source(source: Callable[[str], Path], expected: dict[str, str], tmp_path: Path) -> None:
+    split = streamconv.SplitOptions(max_tensors=9)
+    streamconv.convert(source("lfm2"), tmp_path / "s.gguf", outtype="bf16", split=split)
+    first = min(tmp_path.glob("s-00001-of-*.gguf"))
+    report = streamconv.quantize(first, tmp_path / "x.gguf", outtype="Q4_K", verify=True)
+    assert report.verified and report.outtype == "q4_k_m"
+    assert digest(tmp_path / "x.gguf") == expected["lfm2 q4_k_m"]
+    assert "split.count" not in gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert streamconv.verify(tmp_path / "x.gguf", source("lfm2")).verified
+    parts = streamconv.quantize(first, tmp_path / "y.gguf", outtype="q4_k_m", split=split)
+    assert len(parts.outputs) > 3
+    assert streamconv.verify(parts.outputs[0].path, source("lfm2")).verified
+
+
+@pytest.mark.parametrize("first", quantised_models.AGAIN)
+def test_quantised_again(first: str, source: Callable[[str], Path], expected: dict[str, str], tmp_path: Path) -> None:
+    src = tmp_path / "first.gguf"
+    streamconv.convert(source("lfm2"), src, outtype=first)
+    for other in quantised_models.AGAIN[first]:
+        with raises(SourceError, code="requantize"):
+            streamconv.quantize(src, tmp_path / "x.gguf", outtype=other)
+        assert not (tmp_path / "x.gguf").exists()
+        streamconv.quantize(src, tmp_path / f"{other}.gguf", outtype=other, allow_requantize=True, verify=True)
+        assert digest(tmp_path / f"{other}.gguf") == expected[f"{first} again {other}"], other
+
+
+def test_the_commands(source: Callable[[str], Path], expected: dict[str, str], tmp_path: Path) -> None:
+    src = source("lfm2").with_name("lfm2.gguf")
+    out = tmp_path / "x.gguf"
+    assert main(["quantize", str(src), "-o", str(out), "--outtype", "Q5_K_S", "--quiet"]) == 0
+    assert digest(out) == expected["lfm2 q5_k_s"]
+    assert main(["quantize", str(src), "-o", str(out), "--quiet"]) == 2  # no outtype
+    assert main(["quantize", str(src), "-o", str(out), "--outtype", "q4_k_m", "--quiet"]) == 5  # it is there
+    said = [
+        "--tensor-type",
+        "Attn_V=q8_0",
+        "--tensor-type",
+        "ffn_(up|gate).*=iq4_xs",
+        "--tensor-type",
+        "blk\\.0\\.=f16",
+    ]
+    words = ["convert", str(source("lfm2")), "-o", str(out), "--outtype", "q4_k_m", *said, "--force", "--quiet"]
+    assert main(words) == 0
+    (name,) = [name for name in expected if name.startswith("lfm2 q4_k_m tensor_type")]
+    assert digest(out) == expected[name]
 
 
 def test_a_type_that_needs_importances_is_refused_without(source: Callable[[str], Path], tmp_path: Path) -> None:

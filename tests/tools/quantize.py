@@ -3,9 +3,9 @@
 Runs under a Python that has llama-cpp-python, which pip builds from source in a quarter of an hour: the engine of
 llama-quantize is a function of its library. Imports nothing else; -P keeps the neighbour of that name out of the way.
 With a single argument, a file of JSON: a list of jobs, whose answers are printed, 0 where all went well. A job is an
-object of `src`, `dst`, `ftype` (a number), and of what llama-quantize has options for: `pure`, `leave_output`,
-`output_type`, `embedding_type` (numbers), `overrides` (a list of [pattern, number]), `importance` (an object of
-name: [file of float32, offset, count]).
+object of `src`, `dst`, `ftype` (a number), and of what llama-quantize has options for: `pure`, `allow_requantize`,
+`leave_output`, `output_type`, `embedding_type` (numbers), `overrides` (a list of [pattern, number]), `importance` (an
+object of name: [file of float32, offset, count]).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def quantize(src: str, dst: str, ftype: int, **options: Any) -> int:
     params.ftype = ftype
     params.nthread = 1
     params.pure = options.get("pure", False)
+    params.allow_requantize = options.get("allow_requantize", False)
     params.quantize_output_tensor = not options.get("leave_output", False)
     if "output_type" in options:
         params.output_tensor_type = options["output_type"]

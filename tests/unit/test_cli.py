@@ -23,7 +23,7 @@ from streamconv.cli.parser import build_parser
 from tests import tiny
 from tests.tools import cli_docs
 
-COMMANDS = ("convert", "lora", "verify", "batch", "inspect", "quants", "architectures", "draft")
+COMMANDS = ("convert", "lora", "quantize", "verify", "batch", "inspect", "quants", "architectures", "draft")
 
 
 def run(*words: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[bytes]:

@@ -28,6 +28,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "convert": streamconv.convert,
     "lora": streamconv.convert_adapter,
+    "quantize": streamconv.quantize,
     "verify": streamconv.verify,
 }
 ONLY_ON_THE_COMMAND_LINE = {"help", "output", "json", "quiet", "verbose"}

@@ -1,0 +1,186 @@
+"""A GGUF file, or a split set, becomes one of another type, as llama-quantize makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+
+from streamconv.api.convert_model import open_imatrix, require_importance
+from streamconv.api.run import run
+from streamconv.budget import headroom_nbytes
+from streamconv.engine.job import Job
+from streamconv.engine.layout import PlacedTensor, memory_failures
+from streamconv.engine.split import make_parts
+from streamconv.errors import BudgetError, SourceError, UsageError
+from streamconv.files.hub import Source, find_source
+from streamconv.files.local import noting_files
+from streamconv.ggml.blocks import BLOCK_TYPES
+from streamconv.ggml.dequantise import Dequantise
+from streamconv.ggml.element_types import TYPES
+from streamconv.ggml.imatrix import ImportanceMatrix
+from streamconv.ggml.mixes import MIXES, MixedTensor, ModelFacts, choose_types
+from streamconv.gguf.format import KeyValue, PackedArray
+from streamconv.gguf.reader import GGUFFile, Span, refuse
+from streamconv.gguf.shard import GGUFShard
+from streamconv.gguf.splits import GGUFSet
+from streamconv.lazy.dtype import FLOATS
+from streamconv.lazy.leaves import Source as StoredRows
+from streamconv.lazy.node import LazyTensor, TensorSpec
+from streamconv.options import OutputOptions, RunOptions, SplitOptions, documented
+from streamconv.output.destination import output_path
+from streamconv.report import Report
+from streamconv.timing import Profile
+
+# What is said of the file that is read, and not of the one that is made.
+_DROPPED = ("split.", "quantize.imatrix.", "general.file_type", "general.quantization_version", "general.alignment")
+_VERSION = 2  # general.quantization_version, GGML_QNT_VERSION
+
+
+@documented("quantize")
+@noting_files()
+@memory_failures()
+def quantize(
+    src: Source,
+    dst: str | Path | None = None,
+    *,
+    outtype: str = "auto",
+    imatrix: Source | None = None,
+    tensor_type: Sequence[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    leave_output_tensor: bool = False,
+    pure: bool = False,
+    allow_requantize: bool = False,
+    split: SplitOptions | None = None,
+    force: bool = False,
+    modelfile: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+    verify: bool = False,
+    sha256: bool = False,
+    profile: Profile | None = None,
+    max_memory: int | str | None = None,
+    threads: int | None = None,
+    io: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> Report:
+    """Write a GGUF file of another type. Nothing is printed.
+
+    Args:
+        src: the GGUF file, or the first of a split.
+        dst: the file to write; by default the name of `src` with the outtype.
+        {options}
+
+    Returns:
+        What was written; with `dry_run` what would be, with the proof that it fits in memory.
+
+    Raises:
+        StreamconvError: with a stable `code`; `dst` is then what it was before.
+        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
+    """
+    options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
+    if wanted.outtype not in MIXES:
+        raise UsageError(
+            f"outtype {outtype!r} is none of {', '.join(MIXES)}", hint="name one with --outtype", code="word-unknown"
+        )
+    with (
+        open_imatrix(imatrix) as importance,
+        GGUFSet.open(find_source(src)) as files,
+    ):
+        return run(plan_quantized(files, dst, wanted, options.limit_nbytes, importance), options)
+
+
+def plan_quantized(
+    files: GGUFSet,
+    dst: str | Path | None,
+    wanted: OutputOptions,
+    limit_nbytes: int,
+    imatrix: ImportanceMatrix | None = None,
+) -> Job:
+    """Everything that decides the output's bytes; no weight is read.
+
+    Raises:
+        SourceError: a file is damaged, or has a type that is only quantised again with `allow_requantize`.
+    """
+    refuse(files.problems)
+    first = files.files[0]
+    architecture = first.scalar("general.architecture", str)
+    if architecture is None or first.scalar("general.type", str) == "adapter":
+        raise SourceError("is not a model", file=first.path, hint="name the model's own file", code="not-a-model")
+    shards = {file.path: GGUFShard(file) for file in files.files}
+    mix, keys = MIXES[wanted.outtype], list(_keys(first, headroom_nbytes(limit_nbytes)))
+    stored = {name: (file, tensor) for name, (file, tensor) in files.tensors.items()}
+    own = [MixedTensor(name, one.shape, _type_of(one.type, first, name)) for name, (_, one) in stored.items()]
+    facts = ModelFacts.of_keys(lambda name: entry.value if (entry := first.keys.get(name)) else None)
+    choices = choose_types(mix, own, facts, options=wanted.mix, has_importance=imatrix is not None)
+    told = imatrix.check({one.name: one.shape for one in own}) if imatrix else []
+    tensors = []
+    for one in own:
+        file, tensor = stored[one.name]
+        type_ = choices[one.name].type
+        spec = TensorSpec(one.shape, TYPES[one.type].dtype)
+        rows: LazyTensor = StoredRows(one.name, shards[file.path], tensor.offset, spec)
+        if type_ != one.type and spec.dtype not in FLOATS:
+            rows = _dequantised(rows, one, wanted, file)
+        weights = imatrix.columns(one.name, one.shape) if imatrix and type_ in BLOCK_TYPES else None
+        tensors.append(PlacedTensor(one.name, rows, (one.name,), type_, weights))
+    require_importance(wanted.outtype, tensors)
+    keys += [KeyValue.u32("general.quantization_version", _VERSION), KeyValue.u32("general.file_type", mix.file_type)]
+    keys += imatrix.metadata() if imatrix else ()
+    name = Path(str(first.path)).stem
+    return Job(
+        command="quantize",
+        keys=keys,
+        parts=make_parts(output_path(dst, f"{name}-{wanted.outtype.upper()}.gguf"), keys, tensors, wanted.parts),
+        architecture=architecture,
+        dialect=wanted.dialect,
+        outtype=wanted.outtype,
+        shards=tuple(shards.values()),
+        configs=(),
+        options={
+            "outtype": wanted.outtype,
+            "types": str(wanted.mix),
+            "imatrix": imatrix.fingerprint if imatrix else "",
+        },
+        warnings=told,
+    )
+
+
+def _type_of(type_: GGMLQuantizationType | None, file: GGUFFile, name: str) -> GGMLQuantizationType:
+    if type_ is None:
+        raise SourceError("is of a type that is not known", file=file.path, tensor=name, code="type-unknown")
+    return type_
+
+
+def _dequantised(rows: LazyTensor, one: MixedTensor, wanted: OutputOptions, file: GGUFFile) -> LazyTensor:
+    """The numbers of a quantised tensor, where it may be quantised a second time."""
+    if not wanted.allow_requantize:
+        message = (
+            f"is {one.type.name} already: quantised a second time, it loses more than a file of the original would"
+        )
+        hint = "quantise the F16 or BF16 file, or say --allow-requantize"
+        raise SourceError(message, file=file.path, tensor=one.name, hint=hint, code="requantize")
+    return Dequantise(rows, one.type)
+
+
+def _keys(file: GGUFFile, room_nbytes: int) -> Iterator[KeyValue]:
+    """The keys that stay, arrays in the bytes that they have in the file."""
+    kept = [key for key in file.keys.values() if not key.name.startswith(_DROPPED)]
+    needed = 2 * sum(key.value.nbytes for key in kept if isinstance(key.value, Span))  # and once more in the header
+    if needed > room_nbytes:
+        message = f"its keys take {math.ceil(needed / (1 << 20))} MiB of memory, more than the bound leaves"
+        raise BudgetError(message, file=file.path, hint="raise --max-memory", code="memory-keys")
+    for key in kept:
+        if not isinstance(key.value, Span):
+            yield KeyValue(key.name, key.type, key.value)
+        elif key.type == GGUFValueType.STRING:
+            yield KeyValue.string(key.name, str(key.value.first(1)[0]))
+        else:
+            payload = bytearray(key.value.nbytes)
+            file.file.read_into(key.value.offset, payload)
+            yield KeyValue.array(key.name, PackedArray(key.value.element, key.value.length, payload))
