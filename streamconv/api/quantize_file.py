@@ -133,10 +133,11 @@ def plan_quantized(
     keys += [KeyValue.u32("general.quantization_version", _VERSION), KeyValue.u32("general.file_type", mix.file_type)]
     keys += imatrix.metadata() if imatrix else ()
     name = Path(str(first.path)).stem
+    path = output_path(dst, f"{name}-{wanted.outtype.upper()}.gguf", name=name, outtype=wanted.outtype)
     return Job(
         command="quantize",
         keys=keys,
-        parts=make_parts(output_path(dst, f"{name}-{wanted.outtype.upper()}.gguf"), keys, tensors, wanted.parts),
+        parts=make_parts(path, keys, tensors, wanted.parts),
         architecture=architecture,
         dialect=wanted.dialect,
         outtype=wanted.outtype,
