@@ -185,6 +185,22 @@ def test_an_end_token_that_the_base_does_not_have_is_never_written(base: Path, a
     assert {"special-token-unknown", "tokenizer-of-adapter"} == set(warnings)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<|nowhere|>"}, "special-token-unknown"),
+        ("special_tokens_map.json", {"eos_token": {"content": "<|nowhere|>"}}, "special-token-unknown"),
+        ("generation_config.json", {"eos_token_id": 99_999}, "special-token-range"),
+    ],
+)
+def test_an_end_token_in_vain_is_a_warning_where_nothing_else_differs(
+    base: Path, adapter: Path, tmp_path: Path, name: str, content: dict[str, Any], code: str
+) -> None:
+    tiny.write_json(adapter / name, content)
+    file, warnings = merged(base, tmp_path / "out.gguf", adapter)
+    assert (file[EOS], list(warnings)) == (2, [code])
+
+
 def test_the_user_decides(base: Path, adapter: Path, tmp_path: Path) -> None:
     whole_tokenizer(base, adapter)
     plain, warnings = merged(base, tmp_path / "base.gguf", adapter, tokenizer="base")
@@ -247,7 +263,9 @@ def test_an_adapter_with_rows_of_its_own_has_the_tokenizer(tmp_path: Path, targe
     (adapter / "tokenizer_config.json").unlink()
     (adapter / "chat_template.jinja").write_text(TRAINED, encoding="utf-8")
     file, warnings = merged(base, tmp_path / "merged.gguf", adapter)
-    assert (file[TEMPLATE], warnings) == (TRAINED, {})
+    assert file[TEMPLATE] == TRAINED
+    assert list(warnings) == ["tokenizer-of-adapter"]
+    assert "chat_template" in warnings["tokenizer-of-adapter"]
     kept, _ = merged(base, tmp_path / "kept.gguf", adapter, tokenizer="base")
     assert kept[TEMPLATE] == tiny.tokenizer.CHAT_TEMPLATE
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -57,8 +58,7 @@ def choose_vocabulary(tokenizers: Tokenizers, preference: str, read: Read) -> Vo
     """
     taken = tokenizers.base
     if tokenizers.with_rows is not None and preference != "base":
-        taken = tokenizers.with_rows
-        return _with_left_out(read(taken, None), taken, tokenizers.adapters)
+        return _of_the_rows(tokenizers.with_rows, tokenizers, read)
     own = [folder for folder in tokenizers.adapters if _first_own_file(folder, taken) is not None]
     if preference == "adapter" and not any(any(tokenizer_files(folder)) for folder in tokenizers.adapters):
         raise UsageError("--tokenizer adapter, and no adapter has a tokenizer beside it", code="tokenizer-missing")
@@ -69,10 +69,23 @@ def choose_vocabulary(tokenizers: Tokenizers, preference: str, read: Read) -> Vo
     return _trained(taken, own, read)
 
 
+def _of_the_rows(taken: Place, tokenizers: Tokenizers, read: Read) -> Vocabulary:
+    """The vocabulary of the adapter that has the rows, with what it says otherwise than the base of the same tokens."""
+    before = None
+    if has_tokens(tokenizers.base) and _first_own_file(taken, tokenizers.base) is not None:
+        with suppress(SourceError):  # the base's tokens are not written
+            before, _ = _digested(read(tokenizers.base, None))
+    vocabulary = read(taken, None)
+    after = _values(vocabulary)
+    if before is not None and after != before and after[Keys.Tokenizer.LIST] == before[Keys.Tokenizer.LIST]:
+        vocabulary = _with(vocabulary, [_of_adapter(taken, before, after)])
+    return _with_left_out(vocabulary, taken, tokenizers.adapters)
+
+
 def _trained(base: Place, own: Sequence[Place], read: Read) -> Vocabulary:
     """The vocabulary with the first of the folders `own` that has the base's tokens and says anything else of them."""
-    before = _values(read(base, None))
-    warnings = []
+    before, known = _digested(read(base, None))
+    warnings: list[RunWarning] = []
     for number, folder in enumerate(own):
         try:
             vocabulary = read(base, folder)
@@ -83,11 +96,17 @@ def _trained(base: Place, own: Sequence[Place], read: Read) -> Vocabulary:
         if after[Keys.Tokenizer.LIST] != before[Keys.Tokenizer.LIST]:
             warnings.append(_left_out(folder, base, ", which has other tokens, and the adapter has no rows for them"))
         elif after != before:
-            what = "; ".join(_differences(before, after))
-            message = f"the tokenizer in {folder} was written, as the adapter was trained with it ({what})"
-            warnings.append(RunWarning("tokenizer-of-adapter", f"{message}; --tokenizer base keeps the base's"))
+            warnings.append(_of_adapter(folder, before, after))
             return _with_left_out(_with(vocabulary, warnings), base, own[number + 1 :])
+        else:  # what it says may have been in vain, as an end token that the vocabulary does not have
+            warnings += (warning for warning in vocabulary.warnings if warning not in known)
     return _with(read(base, None), warnings)
+
+
+def _of_adapter(folder: Place, before: Values, after: Values) -> RunWarning:
+    what = "; ".join(_differences(before, after))
+    message = f"the tokenizer in {folder} was written, as the adapter was trained with it ({what})"
+    return RunWarning("tokenizer-of-adapter", f"{message}; --tokenizer base keeps the base's")
 
 
 def _with(vocabulary: Vocabulary, warnings: Sequence[RunWarning]) -> Vocabulary:
@@ -110,6 +129,11 @@ def _first_own_file(folder: Place, taken: Place) -> Place | None:
         if folder != taken and not (theirs.is_file() and has_same_content(ours, theirs)):
             return ours
     return None
+
+
+def _digested(vocabulary: Vocabulary) -> tuple[Values, Sequence[RunWarning]]:
+    """What is compared of a vocabulary, without its tokens, so that two are never in memory."""
+    return _values(vocabulary), vocabulary.warnings
 
 
 def _values(vocabulary: Vocabulary) -> Values:
