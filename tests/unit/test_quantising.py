@@ -1,0 +1,146 @@
+"""What is quantised beside all else that a run does: batches, dry runs, interruptions, Modelfiles, and bad numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import streamconv
+from streamconv.cli import main
+from streamconv.errors import Interrupted, SourceError, UsageError
+from streamconv.report import Report
+from tests import quantised_models, tiny
+from tests.oracles import runtime
+from tests.raising import raises
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.lfm2(tmp_path_factory.mktemp("source") / "lfm2", hidden=256, ff=512)
+
+
+def shapes(source: Path) -> dict[str, tuple[int, ...]]:
+    plan = streamconv.convert(source, outtype="f32", dry_run=True).plan
+    assert plan is not None
+    return {row.target: row.shape for row in plan}
+
+
+def test_a_list_of_outtypes_is_a_job_of_each(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantised_models.write_imatrix(tmp_path / "m.dat", shapes(source))
+    (tmp_path / "jobs.toml").write_text(
+        f'[defaults]\nverify = true\n[[job]]\nsource = "{source}"\noutput = "out/{{name}}-{{outtype}}.gguf"\n'
+        'outtype = ["Q4_K", "q6_k", "bf16"]\nimatrix = "m.dat"\ntensor_type = ["attn_v=q8_0"]\n'
+    )
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(line["report"]["outtype"] for line in lines) == ["bf16", "q4_k_m", "q6_k"]
+    assert all(line["report"]["verified"] for line in lines)
+    assert "Q8_0" in next(line for line in lines if line["report"]["outtype"] == "q6_k")["report"]["types"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"lfm2-{n}.gguf" for n in ("q4_k_m", "q6_k", "bf16")
+    }
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 0
+    assert {json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()} == {"skipped"}
+    (tmp_path / "m.dat").write_bytes((tmp_path / "m.dat").read_bytes())  # another time: no longer up to date
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 8
+
+
+def stopped(source: Path, out: Path, **options: str) -> None:
+    with pytest.raises(Interrupted):
+        streamconv.convert(source, out, cancel=lambda: True, **options)  # type: ignore[arg-type]
+
+
+def test_a_run_goes_on_only_with_the_same_types_and_importances(source: Path, tmp_path: Path) -> None:
+    imatrix = quantised_models.write_imatrix(tmp_path / "m.dat", shapes(source))
+    whole = streamconv.convert(source, tmp_path / "whole.gguf", outtype="q4_k_m", imatrix=imatrix)
+    out = tmp_path / "x.gguf"
+    stopped(source, out, outtype="q4_k_m", imatrix=str(imatrix))
+    for options in ({"outtype": "q4_k_m"}, {"outtype": "q4_k_s", "imatrix": imatrix}):
+        with raises(SourceError, code="resume-mismatch"):
+            streamconv.convert(source, out, **options)  # type: ignore[arg-type]
+    imatrix.write_bytes(imatrix.read_bytes())  # other bytes, perhaps: another time
+    with raises(SourceError, code="resume-mismatch"):
+        streamconv.convert(source, out, outtype="q4_k_m", imatrix=imatrix)
+    report = streamconv.convert(source, out, outtype="q4_k_m", imatrix=imatrix, restart=True)
+    assert report.nbytes == whole.nbytes
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    stopped(source, tmp_path / "y.gguf", outtype="q4_k_m", imatrix=str(imatrix))
+    streamconv.convert(source, tmp_path / "y.gguf", outtype="q4_k_m", imatrix=imatrix)
+    assert (tmp_path / "y.gguf").read_bytes() == out.read_bytes()
+
+
+def test_a_dry_run_says_each_type(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = streamconv.convert(source, outtype="q4_k_m", dry_run=True)
+    assert planned.plan is not None and planned.output.name.endswith("Q4_K_M.gguf")
+    assert list(tmp_path.iterdir()) == []
+    made = streamconv.convert(source, outtype="q4_k_m", modelfile=True)
+    assert made.nbytes == planned.nbytes and made.types == planned.types
+    modelfile = (tmp_path / made.output.name.replace(".gguf", ".Modelfile")).read_text()
+    assert f"FROM ./{made.output.name}" in modelfile
+
+
+def test_numpy_gives_the_same_bytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imatrix = quantised_models.write_imatrix(tmp_path / "m.dat", shapes(source))
+
+    def made(name: str) -> bytes:
+        streamconv.convert(source, tmp_path / name, outtype="q4_k_m", imatrix=imatrix)
+        return (tmp_path / name).read_bytes()
+
+    compiled = made("c.gguf")
+    monkeypatch.setenv("STREAMCONV_KERNELS", "0")
+    assert made("numpy.gguf") == compiled
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e9])
+@pytest.mark.parametrize("outtype", ["q4_k_m", "q5_0", "iq4_xs"])
+def test_a_number_that_no_block_holds_is_named_and_nothing_is_left(value: float, outtype: str, tmp_path: Path) -> None:
+    source = tiny.lfm2(tmp_path / "src", hidden=256, ff=512)
+    tensors = tiny.tensors_of(source)
+    name = "model.layers.1.feed_forward.w1.weight"
+    numbers = tensors[name].float32().copy()
+    numbers[3, 77] = value
+    tiny.write_safetensors(source / "model.safetensors", tensors | {name: tiny.Tensor.of(numbers, "BF16")})
+    with raises(SourceError, code="value-range") as caught:
+        streamconv.convert(source, tmp_path / "x.gguf", outtype=outtype)
+    assert caught.value.tensor == "blk.1.ffn_gate.weight"
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_an_adapter_is_not_quantised(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base)
+    with raises(UsageError, code="word-unknown"):
+        streamconv.convert_adapter(adapter, base, tmp_path / "x.gguf", outtype="q4_k_m")
+    words = ["lora", str(adapter), "--base", str(base), "-o", str(tmp_path / "x.gguf"), "--outtype", "q4_k_m"]
+    assert main(words) == 2
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_importances_of_another_model_are_refused(source: Path, tmp_path: Path) -> None:
+    other = tiny.llama(tmp_path / "other", hidden=64)
+    imatrix = quantised_models.write_imatrix(tmp_path / "m.dat", shapes(other))
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert(source, tmp_path / "x.gguf", outtype="q4_k_m", imatrix=imatrix)
+    assert caught.value.code in ("imatrix-size", "imatrix-no-match")
+    with raises(SourceError, code="cannot-open"):
+        streamconv.convert(source, tmp_path / "x.gguf", outtype="q4_k_m", imatrix=tmp_path / "none.dat")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def distance(source: Path, folder: Path, outtype: str) -> float:
+    """KL of the next token's distribution between the lossless file and one of `outtype`."""
+    found = []
+    for name in ("bf16", outtype):
+        report: Report = streamconv.convert(source, folder / f"{name}.gguf", outtype=name, force=True)
+        found.append(np.asarray(runtime.next_token_logprobs(report.output, [1, 9, 77, 203, 5])))
+    return runtime.kl(found[0], found[1])
+
+
+def test_llama_cpp_runs_what_was_quantised(source: Path, tmp_path: Path) -> None:
+    far = {outtype: distance(source, tmp_path, outtype) for outtype in ("q8_0", "q6_k", "q4_k_m", "q2_k")}
+    assert 0 < far["q6_k"] < far["q4_k_m"] < far["q2_k"] < np.inf
+    assert far["q8_0"] < far["q4_k_m"]
