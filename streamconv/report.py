@@ -45,7 +45,13 @@ class PlannedTensor:
 
 @dataclass(slots=True)
 class Report:
-    """What a run did, or in a dry run would do (`plan` and `memory` are set then)."""
+    """What a run did, or in a dry run would do (`plan` and `memory` are set then).
+
+    Attributes:
+        resumed_nbytes: of the outputs, that an earlier run had written.
+        adapters: those that are merged into a model.
+        beside: manifests and a Modelfile that lie beside the outputs.
+    """
 
     command: str
     output: Path
@@ -60,6 +66,9 @@ class Report:
     peak_rss_nbytes: int = 0
     verified: bool | None = None
     resumed: bool = False
+    resumed_nbytes: int = 0
+    adapters: Sequence[str] = ()
+    beside: Sequence[Path] = ()
     warnings: list[RunWarning] = field(default_factory=list)
     plan: Sequence[PlannedTensor] | None = None
     memory: Mapping[str, int] | None = None
@@ -85,6 +94,9 @@ class Report:
             "peak_rss_nbytes": self.peak_rss_nbytes,
             "verified": self.verified,
             "resumed": self.resumed,
+            "resumed_nbytes": self.resumed_nbytes,
+            "adapters": list(self.adapters),
+            "beside": [str(path) for path in self.beside],
             "warnings": [{"code": w.code, "tensor": w.tensor, "message": w.message} for w in self.warnings],
         }
         if self.plan is not None:

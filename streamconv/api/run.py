@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from streamconv.budget import resident_nbytes
+from streamconv.budget import in_words, resident_nbytes
 from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job
 from streamconv.engine.layout import Io, MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
 from streamconv.engine.split import Part
-from streamconv.errors import DestinationError, RunWarning, UsageError
+from streamconv.errors import DestinationError, Interrupted, RunWarning, UsageError
 from streamconv.files.window import mapping_module
 from streamconv.ggml import encode as codecs
 from streamconv.options import RunOptions
@@ -125,7 +125,9 @@ def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, r
     parts = [part for _, part in job.files]
     check_room(places.outputs, [part.layout.nbytes for part in parts])
     with ExitStack() as stack:
-        sinks = [stack.enter_context(sink) for sink in _sinks(job, places, options)]
+        sinks: list[Sink] = []
+        stack.enter_context(_naming_what_is_left(sinks, places.outputs, [part.layout.nbytes for part in parts]))
+        sinks += (stack.enter_context(sink) for sink in _sinks(job, places, options))
         _stream(job, sinks, proof, options, report)
         if options.verify:
             _verify(job, sinks, proof, options)
@@ -139,10 +141,26 @@ def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, r
         texts += [places.modelfile.text] if places.modelfile else []
         for place, text in zip(places.beside, texts, strict=True):
             write_text(place, text, replaces=options.force)
+    report.beside = [place.path for place in places.beside]
     report.outputs = [
         Output(part.path, part.layout.nbytes, found.whole if found else None, output.role)
         for (output, part), found in zip(job.files, digests, strict=True)
     ]
+
+
+@contextmanager
+def _naming_what_is_left(sinks: Sequence[Sink], places: Sequence[Place], sizes: Sequence[int]) -> Iterator[None]:
+    """An interrupt passes through, with a note of what is kept for the next run."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as error:
+        if len(sinks) < len(places):  # there is nothing of some outputs
+            raise
+        kept = [sink.recorded_nbytes for sink in sinks]
+        where = next((n for n, size in enumerate(sizes) if kept[n] < size), len(sizes) - 1)
+        of = in_words(sum(sizes))
+        error.add_note(f"{places[where].part} ({in_words(sizes[where])}): {in_words(sum(kept))} of {of} are kept")
+        raise
 
 
 def _verify(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOptions) -> None:
@@ -180,6 +198,7 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
     advance = _progress(job, options)
     for (output, part), sink in zip(job.files, sinks, strict=True):
         report.resumed |= sink.resumed_nbytes > 0
+        report.resumed_nbytes += sink.resumed_nbytes
         report.warnings += sink.notes
         counts = stream(
             part.layout,

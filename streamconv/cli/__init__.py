@@ -8,11 +8,13 @@ so that --help is instant.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -28,7 +30,7 @@ RESUMED = frozenset({"convert", "lora", "quantize", "batch"})  # the commands th
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one call of the command."""
     arguments = _asked(list(sys.argv[1:] if arguments is None else arguments))
-    as_json = "--json" in arguments
+    as_json, started = "--json" in arguments, time.monotonic()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's products are small here; threads for them cost 40 ms
     hint = RESUME if RESUMED & set(arguments[:1]) else None
     _keep_standard_streams()
@@ -41,17 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 autocomplete(parser)
             try:
-                options = parser.parse_args(arguments)
+                options = parser.parse_args(arguments, argparse.Namespace(started=started))
             except SystemExit:  # of --help and --version
                 say(end="", flush=True)
                 raise
             code = int(options.run(options))
             say(end="", flush=True)
             return code
+    except Interrupted as error:
+        return _fail(_with_notes(error, error), as_json)
     except StreamconvError as error:
         return _fail(error, as_json)
-    except KeyboardInterrupt:
-        return _fail(Interrupted("interrupted", hint=hint, code="interrupted"), as_json)
+    except KeyboardInterrupt as error:
+        return _fail(_with_notes(Interrupted("interrupted", hint=hint, code="interrupted"), error), as_json)
     except BrokenPipeError:
         return _leave_pipe()
     except Exception as error:
@@ -68,6 +72,12 @@ def _asked(words: list[str]) -> list[str]:
     if not words:
         return ["--help"]
     return [*words[1:2], "--help", *words[2:]] if words[0] == "help" else words
+
+
+def _with_notes(error: Interrupted, noted: BaseException) -> Interrupted:
+    """The error, with what the run noted of the work that it leaves."""
+    error.message = "; ".join((error.message, *getattr(noted, "__notes__", ())))
+    return error
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:

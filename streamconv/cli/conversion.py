@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     with progress_bar(VERIFYING, is_wanted=not options.quiet) as progress:
         report = verify(options.out, options.source, **arguments("verify", vars(options) | {"progress": progress}))
+    report.seconds = time.monotonic() - options.started
     tell_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
@@ -137,5 +139,6 @@ def _run(options: argparse.Namespace, work: Callable[[Mapping[str, Any]], Report
         except DestinationError as error:  # the run is over: there is nothing to go on with, as the hint may say
             error.hint = None if options.dry_run else f"{report.output} is complete, the profile alone is missing"
             raise
+    report.seconds = time.monotonic() - options.started  # imports and the plan, too
     show_report(report, options)
     return 0

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from streamconv.budget import in_words
 from streamconv.errors import DestinationError, printable
 
 if TYPE_CHECKING:
@@ -72,20 +77,50 @@ def progress_bar(*labels: str, is_wanted: bool) -> Iterator[Callable[[int, int],
     if not is_wanted or not STDERR.isatty():
         yield None
         return
+    bar: Any = None
+    later = list(labels)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:  # from here on it has a size to show
+            bar = _bar(later.pop(0), total)
+        if done < bar.n:
+            bar.set_description(later.pop(0), refresh=False)
+            bar.reset(total)
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _bar(label: str, total: int) -> Any:
     from tqdm import tqdm
 
-    first, *later = labels
     # miniters: the pace of one phase must not decide how often the next is drawn
-    with tqdm(desc=first, unit="B", unit_scale=True, unit_divisor=1024, miniters=1, leave=False, file=STDERR) as bar:
+    return tqdm(
+        desc=label,
+        total=total,
+        unit="iB",
+        unit_scale=True,
+        unit_divisor=1024,
+        miniters=1,
+        leave=False,
+        file=STDERR,
+        ascii=_is_ascii(os.environ, STDERR.encoding),
+    )
 
-        def progress(done: int, total: int) -> None:
-            if done < bar.n:
-                bar.set_description(later.pop(0), refresh=False)
-                bar.reset(total)
-            bar.total = total
-            bar.update(done - bar.n)
 
-        yield progress
+def _is_ascii(environment: Mapping[str, str], encoding: str | None) -> bool:
+    """Whether people may see no more than ASCII: Python takes UTF-8 also where the locale is C."""
+    asked = [environment.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG")]
+    if asked[1] == "C.UTF-8" and asked[2] in ("", "C", "POSIX"):
+        asked[1] = ""  # Python itself sets it, in the locale C (PEP 538)
+    locale = next(filter(None, asked), "C")
+    return "utf" not in locale.lower() or "utf" not in (encoding or "utf-8").lower()
 
 
 def show_report(report: Report, options: argparse.Namespace) -> None:
@@ -96,7 +131,7 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
     elif report.plan is not None:
         _say_plan(report)
     elif not options.quiet:
-        _say_summary(report, options.verbose)
+        _say_summary(report, options)
 
 
 def tell_warnings(report: Report) -> None:
@@ -124,23 +159,55 @@ def _say_plan(report: Report) -> None:
     say(f"memory: {fixed:.1f} MiB fixed + {workers} workers x {slab:.1f} MiB -> peak {peak:.1f} MiB of {limit:.1f} MiB")
 
 
-def _say_summary(report: Report, verbose: bool) -> None:
+def _say_summary(report: Report, options: argparse.Namespace) -> None:
     _say_totals(report, "wrote")
-    if verbose:
+    if report.verified:
+        merged = f", with {' and '.join(report.adapters)} merged" if report.adapters else ""
+        say(f"verified: {report.n_tensors} of {report.n_tensors} tensors are what the source says{merged}")
+    for output in report.outputs:
+        if output.sha256:
+            say(f"sha256 {output.sha256}  {output.path}")
+    for path in report.beside:
+        say(f"wrote {path}")
+    if report.resumed_nbytes:
+        say(f"went on from {in_words(report.resumed_nbytes)} of {in_words(report.nbytes)}, that an earlier run wrote")
+    if options.verbose:
         for name, total in report.types.items():
             say(f"  {name:<5} {total.n_tensors:>6} tensors {total.nbytes:>16,} bytes")
         for output in report.outputs:
-            say(f"  {output.path}: {output.nbytes:,} bytes" + (f", sha256 {output.sha256}" if output.sha256 else ""))
-        went = [word for word, is_so in (("resumed", report.resumed), ("verified", report.verified)) if is_so]
-        say(f"  {report.n_parameters:,} parameters, dialect {report.dialect}" + "".join(f", {word}" for word in went))
-    speed = report.nbytes / max(report.seconds, 1e-9) / 1e6
-    say(f"{report.seconds:.1f} s ({speed:,.0f} MB/s), peak resident memory {report.peak_rss_nbytes / MIB:.1f} MiB")
+            say(f"  {output.path}: {output.nbytes:,} bytes")
+        say(f"  {report.n_parameters:,} parameters, dialect {report.dialect}")
+    speed = report.nbytes / max(report.seconds, 1e-9) / MIB
+    say(f"{report.seconds:.1f} s ({speed:,.0f} MiB/s), peak resident memory {report.peak_rss_nbytes / MIB:.1f} MiB")
+    if command := next_command(report, getattr(options, "base", None)):
+        say(f"next: {command}")
+
+
+def next_command(report: Report, base: Path | None) -> str | None:
+    """How the result is run, to copy; None where that is not known. base: of an adapter."""
+    modelfile = next((path for path in report.beside if path.name.endswith(".Modelfile")), None)
+    first, *others = report.outputs
+    if modelfile is not None:
+        return f"ollama create NAME -f {shlex.quote(str(modelfile))}"
+    if first.role == "adapter":
+        model = shlex.quote(str(base)) if base is not None and base.suffix == ".gguf" else "BASE.gguf"
+        return f"llama-cli -m {model} --lora {shlex.quote(str(first.path))}"
+    if projector := next((one for one in others if one.role == "mmproj"), None):
+        return f"llama-mtmd-cli -m {shlex.quote(str(first.path))} --mmproj {shlex.quote(str(projector.path))}"
+    number = re.search(r"-(\d{5})-of-\d{5}\.gguf$", first.path.name)
+    is_whole = number is None or (int(number[1]) == 1 and others)
+    return f"llama-cli -m {shlex.quote(str(first.path))}" if first.role == "model" and is_whole else None
+
+
+def _size(nbytes: int) -> str:
+    """A file's size, exact and as people read it."""
+    return f"{nbytes:,} bytes" + (f" ({in_words(nbytes)})" if nbytes >= MIB else "")
 
 
 def _say_totals(report: Report, verb: str) -> None:
     types = ", ".join(f"{total.n_tensors} {name}" for name, total in report.types.items())
     parts = f" and {len(report.outputs) - 1} more" if len(report.outputs) > 1 else ""
     say(
-        f"{verb} {report.output}{parts}: {report.nbytes:,} bytes, {report.n_tensors} tensors ({types}),"
+        f"{verb} {report.output}{parts}: {_size(report.nbytes)}, {report.n_tensors} tensors ({types}),"
         f" {report.architecture}"
     )

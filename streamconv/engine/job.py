@@ -127,6 +127,7 @@ class Job:
             n_parameters=sum(step.tensor.spec.n_elements for step in steps),
             types=types,
             outputs=[Output(part.path, part.layout.nbytes, role=output.role) for output, part in self.files],
+            adapters=tuple(dict.fromkeys(name for names in self.changed_by.values() for name in names)),
             warnings=[warning for output in self.outputs for warning in output.warnings],
         )
 

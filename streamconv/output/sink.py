@@ -85,6 +85,7 @@ class Sink:
         self._file = None if part is None else ChunkFile(part.fd, part.path)
         self._journal = journal
         self._begun_with = begun_with
+        self.recorded_nbytes = begun_with.prefix_nbytes  # that survive whatever stops the run
         self._state = begun_with.state
         self._replaces = replaces
         self._is_published = part is None  # by an earlier run, of which only the journal was left
@@ -196,7 +197,7 @@ class Sink:
         with failures(self._place.path):
             self._file.sync_data()
             self._journal.append(Record(prefix_nbytes, state))
-        self._state = dict(state)
+        self._state, self.recorded_nbytes = dict(state), prefix_nbytes
 
     def complete(self, state: Mapping[str, Any] | None = None) -> None:
         """The whole file is on the disk, still under its other name. state: by default that of the last record.
@@ -219,6 +220,7 @@ class Sink:
                     "was changed by something else while it was written", file=self._place.part, code="output-changed"
                 )
             self._journal.append(Record(self._nbytes, self._state if state is None else state, stamp))
+        self.recorded_nbytes = self._nbytes
 
     def publish(self) -> None:
         """The completed file takes the destination's name. Raises DestinationError.

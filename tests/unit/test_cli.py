@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import io
 import json
 import os
@@ -19,7 +20,9 @@ import pytest
 
 import streamconv
 from streamconv import cli
+from streamconv.cli.output import _is_ascii, next_command
 from streamconv.cli.parser import build_parser
+from streamconv.report import Output, Report
 from tests import tiny
 from tests.tools import cli_docs
 
@@ -165,7 +168,7 @@ def test_a_stderr_that_takes_nothing_changes_nothing_else(tmp_path: Path, stderr
     for words, code, n_lines in (
         (["convert", "nope"], 3, 0),
         (["convert", "nope", "--json"], 3, 1),
-        (["convert", str(source), "-o", "m.gguf"], 0, 2),
+        (["convert", str(source), "-o", "m.gguf"], 0, 3),
         (["convert", str(source), "-o", "x.gguf", "--json"], 0, 1),
         (["batch", "j.toml"], 0, 1),
     ):
@@ -272,8 +275,8 @@ def test_verbose_says_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for options in ([], ["-v"], ["--quiet"]):
         assert cli.main(["convert", str(source), "-o", str(tmp_path / "m.gguf"), "--force", "--sha256", *options]) == 0
         said.append(capsys.readouterr().out.splitlines())
-    assert [len(lines) for lines in said] == [2, 6, 0]
-    assert any("sha256" in line for line in said[1])
+    assert [len(lines) for lines in said] == [5, 9, 0]
+    assert all(any("sha256" in line for line in lines) for lines in said[:2])
 
 
 def test_completion_knows_commands_and_options(tmp_path: Path) -> None:
@@ -350,3 +353,48 @@ def test_llama_cpp_s_options_for_name_and_file(
     words = ["convert", source, "--outfile", template, "--outtype", "Q8_0", "--model-name", "Called so"]
     assert cli.main(words) == 0
     assert b"Called so" in (tmp_path / made).read_bytes()
+
+
+def test_the_last_lines_say_what_was_asked_and_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny.llama(tmp_path / "src"), tmp_path / "m 1.gguf"
+    assert cli.main(["convert", str(source), "-o", str(out), "--verify", "--sha256", "--modelfile"]) == 0
+    said = capsys.readouterr().out
+    n_tensors = re.search(r"(\d+) tensors", said)
+    assert n_tensors and f"verified: {n_tensors[1]} of {n_tensors[1]} tensors" in said
+    assert f"sha256 {hashlib.sha256(out.read_bytes()).hexdigest()}" in said
+    written = {path for path in tmp_path.iterdir() if path not in (source, out)}
+    assert len(written) == 2 and all(f"wrote {path}\n" in said for path in written)
+    assert said.endswith(f"next: ollama create NAME -f '{tmp_path / 'm 1.Modelfile'}'\n")
+
+
+def test_the_next_command_fits_the_output() -> None:
+    def after(*outputs: Output, base: Path | None = None) -> str | None:
+        return next_command(Report("convert", outputs[0].path, "a", "d", "f16", 1, 1, {}, outputs), base)
+
+    model = Output(Path("m.gguf"), 1)
+    part_1, part_2 = (Output(Path(f"m-0000{number}-of-00002.gguf"), 1) for number in (1, 2))
+    adapter = Output(Path("a b.gguf"), 1, role="adapter")
+    assert after(model) == "llama-cli -m m.gguf"
+    assert (
+        after(model, Output(Path("mmproj-m.gguf"), 1, role="mmproj"))
+        == "llama-mtmd-cli -m m.gguf --mmproj mmproj-m.gguf"
+    )
+    assert after(part_1, part_2) == "llama-cli -m m-00001-of-00002.gguf"
+    assert after(part_1) is None and after(part_2) is None
+    assert after(adapter, base=Path("b.gguf")) == "llama-cli -m b.gguf --lora 'a b.gguf'"
+    assert after(adapter, base=Path("folder")) == "llama-cli -m BASE.gguf --lora 'a b.gguf'"
+
+
+@pytest.mark.parametrize(
+    ("environment", "encoding", "is_ascii"),
+    [
+        ({"LANG": "de_DE.UTF-8"}, "utf-8", False),
+        ({"LANG": "de_DE.UTF-8"}, "ascii", True),
+        ({"LC_ALL": "C", "LANG": "de_DE.UTF-8"}, "utf-8", True),
+        ({"LC_CTYPE": "C.UTF-8", "LANG": "C"}, "utf-8", True),  # as Python changes it
+        ({"LANG": "C.UTF-8"}, "utf-8", False),
+        ({}, "utf-8", True),
+    ],
+)
+def test_the_bar_is_ascii_where_the_locale_is(environment: dict[str, str], encoding: str, is_ascii: bool) -> None:
+    assert _is_ascii(environment, encoding) is is_ascii
