@@ -157,9 +157,10 @@ class Rope:
 
     def refusals(self) -> tuple[Refusal, ...]:
         """What of a config's RoPE the run time cannot do."""
+        named = "{rope_type!r}" if self.kind is None else f"of {self.kind}"
         return (
             Refusal(
-                "RoPE scaling {rope_type!r} has no place in the GGUF architecture",
+                f"RoPE scaling {named} has no place in the GGUF architecture",
                 lambda m: self.type(m.config) not in ("default", *self.scalings),
             ),
             Caveat(PLAIN_UP_TO_CONTEXT, lambda m: self.is_dynamic(m.config), code="rope-dynamic"),

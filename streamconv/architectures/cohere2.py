@@ -30,6 +30,7 @@ RECIPE = Recipe(
     arch="cohere2",
     description="Cohere 2 (Command R7B, Command A)",
     hf_names=("Cohere2ForCausalLM",),
+    bodies=("Cohere2Model",),
     model_type="cohere2",
     dims=decoder.dims(),
     tensors=(

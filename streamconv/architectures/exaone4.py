@@ -40,6 +40,7 @@ RECIPE = Recipe(
     arch="exaone4",
     description="EXAONE 4.0",
     hf_names=("Exaone4ForCausalLM",),
+    bodies=("Exaone4Model",),
     model_type="exaone4",
     dims=decoder.dims(),
     tensors=(

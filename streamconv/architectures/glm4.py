@@ -21,6 +21,7 @@ RECIPE = Recipe(
     arch="glm4",
     description="GLM-4, dense",
     hf_names=("Glm4ForCausalLM",),
+    bodies=("Glm4Model",),
     model_type="glm4",
     dims=decoder.dims(head=128),
     tensors=(

@@ -50,6 +50,7 @@ RECIPE = Recipe(
     arch="glm4moe",
     description="GLM-4.5, 4.6 and 4.7",
     hf_names=("Glm4MoeForCausalLM",),
+    bodies=("Glm4MoeModel",),
     model_type="glm4_moe",
     dims=decoder.dims()
     | decoder.expert_dims("n_routed_experts", 8, "moe_intermediate_size")

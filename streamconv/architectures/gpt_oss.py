@@ -42,6 +42,7 @@ RECIPE = Recipe(
     arch="gpt-oss",
     description="gpt-oss, with experts in 16 bits",
     hf_names=("GptOssForCausalLM",),
+    bodies=("GptOssModel",),
     model_type="gpt_oss",
     dims=decoder.dims(head=64) | decoder.expert_dims(("num_local_experts", "num_experts"), 4),
     tensors=(

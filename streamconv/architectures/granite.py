@@ -40,6 +40,7 @@ RECIPE = Recipe(
     arch="granite",
     description="Granite, dense",
     hf_names=("GraniteForCausalLM",),
+    bodies=("GraniteModel",),
     model_type="granite",
     dims=decoder.dims(),
     tensors=(

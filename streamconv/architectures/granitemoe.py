@@ -22,6 +22,10 @@ RECIPE = Recipe(
     arch="granitemoe",
     description="Granite-MoE, with a shared expert or without",
     hf_names=("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+    bodies=(
+        "GraniteMoeModel",
+        "GraniteMoeSharedModel",
+    ),
     model_type="granitemoe",
     dims=decoder.dims()
     | decoder.expert_dims("num_local_experts", 2)

@@ -8,11 +8,28 @@ from __future__ import annotations
 
 from streamconv.architectures import _decoder as decoder
 from streamconv.architectures._rope import Rope
-from streamconv.recipe import Config, Recipe, Refusal, SpecialTokens
+from streamconv.recipe import F32, STRING, Config, Key, Recipe, Refusal, SpecialTokens
+
+# What llama.cpp's converter takes for the context of models with an alpha, whose configs say an eighth of it or it.
+ALPHA_CONTEXT = 262_144
 
 
 class Dynamic(Rope):
     """RoPE whose "dynamic" scaling by `alpha` is another base, and the same at each length."""
+
+    def context_length(self, config: Config) -> int:
+        stated = super().context_length(config)
+        is_known = self.type(config) == "dynamic" and stated * 8 == ALPHA_CONTEXT
+        return ALPHA_CONTEXT if is_known else stated
+
+    def keys(self) -> tuple[Key, ...]:
+        scaling = "{arch}.rope.scaling."
+        return (
+            *super().keys(),
+            Key(scaling + "type", self.for_scaling("dynamic", value=lambda config: "none"), STRING),
+            Key(scaling + "factor", self.for_scaling("dynamic", value=lambda config: 1.0), F32),
+            Key(scaling + "original_context_length", self.for_scaling("dynamic", value=self.context_length)),
+        )
 
     def base(self, config: Config) -> float:
         theta, alpha = super().base(config), self.of(config).positive("alpha")
@@ -30,6 +47,7 @@ RECIPE = Recipe(
     arch="hunyuan-dense",
     description="HunYuan, dense",
     hf_names=("HunYuanDenseV1ForCausalLM",),
+    bodies=("HunYuanDenseV1Model",),
     model_type="hunyuan_v1_dense",
     dims=decoder.dims(),
     tensors=(

@@ -25,6 +25,7 @@ RECIPE = Recipe(
     arch="minimax-m2",
     description="MiniMax-M2",
     hf_names=("MiniMaxM2ForCausalLM",),
+    bodies=("MiniMaxM2Model",),
     model_type="minimax_m2",
     dims=decoder.dims(head=128) | decoder.expert_dims(("num_local_experts", "num_experts"), 8),
     tensors=(

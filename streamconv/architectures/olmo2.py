@@ -45,6 +45,10 @@ RECIPE = Recipe(
     arch="olmo2",
     description="OLMo 2 and OLMo 3",
     hf_names=("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+    bodies=(
+        "Olmo2Model",
+        "Olmo3Model",
+    ),
     model_type="olmo2",
     dims=decoder.dims(),
     tensors=(
@@ -70,6 +74,10 @@ RECIPE = Recipe(
         decoder.SILU,
         decoder.FULL_WIDTH,
         decoder.flag("attention_bias", only=False, silent=False, why="the run time has no place for it"),
+        Refusal(
+            "RoPE has another base in the layers with a window, and the run time has one for all",
+            lambda m: m.config.has_rope_by_kind and SLIDING.base(m.config) != ROPE.base(m.config),
+        ),
         Refusal(
             "RoPE is scaled in the layers with a window, and the run time scales it in the others alone",
             lambda m: m.config.has_rope_by_kind and SLIDING.type(m.config) != "default",

@@ -15,6 +15,7 @@ RECIPE = Recipe(
     arch="olmoe",
     description="OLMoE",
     hf_names=("OlmoeForCausalLM",),
+    bodies=("OlmoeModel",),
     model_type="olmoe",
     dims=decoder.dims() | decoder.expert_dims("num_experts", 8),
     tensors=(

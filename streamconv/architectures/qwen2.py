@@ -15,6 +15,7 @@ RECIPE = Recipe(
     arch="qwen2",
     description="Qwen2, Qwen2.5 and distillations into them",
     hf_names=("Qwen2ForCausalLM",),
+    bodies=("Qwen2Model",),
     model_type="qwen2",
     dims=decoder.dims(),
     tensors=(

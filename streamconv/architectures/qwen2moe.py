@@ -29,6 +29,7 @@ RECIPE = Recipe(
     arch="qwen2moe",
     description="Qwen1.5-MoE and Qwen2-MoE",
     hf_names=("Qwen2MoeForCausalLM",),
+    bodies=("Qwen2MoeModel",),
     model_type="qwen2_moe",
     dims=decoder.dims()
     | decoder.expert_dims(("num_experts", "num_local_experts"), 4, "moe_intermediate_size")

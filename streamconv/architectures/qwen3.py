@@ -27,6 +27,7 @@ RECIPE = Recipe(
     arch="qwen3",
     description="Qwen3, dense",
     hf_names=("Qwen3ForCausalLM",),
+    bodies=("Qwen3Model",),
     model_type="qwen3",
     dims=decoder.dims(head=128),
     tensors=(decoder.EMBEDDING, *ATTENTION, *decoder.gated(), decoder.OUTPUT_NORM, decoder.HEAD),

@@ -15,6 +15,7 @@ RECIPE = Recipe(
     arch="qwen3moe",
     description="Qwen3-MoE",
     hf_names=("Qwen3MoeForCausalLM",),
+    bodies=("Qwen3MoeModel",),
     model_type="qwen3_moe",
     dims=decoder.dims()
     | decoder.expert_dims(("num_experts", "num_local_experts"), 8, "moe_intermediate_size")

@@ -21,6 +21,7 @@ RECIPE = Recipe(
     arch="seed_oss",
     description="Seed-OSS",
     hf_names=("SeedOssForCausalLM",),
+    bodies=("SeedOssModel",),
     model_type="seed_oss",
     dims=decoder.dims(head=128),
     tensors=(

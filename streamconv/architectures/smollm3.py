@@ -32,6 +32,7 @@ RECIPE = Recipe(
     arch="smollm3",
     description="SmolLM3",
     hf_names=("SmolLM3ForCausalLM",),
+    bodies=("SmolLM3Model",),
     model_type="smollm3",
     dims=decoder.dims(),
     tensors=(

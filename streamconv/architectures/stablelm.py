@@ -16,6 +16,7 @@ RECIPE = Recipe(
     arch="stablelm",
     description="StableLM 2 and StableLM 3B",
     hf_names=("StableLmForCausalLM",),
+    bodies=("StableLmModel",),
     model_type="stablelm",
     dims=decoder.dims(),
     tensors=(

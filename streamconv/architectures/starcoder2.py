@@ -22,6 +22,7 @@ RECIPE = Recipe(
     arch="starcoder2",
     description="StarCoder2",
     hf_names=("Starcoder2ForCausalLM",),
+    bodies=("Starcoder2Model",),
     model_type="starcoder2",
     dims=decoder.dims(),
     tensors=(

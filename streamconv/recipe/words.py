@@ -185,7 +185,8 @@ class Refusal:
         """The sentence for `model`; None where the model is fine."""
         if not self.applies(model):
             return None
-        known = {**model.config.raw, **model.dims, "rope_type": model.config.rope_type}
+        rope = {"rope_type": model.config.rope_type} if "{rope_type" in self.what else {}
+        known = {**model.config.raw, **model.dims, **rope}
         return self.what.format_map(defaultdict(lambda: None, known))
 
 

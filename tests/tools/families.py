@@ -74,16 +74,16 @@ def make(name: str) -> str:
 
 
 def quantize(name: str, python: str) -> str:
-    """Adds type and digest of each tensor of llama.cpp's Q4_K_M file, quantised from its BF16 file."""
+    """Adds type and digest of each tensor of llama.cpp's Q4_K_M file, quantised from its F32 file."""
     family, record = families.FAMILIES[name], families.record(name)
-    if "bf16" in record["llamacpp"]["errors"]:
-        return "has no BF16 file"
+    if "f32" in record["llamacpp"]["errors"]:
+        return "has no F32 file"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         src = build.write_checkpoint(name, scratch / name)
-        bf16 = llama_cpp.convert_all(src, scratch, ["bf16"], pre=family.pre)["bf16"]
+        plain = llama_cpp.convert_all(src, scratch, ["f32"], pre=family.pre)["f32"]
         script = Path(quantizer.__file__)
-        subprocess.run([python, "-P", script, bf16, scratch / "q4.gguf", "Q4_K_M"], check=True, capture_output=True)
+        subprocess.run([python, "-P", script, plain, scratch / "q4.gguf", "Q4_K_M"], check=True, capture_output=True)
         tensors = ggufs.read(scratch / "q4.gguf").golden()["tensors"]
     record["q4_k_m"] = {tensor: [entry["type"], entry["sha256"]] for tensor, entry in tensors.items()}
     (families.DATA / name / "golden.json").write_text(ggufs.compact(record), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def test_dimensions_are_pairwise_distinct(name: str) -> None:
     tensors = {tensor: shape for tensor, (_, *shape) in build.spec(name)["tensors"].items() if "vision" not in tensor}
     shapes = {tuple(shape) for shape in tensors.values() if len(shape) > 1}
     square = {shape for shape in shapes if len(shape) == 2 and shape[0] == shape[1]}
-    assert square <= {(256, 256)}, square  # q and o, where a head is a fraction of the hidden size
+    config = json.loads((build.DATA / name / "config.json").read_text(encoding="utf-8"))
+    hidden = config.get("text_config", config)["hidden_size"]
+    assert square <= {(hidden, hidden)}, square  # q and o, where a head is a fraction of the hidden size
     assert all(math.prod(shape) < 2**23 for shape in shapes)
 
 

@@ -65,6 +65,26 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}},
         "in the layers with a window",
     ),
+    (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+        "another base",
+    ),
+    (
+        "olmo3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "longrope"},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        },
+        "RoPE scaling of full_attention",
+    ),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
     ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob"),
     ("seed-oss", {"attention_out_bias": True}, "attention_out_bias"),
@@ -179,7 +199,7 @@ def test_hunyuans_alpha_is_another_base() -> None:
     said = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10_000.0}
     keys = inmemory.keys(bound("hunyuan-dense", rope_parameters=said))
     assert keys["rope.freq_base"] == pytest.approx(10_000.0 * 1000.0 ** (64 / 62))
-    assert "rope.scaling.type" not in keys
+    assert keys["rope.scaling.type"] == "none"
 
 
 def test_minimax_rotates_what_rotary_dim_says() -> None:
