@@ -99,6 +99,26 @@ _ONLY_FOR: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
+_OF_COMMAND_LINE: Final = {one.option.flag: one for one in OPTIONS.values()}
+_FLAG: Final = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)(?:[ =]([A-Z0-9][\w.]*|[a-z]+\d[\w]*))?")
+
+
+def in_jobs_file(hint: str) -> str:
+    """A hint with options as a jobs file has them: `force = true` for --force, `max_memory = "96MiB"`."""
+
+    def key(match: re.Match[str]) -> str:
+        one = _OF_COMMAND_LINE.get(match[1])
+        if one is None:
+            return match[0]
+        if one.option.kind is Kind.FLAG:
+            return f"{one.option.key} = true{f' {match[2]}' if match[2] else ''}"
+        if match[2] is None:
+            return str(one.option.key)
+        return f"{one.option.key} = {match[2]}" if one.option.kind is Kind.COUNT else f'{one.option.key} = "{match[2]}"'
+
+    return hint if "streamconv " in hint else _FLAG.sub(key, hint)  # a command stays one
+
+
 def read_jobs(path: Path) -> list[JobSpec]:
     """The jobs of a file, sorted by output; UsageError on whatever is wrong with it, before anything runs."""
     try:

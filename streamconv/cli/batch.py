@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from streamconv.cli.options import add_command, add_resume_options, add_verbose, dst_path, positive, src_path
@@ -53,7 +54,9 @@ def add_batch(commands: Any) -> None:
     parser.add_argument("--array", metavar="I/N", help="every N-th job from the I-th on (from 1), for job arrays")
     parser.add_argument("--dask", metavar="ADDRESS", help="run on the Dask cluster of this scheduler (the dask extra)")
     parser.add_argument("--json", action="store_true", help="errors of the batch itself as JSON, too")
-    parser.add_argument("--quiet", action="store_true", help="no summary table on stderr")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no summary table on stderr; stdout has a line for each job"
+    )
     add_verbose(parser)
     parser.set_defaults(run=_batch)
 
@@ -93,13 +96,16 @@ def _batch(options: argparse.Namespace) -> int:
 
 def _batch_job(options: argparse.Namespace) -> int:
     from streamconv.batch.child import obey, read_order
+    from streamconv.batch.jobs_file import in_jobs_file
     from streamconv.report import error_to_json
 
     try:
         report = obey(read_order(sys.stdin))
     except StreamconvError as error:
+        error.hint = in_jobs_file(error.hint) if error.hint else None
         say(json.dumps(error_to_json(error)), flush=True)
         return error.exit_code
+    report.warnings = [replace(warning, message=in_jobs_file(warning.message)) for warning in report.warnings]
     say(json.dumps(report.to_json()), flush=True)
     return 0
 
@@ -116,9 +122,7 @@ def _dask(address: str) -> Iterator[_Where]:
     try:
         from distributed import Client
     except ImportError:
-        raise UsageError(
-            "--dask needs the dask extra", hint='pip install "streamconv[dask]"', code="extra-missing"
-        ) from None
+        raise UsageError("--dask needs the dask extra", hint='pip install ".[dask]"', code="extra-missing") from None
     from streamconv.batch.child import end_jobs
 
     try:

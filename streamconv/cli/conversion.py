@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_options, src_path
-from streamconv.cli.output import progress_bar, say, show_report, tell_warnings
+from streamconv.cli.output import progress_of, say, show_report, shown_progress, tell_warnings
 from streamconv.errors import DestinationError
 from streamconv.options import arguments
 
@@ -110,7 +110,7 @@ def _lora(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from streamconv.api.verify_file import verify
 
-    with progress_bar(VERIFYING, is_wanted=not options.quiet) as progress:
+    with shown_progress(progress_of(options), VERIFYING) as progress:
         report = verify(options.out, options.source, **arguments("verify", vars(options) | {"progress": progress}))
     report.seconds = time.monotonic() - options.started
     tell_warnings(report)
@@ -129,8 +129,7 @@ def _run(options: argparse.Namespace, work: Callable[[Mapping[str, Any]], Report
     from streamconv.timing import Profile
 
     profile = Profile(options.profile) if options.profile else None
-    is_shown = not (options.quiet or options.dry_run)
-    with progress_bar("converting", VERIFYING, is_wanted=is_shown) as progress, profile or nullcontext():
+    with shown_progress(progress_of(options), "converting", VERIFYING) as progress, profile or nullcontext():
         given = vars(options) | {"progress": progress, "profile": profile}
         report = work(arguments(options.command, given))
     if profile is not None:

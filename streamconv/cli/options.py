@@ -25,6 +25,7 @@ EXIT_CODES = """exit codes:
   4 memory bound too small   5 something wrong with the destination
   6 verification mismatch    130/143 interrupted    1 internal error"""
 OUTPUT_FLAGS = ("-o", "--output", "--outfile")  # the last is that of llama.cpp's converters
+PROGRESS = ("bar", "plain", "none")
 SUGGESTION_CUTOFF = 0.6  # difflib's ratio, above which a word may have been meant
 
 
@@ -138,7 +139,10 @@ def _word(one: declared.Declared, command: str, text: str) -> str:
 
 def add_report_options(group: Any) -> None:
     group.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    group.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    group.add_argument("--quiet", action="store_true", help="warnings and errors alone")
+    group.add_argument(
+        "--progress", choices=PROGRESS, help="how far it is, on stderr; default: bar on a terminal, none elsewhere"
+    )
     add_verbose(group)
 
 

@@ -72,21 +72,26 @@ def tell(line: str) -> None:
 
 
 @contextmanager
-def progress_bar(*labels: str, is_wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A tqdm bar in bytes on stderr, where it is wanted and that is a terminal. labels: of each time it fills."""
-    if not is_wanted or not STDERR.isatty():
+def shown_progress(how: str, *labels: str) -> Iterator[Callable[[int, int], None] | None]:
+    """What shows how far a call is, on stderr; None for `none`.
+
+    Args:
+        how: one of PROGRESS.
+        labels: of each time that it goes from 0 to its total.
+    """
+    if how == "none":
         yield None
         return
+    make = _bar if how == "bar" else _Lines
     bar: Any = None
     later = list(labels)
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
-        if bar is None:  # from here on it has a size to show
-            bar = _bar(later.pop(0), total)
-        if done < bar.n:
-            bar.set_description(later.pop(0), refresh=False)
-            bar.reset(total)
+        if bar is None or done < bar.n:  # from here on it has a size to show
+            if bar is not None:
+                bar.close()
+            bar = make(later.pop(0), total)
         bar.total = total
         bar.update(done - bar.n)
 
@@ -95,6 +100,31 @@ def progress_bar(*labels: str, is_wanted: bool) -> Iterator[Callable[[int, int],
     finally:
         if bar is not None:
             bar.close()
+
+
+def progress_of(options: argparse.Namespace) -> str:
+    """How progress is shown: as asked for; by default a bar, where stderr is a terminal."""
+    if options.quiet or getattr(options, "dry_run", False):
+        return "none"
+    return options.progress or ("bar" if STDERR.isatty() else "none")
+
+
+class _Lines:
+    """As a bar, in lines for a log: one for each tenth that is done."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.n = label, total, 0
+        self._told = 0
+
+    def update(self, n: int) -> None:
+        self.n += n
+        tenth = 10 * self.n // self.total if self.total else 10
+        if tenth > self._told:
+            self._told = tenth
+            tell(f"{self.label}: {10 * tenth}% ({in_words(self.n)} of {in_words(self.total)})")
+
+    def close(self) -> None:
+        """Every line was whole."""
 
 
 def _bar(label: str, total: int) -> Any:
@@ -129,7 +159,8 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
     if options.json:
         say(json.dumps(report.to_json()))
     elif report.plan is not None:
-        _say_plan(report)
+        if not options.quiet:
+            _say_plan(report)
     elif not options.quiet:
         _say_summary(report, options)
 

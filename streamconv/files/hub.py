@@ -58,7 +58,7 @@ def find_path(source: str | Path) -> Path:
         raise SourceError(
             "no such folder; a repo id is looked up in the local cache with huggingface_hub",
             file=path,
-            hint='pip install "streamconv[hub]"',
+            hint="pip install '.[hub]' in streamconv's folder",
             code="source-missing",
         ) from None
     if found is None:

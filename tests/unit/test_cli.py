@@ -207,7 +207,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("quiet", "is_shown"), [([], True), (["--quiet"], False)])
+@pytest.mark.parametrize(("quiet", "is_shown"), [([], True), (["--quiet"], False), (["--progress", "none"], False)])
 def test_commands_that_take_long_have_a_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str], is_shown: bool
 ) -> None:
@@ -398,3 +398,18 @@ def test_the_next_command_fits_the_output() -> None:
 )
 def test_the_bar_is_ascii_where_the_locale_is(environment: dict[str, str], encoding: str, is_ascii: bool) -> None:
     assert _is_ascii(environment, encoding) is is_ascii
+
+
+def test_progress_in_lines_for_a_log(tmp_path: Path) -> None:
+    source, out = tiny.llama(tmp_path / "src"), tmp_path / "m.gguf"
+    done = run("convert", source, "-o", out, "--verify", "--progress", "plain")
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 0 and b"\r" not in done.stderr
+    assert [line.split()[0] for line in lines if ": 100% (" in line] == ["converting:", "verifying:"]
+    assert run("convert", source, "-o", out, "--force").stderr == b""
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",), ("--verify", "--progress", "plain")])
+def test_quiet_is_quiet(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = run("convert", tiny.llama(tmp_path / "src"), "-o", tmp_path / "m.gguf", "--quiet", *words)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

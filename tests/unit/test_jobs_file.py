@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from streamconv import cli
 from streamconv.batch import jobs_file
 from streamconv.batch.jobs_file import JobSpec, read_jobs
 from streamconv.errors import UsageError
@@ -196,3 +197,28 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
     with pytest.raises(UsageError, match="cannot be read: 'utf-8' codec"):
         read_jobs(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected"),
+    [
+        ("--force replaces it", "force = true replaces it"),
+        ("--max-memory 120MiB", 'max_memory = "120MiB"'),
+        ("give --imatrix FILE, or --outtype q2_k", 'give imatrix = "FILE", or outtype = "q2_k"'),
+        ("or try --threads 1", "or try threads = 1"),
+        ("start over with --restart", "start over with --restart"),
+        ("streamconv convert BASE --adapter A", "streamconv convert BASE --adapter A"),
+        ("a--force or --forced", "a--force or --forced"),
+    ],
+)
+def test_hints_name_options_as_a_jobs_file_does(hint: str, expected: str) -> None:
+    assert jobs_file.in_jobs_file(hint) == expected
+
+
+def test_a_job_that_would_replace_a_file_is_told_of_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.llama(tmp_path / "src")
+    (tmp_path / "m.gguf").write_bytes(b"old")
+    (tmp_path / "j.toml").write_text('[[job]]\nsource = "src"\noutput = "m.gguf"\n')
+    assert cli.main(["batch", str(tmp_path / "j.toml")]) == 8
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["error"]["hint"].startswith("force = true ")
