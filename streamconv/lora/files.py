@@ -119,6 +119,11 @@ class LoraFile:
     ) -> None:
         self.shard.close()
 
+    def has_rows(self, module: str) -> bool:
+        """Whether all rows of an embedding or a head are stored here, and not its factors alone."""
+        ends = tuple(f"{module}.{kind}weight" for kind in ("", "base_layer.", "modules_to_save."))
+        return any(unwrapped(name).endswith(ends) for name in self.shard.tensors)
+
     def _sort(self) -> None:
         others: dict[str, list[str]] = {}
         for name, tensor in self.shard.tensors.items():

@@ -32,7 +32,7 @@ from streamconv.lora.base import N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora.files import parse_name
 from streamconv.lora.fold import turned
-from streamconv.lora.resolve import LoraModule, base_hint, other_base, refuse_all, resolve
+from streamconv.lora.resolve import SAVE_ENDS, LoraModule, base_hint, other_base, refuse_all, resolve
 from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
 from streamconv.lora.whole_weights import TokenRows, WholeWeight, alone, one_by_one
 from streamconv.metadata.vocab.choice import Tokenizers
@@ -54,8 +54,6 @@ _MERGEABLE = frozenset(("dora", "tokens", *_REPLACING))
 _FROZEN = (".base_layer.weight", ".original_module.weight")
 
 HEAD_MODULE = "lm_head"  # transformers' name of it
-
-SAVE_ENDS = "save the grown embedding and head with the adapter (save_embedding_layers=True, or modules_to_save)"
 
 _Weights = dict[str, tuple[str, Stored]]  # by stored name: the adapter's module, and its tensor
 

@@ -25,6 +25,10 @@ from streamconv.lora.parameters import is_wrapped, missing, stacked_factors
 from streamconv.recipe.spelling import Speller
 
 MAX_PROBLEMS_SHOWN = 6
+SAVE_ENDS = (
+    "save the grown embedding and head with the adapter (save_embedding_layers=True, or modules_to_save),"
+    " or give the base whose vocabulary has grown"
+)
 
 Shape = Sequence[int]
 Orientation = tuple[bool, bool]  # whether A, whether B is stored transposed
@@ -117,6 +121,9 @@ def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> N
     is_formula = all(problem.code in _BEYOND_ADAPTERS for problem in problems)
     what = "no GGUF adapter can carry this exactly" if is_formula else "cannot be converted"
     hint = f"streamconv convert BASE --adapter {adapter.directory}" if merges else base_hint(problems)
+    if lacking := [problem for problem in problems if problem.code == "vocabulary"]:
+        has_rows = all(adapter.has_rows(module) for problem in lacking for module in problem.modules)
+        hint = hint if has_rows else SAVE_ENDS
     refuse_all(f"{what}{other_base(problems, adapter)}", problems, adapter.directory, hint, code="adapter-unsupported")
 
 

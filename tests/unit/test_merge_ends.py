@@ -178,6 +178,16 @@ def test_new_rows_that_are_nowhere_are_an_error(tmp_path: Path, how: str, tie: s
     assert set(problems(base, tmp_path / "out.gguf", adapter)) <= {"vocabulary"}
 
 
+@pytest.mark.parametrize(("how", "way_out"), [("h-base h-factors", "convert BASE"), ("h-factors", "save_embedding")])
+def test_a_gguf_adapter_of_grown_rows_names_a_way_out_that_works(tmp_path: Path, how: str, way_out: str) -> None:
+    base = tiny.llama(tmp_path / "base", tied=False)
+    adapter = grown_adapter(base, tmp_path / "adapter", how)
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert_adapter(adapter, base, tmp_path / "out.gguf")
+    assert [problem["code"] for problem in caught.value.problems] == ["vocabulary"]
+    assert way_out in (caught.value.hint or "")
+
+
 def grown_adapter(base: Path, target: Path, how: str) -> Path:
     adapter = tiny.peft_adapter(target, base, targets=("q_proj",), r=4)
     tensors: dict[str, Any] = {name: tiny.Tensor.of(values, "F32") for name, values in brought(base, how)}
