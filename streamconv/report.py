@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from streamconv.errors import RunWarning, StreamconvError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class PlannedTensor:
 
 @dataclass(slots=True)
 class Report:
-    """What a run did, or in a dry run would do (`plan` and `memory` are set then).
+    """What a run did, or in a dry run would do (`plan` is set then).
 
     Attributes:
         resumed_nbytes: of the outputs, that an earlier run had written.
@@ -71,7 +71,7 @@ class Report:
     beside: Sequence[Path] = ()
     warnings: list[RunWarning] = field(default_factory=list)
     plan: Sequence[PlannedTensor] | None = None
-    memory: Mapping[str, int] | None = None
+    memory: Mapping[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:

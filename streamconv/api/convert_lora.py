@@ -17,7 +17,7 @@ from pathlib import Path
 from gguf.constants import GGUFValueType
 
 from streamconv.api.run import run
-from streamconv.budget import headroom_nbytes
+from streamconv.budget import Budget
 from streamconv.engine.job import Job
 from streamconv.engine.layout import PlacedTensor, memory_failures
 from streamconv.engine.split import make_parts
@@ -41,6 +41,8 @@ from streamconv.options import OutputOptions, RunOptions, documented, not_a_choi
 from streamconv.output.destination import output_path
 from streamconv.report import Report
 from streamconv.timing import Profile
+
+FACTOR_NBYTES = 4 << 10  # what a stored factor takes, with its module, its nodes and its place in the file
 
 
 @documented("lora")
@@ -88,8 +90,9 @@ def convert_adapter(
     if wanted.outtype != AUTO and OUTTYPES[wanted.outtype].is_mix:
         raise not_a_choice("outtype", outtype, command="lora")
     _check_legacy(dialect, {"--outtype": None if outtype == "auto" else outtype, "--scale": scale, "--name": name})
-    with open_adapter_job(adapter, base, dst, wanted, options.limit_nbytes, scale) as job:
-        return run(job, options)
+    budget = Budget(options.limit_nbytes, compares=options.verify)
+    with open_adapter_job(adapter, base, dst, wanted, budget, scale) as job:
+        return run(job, options, budget)
 
 
 @contextmanager
@@ -98,14 +101,15 @@ def open_adapter_job(
     base: Source,
     dst: str | Path | None,
     wanted: OutputOptions,
-    limit_nbytes: int,
+    budget: Budget,
     scale: float | None = None,
     stored: StoredTypes | None = None,
 ) -> Iterator[Job]:
     """The job of an adapter as a file of its own, while its weights are open."""
-    room = headroom_nbytes(limit_nbytes)
-    with LoraFile.open(adapter, room) as source:
-        yield plan_adapter(source, open_base(base, room), dst, wanted, scale, stored)
+    with LoraFile.open(adapter, budget) as source:
+        facts = open_base(base, budget)
+        budget.reserve("plan", FACTOR_NBYTES * len(source.shard.tensors), file=source.directory)
+        yield plan_adapter(source, facts, dst, wanted, scale, stored)
 
 
 @source_failures()

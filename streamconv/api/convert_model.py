@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.api.run import run
-from streamconv.budget import headroom_nbytes, resident_nbytes
+from streamconv.budget import Budget, too_small
+from streamconv.check.tensors import comparer_nbytes, listed_nbytes
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.engine.job import Job
-from streamconv.engine.layout import RUN_OVERHEAD_NBYTES, PlacedTensor, least_worker_nbytes, memory_failures, too_small
+from streamconv.engine.layout import MODULES_NBYTES, PlacedTensor, least_run_nbytes, make_layout, memory_failures
 from streamconv.engine.split import make_parts
 from streamconv.errors import UsageError
 from streamconv.files.hub import Source, find_source, model_name, source_failures
@@ -44,6 +45,12 @@ from streamconv.timing import Profile
 
 # Types that a further output, such as a projector, has with the model; beside others it is F16.
 COMPANION_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+# What a stored tensor takes as a node, and an output's tensor with its nodes, names and place. Measured: 340 and 750.
+SOURCE_NBYTES = 400
+TARGET_NBYTES = 900
+FACTOR_NBYTES = 4 << 10  # a stored factor, with its module and its nodes. Measured:
 
 
 @documented("convert")
@@ -95,8 +102,9 @@ def convert(
         Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
-    with open_model_job(src, dst, wanted, options.limit_nbytes, adapters) as job:
-        return run(job, options)
+    budget = Budget(options.limit_nbytes, compares=options.verify)
+    with open_model_job(src, dst, wanted, budget, adapters) as job:
+        return run(job, options, budget)
 
 
 @contextmanager
@@ -104,17 +112,17 @@ def open_model_job(
     src: Source,
     dst: str | Path | None,
     wanted: OutputOptions,
-    limit_nbytes: int,
+    budget: Budget,
     adapters: Sequence[AdapterSpec] = (),
     stored: StoredTypes | None = None,
 ) -> Iterator[Job]:
     """The job of a checkpoint and the adapters merged into it, while their files are open."""
     with (
         open_imatrix(wanted.imatrix) as imatrix,
-        open_adapters(adapters, headroom_nbytes(limit_nbytes)) as opened,
-        open_checkpoint(find_source(src), headroom_nbytes(limit_nbytes)) as source,
+        open_adapters(adapters, budget) as opened,
+        open_checkpoint(find_source(src), budget) as source,
     ):
-        yield plan_model(source, dst, wanted, limit_nbytes, opened, stored, imatrix)
+        yield plan_model(source, dst, wanted, budget, opened, stored, imatrix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +135,14 @@ class Prepared:
 
 
 @source_failures()
-def prepare(checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> Prepared:
+def prepare(checkpoint: Checkpoint, budget: Budget, adapters: Sequence[Adapter] = ()) -> Prepared:
     """What of a job does not depend on its options; no weight is read."""
     recipe = recognise_architecture(checkpoint.config, checkpoint.tensors)
+    budget.reserve("plan", SOURCE_NBYTES * len(checkpoint.tensors), file=checkpoint.directory)
     bound = recognise(checkpoint, recipe)
+    n_factors = sum(len(adapter.file.shard.tensors) for adapter in adapters)
+    planned = TARGET_NBYTES * len(bound.targets) + FACTOR_NBYTES * n_factors
+    budget.reserve("plan", planned, file=checkpoint.directory)
     return Prepared(recipe, bound, merge(checkpoint, bound, adapters))
 
 
@@ -139,7 +151,7 @@ def plan_model(
     checkpoint: Checkpoint,
     dst: str | Path | None,
     wanted: OutputOptions,
-    limit_nbytes: int,
+    budget: Budget,
     adapters: Sequence[Adapter] = (),
     stored: StoredTypes | None = None,
     imatrix: ImportanceMatrix | None = None,
@@ -150,7 +162,7 @@ def plan_model(
     stored: the types of the file that the job is compared with, in place of an outtype.
     """
     config = checkpoint.config
-    prepared = prepared or prepare(checkpoint, adapters)
+    prepared = prepared or prepare(checkpoint, budget, adapters)
     recipe, bound, merged = prepared.recipe, prepared.bound, prepared.merged
     model = merged.model
     outtype = auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype
@@ -166,7 +178,7 @@ def plan_model(
         specs=[(target.name, target.tensor.spec) for target in model.targets],
         merged=merged.directories,
     )
-    vocabulary = _bounded_vocabulary(merged, recipe, wanted, tensors, limit_nbytes)
+    vocabulary = _bounded_vocabulary(merged, recipe, wanted, tensors, budget)
     file_type = KeyValue.u32("general.file_type", policy.file_type)
     keys = [*general.keys, file_type, *model.keys(), *vocabulary.keys, *(imatrix.metadata() if imatrix else ())]
     path = output_path(
@@ -302,7 +314,7 @@ def _bounded_vocabulary(
     recipe: Recipe,
     wanted: OutputOptions,
     tensors: Sequence[PlacedTensor],
-    limit_nbytes: int,
+    budget: Budget,
 ) -> Vocabulary:
     """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
     model = merged.model
@@ -311,17 +323,23 @@ def _bounded_vocabulary(
     def read(directory: Place, over: Place | None) -> Vocabulary:
         kept, extra = vocabulary_nbytes(directory, n_vocab, over)
         # What parsing needs beside the keys is given back before workers start.
-        needed = resident_nbytes()[0] + kept + max(extra, least_worker_nbytes(tensors)) + RUN_OVERHEAD_NBYTES
-        if needed > limit_nbytes:
-            raise too_small(limit_nbytes, needed, directory)
-        return read_vocabulary(
-            directory,
-            over=over,
-            config=model.config.raw,
-            n_vocab=n_vocab,
-            default_pre=recipe.default_pre,
-            pre=wanted.pre,
-            special=recipe.special_tokens,
-        )
+        steps = make_layout([], tensors).steps
+        comparing = comparer_nbytes(steps) + listed_nbytes(steps) + MODULES_NBYTES if budget.compares else 0
+        needed = budget.held + kept + max(extra, least_run_nbytes(steps), comparing)
+        if needed > budget.allowed:
+            raise too_small(budget.allowed, needed, directory)
+        # Of several tokenizers that are read, the largest is counted: one is written.
+        held = budget.terms.get("vocabulary", 0)
+        budget.reserve("vocabulary", max(0, kept - held), file=directory)
+        with budget.lend("reading the vocabulary", extra, file=directory):
+            return read_vocabulary(
+                directory,
+                over=over,
+                config=model.config.raw,
+                n_vocab=n_vocab,
+                default_pre=recipe.default_pre,
+                pre=wanted.pre,
+                special=recipe.special_tokens,
+            )
 
     return choose_vocabulary(merged.tokenizers, wanted.tokenizer, read)

@@ -9,7 +9,7 @@ cannot be parsed is a SourceError; one that can be, and is not as it should be, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,13 @@ from typing import Any, Final, Literal
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from streamconv.api.convert_model import auto_outtype
-from streamconv.budget import default_limit_nbytes
+from streamconv.api.convert_model import SOURCE_NBYTES, TARGET_NBYTES, auto_outtype
+from streamconv.budget import Budget, default_limit_nbytes
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.checkpoint.weight_sets import INDEX_ENDING
-from streamconv.errors import RunWarning, SourceError
+from streamconv.errors import BudgetError, RunWarning, SourceError
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, Source, find_source
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
@@ -42,6 +42,7 @@ from streamconv.recipe.recognise import recognise, recognise_architecture
 SCHEMA: Final = 1
 MAX_LISTED: Final = 1024  # a longer array is given as its length and first values
 N_FIRST: Final = 8
+ROW_NBYTES: Final = 640  # what a tensor takes in the listing, and in its JSON. Measured: 512
 TEXT_NBYTES: Final = 1024  # of each text among the first values
 ARRAYS_NBYTES: Final = 8 << 20  # of all arrays together; real ones of 1024 values take some 10 KB each
 
@@ -152,14 +153,14 @@ def inspect(source: Source) -> Inspection:
     or one .safetensors file. SourceError where nothing of it can be read."""
     path = find_source(source)
     try:
-        return _reader_of(path)(path)
+        return _reader_of(path)(path, Budget(default_limit_nbytes()))
     except OSError as error:
         raise SourceError(
             f"cannot be read: {error.strerror}", file=error.filename or path, code="cannot-read"
         ) from None
 
 
-def _reader_of(path: Place) -> Callable[[Place], Inspection]:
+def _reader_of(path: Place) -> Callable[[Place, Budget], Inspection]:
     if not path.is_dir() and path.suffix != ".safetensors" and not path.name.endswith(INDEX_ENDING):
         return _gguf
     folder = path if path.is_dir() else path.parent
@@ -174,8 +175,9 @@ def _reader_of(path: Place) -> Callable[[Place], Inspection]:
 # ---------------------------------------------------------------- GGUF
 
 
-def _gguf(path: Place) -> Inspection:
+def _gguf(path: Place, budget: Budget) -> Inspection:
     with GGUFSet.open(path) as files:
+        budget.reserve("listing", ROW_NBYTES * len(files.tensors), file=path)
         first = files.files[0]
         arch = first.keys.get("general.architecture")
         room = ARRAYS_NBYTES
@@ -225,13 +227,13 @@ def _number(value: Scalar, kind: GGUFValueType) -> Scalar:
 # ---------------------------------------------------------------- safetensors
 
 
-def _checkpoint(path: Place) -> Inspection:
+def _checkpoint(path: Place, budget: Budget) -> Inspection:
     found = Inspection("checkpoint", path, "incomplete")
     try:
-        checkpoint = Checkpoint.open(path, max_header_nbytes=default_limit_nbytes())
+        checkpoint = Checkpoint.open(path, budget=budget)
     except SourceError as error:
         found.problems.append(_problem(error, path))
-        config = _read_apart(found, CONFIG)
+        config = _read_apart(found, CONFIG, budget)
         if config.raw:  # else that is the problem, and it is listed
             with _listing(found):
                 found.architecture = recognise_architecture(config).arch
@@ -239,19 +241,21 @@ def _checkpoint(path: Place) -> Inspection:
     with checkpoint:
         found.form = f"safetensors, {len(checkpoint.shards)} file{'s' if len(checkpoint.shards) > 1 else ''}"
         _add_config(found, checkpoint.config.raw)
-        _add_tensors(found, checkpoint.tensors.values())
+        _add_tensors(found, checkpoint.tensors.values(), budget)
         found.warnings += checkpoint.warnings
         with _listing(found):
-            _add_conversion(found, checkpoint)
+            _add_conversion(found, checkpoint, budget)
     return found
 
 
-def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
+def _add_conversion(found: Inspection, checkpoint: Checkpoint, budget: Budget) -> None:
     """What a conversion makes of the tensors and the tokenizer; SourceError where it would be refused."""
     config = checkpoint.config
     recipe = recognise_architecture(config, checkpoint.tensors)
     found.architecture = recipe.arch
+    budget.reserve("plan", SOURCE_NBYTES * len(checkpoint.tensors), file=checkpoint.directory)
     model = recognise(checkpoint, recipe)
+    budget.reserve("plan", TARGET_NBYTES * len(model.targets), file=checkpoint.directory)
     outtype = auto_outtype(checkpoint, model)
     totals: dict[str, Total] = {}
     kinds = OuttypePolicy(outtype).choose(
@@ -263,31 +267,33 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint) -> None:
     found.conversion = Conversion(recipe.arch, outtype, totals)
     found.warnings += model.warnings
     folder, n_vocab = checkpoint.directory, model.dims["V"]
-    if sum(vocabulary_nbytes(folder, n_vocab)) > default_limit_nbytes():
+    try:
+        with budget.lend("reading the vocabulary", sum(vocabulary_nbytes(folder, n_vocab)), file=folder):
+            vocabulary = read_vocabulary(
+                folder,
+                config=config.raw,
+                n_vocab=n_vocab,
+                default_pre=recipe.default_pre,
+                pre=None,
+                special=recipe.special_tokens,
+            )
+    except BudgetError:
         found.warnings.append(RunWarning("tokenizer-size", "the tokenizer's files are too large to be read here"))
         return
-    vocabulary = read_vocabulary(
-        folder,
-        config=config.raw,
-        n_vocab=n_vocab,
-        default_pre=recipe.default_pre,
-        pre=None,
-        special=recipe.special_tokens,
-    )
     found.warnings += vocabulary.warnings
 
 
-def _adapter(path: Place) -> Inspection:
+def _adapter(path: Place, budget: Budget) -> Inspection:
     found = Inspection("adapter", path, "incomplete")
     try:
-        adapter = LoraFile.open(path, default_limit_nbytes())
+        adapter = LoraFile.open(path, budget)
     except SourceError as error:
         found.problems.append(_problem(error, path))
-        _read_apart(found, ADAPTER_CONFIG)
+        _read_apart(found, ADAPTER_CONFIG, budget)
         return found
     with adapter:
         _add_config(found, adapter.config.raw)
-        _add_tensors(found, adapter.shard.tensors.values())
+        _add_tensors(found, adapter.shard.tensors.values(), budget)
         problems = list(adapter.problems)
         for name, factors in adapter.factors.items():
             if factors.a is None or factors.b is None:
@@ -302,7 +308,7 @@ def _adapter(path: Place) -> Inspection:
     return found
 
 
-def _read_apart(found: Inspection, config_name: str) -> Config:
+def _read_apart(found: Inspection, config_name: str, budget: Budget) -> Config:
     """The config, and the tensors of each file by itself: whatever can be read is shown, the rest is a problem."""
     folder = found.path if found.path.is_dir() else found.path.parent
     config: dict[str, Any] = {}
@@ -313,9 +319,9 @@ def _read_apart(found: Inspection, config_name: str) -> Config:
     is_alone = found.path.suffix == ".safetensors"
     for file in [found.path] if is_alone else sorted(folder.glob("*.safetensors"), key=lambda path: path.name):
         with _listing(found):
-            shard = Shard(file, default_limit_nbytes())
+            shard = Shard(file, budget)
             shard.close()
-            _add_tensors(found, shard.tensors.values())
+            _add_tensors(found, shard.tensors.values(), budget)
     if not found.tensors and not config:
         first = found.problems[0]
         raise SourceError(first.message, file=first.file, tensor=first.tensor, code=first.code)
@@ -340,7 +346,8 @@ def _add_config(found: Inspection, config: Mapping[str, Any]) -> None:
         found.metadata_types[key] = _JSON_TYPES[type(value)]
 
 
-def _add_tensors(found: Inspection, tensors: Iterable[SourceTensor]) -> None:
+def _add_tensors(found: Inspection, tensors: Collection[SourceTensor], budget: Budget) -> None:
+    budget.reserve("listing", ROW_NBYTES * len(tensors), file=found.path)
     found.tensors += [
         TensorRow(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, tensor.offset, tensor.shard.path.name)
         for tensor in tensors

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from streamconv.api.convert_model import plan_model, policy_of, prepare
-from streamconv.budget import default_limit_nbytes, headroom_nbytes
+from streamconv.budget import Budget, default_limit_nbytes
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import StreamconvError
@@ -87,13 +87,13 @@ def quants(src: Source, *, adapters: Sequence[AdapterSpec] = ()) -> Quants:
     Raises:
         StreamconvError: the checkpoint cannot be converted at all.
     """
-    limit = default_limit_nbytes()
+    budget = Budget(default_limit_nbytes())
     with (
-        open_adapters(adapters, headroom_nbytes(limit)) as opened,
-        Checkpoint.open(find_source(src), max_header_nbytes=headroom_nbytes(limit)) as checkpoint,
+        open_adapters(adapters, budget) as opened,
+        Checkpoint.open(find_source(src), budget=budget) as checkpoint,
     ):
-        prepared = prepare(checkpoint, opened)
-        job = plan_model(checkpoint, None, OutputOptions(outtype="q8_0"), limit, opened, prepared=prepared)
+        prepared = prepare(checkpoint, budget, opened)
+        job = plan_model(checkpoint, None, OutputOptions(outtype="q8_0"), budget, opened, prepared=prepared)
         model = prepared.merged.model
         header = job.parts[0].layout.header.nbytes  # the same for all types
         n_parameters = sum(math.prod(target.tensor.spec.shape) for target in model.targets)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from streamconv.api.convert_model import open_imatrix, require_importance
+from streamconv.api.convert_model import SOURCE_NBYTES, TARGET_NBYTES, open_imatrix, require_importance
 from streamconv.api.run import run
-from streamconv.budget import headroom_nbytes
+from streamconv.budget import Budget
 from streamconv.engine.job import Job
 from streamconv.engine.layout import PlacedTensor, memory_failures
 from streamconv.engine.split import make_parts
-from streamconv.errors import BudgetError, SourceError, UsageError
+from streamconv.errors import SourceError, UsageError
 from streamconv.files.hub import Source, find_source
 from streamconv.files.local import noting_files
 from streamconv.ggml.blocks import BLOCK_TYPES
@@ -92,14 +91,15 @@ def quantize(
         open_imatrix(imatrix) as importance,
         GGUFSet.open(find_source(src)) as files,
     ):
-        return run(plan_quantized(files, dst, wanted, options.limit_nbytes, importance), options)
+        budget = Budget(options.limit_nbytes, compares=options.verify)
+        return run(plan_quantized(files, dst, wanted, budget, importance), options, budget)
 
 
 def plan_quantized(
     files: GGUFSet,
     dst: str | Path | None,
     wanted: OutputOptions,
-    limit_nbytes: int,
+    budget: Budget,
     imatrix: ImportanceMatrix | None = None,
 ) -> Job:
     """Everything that decides the output's bytes; no weight is read.
@@ -113,12 +113,13 @@ def plan_quantized(
     if architecture is None or first.scalar("general.type", str) == "adapter":
         raise SourceError("is not a model", file=first.path, hint="name the model's own file", code="not-a-model")
     shards = {file.path: GGUFShard(file) for file in files.files}
-    mix, keys = MIXES[wanted.outtype], list(_keys(first, headroom_nbytes(limit_nbytes)))
+    mix, keys = MIXES[wanted.outtype], list(_keys(first, budget))
     stored = {name: (file, tensor) for name, (file, tensor) in files.tensors.items()}
     own = [MixedTensor(name, one.shape, _type_of(one.type, first, name)) for name, (_, one) in stored.items()]
     facts = ModelFacts.of_keys(lambda name: entry.value if (entry := first.keys.get(name)) else None)
     choices = choose_types(mix, own, facts, options=wanted.mix, has_importance=imatrix is not None)
     told = imatrix.check({one.name: one.shape for one in own}) if imatrix else []
+    budget.reserve("plan", (SOURCE_NBYTES + TARGET_NBYTES) * len(own), file=first.path)
     tensors = []
     for one in own:
         file, tensor = stored[one.name]
@@ -169,13 +170,11 @@ def _dequantised(rows: LazyTensor, one: MixedTensor, wanted: OutputOptions, file
     return Dequantise(rows, one.type)
 
 
-def _keys(file: GGUFFile, room_nbytes: int) -> Iterator[KeyValue]:
+def _keys(file: GGUFFile, budget: Budget) -> Iterator[KeyValue]:
     """The keys that stay, arrays in the bytes that they have in the file."""
     kept = [key for key in file.keys.values() if not key.name.startswith(_DROPPED)]
     needed = 2 * sum(key.value.nbytes for key in kept if isinstance(key.value, Span))  # and once more in the header
-    if needed > room_nbytes:
-        message = f"its keys take {math.ceil(needed / (1 << 20))} MiB of memory, more than the bound leaves"
-        raise BudgetError(message, file=file.path, hint="raise --max-memory", code="memory-keys")
+    budget.reserve("keys", needed, file=file.path)
     for key in kept:
         if not isinstance(key.value, Span):
             yield KeyValue(key.name, key.type, key.value)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from streamconv.budget import in_words, resident_nbytes
-from streamconv.check.tensors import compare, prove_comparison
+from streamconv.budget import Budget, in_words, resident_nbytes
+from streamconv.check.tensors import compare, comparer_nbytes, listed_nbytes
 from streamconv.engine.job import Job
 from streamconv.engine.layout import Io, MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
@@ -74,24 +74,23 @@ class _Places:
                 yield RunWarning(error.code, f"the run would refuse this: {error}")
 
 
-def run(job: Job, options: RunOptions) -> Report:
+def run(job: Job, options: RunOptions, budget: Budget) -> Report:
     """Write the job's output and say what was done; with `dry_run`, prove that it can be and say what would be."""
     report = job.report()
+    steps = [step for _, part in job.files for step in part.layout.steps] if options.verify else []
     proof = prove_memory(
         [part.layout for _, part in job.files],
-        limit=options.limit_nbytes,
-        resident=resident_nbytes()[0],
+        budget,
         threads=options.n_threads,
         io=_io(job, options),
+        comparer=comparer_nbytes(steps) if options.verify else 0,
+        listed=listed_nbytes(steps),
     )
-    if options.verify:
-        steps = [step for output in job.outputs for step in output.steps]
-        prove_comparison([step.tensor for step in steps], limit=options.limit_nbytes, threads=1)
+    report.memory = proof.memory
     places = _Places.claim(job, options)
     if options.dry_run:
         report.plan = [row for output in job.outputs for row in _plan(output)]
         report.warnings += places.in_the_way(options)
-        report.memory = _memory(proof)
     else:
         _write(job, places, proof, options, report)
     report.seconds = time.monotonic() - job.started
@@ -178,8 +177,7 @@ def _verify(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
         compare(
             output,
             own,
-            limit=proof.limit,
-            threads=proof.workers,
+            threads=proof.comparers,
             progress=advance,
             cancelled=options.cancelled,
         )
@@ -243,16 +241,6 @@ def _plan(job: Job) -> Iterator[PlannedTensor]:
         spec = step.tensor.spec
         changed_by = job.changed_by.get(step.target, ())
         yield PlannedTensor(step.sources, step.target, spec.shape, step.tensor.type.name, step.nbytes, changed_by)
-
-
-def _memory(proof: MemoryProof) -> Mapping[str, int]:
-    return {
-        "limit": proof.limit,
-        "fixed": proof.base,
-        "slab": (proof.peak - proof.base) // proof.workers,  # the terms must add up to the peak
-        "workers": proof.workers,
-        "peak": proof.peak,
-    }
 
 
 def _non_finite(job: Job, part: Part, tally: Mapping[str, codecs.Stats]) -> Iterator[RunWarning]:

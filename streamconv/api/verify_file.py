@@ -14,8 +14,8 @@ from pathlib import Path
 
 from streamconv.api.convert_lora import open_adapter_job
 from streamconv.api.convert_model import open_model_job
-from streamconv.budget import resident_nbytes
-from streamconv.check.tensors import compare
+from streamconv.budget import Budget, resident_nbytes
+from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import UsageError
@@ -64,20 +64,21 @@ def verify(
         Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted, started = RunOptions.of(locals()), OutputOptions.of(locals()), time.monotonic()
+    budget = Budget(options.limit_nbytes)
     outputs, stored, architecture = _read(
         out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre, "--imatrix": imatrix}
     )
     with (
-        open_model_job(source, out, wanted, options.limit_nbytes, adapters, stored)
+        open_model_job(source, out, wanted, budget, adapters, stored)
         if base is None
-        else open_adapter_job(source, base, out, wanted, options.limit_nbytes, scale, stored)
+        else open_adapter_job(source, base, out, wanted, budget, scale, stored)
     ) as whole:
         job = _of_file(whole, architecture)
+        proof = prove_comparison([*job.steps], budget, threads=options.n_threads)
         warnings = compare(
             job,
             [output.path for output in outputs],
-            limit=options.limit_nbytes,
-            threads=options.n_threads,
+            threads=proof.workers,
             progress=options.progress,
             cancelled=options.cancelled,
         )
@@ -86,7 +87,7 @@ def verify(
     report.command, report.verified = "verify", True
     report.output, report.outputs = Path(out), [replace(output, role=job.role) for output in outputs]
     report.seconds = time.monotonic() - started
-    report.peak_rss_nbytes = resident_nbytes()[1]
+    report.peak_rss_nbytes, report.memory = resident_nbytes()[1], proof.memory
     return report
 
 

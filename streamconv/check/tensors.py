@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,10 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.budget import resident_nbytes
+from streamconv.budget import Budget, too_small
 from streamconv.check.keys import compare_keys
 from streamconv.engine.job import Job
-from streamconv.engine.layout import MAX_WORKERS, RUN_OVERHEAD_NBYTES, WORKER_OVERHEAD_NBYTES, slab_rows, too_small
+from streamconv.engine.layout import MAX_WORKERS, MODULES_NBYTES, THREAD_NBYTES, MemoryProof, Step, slab_rows
 from streamconv.errors import RunWarning, VerifyError
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.element_types import VERIFIABLE
@@ -34,6 +34,7 @@ from streamconv.lazy.node import Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
 from streamconv.threads import start_threads
 
+LISTED_NBYTES = 2 << 10  # what a tensor of the file takes in the lists of what is compared
 _VALUE_ARRAYS = 6  # of float32: two rows, what gguf makes on the way to either, and their comparison
 
 
@@ -51,17 +52,16 @@ def compare(
     job: Job,
     paths: Sequence[Path],
     *,
-    limit: int,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], Exception | None] = lambda: None,
 ) -> list[RunWarning]:
     """What is only another look of the files, if together they are what `job` would write, but for order and types.
 
-    limit: of the process's resident set, in bytes; fewer than `threads` threads are used where it asks for that.
+    threads: as many as were reserved (`comparer_nbytes`).
     progress(done, total): of the tensors' bytes, called from the calling thread with 0, now and then, and at the end.
     VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
-    not what a strict loader takes; BudgetError where one thread is too many.
+    not what a strict loader takes.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(GGUFFile.open(path)) for path in paths]
@@ -69,20 +69,35 @@ def compare(
             refuse(file.problems)
         warnings = compare_keys(job, files[0])
         pairs = list(_match(job, files))
-        workers = prove_comparison([pair.expected for pair in pairs], limit=limit, threads=threads)
-        _compare_tensors(pairs, workers, progress or (lambda done, total: None), cancelled)
+        _compare_tensors(pairs, threads, progress or (lambda done, total: None), cancelled)
         for shard in job.shards:
             shard.check_unchanged()
     return warnings
 
 
-def prove_comparison(tensors: Sequence[Encode], *, limit: int, threads: int) -> int:
-    """How many threads can compare `tensors` under `limit` bytes of resident memory; BudgetError where none can."""
-    worker = WORKER_OVERHEAD_NBYTES + max((_worker_nbytes(tensor) for tensor in tensors), default=0)
-    fixed = resident_nbytes()[0] + RUN_OVERHEAD_NBYTES
-    if fixed + worker > limit:
-        raise too_small(limit, fixed + worker)
-    return max(1, min(threads, MAX_WORKERS, (limit - fixed) // worker))
+def comparer_nbytes(steps: Iterable[Step]) -> int:
+    """What one thread takes to compare the tensors of a file with their sources."""
+    return THREAD_NBYTES + max((_worker_nbytes(step.tensor) for step in steps), default=0)
+
+
+def listed_nbytes(steps: Iterable[Step]) -> int:
+    """What the lists of the tensors that are compared take."""
+    return sum(1 for _ in steps) * LISTED_NBYTES
+
+
+def prove_comparison(steps: Sequence[Step], budget: Budget, *, threads: int) -> MemoryProof:
+    """How many threads can compare these tensors under the bound; BudgetError where none can."""
+    budget.reserve("modules", MODULES_NBYTES)
+    budget.settle()
+    comparer, listed = comparer_nbytes(steps), listed_nbytes(steps)
+    workers = max(1, min(threads, MAX_WORKERS, (budget.allowed - budget.held - listed) // comparer))
+    comparing = workers * comparer + listed
+    proof = MemoryProof(
+        budget.allowed, dict(budget.terms), 0, 0, workers, comparing=comparing, largest=0, planning=budget.past
+    )
+    if proof.projected > budget.allowed:
+        raise too_small(budget.allowed, proof.projected)
+    return proof
 
 
 def _worker_nbytes(tensor: Encode) -> int:

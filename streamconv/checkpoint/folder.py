@@ -6,19 +6,28 @@ A source is opened for reading only, and no weight is read before it is asked fo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from streamconv.budget import Budget, mib, unbounded
 from streamconv.checkpoint.config import Config
-from streamconv.checkpoint.safetensors import Shard, SourceTensor, check_affordable
+from streamconv.checkpoint.safetensors import Shard, SourceTensor, header_nbytes
 from streamconv.checkpoint.weight_sets import INDEX, INDEX_ENDING, Choice, choose_weights, indexed_set, named_set
-from streamconv.errors import RunWarning, SourceError
+from streamconv.errors import BudgetError, RunWarning, SourceError
 from streamconv.files import sniff as magic
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, source_failures
+from streamconv.files.local import file_nbytes
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
+
+# For the bound that an error names: what a header's table and plan take for each of its bytes, and parsing it, where
+# names are as models have them; and what indexes and tokenizers do. Measured: 7, 12 and 5.
+TABLE_PER_BYTE = 9
+PARSING_PER_BYTE = 16
+JSON_PER_BYTE = 7
+LEAST_RUN_NBYTES = 24 << 20  # of one worker, and of comparing what it wrote
 
 
 @dataclass
@@ -33,11 +42,11 @@ class Checkpoint:
 
     @classmethod
     @source_failures()
-    def open(cls, src: Place, *, max_header_nbytes: int = 1 << 63) -> Checkpoint:
+    def open(cls, src: Place, *, budget: Budget | None = None) -> Checkpoint:
         """The checkpoint in the directory `src`, or that of the one file, the first shard or the index `src`.
 
-        SourceError on anything missing or malformed, and on a later shard; BudgetError, before it is parsed,
-        where config, index and headers would take more than `max_header_nbytes` of memory together.
+        SourceError on anything missing or malformed, and on a later shard; BudgetError, before it is parsed, where
+        config, index and headers would take more than `budget` has left, with a bound under which a run fits.
         """
         is_index = src.name.endswith(INDEX_ENDING)
         directory = src.parent if (src.suffix == ".safetensors" or is_index) and src.is_file() else src
@@ -48,26 +57,30 @@ class Checkpoint:
         if not (directory / CONFIG).is_file():
             raise _without_config(directory)
         named = Choice(named_set(src)) if directory != src and not is_index else None
-        index_file = src if is_index else directory / INDEX
-        raw, used = _load_object(directory / CONFIG, max_header_nbytes)
-        config = Config(raw, directory / CONFIG)
-        left = max_header_nbytes - used
-        index, used = (None, 0) if named or not index_file.exists() else _load_object(index_file, left)
-        left -= used
-        choice = named or _choose(index_file, index, left, is_named=is_index)
-        shards: list[Shard] = []
+        budget = budget or unbounded()
+        held = budget.held
         try:
-            for path in choice.chosen.paths:
-                if not path.exists():
-                    hint = "download it again"
-                    raise SourceError("the shard is missing", file=path, hint=hint, code="shard-missing")
-                shards.append(Shard(path, left))
-                left -= shards[-1].parsed_nbytes
-            tensors = _merge_tables(shards, choice.index, index_file)
-        except BaseException:
-            for shard in shards:
-                shard.close()
+            return cls._read(directory, named, src if is_index else directory / INDEX, budget, is_named=is_index)
+        except BudgetError as error:
+            error.hint = f"--max-memory {mib(held + _forecast_nbytes(directory))}MiB"
             raise
+
+    @classmethod
+    def _read(
+        cls, directory: Place, named: Choice | None, index_file: Place, budget: Budget, *, is_named: bool
+    ) -> Checkpoint:
+        raw, nbytes = _load_object(directory / CONFIG, budget)
+        budget.reserve("config", nbytes, file=directory / CONFIG)
+        config = Config(raw, directory / CONFIG)
+        index, nbytes = (None, 0) if named or not index_file.exists() else _load_object(index_file, budget)
+        with budget.lend("index", nbytes, file=index_file):
+            choice = named or _choose(index_file, index, budget, is_named=is_named)
+            shards = _open_shards(choice.chosen.paths, budget)
+            try:
+                tensors = _merge_tables(shards, choice.index, index_file)
+            except BaseException:
+                _close(shards)
+                raise
         return cls(directory, config, tuple(shards), tensors, choice.warnings)
 
     def __enter__(self) -> Self:
@@ -76,20 +89,46 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for shard in self.shards:
-            shard.close()
+        _close(self.shards)
 
 
-def _load_object(path: Place, left: int) -> tuple[dict[str, Any], int]:
+def _forecast_nbytes(directory: Place) -> int:
+    """What converting the model in a folder takes, by the sizes of its files and headers alone: enough, not close."""
+    headers = [header_nbytes(path) for path in directory.glob("*.safetensors")]
+    texts = sum(file_nbytes(path) for path in directory.glob("*.json")) * JSON_PER_BYTE
+    return sum(headers) * TABLE_PER_BYTE + max(headers, default=0) * PARSING_PER_BYTE + texts + LEAST_RUN_NBYTES
+
+
+def _close(shards: Iterable[Shard]) -> None:
+    for shard in shards:
+        shard.close()
+
+
+def _open_shards(paths: Sequence[Place], budget: Budget) -> list[Shard]:
+    """The files open, their headers validated."""
+    shards: list[Shard] = []
+    try:
+        for path in paths:
+            if not path.exists():
+                hint = "download it again"
+                raise SourceError("the shard is missing", file=path, hint=hint, code="shard-missing")
+            shards.append(Shard(path, budget))
+    except BaseException:
+        _close(shards)
+        raise
+    return shards
+
+
+def _load_object(path: Place, budget: Budget) -> tuple[dict[str, Any], int]:
     """The JSON object in a file, and the memory that it took at most.
 
-    BudgetError, before it is parsed, where that is more than `left`.
+    BudgetError, before it is parsed, where `budget` has not as much left.
     """
     taken = 0
 
     def afford(nbytes: int) -> None:
         nonlocal taken
-        check_affordable(path, "its JSON", nbytes, left)
+        budget.check(f"the JSON in {path.name}", nbytes, file=path)
         taken = nbytes
 
     return load_object(path, afford=afford), taken
@@ -106,12 +145,12 @@ def _without_config(directory: Place) -> SourceError:
     )
 
 
-def _choose(index_file: Place, index: Mapping[str, Any] | None, max_header_nbytes: int, *, is_named: bool) -> Choice:
+def _choose(index_file: Place, index: Mapping[str, Any] | None, budget: Budget, *, is_named: bool) -> Choice:
     """The weights in the folder of `index_file`, which need not exist unless it was named as the source."""
 
     def names_of(path: Place) -> Collection[str]:
         try:
-            shard = Shard(path, max_header_nbytes)
+            shard = Shard(path, budget.scratchpad())
         except SourceError:
             return ()
         shard.close()

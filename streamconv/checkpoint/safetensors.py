@@ -17,11 +17,11 @@ from typing import Any, Final, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.budget import MIB, resident_nbytes
+from streamconv.budget import Budget, unbounded
 from streamconv.checkpoint import library
-from streamconv.errors import BudgetError, SourceError
+from streamconv.errors import SourceError
 from streamconv.files import sniff as magic
-from streamconv.files.local import open_blob
+from streamconv.files.local import open_blob, read_start
 from streamconv.files.store import Place
 from streamconv.files.strict_json import objects_nbytes, parse_object
 from streamconv.files.window import Mapped
@@ -69,17 +69,21 @@ class Shard:
 
     Raises:
         SourceError: the file is malformed, truncated, or of another kind.
-        BudgetError: parsing the header would take more than `max_header_nbytes`; nothing of it was parsed.
+        BudgetError: parsing the header would take more than `budget` has left; nothing of it was parsed.
     """
 
-    def __init__(self, path: Place, max_header_nbytes: int) -> None:
+    def __init__(self, path: Place, budget: Budget | None = None) -> None:
         self.path = path
         self.file = open_blob(path)
         try:
-            header = self._read_header(max_header_nbytes)
+            budget = budget or unbounded()
+            header = self._read_header(budget)
             self.header_sha256 = hashlib.sha256(header).hexdigest()
             self.tensors = self._parse(header)
-            if len(header) * library.PARSED_NBYTES_PER_BYTE <= max_header_nbytes - self.parsed_nbytes:
+            budget.reserve("tensors", self.parsed_nbytes, file=path)
+            parsing = len(header) * library.PARSED_NBYTES_PER_BYTE
+            if parsing <= budget.left:
+                budget.check("safetensors' reader", parsing, file=path)
                 self._ask_library(header)
         except BaseException:
             self.close()
@@ -120,8 +124,8 @@ class Shard:
         """SourceError if the file under this path is no longer the one that was opened, as it was then."""
         self.file.check_unchanged()
 
-    def _read_header(self, max_nbytes: int) -> bytearray:
-        """The header's JSON text, once it is certain that parsing it fits into `max_nbytes`."""
+    def _read_header(self, budget: Budget) -> bytearray:
+        """The header's JSON text, once it is certain that parsing it fits."""
         if self.nbytes < 8:
             raise self._malformed(f"{self.nbytes} bytes are no safetensors file", code="safetensors-length")
         prefix = bytearray(8)
@@ -130,11 +134,11 @@ class Shard:
         if length > min(MAX_HEADER_NBYTES, self.nbytes - 8):
             claim = f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}"
             raise self._malformed(f"{claim}: truncated or no safetensors", code="safetensors-length")
-        what = f"its header of {length:,} bytes"
-        check_affordable(self.path, what, length, max_nbytes)
+        what = f"a header of {length:,} bytes"
+        budget.check(what, length, file=self.path)
         text = bytearray(length)
         self.file.read_into(8, text)
-        check_affordable(self.path, what, length + objects_nbytes([text]), max_nbytes)
+        budget.check(what, length + objects_nbytes([text]), file=self.path)
         return text
 
     def _parse(self, header: bytearray) -> dict[str, SourceTensor]:
@@ -197,6 +201,11 @@ class Shard:
         return SourceError(message, file=self.path, tensor=tensor, hint=hint, code=code)
 
 
+def header_nbytes(path: Place) -> int:
+    """The size that a file claims for its header, as far as it can be true. SourceError where it cannot be read."""
+    return min(int.from_bytes(read_start(path, 8), "little"), MAX_HEADER_NBYTES)
+
+
 _Info = tuple[str, tuple[int, ...], int, int]  # dtype, shape, first byte and end in the data
 
 
@@ -245,15 +254,3 @@ def _is_unicode(text: Any) -> bool:
 def _check_name(name: str, file: Place) -> None:
     if not name or not name.isprintable() or "/" in name or "\\" in name:
         raise SourceError(f"tensor name {name!r} holds what no tensor name holds", file=file, code="tensor-name")
-
-
-def check_affordable(path: Place, what: str, nbytes: int, left: int) -> None:
-    """BudgetError where parsing takes `nbytes` of memory and `left` is left."""
-    if nbytes > left:
-        bound = -(-(resident_nbytes()[0] + nbytes) // MIB)
-        raise BudgetError(
-            f"{what} may take {-(-nbytes // MIB)} MiB to parse, {max(left, 0) // MIB} MiB are left of the bound",
-            file=path,
-            hint=f"--max-memory {bound}MiB, and what the conversion needs on top",
-            code="memory-parsing",
-        )

@@ -184,10 +184,16 @@ def _say_plan(report: Report) -> None:
         shape = "x".join(map(str, row.shape))
         say(f"{row.target:<{width}}  {row.type:<5} {shape:>14} {row.nbytes:>13,}  <- {source}")
     _say_totals(report, "would write")
-    workers = report.memory["workers"]
-    slab, peak, limit = (round(report.memory[name] / MIB, 1) for name in ("slab", "peak", "limit"))
-    fixed = peak - workers * slab  # as rounded, so that what is printed adds up
-    say(f"memory: {fixed:.1f} MiB fixed + {workers} workers x {slab:.1f} MiB -> peak {peak:.1f} MiB of {limit:.1f} MiB")
+    _say_memory(report.memory)
+
+
+def _say_memory(memory: Mapping[str, Any]) -> None:
+    """The proof, term by term; as rounded, they add up."""
+    tenths = {name: round(10 * nbytes / MIB) for name, nbytes in memory["terms"].items()}
+    say(f"memory ({memory['workers']} workers, {memory['io']} reads):")
+    for name, value in tenths.items():
+        say(f"  {name:<24}{value / 10:>7.1f} MiB")
+    say(f"  {'projected':<24}{sum(tenths.values()) / 10:>7.1f} MiB of {memory['allowed'] / MIB:.1f} MiB allowed")
 
 
 def _say_summary(report: Report, options: argparse.Namespace) -> None:

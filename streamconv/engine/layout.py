@@ -7,17 +7,19 @@ Invariant: the output's bytes are a function of header and steps alone; memory, 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from itertools import product
+from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
-from streamconv.budget import MIB, in_words
-from streamconv.errors import BudgetError, no_memory
+from streamconv.budget import MIB, Budget, too_small
+from streamconv.errors import no_memory
 from streamconv.files.window import window_nbytes
+from streamconv.ggml.encode import best_kernel
 from streamconv.ggml.rows import Encode
 from streamconv.gguf.format import Header, KeyValue, TensorInfo, align, encode_header
 from streamconv.lazy.node import LazyTensor, peak_nbytes
@@ -30,10 +32,11 @@ CHUNK_NBYTES = (4 * MIB, 2 * MIB, 1 * MIB, MIB // 4)
 # Chunks on their way to the disk beside those being made, most first. A disk with a queue wants several writes at once:
 # benchmarks/LOG.md.
 CHUNKS_WRITING = (4, 2, 0)
-WORKER_OVERHEAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
-RUN_OVERHEAD_NBYTES = 4 * MIB  # what is imported and allocated between the plan and the end (progress bar, report)
+THREAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
+MODULES_NBYTES = (
+    4 * MIB
+)  # what is imported and allocated between the start and the end (model card, progress bar, report)
 MAX_WORKERS = 256  # more threads than any machine that this is for has cores
-RUN_TO_RUN_NBYTES = 2 * MIB  # by which the same process's resident set differs from one run to the next
 
 
 class Io(Enum):
@@ -81,7 +84,7 @@ class Step:
     @property
     def scratch_nbytes(self) -> int:
         """What a worker needs for a slab, and for one row more that a chunk's border cuts."""
-        return padded_nbytes(self.tensor.spec.row_nbytes) + peak_nbytes(self.tensor, self.slab_rows)
+        return padded_nbytes(self.tensor.spec.row_nbytes) + peak_nbytes(self.tensor, self.slab_rows, best_kernel())
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,34 +98,65 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class MemoryProof:
-    """The bound and what adds up to the promised peak; all in bytes.
+    """How a run works, and the terms that add up to the most that is resident at a time; all in bytes.
 
-    `slab` is the scratch of one worker, `window` what it maps of a source at a time (0: sources are read). So many
-    `workers` make chunks at a time; `writing` more chunks may be on their way to the disk meanwhile, so that neither
-    waits for the other.
+    Attributes:
+        allowed: The bound.
+        held: What is there besides the work, by name: the process, and what was read to plan.
+        slab: The scratch of one worker.
+        chunk: What a worker makes and writes at a time.
+        workers: How many make chunks at a time.
+        writing: How many more chunks may be on their way to the disk meanwhile, so that neither waits for the other.
+        window: What a worker maps of a source at a time; 0: sources are read.
+        io: How sources are read.
+        largest: The size of the largest file that is written: no more of the chunks is touched.
+        comparing: What comparing the result with its source takes, once it is written; 0 where that was not asked for.
+        comparers: The threads that then compare.
+        planning: The most that was held before, and what for.
     """
 
-    limit: int
-    fixed: int
+    allowed: int
+    held: Mapping[str, int]
     slab: int
     chunk: int
     workers: int
     writing: int = 0
     window: int = 0
     io: Io = Io.POSITIONED
+    largest: int = 1 << 63
+    comparing: int = 0
+    comparers: int = 0
+    planning: tuple[int, str] = (0, "")
 
     @property
-    def base(self) -> int:
-        """What is there besides the workers: the process as it is, and the chunks that are being written."""
-        return self.fixed + self.writing * worker_nbytes(self.chunk, 0)
+    def terms(self) -> dict[str, int]:
+        """By name, what is held at the moment when that is most. Their sum is what is projected."""
+        n_threads = self.workers + self.writing
+        phases = {
+            "chunks": min(n_threads * self.chunk, self.largest),
+            "scratch": self.workers * self.slab,
+            "windows": self.workers * self.window,
+            "threads": n_threads * THREAD_NBYTES,
+        }
+        held, most, of = sum(self.held.values()), *self.planning
+        if max(self.comparing, most - held) > sum(phases.values()):
+            phases = {"verification": self.comparing} if self.comparing > most - held else {of: most - held}
+        return {name: nbytes for name, nbytes in {**self.held, **phases}.items() if nbytes}
 
     @property
-    def peak(self) -> int:
-        return self.base + self.workers * (worker_nbytes(self.chunk, self.slab) + self.window)
+    def projected(self) -> int:
+        return sum(self.terms.values())
 
-
-def worker_nbytes(chunk: int, slab: int) -> int:
-    return chunk + slab + WORKER_OVERHEAD_NBYTES
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The proof as reports give it."""
+        return {
+            "allowed": self.allowed,
+            "projected": self.projected,
+            "terms": self.terms,
+            "workers": self.workers,
+            "io": (Io.MAPPED if self.window else Io.POSITIONED).value,
+        }
 
 
 def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> Layout:
@@ -148,42 +182,76 @@ def slab_rows(tensor: Encode) -> int:
 
 
 def prove_memory(
-    layouts: Sequence[Layout], *, limit: int, resident: int, threads: int, io: Io = Io.POSITIONED
+    layouts: Sequence[Layout],
+    budget: Budget,
+    *,
+    threads: int,
+    io: Io = Io.POSITIONED,
+    comparer: int = 0,
+    listed: int = 0,
 ) -> MemoryProof:
-    """How many workers with which chunks fit under `limit`, and whether they map their sources.
+    """How many workers with which chunks fit under the bound, and whether they map their sources.
 
     Args:
-        limit: Of the process's resident set, in bytes.
-        resident: What is resident now, everything parsed and the header made.
+        layouts: Of the files that are written one after the other.
+        budget: What is held already, everything parsed and the headers made.
         threads: How many workers are wanted. Fewer are taken only where the smallest useful chunk does not let all of
             them fit.
         io: How sources are read. AUTO maps them where that takes nothing from the workers.
+        comparer: What one thread takes to compare the result with its source; 0 where that was not asked for.
+        listed: What all of them together take for the lists of what is compared.
 
     Raises:
-        BudgetError: Not even one worker fits; with what would be needed.
+        BudgetError: Not even one worker fits, or one comparing thread; with what would be needed.
     """
+    budget.reserve("modules", MODULES_NBYTES)
+    budget.settle()
     steps = [step for layout in layouts for step in layout.steps]
     slab = max((step.scratch_nbytes for step in steps), default=0)
     window = 0 if io is Io.POSITIONED else max((step.window_nbytes for step in steps), default=0)
-    fixed = resident + RUN_OVERHEAD_NBYTES
+    largest = max((layout.nbytes for layout in layouts), default=0)
+
+    past = budget.past
+
+    def proof(workers: int, chunk: int, writing: int) -> MemoryProof:
+        # A thread makes two chunks at least: one that makes one alone would end when another begins.
+        n_threads = max(1, min(workers + writing, -(-largest // (2 * chunk))))
+        workers = min(workers, n_threads)
+        writing = n_threads - workers
+        comparers = max(1, min(workers, (budget.allowed - budget.held - listed) // comparer)) if comparer else 0
+        return MemoryProof(
+            budget.allowed,
+            dict(budget.terms),
+            slab,
+            chunk,
+            workers,
+            writing,
+            window,
+            io,
+            largest,
+            comparers * comparer + listed,
+            comparers,
+            past,
+        )
+
     most = max(1, min(threads, MAX_WORKERS))
     if io is Io.AUTO:
-        best = MemoryProof(limit, fixed, slab, CHUNK_NBYTES[0], most, CHUNKS_WRITING[0], window, io)
-        if best.peak <= limit:
+        best = proof(most, CHUNK_NBYTES[0], CHUNKS_WRITING[0])
+        if best.projected <= budget.allowed:
             return best
         window, io = 0, Io.POSITIONED
     for workers in range(most, 0, -1):
         for chunk, writing in product(CHUNK_NBYTES, CHUNKS_WRITING):
-            proof = MemoryProof(limit, fixed, slab, chunk, workers, writing, window, io)
-            if proof.peak <= limit:
-                return proof
-    raise too_small(limit, fixed + worker_nbytes(CHUNK_NBYTES[-1], slab) + window)
+            made = proof(workers, chunk, writing)
+            if made.projected <= budget.allowed:
+                return made
+    raise too_small(budget.allowed, proof(1, CHUNK_NBYTES[-1], 0).projected)
 
 
-def least_worker_nbytes(tensors: Sequence[PlacedTensor]) -> int:
-    """What one worker with the smallest chunk takes."""
-    steps = make_layout([], tensors).steps
-    return worker_nbytes(CHUNK_NBYTES[-1], max((step.scratch_nbytes for step in steps), default=0))
+def least_run_nbytes(steps: Sequence[Step]) -> int:
+    """What a run takes beside what is held: one worker with the smallest chunk, and what is loaded on the way."""
+    slab = max((step.scratch_nbytes for step in steps), default=0)
+    return CHUNK_NBYTES[-1] + slab + THREAD_NBYTES + MODULES_NBYTES
 
 
 @contextmanager
@@ -203,13 +271,3 @@ def _is_for_want_of_memory(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return str(error) == "can't start new thread"  # CPython has no type for it
     return not isinstance(error, Overdraft)
-
-
-def too_small(limit: int, needed: int, file: object = None) -> BudgetError:
-    needed_mib = -(-(needed + RUN_TO_RUN_NBYTES) // MIB)
-    return BudgetError(
-        f"a memory bound of {in_words(limit)} is too small: this conversion needs {needed_mib} MiB",
-        file=file,
-        hint=f"--max-memory {needed_mib}MiB",
-        code="memory-bound",
-    )

@@ -8,6 +8,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from streamconv.ggml.encode import REFERENCE, Kernel
 from streamconv.lazy.dtype import F32
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 from streamconv.lazy.scratch import padded_nbytes
@@ -33,7 +34,7 @@ class Dequantise(LazyTensor):
     def needs(self, rows: range) -> Iterator[Step]:
         yield (Piece(self.parents[0], rows),)
 
-    def scratch_nbytes(self, n_rows: int) -> int:
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         return padded_nbytes(ELEMENT_NBYTES * min(PIECE, n_rows * self.spec.n_columns))
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:

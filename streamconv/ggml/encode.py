@@ -100,15 +100,17 @@ def best_kernel() -> Kernel:
         return REFERENCE
 
 
-def encode_scratch_nbytes(source: Dtype, target: Dtype, n_rows: int, n_columns: int) -> int:
+def encode_scratch_nbytes(source: Dtype, target: Dtype, n_rows: int, n_columns: int, kernel: Kernel = REFERENCE) -> int:
     """The scratch that `encode` takes for `n_rows` rows of `n_columns` elements; bounded, however many they are.
 
-    Alike for both kernels (the compiled one takes none), so that a plan does not hang on which of them serves.
+    The compiled kernels take none.
     """
     if source == target and source not in FLOATS:
         return 0
     if TYPE_OF[target].encoder == BLOCKS:
-        return padded_nbytes(blocks.REFERENCE_NBYTES)
+        return padded_nbytes(blocks.REFERENCE_NBYTES) if kernel.blocks is blocks.REFERENCE else 0
+    if kernel.borrows:
+        return 0
     arrays = reference.temporaries(source, n_rows * n_columns)
     return sum(padded_nbytes(n_elements * dtype.itemsize) for n_elements, dtype in arrays)
 
@@ -172,8 +174,10 @@ def _check_own(slab: Bytes) -> None:
         raise Unread
 
 
-def product_scratch_nbytes(n_rows: int, n_columns: int) -> int:
-    """The scratch that `add_product` takes for `n_rows` rows of `n_columns` elements."""
+def product_scratch_nbytes(n_rows: int, n_columns: int, kernel: Kernel = REFERENCE) -> int:
+    """The scratch that `add_product` takes for `n_rows` rows of `n_columns` elements: none with a compiled kernel."""
+    if kernel.borrows:
+        return 0
     return 2 * padded_nbytes(4 * reference.product_temporaries(n_rows, n_columns))
 
 

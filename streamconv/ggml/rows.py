@@ -56,9 +56,9 @@ class Encode(LazyTensor):
         parent, *weights = self.parents
         yield (Piece(parent, range(min(n_rows, self._part))), *(Piece(one, range(1)) for one in weights))
 
-    def scratch_nbytes(self, n_rows: int) -> int:
+    def scratch_nbytes(self, n_rows: int, kernel: codecs.Kernel = codecs.REFERENCE) -> int:
         source, n_columns = self.parents[0].spec.dtype, self.spec.n_columns
-        return codecs.encode_scratch_nbytes(source, self.spec.dtype, min(n_rows, self._part), n_columns)
+        return codecs.encode_scratch_nbytes(source, self.spec.dtype, min(n_rows, self._part), n_columns, kernel)
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
         slab, *weights = slabs

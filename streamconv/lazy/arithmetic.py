@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamconv.ggml import encode as codecs
+from streamconv.ggml.encode import REFERENCE, Kernel
 from streamconv.lazy.dtype import F32, F64, FLOATS
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 from streamconv.lazy.scratch import padded_nbytes
@@ -53,10 +54,10 @@ class Widen(LazyTensor):
     def needs(self, rows: range) -> Iterator[Step]:
         yield (Piece(self.parents[0], rows),)
 
-    def scratch_nbytes(self, n_rows: int) -> int:
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         if self.in_place:
             return 0
-        return codecs.encode_scratch_nbytes(self.parents[0].spec.dtype, F32, n_rows, self.spec.n_columns)
+        return codecs.encode_scratch_nbytes(self.parents[0].spec.dtype, F32, n_rows, self.spec.n_columns, kernel)
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
         if not self.in_place:
@@ -131,7 +132,7 @@ class NegExp(InPlace):
 
     is_column_wise = True
 
-    def scratch_nbytes(self, n_rows: int) -> int:
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         return padded_nbytes(8 * min(FLOAT64_PIECE, n_rows * self.spec.n_columns))
 
     def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
@@ -177,8 +178,8 @@ class AddProduct(InPlace):
     def least_rows(self) -> int:
         return max(self.parents[0].least_rows, self.parents[2].spec.n_rows)
 
-    def scratch_nbytes(self, n_rows: int) -> int:
-        return codecs.product_scratch_nbytes(n_rows, self.spec.n_columns)
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
+        return codecs.product_scratch_nbytes(n_rows, self.spec.n_columns, kernel)
 
     def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
         left, right = others
@@ -214,7 +215,7 @@ class RowMagnitudes(InPlace):
     def _piece_rows(self, n_rows: int) -> int:
         return min(n_rows, max(1, FLOAT64_PIECE // self.spec.n_columns))
 
-    def scratch_nbytes(self, n_rows: int) -> int:
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         return padded_nbytes(8 * n_rows) + padded_nbytes(8 * self._piece_rows(n_rows) * self.spec.n_columns)
 
     def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
@@ -249,7 +250,7 @@ class ColumnSquares(LazyTensor):
     def largest(self, n_rows: int) -> Iterator[Step]:
         yield (Piece(self.parents[0], range(min(self._step, self.parents[0].spec.n_rows))),)
 
-    def scratch_nbytes(self, n_rows: int) -> int:
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         n_columns = self.spec.n_columns
         return padded_nbytes(8 * n_columns) + padded_nbytes(8 * self._step * n_columns)
 
@@ -280,7 +281,7 @@ class ColumnFactors(LazyTensor):
     def largest(self, n_rows: int) -> Iterable[Step]:
         return self.needs(range(1))
 
-    def scratch_nbytes(self, n_rows: int) -> int:
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         return padded_nbytes(8 * self.spec.n_columns)
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:

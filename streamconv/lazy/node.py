@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamconv.files.window import Mapped, Unread
-from streamconv.ggml.encode import Kernel, Stats, best_kernel
+from streamconv.ggml.encode import REFERENCE, Kernel, Stats, best_kernel
 from streamconv.lazy.dtype import Dtype
 from streamconv.lazy.scratch import Scratch, padded_nbytes
 from streamconv.timing import Stopwatch
@@ -154,8 +154,8 @@ class LazyTensor(ABC):
         """
         yield tuple(Piece(parent, range(min(n_rows, parent.spec.n_rows))) for parent in self.parents)
 
-    def scratch_nbytes(self, n_rows: int) -> int:
-        """Temporaries of one `apply`, as Scratch counts them, where at most `n_rows` rows are made."""
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
+        """Temporaries of one `apply` with `kernel`, as Scratch counts them, where at most `n_rows` rows are made."""
         return 0
 
     @property
@@ -234,16 +234,19 @@ def _slab(
     return slab
 
 
-def peak_nbytes(tensor: LazyTensor, n_rows: int) -> int:
-    """The scratch that `read` takes for at most `n_rows` rows; derived from what the nodes declare."""
+def peak_nbytes(tensor: LazyTensor, n_rows: int, kernel: Kernel = REFERENCE) -> int:
+    """The scratch that `read` takes for at most `n_rows` rows; derived from what the nodes declare.
+
+    By default with the numpy kernels, which take more than compiled ones.
+    """
     deepest = 0
     for step in tensor.largest(n_rows):
         taken = 0
         for number, piece in enumerate(step):
             if number or not tensor.in_place:
                 taken += padded_nbytes(piece.nbytes)
-            deepest = max(deepest, taken + peak_nbytes(piece.parent, len(piece.rows)))
-        deepest = max(deepest, taken + tensor.scratch_nbytes(n_rows))
+            deepest = max(deepest, taken + peak_nbytes(piece.parent, len(piece.rows), kernel))
+        deepest = max(deepest, taken + tensor.scratch_nbytes(n_rows, kernel))
     return deepest
 
 

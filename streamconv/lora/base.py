@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.quantisation import quantised_names
 from streamconv.errors import RunWarning, SourceError
@@ -182,7 +183,7 @@ def _no_matrix(row: Tensor) -> str:
 
 
 @source_failures()
-def open_base(source: Source, max_header_nbytes: int) -> BaseModel:
+def open_base(source: Source, budget: Budget) -> BaseModel:
     """The base at `source`: a GGUF file, or the first of a split, or a folder with a config.json.
 
     SourceError where it cannot be read, or where its architecture has no recipe.
@@ -194,7 +195,7 @@ def open_base(source: Source, max_header_nbytes: int) -> BaseModel:
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"name the file itself, as {path / ggufs[0]}" if ggufs else "give the base's GGUF, or its folder"
         raise SourceError(f"no {CONFIG}", file=path, hint=hint, code="config-missing")
-    return _from_folder(path, max_header_nbytes)
+    return _from_folder(path, budget)
 
 
 # ---------------------------------------------------------------- a GGUF
@@ -342,12 +343,12 @@ class _GGUFFacts:
 # ---------------------------------------------------------------- a Hugging Face folder
 
 
-def _from_folder(path: Place, max_header_nbytes: int) -> BaseModel:
+def _from_folder(path: Place, budget: Budget) -> BaseModel:
     config = Config(load_object(path / CONFIG, MAX_CONFIG_NBYTES), path / CONFIG)
     recipe = recognise_architecture(config)
     if not any(path.glob("*.safetensors")):
         return _from_config(path, recipe, config)
-    with open_checkpoint(path, max_header_nbytes) as checkpoint:
+    with open_checkpoint(path, budget) as checkpoint:
         if any(quantised_names(checkpoint.tensors)):
             # As QLoRA trains on: other shapes on disk; its config.json gives the real ones.
             return _from_config(path, recipe, config)

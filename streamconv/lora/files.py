@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.errors import SourceError
@@ -87,7 +88,7 @@ class LoraFile:
 
     @classmethod
     @source_failures()
-    def open(cls, source: Source, max_header_nbytes: int) -> Self:
+    def open(cls, source: Source, budget: Budget) -> Self:
         """The adapter in the folder `source`, or the one safetensors file `source` with its configuration beside it.
 
         SourceError where a file is missing or malformed.
@@ -107,7 +108,7 @@ class LoraFile:
                 code="config-missing",
             )
         raw = load_object(directory / ADAPTER_CONFIG, MAX_CONFIG_NBYTES)
-        adapter = cls(directory, Config(raw, directory / ADAPTER_CONFIG), Shard(weights, max_header_nbytes))
+        adapter = cls(directory, Config(raw, directory / ADAPTER_CONFIG), Shard(weights, budget))
         adapter._sort()
         return adapter
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
+from streamconv.budget import Budget
 from streamconv.errors import UsageError
 from streamconv.files.hub import Source
 from streamconv.files.store import Store, StorePath
@@ -43,7 +44,7 @@ def parse_adapter(text: str) -> tuple[str, float]:
 
 
 @contextmanager
-def open_adapters(specs: Sequence[AdapterSpec], max_header_nbytes: int) -> Iterator[tuple[Adapter, ...]]:
+def open_adapters(specs: Sequence[AdapterSpec], budget: Budget) -> Iterator[tuple[Adapter, ...]]:
     """The adapters, headers read and nothing else.
 
     SourceError on what is missing or malformed, UsageError on what is no list of them, a single path included.
@@ -57,7 +58,7 @@ def open_adapters(specs: Sequence[AdapterSpec], max_header_nbytes: int) -> Itera
     with ExitStack() as stack:
         opened = []
         for source, weight in map(_source_and_weight, specs):
-            opened.append(Adapter(stack.enter_context(LoraFile.open(source, max_header_nbytes)), weight))
+            opened.append(Adapter(stack.enter_context(LoraFile.open(source, budget)), weight))
         yield tuple(opened)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.quantisation import check_quantisation
@@ -32,14 +33,14 @@ _VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|summary)(\.|$)")
 _CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
 
 
-def open_checkpoint(source: Place, max_header_nbytes: int) -> Checkpoint:
+def open_checkpoint(source: Place, budget: Budget | None = None) -> Checkpoint:
     """The checkpoint at `source`, its headers read.
 
     Raises:
         SourceError: As Checkpoint.open; of an unsupported architecture that is said first, whatever else is wrong.
     """
     try:
-        return Checkpoint.open(source, max_header_nbytes=max_header_nbytes)
+        return Checkpoint.open(source, budget=budget)
     except SourceError:
         with suppress(OSError):  # a folder that may not be searched: the first error says so
             folder = source if source.is_dir() else source.parent

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,8 @@ class Conversion:
         except StreamconvError as error:
             (self.directory / "error").write_text(f"{error.code} {error}")
             code = error.exit_code
+        except BaseException:
+            (self.directory / "error").write_text(traceback.format_exc())
         finally:
             os._exit(code)
 

@@ -14,7 +14,7 @@ from streamconv.api.convert_model import convert
 from streamconv.api.inspect_file import inspect
 from streamconv.batch.jobs_file import read_jobs
 from streamconv.batch.run import expand_splits
-from streamconv.budget import MIB
+from streamconv.budget import MIB, Budget
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.cli.inspection import render
 from streamconv.errors import SourceError, StreamconvError
@@ -43,7 +43,7 @@ Call = Callable[[Path], None]
 
 def check_checkpoint(directory: Path) -> None:
     """config.json, headers and index, held against a recipe; the keys that follow."""
-    with Checkpoint.open(directory, max_header_nbytes=LIMIT_NBYTES) as checkpoint:
+    with Checkpoint.open(directory, budget=Budget(LIMIT_NBYTES)) as checkpoint:
         config = checkpoint.config
         model = bind(find_recipe(config), config, checkpoint.tensors)
         assert model.keys()
@@ -87,7 +87,7 @@ def check_gguf(directory: Path) -> None:
             for key in file.keys.values():
                 if isinstance(key.value, Span):
                     key.value.first(3)
-    open_base(path, LIMIT_NBYTES)
+    open_base(path, Budget(LIMIT_NBYTES))
 
 
 def check_gguf_inspect(directory: Path) -> None:
@@ -110,8 +110,8 @@ _BASES = Path(__file__).parent / "bases"
 
 def check_adapter(directory: Path) -> None:
     """adapter_config.json and the adapter's tensors, on the base that the case is of."""
-    base = open_base(_BASES / "llama.gguf", LIMIT_NBYTES)
-    with LoraFile.open(directory, LIMIT_NBYTES) as adapter:
+    base = open_base(_BASES / "llama.gguf", Budget(LIMIT_NBYTES))
+    with LoraFile.open(directory, Budget(LIMIT_NBYTES)) as adapter:
         plan_adapter(adapter, base, directory / "out.gguf", OutputOptions(), None)
 
 

@@ -121,7 +121,7 @@ def test_run_time_tokenizes_as_the_library_does(workshop: Workshop, name: str) -
 _CHILD = """
 import json, sys, streamconv
 source, out = sys.argv[1:]
-projected = streamconv.convert(source, out, outtype="f16", dry_run=True).memory["peak"]
+projected = streamconv.convert(source, out, outtype="f16", dry_run=True).memory["projected"]
 print(json.dumps([projected, streamconv.convert(source, out, outtype="f16").peak_rss_nbytes]))
 """
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
-from streamconv.checkpoint.safetensors import MAX_HEADER_NBYTES, Shard
+from streamconv.checkpoint.safetensors import Shard
 from streamconv.errors import SourceError
 from streamconv.files.strict_json import parse_object
 
@@ -64,7 +64,7 @@ def test_headers(table: dict[str, Any], extra: int) -> None:
         path = Path(directory) / "model.safetensors"
         path.write_bytes(content)
         try:
-            shard = Shard(path, 1 << 30)
+            shard = Shard(path)
         except SourceError as error:
             assert str(error).isprintable()
             if error.code != "tensor-name":  # safetensors takes any name
@@ -109,7 +109,7 @@ def test_an_index_of_any_shape(value: Any) -> None:
         index = {"weight_map": value}
         (Path(directory) / "model.safetensors.index.json").write_text(json.dumps(index))
         try:
-            Checkpoint.open(Path(directory), max_header_nbytes=MAX_HEADER_NBYTES)
+            Checkpoint.open(Path(directory))
         except SourceError as error:
             assert str(error).isprintable()
         else:

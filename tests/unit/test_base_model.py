@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import streamconv
+from streamconv.budget import unbounded
 from streamconv.errors import SourceError
 from streamconv.gguf.format import PackedArray
 from streamconv.lora.base import BaseModel, Slot, open_base
@@ -21,7 +22,7 @@ from tests import tiny
 from tests.raising import raises
 from tests.tools import gguf_bytes as raw
 
-LIMIT = 1 << 28
+LIMIT = unbounded()
 LLAMA = {
     "llama.block_count": 2,
     "llama.embedding_length": 64,

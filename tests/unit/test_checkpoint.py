@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from streamconv.budget import Budget
 from streamconv.checkpoint import library
 from streamconv.checkpoint.folder import INDEX, Checkpoint
 from streamconv.checkpoint.safetensors import Shard
@@ -220,7 +221,7 @@ def test_malformed_shards_are_refused(tmp_path: Path, content: bytes, message: s
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(SourceError, match=message) as caught:
-        Shard(path, 1 << 30)
+        Shard(path)
     assert caught.value.file == str(path)
 
 
@@ -233,8 +234,8 @@ def test_what_is_too_large_for_the_bound_is_not_parsed(checkpoint: Path, name: s
     else:
         path.write_bytes(b"{" * 100_000)
     with pytest.raises(BudgetError) as caught:
-        Checkpoint.open(checkpoint, max_header_nbytes=2_000_000)
-    assert caught.value.file == str(path) and caught.value.code == "memory-parsing"
+        Checkpoint.open(checkpoint, budget=Budget(2_000_000, 0, 0))
+    assert caught.value.file == str(path) and caught.value.code == "memory-bound"
 
 
 def test_the_memory_of_headers_is_bounded_closely(tmp_path: Path) -> None:
@@ -246,13 +247,13 @@ def test_the_memory_of_headers_is_bounded_closely(tmp_path: Path) -> None:
     os.truncate(path, path.stat().st_size + len(names) * 16384)
     text = json.dumps(header).encode()
     tracemalloc.start()
-    shard = Shard(path, len(text) + objects_nbytes([text]))
+    shard = Shard(path, Budget(len(text) + objects_nbytes([text]), 0, 0))
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < shard.parsed_nbytes < 2 * kept
     assert peak < len(text) + objects_nbytes([text]) < 3 * peak
     with pytest.raises(BudgetError):
-        Shard(path, len(text) + objects_nbytes([text]) - 1)
+        Shard(path, Budget(len(text) + objects_nbytes([text]) - 1, 0, 0))
     shard.close()
 
 
@@ -266,15 +267,15 @@ def test_the_tables_of_all_shards_are_counted_together(checkpoint: Path) -> None
         len(text := (checkpoint / name).read_bytes()) + objects_nbytes([text]) for name in ("config.json", INDEX)
     )
     needed = jsons + tables[0] + len(header) + objects_nbytes([header])
-    Checkpoint.open(checkpoint, max_header_nbytes=needed).__exit__(None, None, None)
+    Checkpoint.open(checkpoint, budget=Budget(needed, 0, 0)).__exit__(None, None, None)
     with pytest.raises(BudgetError) as caught:
-        Checkpoint.open(checkpoint, max_header_nbytes=needed - 1)
+        Checkpoint.open(checkpoint, budget=Budget(needed - 1, 0, 0))
     assert caught.value.file == str(second)
 
 
 def test_a_dtype_that_does_not_convert(tmp_path: Path) -> None:
     save_file({"a": np.arange(6, dtype=np.int64)}, tmp_path / "model.safetensors")
-    tensor = Shard(tmp_path / "model.safetensors", 1 << 30).tensors["a"]
+    tensor = Shard(tmp_path / "model.safetensors").tensors["a"]
     with pytest.raises(SourceError, match="dtype I64") as caught:
         tensor.lazy()
     assert caught.value.tensor == "a"
@@ -299,7 +300,7 @@ def replace(path: Path) -> None:
 @pytest.mark.parametrize("change", [truncate, rewrite, replace, Path.unlink])
 def test_a_shard_that_changes_is_noticed(checkpoint: Path, change: Callable[[Path], None]) -> None:
     path = checkpoint / "model-00001-of-00002.safetensors"
-    shard = Shard(path, 1 << 30)
+    shard = Shard(path)
     shard.check_unchanged()
     change(path)
     with raises(SourceError, code="source-changed") as caught:
@@ -309,7 +310,7 @@ def test_a_shard_that_changes_is_noticed(checkpoint: Path, change: Callable[[Pat
 
 def test_a_truncated_shard_is_a_short_read_and_no_signal(checkpoint: Path) -> None:
     path = checkpoint / "model-00001-of-00002.safetensors"
-    shard = Shard(path, 1 << 30)
+    shard = Shard(path)
     tensor = shard.tensors["a.weight"]
     os.truncate(path, tensor.offset + 10)
     with raises(SourceError, code="source-changed"):

@@ -72,12 +72,13 @@ def test_the_report_and_its_json(source: Path, tmp_path: Path) -> None:
     entry = report.to_json()
     assert list(entry) == [
         "schema", "command", "output", "outputs", "architecture", "dialect", "outtype", "n_tensors", "n_parameters",
-        "types", "seconds", "peak_rss_nbytes", "verified", "resumed", "warnings",
+        "types", "seconds", "peak_rss_nbytes", "verified", "resumed", "resumed_nbytes",
+        "adapters", "beside", "warnings", "memory",
     ]  # fmt: skip
     (output,) = entry["outputs"]
     assert output == {"path": str(out), "nbytes": out.stat().st_size, "sha256": digest(out), "role": "model"}
     assert (entry["schema"], entry["command"], entry["architecture"], entry["outtype"]) == (
-        1,
+        2,
         "convert",
         "lfm2",
         "q8_0",
@@ -96,8 +97,8 @@ def test_a_dry_run_tells_everything_and_writes_nothing(source: Path, tmp_path: P
     for row in planned["plan"]:
         assert set(row) == {"source", "target", "shape", "type", "nbytes"} and row["source"]
     memory = planned["memory"]
-    assert set(memory) == {"limit", "fixed", "slab", "workers", "peak"}
-    assert memory["fixed"] < memory["peak"] <= memory["limit"]
+    assert set(memory) == {"allowed", "projected", "terms", "workers", "io"}
+    assert memory["terms"]["process"] < sum(memory["terms"].values()) == memory["projected"] <= memory["allowed"]
     again = streamconv.convert(source, tmp_path / "out.gguf", outtype="f16", dry_run=True)
     assert [warning.code for warning in again.warnings] == ["exists"]
 
@@ -189,7 +190,7 @@ def test_shards_never_show_in_the_tensors(tmp_path: Path) -> None:
 
 def test_the_default_bound_is_256_mib_in_a_process_of_its_own(source: Path) -> None:
     done = command("convert", source, "--dry-run", "--json")
-    assert json.loads(done.stdout)["memory"]["limit"] == 256 * MIB
+    assert json.loads(done.stdout)["memory"]["allowed"] == 256 * MIB
 
 
 def test_a_caller_that_holds_much_already_is_not_refused(source: Path, tmp_path: Path) -> None:
@@ -421,7 +422,7 @@ def test_a_way_to_run_that_is_none(
 )
 def test_a_bound_as_people_write_it(source: Path, text: str, nbytes: int) -> None:
     memory = streamconv.convert(source, dry_run=True, max_memory=text).memory
-    assert memory is not None and memory["limit"] == nbytes
+    assert memory is not None and memory["allowed"] == nbytes
 
 
 def test_what_a_call_takes_is_there_without_a_look_into_modules(source: Path, tmp_path: Path) -> None:
@@ -501,12 +502,12 @@ def test_the_memory_proof_adds_up(
     words = ["convert", str(source), "-o", str(tmp_path / "out.gguf"), "--dry-run", "--threads", str(threads)]
     assert main([*words, "--json"]) == 0
     proof = json.loads(capsys.readouterr().out)["memory"]
-    assert proof["workers"] == threads
-    assert proof["fixed"] + proof["workers"] * proof["slab"] == proof["peak"] <= proof["limit"]
+    assert 1 <= proof["workers"] <= threads
+    assert sum(proof["terms"].values()) == proof["projected"] <= proof["allowed"]
     assert main(words) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: "))
-    fixed, workers, slab, peak, _ = map(float, re.findall(r"\d+(?:\.\d+)?", line))
-    assert fixed + workers * slab == pytest.approx(peak, abs=1e-9)
+    lines = capsys.readouterr().out.partition("memory (")[2].splitlines()[1:]
+    *terms, projected = [float(re.findall(r"\d+\.\d+", line)[0]) for line in lines if "MiB" in line]
+    assert len(terms) == len(proof["terms"]) and sum(terms) == pytest.approx(projected, abs=1e-9)
 
 
 def test_the_folder_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ TYPES = {
 
 Fields = dict[str, set[str]]
 # Objects whose keys are data; what is below them has * for the key, or is left alone where anything may stand there.
-MAPS = {"types", "metadata_types", "calls", "options"}
+MAPS = {"types", "metadata_types", "calls", "options", "terms"}
 OPAQUE = {"metadata"}
 
 

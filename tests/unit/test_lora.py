@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import streamconv
+from streamconv.budget import unbounded
 from streamconv.errors import SourceError
 from streamconv.lazy.views import Transpose
 from streamconv.lora.base import Landing, Slot, open_base
@@ -19,7 +20,7 @@ from tests import loras, tiny
 from tests.raising import raises
 from tests.unit.test_base_model import LLAMA, gguf
 
-LIMIT = 1 << 28
+LIMIT = unbounded()
 Q, K, UP = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
 A, B = "lora_A.weight", "lora_B.weight"
 

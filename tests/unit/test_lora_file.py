@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from streamconv.budget import unbounded
 from streamconv.errors import SourceError
 from streamconv.lora.files import LoraFile, parse_name
 from tests import loras, tiny
 from tests.raising import raises
 
 Q = loras.Q
-LIMIT = 1 << 28
+LIMIT = unbounded()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -21,10 +22,10 @@ import streamconv
 from streamconv.api import run as run_module
 from streamconv.api.convert_lora import convert_adapter
 from streamconv.api.verify_file import verify
-from streamconv.budget import MIB
+from streamconv.budget import MIB, RUN_TO_RUN_NBYTES, Budget
 from streamconv.check import tensors as compare
 from streamconv.cli import main
-from streamconv.engine.layout import RUN_TO_RUN_NBYTES
+from streamconv.engine.layout import MODULES_NBYTES
 from streamconv.errors import BudgetError, SourceError, UsageError, VerifyError
 from streamconv.ggml import _kernels
 from streamconv.ggml import encode as codecs
@@ -540,17 +541,21 @@ def test_digests(source: Path, tmp_path: Path) -> None:
         assert (tuple(entry["shape"]), entry["type"]) == (stored[entry["name"]].shape, stored[entry["name"]].type)
 
 
-def test_memory_bounds_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "resident_nbytes", lambda: (50 * MIB, 50 * MIB))
+def test_memory_bounds_the_threads() -> None:
     tensor = Encode(Resident(tiny.noise("x", (300, 640), 1.0)), "x", Q8_0)
-    assert compare.prove_comparison([tensor], limit=1 << 40, threads=4) == 4
-    worker = compare.WORKER_OVERHEAD_NBYTES + compare._worker_nbytes(tensor)
-    fixed = 50 * MIB + compare.RUN_OVERHEAD_NBYTES
-    assert compare.prove_comparison([tensor], limit=fixed + 3 * worker - 1, threads=4) == 2
-    assert compare.prove_comparison([tensor], limit=fixed + worker, threads=4) == 1
+    steps: Any = [SimpleNamespace(tensor=tensor)]
+    process = 1 << 40  # more than there is, so that nothing is unaccounted for
+    worker, fixed = compare.comparer_nbytes(steps), process + MODULES_NBYTES + compare.listed_nbytes(steps)
+
+    def threads(allowed: int) -> int:
+        return compare.prove_comparison(steps, Budget(allowed, process), threads=4).workers
+
+    assert threads(1 << 50) == 4
+    assert threads(fixed + 3 * worker - 1) == 2
+    assert threads(fixed + worker) == 1
     needed = math.ceil((fixed + worker + RUN_TO_RUN_NBYTES) / MIB)
     with pytest.raises(BudgetError, match=f"needs {needed} MiB"):
-        compare.prove_comparison([tensor], limit=fixed + worker - 1, threads=4)
+        threads(fixed + worker - 1)
 
 
 @pytest.mark.parametrize("shape", [(300, 640), (1, 1 << 20), (5, 320_000)])

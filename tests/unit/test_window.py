@@ -15,6 +15,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 import streamconv
+from streamconv.budget import Budget, resident_nbytes
 from streamconv.engine.layout import CHUNK_NBYTES, CHUNKS_WRITING, Io, PlacedTensor, make_layout, prove_memory
 from streamconv.errors import UsageError
 from streamconv.files import local, window
@@ -325,28 +326,31 @@ def layout_of(shape: tuple[int, ...]) -> Any:
 def test_windows_are_counted() -> None:
     layout = layout_of((100_000, 2048))
     proofs = {
-        io: prove_memory([layout], limit=256 << 20, resident=40 << 20, threads=2, io=io) for io in Io
+        io: prove_memory([layout], Budget(256 << 20), threads=2, io=io) for io in Io
     }  # fmt: skip
     assert proofs[Io.POSITIONED].window == 0 < proofs[Io.MAPPED].window == proofs[Io.AUTO].window
-    assert proofs[Io.MAPPED].peak - proofs[Io.POSITIONED].peak == 2 * proofs[Io.MAPPED].window == 8 << 20
+    assert {io: proof.terms.get("windows") for io, proof in proofs.items()} == {
+        Io.POSITIONED: None,
+        Io.MAPPED: 8 << 20,
+        Io.AUTO: 8 << 20,
+    }
 
 
 def test_where_windows_would_cost_workers_sources_are_read() -> None:
-    layout = layout_of((100_000, 2048))
-    whole = prove_memory([layout], limit=256 << 20, resident=40 << 20, threads=2, io=Io.AUTO)
-    for io, limit, mapped in (
-        (Io.AUTO, whole.peak, whole.window),
-        (Io.AUTO, whole.peak - 1, 0),
-        (Io.MAPPED, whole.peak - 1, whole.window),
+    layout, process = layout_of((100_000, 2048)), resident_nbytes()[0] + (64 << 20)
+    whole = prove_memory([layout], Budget(1 << 40, process), threads=2, io=Io.AUTO)
+    for io, allowed, mapped in (
+        (Io.AUTO, whole.projected, whole.window),
+        (Io.AUTO, whole.projected - 1, 0),
+        (Io.MAPPED, whole.projected - 1, whole.window),
     ):
-        proof = prove_memory([layout], limit=limit, resident=40 << 20, threads=2, io=io)
-        assert (proof.window, proof.workers) == (mapped, 2) and proof.peak <= limit
+        proof = prove_memory([layout], Budget(allowed, process), threads=2, io=io)
+        assert (proof.window, proof.workers) == (mapped, 2) and proof.projected <= allowed
         is_largest = (proof.chunk, proof.writing) == (CHUNK_NBYTES[0], CHUNKS_WRITING[0])
         assert is_largest == (io is Io.AUTO)
 
 
 def test_rows_wider_than_a_window(tmp_path: Path) -> None:
     """A window is as wide as a slab asks for."""
-    assert prove_memory(
-        [layout_of((2, 5 << 20))], limit=1 << 30, resident=0, threads=1, io=Io.MAPPED
-    ).window == window_nbytes(10 << 20)
+    proof = prove_memory([layout_of((2, 5 << 20))], Budget(1 << 40), threads=1, io=Io.MAPPED)
+    assert proof.window == window_nbytes(10 << 20)
