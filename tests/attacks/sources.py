@@ -264,7 +264,7 @@ CONFIGS: dict[str, Attack] = {
     "block_ffn_dim_multiplier 1e30": _key("block_ffn_dim_multiplier", 1e30, "shape-mismatch"),
     "quantised weights": _key("quantization_config", {"quant_method": "gptq"}, "quantised"),
     "head_dim 0": _key("head_dim", 0, "config-value", "llama"),
-    "an odd head_dim": llama(config(head_dim=15), "shape-mismatch"),
+    "an odd head_dim": llama(config(head_dim=15), "unrunnable"),
     "llama3 RoPE with a factor of 0": llama(
         config(
             rope_parameters={
