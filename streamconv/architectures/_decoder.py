@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from streamconv.architectures._rope import Rope
-from streamconv.recipe import BOOL, F32, Config, Dim, Drop, Key, Model, Op, Permute, Refusal, Split, Tensor
+from streamconv.recipe import BOOL, F32, Caveat, Config, Dim, Drop, Key, Model, Op, Permute, Refusal, Split, Tensor
 
 LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 
@@ -224,6 +224,27 @@ def slides(model: Model) -> bool:
     first = config.integer("max_window_layers", minimum=0)
     return first is None or first < model.n_layers
 
+
+def window_caveat(family: str, silent: int | None) -> Caveat:
+    """What llama.cpp does beyond a sliding window that it lacks. silent: transformers' where the config says none."""
+
+    def applies(model: Model) -> bool:
+        config = model.config
+        window = silent if "sliding_window" not in config.raw else config.integer("sliding_window")
+        return window is not None and window < (config.integer("max_position_embeddings") or window + 1)
+
+    return Caveat(
+        f"beyond the sliding window llama.cpp predicts otherwise: it has none for {family}",
+        applies,
+        code="window-ignored",
+    )
+
+
+TEXT_HALF = Caveat(
+    "the file has the text half alone: vision tower and projector are left out",
+    lambda model: model.config.section("vision_config") is not None,
+    code="text-half",
+)
 
 NO_WINDOW = Refusal("use_sliding_window is true, and the run time has no window for this architecture", slides)
 

@@ -37,6 +37,7 @@ class Rope:
         partial: The share of each head that is rotated where the config is silent; None: it is all, and must be.
         kind: The kind of layers whose RoPE this is, where configs say it by kind.
         rounded: Whether a YaRN that must not round its range is refused; the run time always rounds it.
+        betas: Whether the run time reads YaRN's betas for this architecture.
     """
 
     theta: float
@@ -45,6 +46,7 @@ class Rope:
     partial: float | None = None
     kind: str | None = None
     rounded: bool = True
+    betas: bool = False
 
     # -- what a config says
 
@@ -168,7 +170,7 @@ class Rope:
             # What llama.cpp has keys for, and reads in other architectures alone.
             *(
                 Refusal(f"{key} of YaRN is not {fixed:g}, which the run time takes", self.is_not(key, fixed))
-                for key, fixed in YARN_BETAS.items()
+                for key, fixed in (() if self.betas else YARN_BETAS.items())
             ),
             Refusal(
                 "truncate of YaRN is false, and the run time rounds its range",

@@ -123,8 +123,13 @@ class Output:
         return next((drop for drop in drops if _covers(drop, name, depths)), None)
 
     def stated_tie(self, config: Config) -> bool | None:
-        """Whether the config says that the head is the embedding; None where it says nothing."""
-        return next((flag for key in self.tie_keys if (flag := config.flag(key)) is not None), None)
+        """Whether the config says that the head is the embedding; None where it says nothing.
+
+        Of a wrapper and its section either may: transformers 4 read the one and 5 reads the other.
+        """
+        of_each = (config,) if config.parent is None else (config, config.parent)
+        said = [next((flag for key in self.tie_keys if (flag := one.flag(key)) is not None), None) for one in of_each]
+        return any(said) if any(flag is not None for flag in said) else None
 
     def stack_of_axis(self, axis: str) -> str:
         """The stack whose layers differ on `axis`."""

@@ -574,7 +574,11 @@ FAMILIES: dict[str, Family] = {
         seed=30,
         norm_mean=0.0,
         ends_gain=0.5,
-        wrong_keys={"gemma.rope.freq_base": "not written, and the run time takes 10000"},
+        wrong_keys={
+            "gemma.rope.freq_base": "not written, and the run time takes 10000",
+            "tokenizer.ggml.eot_token_id": "107, whatever token that is",
+        },
+        floor=2e-8,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -584,6 +588,7 @@ FAMILIES: dict[str, Family] = {
         norm_mean=0.0,
         ends_gain=0.5,
         wrong_keys={"gemma2.rope.freq_base": "not written, and the run time takes 10000"},
+        floor=3e-8,
     ),
     "gemma3": Family(
         "Gemma3ForCausalLM",
@@ -721,6 +726,7 @@ FAMILIES: dict[str, Family] = {
         targets=(*ATTENTION, "up_proj", "down_proj"),
         norm_mean=0.0,
         dtype="float32",
+        wrong_keys={"tokenizer.ggml.unknown_token_id": "1, whatever the tokenizer says"},
     ),
 }
 

@@ -42,12 +42,25 @@ def _without_bos(directory: Path, pre: str) -> None:
 
 
 def _gemma(directory: Path) -> None:
-    tiny.write_spm(directory)
-    _edit(directory / "tokenizer_config.json", tokenizer_class="GemmaTokenizer", add_prefix_space=None)
+    """No space before a text, and pieces that are found before any merge: turns, newlines and indentation.
+
+    tokenizer_config.json lists all of them, as published ones do.
+    """
+    own = ("<start_of_turn>", "<end_of_turn>", "\n\n", "▁▁▁▁")
+    tiny.write_spm(directory, prefix=False, own=own)
+    path = directory / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    tiny.write_json(path, value | {"pre_tokenizer": split})
+    _edit(directory / "tokenizer_config.json", tokenizer_class="GemmaTokenizer")
+    _list_added(directory)
 
 
 def _phi3(directory: Path) -> None:
-    """As the others of SentencePiece, with Phi's added tokens; llama.cpp refuses a Phi-3 without `<|endoftext|>`."""
+    """As the others of SentencePiece, with Phi's added tokens; llama.cpp refuses a Phi-3 without `<|endoftext|>`.
+
+    tokenizer_config.json lists all of them, as published ones do.
+    """
     tiny.write_spm(directory)
     path = directory / "tokenizer.json"
     value = json.loads(path.read_text(encoding="utf-8"))
@@ -55,6 +68,14 @@ def _phi3(directory: Path) -> None:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         value["added_tokens"].append({"id": index, "content": token, **flags})
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    _list_added(directory)
+
+
+def _list_added(directory: Path) -> None:
+    """The added tokens of tokenizer.json in tokenizer_config.json too, as transformers 4 wrote it."""
+    added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    listed = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added}
+    _edit(directory / "tokenizer_config.json", added_tokens_decoder=listed)
 
 
 def _phi4(directory: Path) -> None:

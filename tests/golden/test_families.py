@@ -108,10 +108,10 @@ def test_run_time_predicts_what_peft_does(workshop: Workshop, name: str, tmp_pat
 def test_a_merged_adapter_is_the_applied_one(workshop: Workshop, name: str, tmp_path: Path) -> None:
     merged = tmp_path / "merged.gguf"
     streamconv.convert(workshop.source(name), merged, outtype="f32", adapters=[workshop.adapter(name)])
-    assert runtime.kl(families.logits(name)[1], families.run(merged)) < allowed(name, "adapter_kl")
+    assert runtime.kl(families.logits(name)[1], families.run(merged)) < max(allowed(name), allowed(name, "adapter_kl"))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if (FAMILIES[name].tokenizer not in ("spm", "gemma", "phi3"))])
+@pytest.mark.parametrize("name", NAMES)
 def test_run_time_tokenizes_as_the_library_does(workshop: Workshop, name: str) -> None:
     reference = tokenizers.Tokenizer.from_file(str(workshop.source(name) / "tokenizer.json"))
     _, tokens = workshop.predictions(name)

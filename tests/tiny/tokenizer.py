@@ -111,8 +111,19 @@ def write_bpe(
     _write_companions(directory, SPECIALS[1], SPECIALS[2], SPECIALS[0], bos)
 
 
-def write_spm(directory: Path, *, n_tokens: int = N_SPM_TOKENS, model: bool = True, fast: bool = True) -> None:
-    """Llama 2's kind: tokenizer.model (`model`), tokenizer.json of the same vocabulary (`fast`), their companions."""
+def write_spm(
+    directory: Path,
+    *,
+    n_tokens: int = N_SPM_TOKENS,
+    model: bool = True,
+    fast: bool = True,
+    prefix: bool = True,
+    own: Sequence[str] = (),
+) -> None:
+    """Llama 2's kind: tokenizer.model (`model`), tokenizer.json of the same vocabulary (`fast`), their companions.
+
+    prefix: a space is put before a text; own: further pieces, of SentencePiece's kind USER_DEFINED.
+    """
     characters = ["▁", *dict.fromkeys("etaoinshrdlucmfwypvbgkqxjzTHEWQ,.!?0123456789'")]
     pieces: list[str] = []
     merges: list[tuple[str, str]] = []
@@ -124,13 +135,14 @@ def write_spm(directory: Path, *, n_tokens: int = N_SPM_TOKENS, model: bool = Tr
         merges.append((left, right))
         pieces.append(left + right)
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
-    tokens = [*SPM_SPECIALS, *bytes_, *pieces, *characters]
+    tokens = [*SPM_SPECIALS, *bytes_, *pieces, *characters, *own]
     if model:
         scores = [0.0] * (3 + 256) + [-float(index) for index in range(len(pieces) + len(characters))]
         kinds = [_UNKNOWN, _CONTROL, _CONTROL] + [_BYTE] * 256 + [_NORMAL] * (len(pieces) + len(characters))
-        (directory / "tokenizer.model").write_bytes(_sentencepiece_model(tokens, scores, kinds))
+        scores, kinds = scores + [0.0] * len(own), kinds + [_USER_DEFINED] * len(own)
+        (directory / "tokenizer.model").write_bytes(_sentencepiece_model(tokens, scores, kinds, prefix))
     if fast:
-        _write_json(directory / "tokenizer.json", _spm_tokenizer_json(tokens, merges))
+        _write_json(directory / "tokenizer.json", _spm_tokenizer_json(tokens, merges, prefix, own))
     _write_companions(
         directory, "<s>", "</s>", "<unk>", True, chat_template=None, unk_token="<unk>", tokenizer_class="LlamaTokenizer"
     )
@@ -193,19 +205,25 @@ def _added(index: int, content: str, special: bool) -> dict[str, Any]:
     return {"id": index, "content": content, **flags}
 
 
-def _spm_tokenizer_json(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _spm_tokenizer_json(
+    tokens: Sequence[str], merges: Sequence[tuple[str, str]], prefix: bool, own: Sequence[str]
+) -> dict[str, Any]:
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    first = len(tokens) - len(own)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(index, token, True) for index, token in enumerate(SPM_SPECIALS)],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
+        "added_tokens": [
+            *(_added(index, token, True) for index, token in enumerate(SPM_SPECIALS)),
+            *(
+                _added(index, token, token.startswith("<")) | {"normalized": False}
+                for index, token in enumerate(own, first)
+            ),
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if prefix else replace,
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {
@@ -214,7 +232,7 @@ def _spm_tokenizer_json(tokens: Sequence[str], merges: Sequence[tuple[str, str]]
                 {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                *strip,
             ],
         },
         "model": {
@@ -233,18 +251,18 @@ def _spm_tokenizer_json(tokens: Sequence[str], merges: Sequence[tuple[str, str]]
 
 
 # sentencepiece_model.proto: field numbers and the values of SentencePiece.Type and TrainerSpec.ModelType.
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _MODEL_TYPE_BPE = 2
 
 
-def _sentencepiece_model(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> bytes:
+def _sentencepiece_model(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], prefix: bool) -> bytes:
     pieces = b"".join(
         _field(1, _field(1, token.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", score) + _number(3, kind))
         for token, score, kind in zip(tokens, scores, kinds, strict=True)
     )
     byte_fallback = _number(35, 1)
     trainer = _field(2, _number(3, _MODEL_TYPE_BPE) + _number(4, len(tokens)) + byte_fallback)
-    normalizer = _field(3, _field(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1))
+    normalizer = _field(3, _field(1, b"identity") + _number(3, int(prefix)) + _number(4, 0) + _number(5, 1))
     return pieces + trainer + normalizer
 
 

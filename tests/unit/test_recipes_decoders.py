@@ -104,6 +104,46 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt-oss", {"attention_bias": False}, "attention_bias"),
     ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func"),
     ("minimax-m2", {"use_qk_norm": False}, "use_qk_norm"),
+    ("mistral", {"hidden_act": "gelu"}, "hidden_act"),
+    ("mistral", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}, "longrope"),
+    ("mixtral", {"num_experts_per_tok": 6}, "6 of 5 experts"),
+    ("ministral3", {"model_type": "mistral4"}, "mistral4"),
+    ("ministral3", {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
+    ("gemma", {"hidden_act": "silu"}, "hidden_act"),
+    ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma", {"attention_bias": True}, "attention_bias"),
+    ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar"),
+    ("gemma2", {"query_pre_attn_scalar": ABSENT}, "query_pre_attn_scalar"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping"),
+    ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping"),
+    ("gemma2", {"sliding_window": None}, "sliding_window"),
+    ("gemma2", {"hidden_activation": "relu"}, "hidden_activation"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("gemma3", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar"),
+    ("gemma3", {"sliding_window": None}, "sliding_window"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    (
+        "gemma3",
+        {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}}},
+        "full_attention",
+    ),
+    (
+        "gemma3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+            }
+        },
+        "in the layers with a window",
+    ),
+    ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear"),
+    ("phi3-long", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "long_factor"),
+    ("ernie4_5", {"use_bias": True}, "use_bias"),
+    ("ernie4_5-moe", {"use_bias": True}, "use_bias"),
+    ("ernie4_5-moe", {"moe_k": 6}, "6 of 5 experts"),
+    ("nemotron", {"hidden_act": "silu"}, "hidden_act"),
+    ("nemotron", {"rope_parameters": YARN}, "yarn"),
 ]
 
 
@@ -145,7 +185,8 @@ SILENT = ("num_key_value_heads", "hidden_act", "attention_bias", "mlp_bias", "at
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_config_leaves_out(name: str, value: Any) -> None:
     raw = family(name)[0]
-    skipped = {"cohere2", "gpt-oss", "olmo3"}  # whose windows transformers takes from a default
+    # Whose windows transformers takes from a default, and those that null has none of.
+    skipped = {"cohere2", "gpt-oss", "olmo3", "gemma2", "gemma3", "phi3-long"}
     keys = [
         key for key in SILENT if key in raw and not (key == "sliding_window" and (name in skipped or value is ABSENT))
     ]
@@ -154,12 +195,14 @@ def test_what_a_config_leaves_out(name: str, value: Any) -> None:
     assert inmemory.keys(bound(name, **dict.fromkeys(keys, value))) == inmemory.keys(bound(name))
 
 
-@pytest.mark.parametrize(("name", "default"), [("cohere2", 4096), ("gpt-oss", 128), ("olmo3", 4096)])
+@pytest.mark.parametrize(
+    ("name", "default"), [("cohere2", 4096), ("gpt-oss", 128), ("olmo3", 4096), ("gemma2", 4096), ("gemma3", 4096)]
+)
 def test_windows_that_a_config_leaves_to_transformers(name: str, default: int) -> None:
     assert inmemory.keys(bound(name, sliding_window=ABSENT))["attention.sliding_window"] == default
 
 
-@pytest.mark.parametrize("name", ["cohere2", "gpt-oss"])
+@pytest.mark.parametrize("name", ["cohere2", "gpt-oss", "gemma2", "gemma3"])
 def test_other_layers_with_a_window_are_listed(name: str) -> None:
     n_layers = family(name)[0]["num_hidden_layers"]
     usual = inmemory.keys(bound(name))
@@ -251,3 +294,99 @@ def test_a_stack_of_experts_in_memory_form_is_the_same_model(tmp_path: Path) -> 
     }
     shapes = {t.name: t.tensor.spec.shape for t in bound("qwen3moe").targets}
     assert {t.name: t.tensor.spec.shape for t in inmemory.bound(raw, rest | fused).targets} == shapes
+
+
+def test_gemma3_in_the_spelling_of_transformers_4() -> None:
+    """RoPE by kind was `rope_theta` with `rope_scaling` for the one, and `rope_local_base_freq` for the other."""
+    old = {"rope_parameters": ABSENT, "rope_theta": 2e6, "rope_local_base_freq": 3e4}
+    keys = inmemory.keys(bound("gemma3", **old, rope_scaling={"rope_type": "linear", "factor": 8.0}))
+    assert (keys["rope.freq_base"], keys["rope.freq_base_swa"]) == (2e6, 3e4)
+    assert (keys["rope.scaling.type"], keys["rope.scaling.factor"]) == ("linear", 8.0)
+
+
+def test_gemma3_by_the_defaults_of_transformers() -> None:
+    """The published 4B says no more than four numbers of its text half."""
+    said = ("num_hidden_layers", "hidden_size", "intermediate_size", "sliding_window", "query_pre_attn_scalar")
+    raw = family("gemma3")[0]
+    left_out = [key for key in raw if key not in (*said, "architectures", "model_type", "max_position_embeddings")]
+    assert inmemory.keys(bound("gemma3", **dict.fromkeys(left_out, ABSENT))) == inmemory.keys(bound("gemma3"))
+
+
+def test_gemma3_without_any_window_has_none() -> None:
+    keys = inmemory.keys(bound("gemma3", layer_types=ABSENT, sliding_window_pattern=1))
+    assert not {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"} & keys.keys()
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn"])
+def test_phi3_in_the_spelling_of_older_configs(kind: str) -> None:
+    said = rope("phi3-long", rope_type=kind)
+    assert inmemory.keys(bound("phi3-long", rope_parameters=said)) == inmemory.keys(bound("phi3-long"))
+
+
+def test_phi3_takes_the_attention_factor_that_a_config_states() -> None:
+    keys = inmemory.keys(bound("phi3-long", rope_parameters=rope("phi3-long", attention_factor=1.25)))
+    assert keys["rope.scaling.attn_factor"] == 1.25
+
+
+def test_the_long_factors_are_warned_of() -> None:
+    assert "long-factors" in [warning.code for warning in bound("phi3-long").warnings]
+    assert "long-factors" not in [warning.code for warning in bound("phi3").warnings]
+
+
+@pytest.mark.parametrize("name", ["mistral", "mixtral", "phi3"])
+def test_a_window_that_the_run_time_lacks_is_warned_of(name: str) -> None:
+    assert "window-ignored" in [warning.code for warning in bound(name, sliding_window=64).warnings]
+    assert "window-ignored" not in [warning.code for warning in bound(name, sliding_window=640).warnings]
+    assert "window-ignored" not in [warning.code for warning in bound(name).warnings]
+
+
+def test_ministral3_states_an_attention_factor_that_the_run_time_does_not_come_to() -> None:
+    """The run time divides by that of `mscale_all_dim`, and takes 1 for `mscale`."""
+    usual = inmemory.keys(bound("ministral3"))
+    assert "rope.scaling.attn_factor" not in usual and usual["rope.scaling.yarn_log_multiplier"] == 1.0
+    other = inmemory.keys(bound("ministral3", rope_parameters=rope("ministral3", mscale=2.0)))
+    wanted = (1 + 0.2 * np.log(4)) / (1 + 0.1 * np.log(4))
+    assert other["rope.scaling.attn_factor"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_wrapper_or_its_section_may_say_that_the_head_is_the_embedding(tied: bool) -> None:
+    section = family("mistral3")[0]["text_config"]
+    model = bound("mistral3", tie_word_embeddings=not tied, text_config=section | {"tie_word_embeddings": tied})
+    assert model.is_tied
+    with pytest.raises(SourceError) as refused:
+        bound("mistral3", tie_word_embeddings=False, text_config=section | {"tie_word_embeddings": False})
+    assert refused.value.code == "checkpoint-mismatch"
+
+
+@pytest.mark.parametrize("name", ["mistral3", "gemma3-it"])
+def test_a_vision_half_that_is_left_out_is_warned_of(name: str) -> None:
+    assert "text-half" in [warning.code for warning in bound(name).warnings]
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_ernies_first_layer_with_experts_must_be_as_the_config_says(start: int) -> None:
+    with pytest.raises(SourceError) as refused:
+        bound("ernie4_5-moe", moe_layer_start_index=start)
+    assert refused.value.code == "checkpoint-mismatch"
+
+
+def test_ernies_fused_matrices_are_taken_apart() -> None:
+    """As the publisher's own program stores them, under a prefix of its own."""
+    raw, stored = family("ernie4_5")
+    fused = {name.replace("model.", "ernie."): tensor for name, tensor in stored.items()}
+    for i in range(raw["num_hidden_layers"]):
+        layer = f"ernie.layers.{i}."
+        for part in ("q", "k", "v"):
+            del fused[f"{layer}self_attn.{part}_proj.weight"]
+        for part in ("gate", "up"):
+            del fused[f"{layer}mlp.{part}_proj.weight"]
+        n_rows = (raw["num_attention_heads"] + 2 * raw["num_key_value_heads"]) * raw["head_dim"]
+        fused[f"{layer}self_attn.qkv_proj.weight"] = zeros(n_rows, raw["hidden_size"])
+        fused[f"{layer}mlp.up_gate_proj.weight"] = zeros(2 * raw["intermediate_size"], raw["hidden_size"])
+    shapes = {target.name: target.tensor.spec.shape for target in inmemory.bound(copy.deepcopy(raw), fused).targets}
+    assert shapes == {target.name: target.tensor.spec.shape for target in bound("ernie4_5").targets}
+
+
+def zeros(*shape: int) -> inmemory.Stored:
+    return inmemory.Stored(np.broadcast_to(np.float32(0), shape))

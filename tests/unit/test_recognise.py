@@ -148,7 +148,7 @@ def test_an_unsupported_architecture_is_named_with_the_nearest(tmp_path: Path) -
     error = refused(source, tmp_path / "out.gguf")
     assert error.code == "architecture-unsupported"
     assert "FancyForCausalLM" in error.message
-    assert "nearest to granite" in error.message  # whose names are those of llama, and which comes first
+    assert "nearest to gemma's" in error.message  # whose names are those of llama, but for the head
     assert strange.format("{i}") in error.message
     assert "docs/adding-an-architecture.md" in (error.hint or "")
 

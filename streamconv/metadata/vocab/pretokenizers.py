@@ -171,7 +171,12 @@ def is_byte_level(part: Any) -> bool:
 
 def space_prefix(normalizer: Any, pre_tokenizer: Any) -> bool | None:
     """Whether a llama-style tokenizer.json puts a space before a text; None where it does something else as well."""
+    # Gemma splits at spaces, of which its normalizer has left none.
     match _flattened(normalizer, "normalizers"), _flattened(pre_tokenizer, "pretokenizers"):
+        case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], [
+            {"type": "Split", "pattern": {"String": " "}}
+        ]:
+            return False
         case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], []:
             return False
         case [

@@ -21,7 +21,10 @@ from streamconv.metadata.vocab.tokenizer_json import AddedToken, shown
 def sentencepiece_tokens(
     model: SentencePieceModel, companions: Companions, added: Iterable[AddedToken], n_vocab: int
 ) -> TokenList:
-    """For the tokenizer model `llama`. `added` are tokenizer.json's, for rows that nothing else names."""
+    """For the tokenizer model `llama`. `added` are tokenizer.json's, for rows that nothing else names.
+
+    They also say which pieces are found in a text before any merge, as configs of transformers 5 no longer do.
+    """
     ids: dict[bytes, int] = {}
     for index, text in enumerate(model.texts):
         if ids.setdefault(text, index) != index:
@@ -30,13 +33,21 @@ def sentencepiece_tokens(
     tokens = TokenList.of(model.path, ids, n_vocab)
     n_pieces = len(model.texts)
     kinds = np.frombuffer(model.kinds, dtype=np.uint8)
-    # As llama.cpp's converter has them. Neither type does in llama.cpp what SentencePiece does.
-    tokens.types[:n_pieces] = np.where(kinds == PieceKind.USER_DEFINED, TokenType.NORMAL, kinds)
+    # As llama.cpp's converter has them, but for those that are found before any merge: behind one of type USER_DEFINED
+    # llama.cpp puts the space that SentencePiece puts before a text, so where there is such a space it stays as it is.
+    own = TokenType.NORMAL if model.add_dummy_prefix else TokenType.USER_DEFINED
+    tokens.types[:n_pieces] = np.where(kinds == PieceKind.USER_DEFINED, own, kinds)
     tokens.scores = np.full(n_vocab, PADDING_SCORE, dtype=np.float32)
     tokens.scores[:n_pieces] = model.scores
+    for id_ in np.flatnonzero(tokens.types == TokenType.USER_DEFINED).tolist():
+        text = added_text(model.texts[id_], TokenType.USER_DEFINED)
+        tokens.put(id_, text, TokenType.USER_DEFINED, ADDED_SCORE)
     _add(tokens, companions, added)
     tokens.warnings += _faults(model)
     return tokens
+
+
+_PLAIN = (TokenType.NORMAL, TokenType.USER_DEFINED)
 
 
 def _add(tokens: TokenList, companions: Companions, added: Iterable[AddedToken]) -> None:
@@ -54,7 +65,7 @@ def _add(tokens: TokenList, companions: Companions, added: Iterable[AddedToken])
     for token in added:
         if token.id >= n_rows:
             tokens.left_out[token.text] = token.id
-        elif tokens.texts[token.id] is None:
+        elif tokens.texts[token.id] is None or tokens.types[token.id] in _PLAIN:
             _put(tokens, token)
     tokens.warn_of_left_out()
 
@@ -71,7 +82,7 @@ def _faults(model: SentencePieceModel) -> list[RunWarning]:
             "the SentencePiece model is not of type BPE; llama.cpp tokenizes it as if it were, some texts otherwise"
         )
         faults.append(RunWarning("sentencepiece-type", message))
-    n_own = model.kinds.count(PieceKind.USER_DEFINED)
+    n_own = model.kinds.count(PieceKind.USER_DEFINED) if model.add_dummy_prefix else 0
     if n_own:
         message = (
             f"SentencePiece finds {n_own} user-defined pieces before any merge, llama.cpp makes them of merges or not"
