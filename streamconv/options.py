@@ -419,7 +419,7 @@ class RunOptions(_Options):
     )
     dry_run: bool = option(
         False,
-        "print the plan and the memory proof, write nothing",
+        "print sizes, types and the memory proof, write nothing",
         commands=MAKE,
         group="run",
         key=None,

@@ -18,7 +18,7 @@ from streamconv.checkpoint.folder import Checkpoint
 from streamconv.engine.job import Job
 from streamconv.engine.layout import MODULES_NBYTES, PlacedTensor, least_run_nbytes, make_layout, memory_failures
 from streamconv.engine.split import make_parts
-from streamconv.errors import UsageError
+from streamconv.errors import RunWarning, UsageError
 from streamconv.files.hub import Source, find_source, model_name, source_failures
 from streamconv.files.local import noting_files
 from streamconv.files.store import Place
@@ -44,6 +44,7 @@ from streamconv.report import Report
 from streamconv.timing import Profile
 
 # Types that a further output, such as a projector, has with the model; beside others it is F16.
+MIN_PART_NBYTES = 1_000_000  # a limit below it is rather a number without its unit
 COMPANION_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -185,12 +186,13 @@ def plan_model(
         dst, general.file_name(policy.outtype), name=model_name(checkpoint.directory), outtype=policy.outtype
     )
     companion_policy = OuttypePolicy(policy.outtype if policy.outtype in COMPANION_OUTTYPES else "f16")
+    parts = make_parts(path, keys, tensors, wanted.parts)
     is_whole = wanted.parts.only_part in (None, 1)
     others = bind_outputs(recipe, model, bound.stored) if is_whole else []
     return Job(
         command="convert",
         keys=keys,
-        parts=make_parts(path, keys, tensors, wanted.parts),
+        parts=parts,
         role=recipe.role,
         companions=[
             _plan_companion(checkpoint, other, path if dst else None, wanted, stored or companion_policy)
@@ -216,6 +218,7 @@ def plan_model(
             *general.warnings,
             *vocabulary.warnings,
             *told,
+            *_small_parts(wanted.parts, len(parts)),
         ],
         changed_by={tensor.target: merged.changed_by(tensor.rows) for tensor in tensors} if adapters else {},
     )
@@ -248,6 +251,14 @@ def _plan_companion(
         warnings=model.warnings,
         role=output.role,
     )
+
+
+def _small_parts(options: SplitOptions, count: int) -> Iterator[RunWarning]:
+    """Whether a bare number was meant in another unit."""
+    size = options.max_nbytes
+    if size is not None and size < MIN_PART_NBYTES and count > 1:
+        message = f"--split-max-size {size} is {size:,} bytes: {count} files; {size}M would be megabytes"
+        yield RunWarning("split-small", message)
 
 
 def auto_outtype(checkpoint: Checkpoint, model: Model) -> str:

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except SystemExit:  # of --help and --version
                 say(end="", flush=True)
                 raise
+            if arguments[0] in ("-v", "--verbose"):  # before the command, whose own default came later
+                options.verbose = True
             code = int(options.run(options))
             say(end="", flush=True)
             return code
@@ -71,6 +73,8 @@ def _asked(words: list[str]) -> list[str]:
     """The words, with what people type to get help in the one form that the parser has."""
     if not words:
         return ["--help"]
+    if {*words} <= {"-v", "--verbose", "-V", "--version"}:
+        return sorted(words, key=lambda word: word in ("-V", "--version"))  # which answers at once
     return [*words[1:2], "--help", *words[2:]] if words[0] == "help" else words
 
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_verbose, positive, src_path
 from streamconv.cli.output import say
+from streamconv.errors import SourceError
+
+SCHEMA = 1  # of `architectures --json`
+LIBRARIES = ("numpy", "safetensors", "gguf", "tqdm", "psutil", "huggingface_hub")
+FEATURES = ("avx", "f16c", "fma", "avx2", "avx512f", "avx512_bf16", "asimd", "sve")  # as /proc/cpuinfo has them
+DENSE, EXPERTS = "dense", "mixture of experts"
 
 
 def add_inspect(commands: Any) -> None:
@@ -55,6 +67,7 @@ def add_architectures(commands: Any) -> None:
         help="what is supported, with the names that config.json uses",
         description="List the supported architectures: GGUF's name, then Hugging Face's.",
     )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_verbose(parser)
     parser.set_defaults(run=_architectures)
 
@@ -78,12 +91,14 @@ def _inspect(options: argparse.Namespace) -> int:
     from streamconv.cli.inspection import render, terminal_width
 
     found = inspect(options.path)
+    # An adapter's problems are those of a GGUF adapter: it may still be merged.
+    code = SourceError.exit_code if found.problems and found.kind != "adapter" else 0
     if options.json:
         say(json.dumps(found.to_json()))
-        return 0
+        return code
     for line in render(found, width=terminal_width(), tensors=options.tensors, head=options.head):
         say(line)
-    return 0
+    return code
 
 
 def _quants(options: argparse.Namespace) -> int:
@@ -110,11 +125,27 @@ def _quants(options: argparse.Namespace) -> int:
 
 def _architectures(options: argparse.Namespace) -> int:
     from streamconv.recipe.language import all_recipes
+    from streamconv.recipe.names import has_experts
 
-    rows = [(recipe.arch, ", ".join(recipe.hf_names), recipe.description) for recipe in all_recipes()]
-    arch_width, names_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for arch, names, description in rows:
-        say(f"{arch:<{arch_width}}  {names:<{names_width}}  {description}")
+    rows = [
+        {
+            "architecture": recipe.arch,
+            "names": list(recipe.hf_names),
+            "description": recipe.description,
+            "group": EXPERTS if any(has_experts(row.source or "") for row in recipe.tensors) else DENSE,
+        }
+        for recipe in all_recipes()
+    ]
+    if options.json:
+        say(json.dumps({"schema": SCHEMA, "architectures": rows}))
+        return 0
+    width = max(len(str(row["architecture"])) for row in rows)
+    for group in (DENSE, EXPERTS):
+        say(f"{group}:")
+        for row in rows:
+            if row["group"] == group:
+                say(f"  {row['architecture']:<{width}}  {row['description']}")
+                say(f"  {'':<{width}}  {', '.join(row['names'])}")
     return 0
 
 
@@ -124,3 +155,25 @@ def _draft(options: argparse.Namespace) -> int:
 
     say(draft(find_source(options.src)), end="")
     return 0
+
+
+def environment() -> Iterator[str]:
+    """What decides the speed, and what a report of a fault should name."""
+    from streamconv.ggml import blocks, encode
+
+    kernels = {"floats": encode.best_kernel().name, "blocks": blocks.best_kernel().name}
+    yield "kernels: " + ", ".join(f"{name} {'compiled' if by == 'c' else by}" for name, by in kernels.items())
+    yield f"CPU: {platform.machine()}, {os.cpu_count()} threads, {' '.join(_cpu_features()) or 'features unknown'}"
+    yield f"Python {platform.python_version()} on {platform.platform()}"
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            yield f"{name} {version(name)}"
+
+
+def _cpu_features() -> list[str]:
+    """Of FEATURES those that Linux lists; none on other systems."""
+    with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith(("flags", "Features")):
+                return [name for name in FEATURES if name in line.split()]
+    return []

@@ -98,6 +98,8 @@ def add_options(parser: argparse.ArgumentParser, command: str, *, output: str | 
                 help = f"default: {output}, in this folder; {{name}} and {{outtype}} are filled in"
                 group(name).add_argument(*OUTPUT_FLAGS, dest="output", metavar="OUT", type=dst_name, help=help)
             _add(group(name), one, command)
+    if "dry_run" in declared.parameters(command):
+        group("run").add_argument("--tensors", action="store_true", help="with --dry-run: a line for each tensor, too")
     add_report_options(group("run"))
 
 

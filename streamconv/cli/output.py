@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +21,7 @@ from streamconv.budget import in_words
 from streamconv.errors import DestinationError, printable
 
 if TYPE_CHECKING:
-    from streamconv.report import Report
+    from streamconv.report import PlannedTensor, Report
 
 MIB = 1 << 20
 
@@ -161,6 +161,8 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
     elif report.plan is not None:
         if not options.quiet:
             _say_plan(report)
+            if options.tensors:
+                _say_tensors(report.plan)
     elif not options.quiet:
         _say_summary(report, options)
 
@@ -173,9 +175,15 @@ def tell_warnings(report: Report) -> None:
 
 
 def _say_plan(report: Report) -> None:
-    assert report.plan is not None and report.memory is not None
-    width = max((len(row.target) for row in report.plan), default=0)
-    for row in report.plan:
+    assert report.memory is not None
+    _say_totals(report, "would write")
+    _say_memory(report.memory)
+
+
+def _say_tensors(rows: Sequence[PlannedTensor]) -> None:
+    """A line for each tensor, as wide as names are."""
+    width = max((len(row.target) for row in rows), default=0)
+    for row in rows:
         source = row.source[0] if row.source else "(computed)"
         if len(row.source) > 1:
             source += f" and {len(row.source) - 1} more"
@@ -183,8 +191,6 @@ def _say_plan(report: Report) -> None:
             source += f" + {', '.join(row.changed_by)}"
         shape = "x".join(map(str, row.shape))
         say(f"{row.target:<{width}}  {row.type:<5} {shape:>14} {row.nbytes:>13,}  <- {source}")
-    _say_totals(report, "would write")
-    _say_memory(report.memory)
 
 
 def _say_memory(memory: Mapping[str, Any]) -> None:
@@ -244,7 +250,5 @@ def _size(nbytes: int) -> str:
 def _say_totals(report: Report, verb: str) -> None:
     types = ", ".join(f"{total.n_tensors} {name}" for name, total in report.types.items())
     parts = f" and {len(report.outputs) - 1} more" if len(report.outputs) > 1 else ""
-    say(
-        f"{verb} {report.output}{parts}: {_size(report.nbytes)}, {report.n_tensors} tensors ({types}),"
-        f" {report.architecture}"
-    )
+    say(f"{verb} {report.output}{parts}: {_size(report.nbytes)}")
+    say(f"{report.architecture}, {report.n_tensors} tensors ({types})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from streamconv import __version__
 from streamconv.cli import batch, conversion, look
@@ -27,6 +28,18 @@ ADDED = (
 OWN = {"batch-job": batch.add_batch_job}
 
 
+class Version(argparse.Action):
+    """Prints the version, and what else decides speed and bytes where -v is among the words."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, *_: Any) -> NoReturn:
+        print(f"streamconv {__version__}")
+        if namespace.verbose:
+            from streamconv.cli.look import environment
+
+            print("\n".join(environment()))
+        parser.exit()
+
+
 def build_parser(command: Sequence[str] = ()) -> Parser:
     """The parser; each command sets `run`, a function of the options that gives the exit code.
 
@@ -39,7 +52,10 @@ def build_parser(command: Sequence[str] = ()) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("-V", "--version", action="version", version=f"streamconv {__version__}")
+    parser.add_argument(
+        "-V", "--version", action=Version, nargs=0, help="the version; with -v kernels, CPU features and libraries, too"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for add in (*ADDED, *(OWN[name] for name in command if name in OWN)):
         add(commands)

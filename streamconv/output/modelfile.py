@@ -72,6 +72,7 @@ class Modelfile:
 
     path: Path
     text: str
+    has_prompt: bool
 
 
 def plan_modelfile(output: Part, place: Place | None = None) -> Modelfile:
@@ -98,7 +99,7 @@ def plan_modelfile(output: Part, place: Place | None = None) -> Modelfile:
     if prompt is not None:
         lines.append(f'TEMPLATE """{prompt.template}"""')
         lines += [f'PARAMETER stop "{stop}"' for stop in prompt.stops]
-    return Modelfile(path, "\n".join(lines) + "\n")
+    return Modelfile(path, "\n".join(lines) + "\n", prompt is not None)
 
 
 def _beside(target: Path, path: Path) -> str:

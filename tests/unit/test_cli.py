@@ -15,13 +15,16 @@ import sys
 from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import streamconv
 from streamconv import cli
 from streamconv.cli.output import _is_ascii, next_command
 from streamconv.cli.parser import build_parser
+from streamconv.recipe.language import all_recipes
 from streamconv.report import Output, Report
 from tests import tiny
 from tests.tools import cli_docs
@@ -168,7 +171,7 @@ def test_a_stderr_that_takes_nothing_changes_nothing_else(tmp_path: Path, stderr
     for words, code, n_lines in (
         (["convert", "nope"], 3, 0),
         (["convert", "nope", "--json"], 3, 1),
-        (["convert", str(source), "-o", "m.gguf"], 0, 3),
+        (["convert", str(source), "-o", "m.gguf"], 0, 4),
         (["convert", str(source), "-o", "x.gguf", "--json"], 0, 1),
         (["batch", "j.toml"], 0, 1),
     ):
@@ -275,7 +278,7 @@ def test_verbose_says_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for options in ([], ["-v"], ["--quiet"]):
         assert cli.main(["convert", str(source), "-o", str(tmp_path / "m.gguf"), "--force", "--sha256", *options]) == 0
         said.append(capsys.readouterr().out.splitlines())
-    assert [len(lines) for lines in said] == [5, 9, 0]
+    assert [len(lines) for lines in said] == [6, 10, 0]
     assert all(any("sha256" in line for line in lines) for lines in said[:2])
 
 
@@ -413,3 +416,54 @@ def test_progress_in_lines_for_a_log(tmp_path: Path) -> None:
 def test_quiet_is_quiet(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = run("convert", tiny.llama(tmp_path / "src"), "-o", tmp_path / "m.gguf", "--quiet", *words)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_dry_run_has_its_sums_first_and_tensors_where_asked_for(tmp_path: Path) -> None:
+    words = ("convert", tiny.llama(tmp_path / "src"), "-o", "m.gguf", "--dry-run")
+    short, long = (run(*words, *more, cwd=tmp_path).stdout.decode().splitlines() for more in ((), ("--tensors",)))
+    n_tensors = int(re.findall(r"(\d+) tensors", "\n".join(short))[0])
+    assert len(long) - len(short) == n_tensors
+    assert (
+        [line.split()[0] for line in long[:3]] == [line.split()[0] for line in short] == ["would", "llama,", "memory:"]
+    )
+    assert max(map(len, short)) <= 80
+
+
+def test_the_version_and_what_decides_speed() -> None:
+    for words in (("--version", "-v"), ("-v", "-V")):
+        lines = run(*words).stdout.decode().splitlines()
+        assert lines[0] == f"streamconv {streamconv.__version__}"
+        assert any(line.startswith("kernels: floats ") for line in lines)
+        assert f"numpy {np.__version__}" in lines
+    assert "floats numpy" in run("-V", "-v", STREAMCONV_KERNELS="0").stdout.decode()
+
+
+def test_architectures_for_programs() -> None:
+    found = json.loads(run("architectures", "--json").stdout)
+    rows = {row["architecture"]: row for row in found["architectures"]}
+    assert found["schema"] == 1
+    assert {row.arch for row in all_recipes()} == set(rows)
+    assert rows["lfm2"]["group"] == "dense" and rows["lfm2moe"]["group"] == "mixture of experts"
+    assert "Lfm2ForCausalLM" in rows["lfm2"]["names"]
+
+
+def test_inspect_fails_on_what_no_loader_takes(tmp_path: Path) -> None:
+    streamconv.convert(tiny.llama(tmp_path / "src"), whole := tmp_path / "m.gguf")
+    assert run("inspect", whole).returncode == 0
+    (cut := tmp_path / "cut.gguf").write_bytes(whole.read_bytes()[:-64])
+    for more in ((), ("--json",)):
+        done = run("inspect", cut, *more)
+        assert done.returncode == 3 and b"truncated" in done.stdout
+
+
+def test_warnings_of_what_was_hardly_meant(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "src")
+
+    def codes(**options: Any) -> set[str]:
+        report = streamconv.convert(source, tmp_path / "m.gguf", dry_run=True, **options)
+        return {warning.code for warning in report.warnings}
+
+    assert "split-small" in codes(split=streamconv.SplitOptions(max_nbytes=500))
+    assert "split-small" not in codes(split=streamconv.SplitOptions(max_nbytes=2_000_000))
+    assert "modelfile-template" in codes(modelfile=True)
+    assert "modelfile-template" not in codes()

@@ -31,7 +31,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "quantize": streamconv.quantize,
     "verify": streamconv.verify,
 }
-ONLY_ON_THE_COMMAND_LINE = {"help", "output", "json", "quiet", "progress", "verbose"}
+ONLY_ON_THE_COMMAND_LINE = {"help", "output", "json", "quiet", "progress", "tensors", "verbose"}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
