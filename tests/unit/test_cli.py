@@ -423,9 +423,8 @@ def test_a_dry_run_has_its_sums_first_and_tensors_where_asked_for(tmp_path: Path
     short, long = (run(*words, *more, cwd=tmp_path).stdout.decode().splitlines() for more in ((), ("--tensors",)))
     n_tensors = int(re.findall(r"(\d+) tensors", "\n".join(short))[0])
     assert len(long) - len(short) == n_tensors
-    assert (
-        [line.split()[0] for line in long[:3]] == [line.split()[0] for line in short] == ["would", "llama,", "memory:"]
-    )
+    assert long[:2] == short[:2]
+    assert [line.split()[0] for line in short[:3]] == ["would", "llama,", "memory"]
     assert max(map(len, short)) <= 80
 
 
