@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from streamconv.ggml.dequantise import Dequantise
 from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.imatrix import ImportanceMatrix
 from streamconv.ggml.mixes import MIXES, MixedTensor, ModelFacts, choose_types
+from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.reader import GGUFFile, Span, refuse
 from streamconv.gguf.shard import GGUFShard
@@ -35,6 +37,7 @@ from streamconv.timing import Profile
 
 # What is said of the file that is read, and not of the one that is made.
 _DROPPED = ("split.", "quantize.imatrix.", "general.file_type", "general.quantization_version", "general.alignment")
+_TYPE_ENDING = re.compile(rf"[-.](?:{'|'.join(OUTTYPES)})$", re.IGNORECASE)
 _VERSION = 2  # general.quantization_version, GGML_QNT_VERSION
 
 
@@ -133,7 +136,7 @@ def plan_quantized(
     require_importance(wanted.outtype, tensors)
     keys += [KeyValue.u32("general.quantization_version", _VERSION), KeyValue.u32("general.file_type", mix.file_type)]
     keys += imatrix.metadata() if imatrix else ()
-    name = Path(str(first.path)).stem
+    name = _model_name(Path(str(first.path)).stem)
     path = output_path(dst, f"{name}-{wanted.outtype.upper()}.gguf", name=name, outtype=wanted.outtype)
     return Job(
         command="quantize",
@@ -151,6 +154,11 @@ def plan_quantized(
         },
         warnings=told,
     )
+
+
+def _model_name(stem: str) -> str:
+    """A file's name without what it says of a split and of its type: Name of Name-BF16-00001-of-00003."""
+    return _TYPE_ENDING.sub("", re.sub(r"-\d{5}-of-\d{5}$", "", stem)) or stem
 
 
 def _type_of(type_: GGMLQuantizationType | None, file: GGUFFile, name: str) -> GGMLQuantizationType:

@@ -69,7 +69,7 @@ def add_quantize(commands: Any) -> None:
         + EXIT_CODES,
     )
     parser.add_argument("src", metavar="IN", type=src_path, help="the GGUF file, or the first of a split")
-    add_options(parser, "quantize", output="IN-Q4_K_M.gguf")
+    add_options(parser, "quantize", output="Name-Q4_K_M.gguf of Name-BF16.gguf")
     parser.set_defaults(run=_quantize)
 
 

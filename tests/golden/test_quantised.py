@@ -144,6 +144,8 @@ def test_a_split_set_as_the_source(source: Callable[[str], Path], expected: dict
     assert digest(tmp_path / "x.gguf") == expected["lfm2 q4_k_m"]
     assert "split.count" not in gguf.GGUFReader(tmp_path / "x.gguf").fields
     assert streamconv.verify(tmp_path / "x.gguf", source("lfm2")).verified
+    plan = streamconv.quantize(first.rename(tmp_path / first.name), outtype="q4_k_m", dry_run=True)
+    assert plan.output.name == "s-Q4_K_M.gguf"
     parts = streamconv.quantize(first, tmp_path / "y.gguf", outtype="q4_k_m", split=split)
     assert len(parts.outputs) > 3
     assert streamconv.verify(parts.outputs[0].path, source("lfm2")).verified
