@@ -24,6 +24,15 @@ def templates(directory: Path, in_config: Any = None) -> tuple[dict[str, Any], l
     return {entry.key: unpacked(entry.value) for entry in keys}, [warning.code for warning in warnings]
 
 
+@pytest.mark.parametrize(("model_type", "codes"), [("mistral", ["chat-template-missing"]), ("llama", [])])
+def test_mistral_without_a_template_is_warned_of(model_type: str, codes: list[str], tmp_path: Path) -> None:
+    beside = Companions(TokenizerFiles(tmp_path), {"model_type": model_type}, {}, {}, {}, tmp_path)
+    keys, warnings = chat_template_keys(beside)
+    assert (keys, [warning.code for warning in warnings]) == ([], codes)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    assert chat_template_keys(beside)[1] == []
+
+
 def test_none(tmp_path: Path) -> None:
     assert templates(tmp_path) == ({}, [])
     assert templates(tmp_path, "") == ({}, [])

@@ -127,6 +127,27 @@ def test_sentencepiece(fast: bool, tmp_path: Path) -> None:
     assert ids((*PLAIN, *MARKS, *SPACES, *cases.SPM_TEXTS)) == []
 
 
+OWN_PIECES = ("<start_of_turn>", "<end_of_turn>", "\n\n", "▁▁▁▁")
+WITH_OWN_PIECES = ("<start_of_turn>the\n\n    her<end_of_turn>\n\nthe world", "\n\n\n     over", "the    <end_of_turn>")
+
+
+@pytest.mark.parametrize(("model", "fast"), [(True, False), (False, True), (True, True)])
+def test_pieces_that_are_found_before_any_merge(model: bool, fast: bool, tmp_path: Path) -> None:
+    """As Gemma's, of any of the files, though no file lists the added tokens once more."""
+    own = OWN_PIECES[:-1] if fast else OWN_PIECES  # `tokenizers` looks for an added token's letters, not for spaces
+    n_vocab = tiny.N_SPM_TOKENS + len(own)
+    tiny.write_spm(tmp_path, model=model, fast=fast, prefix=False, own=own)
+    vocabulary = vocab_keys.read(tmp_path, n_vocab)
+    assert vocabulary.warnings == ()
+    if fast:
+        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        ids = differing(tmp_path, vocabulary.keys, n_vocab, lambda text: tokenizer.encode(text).ids)
+    else:
+        library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+        ids = differing(tmp_path, vocabulary.keys, n_vocab, library.encode)
+    assert ids((*PLAIN, *MARKS, *SPACES, *cases.SPM_TEXTS, *WITH_OWN_PIECES)) == []
+
+
 @pytest.mark.parametrize(
     ("scheme", "others"), [("first", [" the", "</s>the cat</s>the"]), ("always", [" the"]), ("never", [])]
 )

@@ -22,7 +22,7 @@ from streamconv.metadata.vocab.agreement import FastTokens
 from streamconv.metadata.vocab.bpe_tokens import byte_fallback_tokens, byte_level_tokens
 from streamconv.metadata.vocab.chat_templates import chat_template_keys
 from streamconv.metadata.vocab.companions import Companions
-from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TOKENIZER_JSON, TokenizerFiles
+from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TEKKEN, TOKENIZER_JSON, TokenizerFiles
 from streamconv.metadata.vocab.footprint import vocabulary_nbytes
 from streamconv.metadata.vocab.pretokenizers import check_name, identify, is_byte_level, space_fault, space_prefix
 from streamconv.metadata.vocab.sentencepiece_model import read_sentencepiece_model
@@ -111,6 +111,12 @@ def _read_source(companions: Companions, n_vocab: int) -> _Source:
             del model, tokens
             return _read_fast(path, companions, n_vocab, difference)
     if not path.exists():
+        if files.find(TEKKEN).exists():
+            problem = f"{TEKKEN} alone, a format of Mistral's own that is not read here"
+            hint = (
+                f"put {TOKENIZER_JSON} beside it: the model's page has it, or save_pretrained of transformers makes it"
+            )
+            raise SourceError(problem, file=files.folder, hint=hint, code="tokenizer-tekken")
         problem = f"no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL}"
         hint = "download the tokenizer's files too; a slow tokenizer's become tokenizer.json by save_pretrained"
         raise SourceError(problem, file=files.folder, hint=hint, code="tokenizer-missing")

@@ -23,12 +23,22 @@ from streamconv.metadata.vocab.tokenizer_json import shown
 MAX_NBYTES = 1 << 20  # of all; published ones have up to 40 KB
 DEFAULT = "default"
 
+# Whose publisher leaves templates to a program of its own, mistral-common, and whose format is not ChatML.
+_OWN_FORMAT = frozenset(("mistral", "mixtral", "mistral3", "ministral3"))
+
 _NAME_LETTERS = frozenset(string.ascii_letters + string.digits)
 
 
 def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[RunWarning]]:
     """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for an empty template."""
     templates, warnings = _find(companions)
+    if not templates and companions.config.get("model_type") in _OWN_FORMAT:
+        message = (
+            "no chat template, and llama.cpp then takes ChatML, which Mistral's models do not know: put the model's "
+            f"{TEMPLATE} beside the tokenizer, or run with --chat-template mistral-v1, -v3, -v3-tekken, -v7, "
+            "-v7-tekken"
+        )
+        warnings.append(RunWarning("chat-template-missing", message))
     named = sorted(name for name in templates if name != DEFAULT)
     texts = {Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name): templates[name] for name in named}
     texts[Keys.Tokenizer.CHAT_TEMPLATE] = templates.get(DEFAULT, "")
