@@ -262,7 +262,8 @@ CONFIGS: dict[str, Attack] = {
     "tie_word_embeddings as a string": _key("tie_word_embeddings", "false", "config-value"),
     "block_multiple_of 0": _key("block_multiple_of", 0, "config-value"),
     "block_ffn_dim_multiplier 1e30": _key("block_ffn_dim_multiplier", 1e30, "shape-mismatch"),
-    "quantised weights": _key("quantization_config", {"quant_method": "gptq"}, ""),
+    "a left-over quantization_config": _key("quantization_config", {"quant_method": "gptq"}, ""),
+    "weights quantised as they run": _key("quantization_config", {"quant_method": "bitnet"}, "quantised-at-runtime"),
     "head_dim 0": _key("head_dim", 0, "config-value", "llama"),
     "an odd head_dim": llama(config(head_dim=15), "unrunnable"),
     "llama3 RoPE with a factor of 0": llama(
