@@ -30,7 +30,7 @@ from streamconv.ggml.policy import OuttypePolicy, StoredTypes, TensorRole, TypeP
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.lazy.leaves import sources
-from streamconv.lora.base import BaseModel, open_base
+from streamconv.lora.base import BaseModel, open_base, stated_source
 from streamconv.lora.config import read_lora_config
 from streamconv.lora.files import LoraFile
 from streamconv.lora.fold import MAX_SCALE, Pair, fold
@@ -50,7 +50,7 @@ FACTOR_NBYTES = 4 << 10  # what a stored factor takes, with its module, its node
 @memory_failures()
 def convert_adapter(
     adapter: Source,
-    base: Source,
+    base: Source | None = None,
     dst: str | Path | None = None,
     *,
     scale: float | None = None,
@@ -75,7 +75,8 @@ def convert_adapter(
 
     Args:
         adapter: the folder of adapter_config.json and its weights, or those weights.
-        base: a GGUF file or a Hugging Face folder; none of its weights are read.
+        base: a GGUF file or a Hugging Face folder; none of its weights are read. By default the one that the
+            adapter's configuration names, in the Hugging Face cache.
         dst: the file to write; by default GGUF's naming convention, in the current directory.
         {options}
 
@@ -98,7 +99,7 @@ def convert_adapter(
 @contextmanager
 def open_adapter_job(
     adapter: Source,
-    base: Source,
+    base: Source | None,
     dst: str | Path | None,
     wanted: OutputOptions,
     budget: Budget,
@@ -107,7 +108,7 @@ def open_adapter_job(
 ) -> Iterator[Job]:
     """The job of an adapter as a file of its own, while its weights are open."""
     with LoraFile.open(adapter, budget) as source:
-        facts = open_base(base, budget)
+        facts = open_base(stated_source(source.config) if base is None else base, budget)
         budget.reserve("plan", FACTOR_NBYTES * len(source.shard.tensors), file=source.directory)
         yield plan_adapter(source, facts, dst, wanted, scale, stored)
 

@@ -53,7 +53,10 @@ def add_lora(commands: Any) -> None:
         help="the folder of adapter_config.json and its weights, or those weights, as 0000100_adapters.safetensors",
     )
     parser.add_argument(
-        "--base", metavar="BASE", type=src_path, required=True, help="the base model: its GGUF or its folder"
+        "--base",
+        metavar="BASE",
+        type=src_path,
+        help="its GGUF or folder; default: as the adapter says, in the cache",
     )
     add_options(parser, "lora", output="Name-F32-LoRA.gguf")
     parser.set_defaults(run=_lora)

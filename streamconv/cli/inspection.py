@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from streamconv.api.inspect_file import Inspection, Total
 from streamconv.errors import printable
+from streamconv.files.hub import is_repo_id
 from streamconv.lora.config import stated_base
 
 WIDTH: Final = 80
@@ -62,7 +63,7 @@ def _lines(found: Inspection, width: int, tensors: bool, head: int | None) -> It
         made = found.conversion
         yield from _section(f"converts to {made.architecture}, outtype {made.outtype}", list(_totals(made.totals)))
     elif found.kind == "adapter" and not found.problems:
-        words = ("lora", str(found.path), "--base", stated_base(found.metadata) or "BASE", "--dry-run")
+        words = ("lora", str(found.path), "--base", _base_of(found), "--dry-run")
         yield from ("", "what it converts to follows from its base:")
         yield from _wrapped(f"streamconv {shlex.join(words)}", width)
     if found.warnings:
@@ -197,3 +198,9 @@ def _cut(text: str, width: int, *, tail: bool = False) -> str:
     while _columns(start) > width - 3 - _columns(end):
         start = start[:-1]
     return f"{start}...{end}"
+
+
+def _base_of(found: Inspection) -> str:
+    """The base that an adapter names, where that is a repo id: a path is one of the machine that it was trained on."""
+    name = stated_base(found.metadata)
+    return name if name is not None and is_repo_id(name) else "BASE"

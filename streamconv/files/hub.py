@@ -20,6 +20,8 @@ Source = str | Store | Place  # what callers name as one
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # a model's, an adapter's
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+# A URL, as Path leaves it, too; of the Hub, with the repo's id in it.
+_URL = re.compile(r"(?:[a-z][a-z+]*:/+(?:(?:www\.)?(?:huggingface\.co|hf\.co)/)?|(?:huggingface\.co|hf\.co)/)(.*)")
 _FILE_ENDINGS = frozenset({".gguf", ".safetensors"})  # of a mistyped file, and no repo
 _CACHE_ENTRY = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _REVISION = re.compile(rb"[\w-]{1,64}")
@@ -50,6 +52,8 @@ def find_path(source: str | Path) -> Path:
     SourceError where it could be a repo id and is not there; a repo id needs the `hub` extra.
     """
     path = Path(source)
+    if (url := _URL.fullmatch(str(source))) and not path.exists():
+        raise _remote(url[0], url[1])
     if path.exists() or not is_repo_id(str(source)) or path.suffix in _FILE_ENDINGS:
         return _snapshot(path)
     try:
@@ -69,6 +73,13 @@ def find_path(source: str | Path) -> Path:
             code="source-missing",
         )
     return found
+
+
+def _remote(url: str, rest: str) -> SourceError:
+    repo_id = "/".join(rest.split("/")[:2])
+    is_of_hub = is_repo_id(repo_id) and (url.startswith("hf:") or "huggingface.co/" in url or "hf.co/" in url)
+    hint = f"hf download {repo_id}, then give {repo_id}" if is_of_hub else "download it first, then give the folder"
+    return SourceError("is a URL, and nothing is downloaded here", file=url, hint=hint, code="source-remote")
 
 
 def find_cached(repo_id: str) -> Path | None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.quantisation import quantised_names
 from streamconv.errors import RunWarning, SourceError
-from streamconv.files.hub import CONFIG, Source, find_source, source_failures
+from streamconv.files.hub import CONFIG, Source, find_path, find_source, is_repo_id, source_failures
 from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.reader import GGUFKey, Span, refuse
 from streamconv.gguf.splits import GGUFSet
-from streamconv.lora.config import Problem
+from streamconv.lora.config import Problem, stated_base
 from streamconv.recipe.bind import MAX_LAYERS
 from streamconv.recipe.dims import Equation, parse_extent, parse_shape, solve_dims, stated_dims
 from streamconv.recipe.language import (
@@ -196,6 +197,21 @@ def open_base(source: Source, budget: Budget) -> BaseModel:
         hint = f"name the file itself, as {path / ggufs[0]}" if ggufs else "give the base's GGUF, or its folder"
         raise SourceError(f"no {CONFIG}", file=path, hint=hint, code="config-missing")
     return _from_folder(path, budget)
+
+
+def stated_source(config: Config) -> Source:
+    """The base that an adapter's configuration names, where it is in the local Hugging Face cache. SourceError else."""
+    name = stated_base(config.raw)
+    if name is not None and Path(name).is_absolute() and Path(name).is_dir():
+        return name
+    if name is None or not is_repo_id(name):  # such as a path of the machine that it was trained on
+        what = "does not say by a repo id which base it is for"
+        raise SourceError(what, file=config.file, hint="give --base", code="base-missing")
+    try:
+        return str(find_path(name))
+    except SourceError as error:
+        error.hint = f"{error.hint}; or give --base"
+        raise
 
 
 # ---------------------------------------------------------------- a GGUF

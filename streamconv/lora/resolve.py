@@ -14,6 +14,7 @@ from itertools import product
 
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import RunWarning, SourceError
+from streamconv.files.hub import is_repo_id
 from streamconv.files.store import Place
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import Transpose
@@ -138,7 +139,7 @@ def other_base(problems: Sequence[Problem], adapter: LoraFile) -> str:
     if not _is_other_base(problems):
         return ""
     name = stated_base(adapter.config.raw)
-    says = f", {adapter.config.file.name} names {name:.200}" if name else ""
+    says = f", {adapter.config.file.name} names {name:.200}" if name and is_repo_id(name) else ""
     return f": the adapter was made for another base{says}"
 
 

@@ -297,7 +297,7 @@ class TestAdapter:
     def test_what_it_converts_to_follows_from_its_base(self, tmp_path: Path) -> None:
         path = copy("lora-given", tmp_path)
         config = json.loads((path / "adapter_config.json").read_text())
-        for name, base in (("owner/a base", "'owner/a base'"), (None, "BASE")):
+        for name, base in (("owner/base", "owner/base"), ("/home/other/a base", "BASE"), (None, "BASE")):
             (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
             lines = list(render(inspect(path), width=1000))
             assert lines[-2:] == [

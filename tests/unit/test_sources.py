@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from gguf import GGUFReader
 
 import streamconv
 from streamconv.api.inspect_file import inspect
+from streamconv.cli import main
 from streamconv.errors import SourceError
 from streamconv.files.hub import find_path, model_name
 from tests import tiny
@@ -117,7 +119,7 @@ def test_without_the_extra_a_repo_id_says_what_it_needs(hub: Path, monkeypatch: 
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(SourceError, match=r'pip install "streamconv\[hub\]"'):
+    with pytest.raises(SourceError, match=r'pip install '.\[hub\]''):
         streamconv.convert("owner/missing")
 
 
@@ -217,3 +219,43 @@ def test_a_single_file_with_its_config_beside_it(tmp_path: Path) -> None:
 )
 def test_the_name_of_a_path(path: str, name: str) -> None:
     assert model_name(Path(path)) == name
+
+
+def test_the_base_that_an_adapter_names_is_found_in_the_cache(tmp_path: Path, hub: Path) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def says(name: str | None) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+
+    says("owner/base")
+    with raises(SourceError, code="source-missing") as caught:
+        streamconv.convert_adapter(adapter, dst=tmp_path / "a.gguf")
+    assert "hf download owner/base" in str(caught.value.hint)
+    cache(hub, "owner/base", base)
+    assert streamconv.convert_adapter(adapter, dst=tmp_path / "a.gguf", verify=True).verified
+    assert main(["lora", str(adapter), "-o", str(tmp_path / "b.gguf"), "--quiet"]) == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    for name in ("/home/somebody/models/base", "C:\\models\\base", None):
+        says(name)
+        with raises(SourceError, code="base-missing") as caught:
+            streamconv.convert_adapter(adapter, dst=tmp_path / "c.gguf")
+        assert name is None or name not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("https://huggingface.co/owner/name", "hf download owner/name"),
+        ("https://huggingface.co/owner/name/tree/main", "hf download owner/name"),
+        ("huggingface.co/owner/name", "hf download owner/name"),
+        ("hf://owner/name", "hf download owner/name"),
+        ("https://example.org/model.gguf", "download it first"),
+    ],
+)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_leads_to_a_download(hub: Path, kind: Callable[[str], str | Path], url: str, hint: str) -> None:
+    with raises(SourceError, code="source-remote") as caught:
+        streamconv.convert(kind(url))  # type: ignore[arg-type]
+    assert str(caught.value.hint).startswith(hint)
