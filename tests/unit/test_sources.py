@@ -119,7 +119,7 @@ def test_without_the_extra_a_repo_id_says_what_it_needs(hub: Path, monkeypatch: 
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(SourceError, match=r'pip install '.\[hub\]''):
+    with pytest.raises(SourceError, match=r"pip install '.\[hub\]'"):
         streamconv.convert("owner/missing")
 
 
