@@ -270,6 +270,18 @@ def test_an_adapter_with_rows_of_its_own_has_the_tokenizer(tmp_path: Path, targe
     assert kept[TEMPLATE] == tiny.tokenizer.CHAT_TEMPLATE
 
 
+def test_rows_of_the_same_tokens_keep_what_their_tokenizer_does_not_say(tmp_path: Path) -> None:
+    base = tiny.lfm2(tmp_path / "base")
+    adapter = tiny.mlx_adapter(tmp_path / "adapter", base, targets=("embed_tokens",))
+    plain, _ = merged(base, tmp_path / "plain.gguf", adapter)
+    copy(base, adapter, "tokenizer.json")
+    tiny.write_json(adapter / "tokenizer_config.json", {"eos_token": END})
+    file, warnings = merged(base, tmp_path / "out.gguf", adapter)
+    assert list(warnings) == ["tokenizer-of-adapter"]
+    assert {key for key in plain.keys | file.keys if plain.keys.get(key) != file.keys.get(key)} == {EOS}
+    assert (file[EOS], file[TEMPLATE]) == (4, tiny.tokenizer.CHAT_TEMPLATE)
+
+
 def test_the_modelfile_follows_the_merged_file(base: Path, adapter: Path, tmp_path: Path) -> None:
     tiny.write_json(adapter / "tokenizer_config.json", {"chat_template": JINJA_CHATML})
     merged(base, tmp_path / "out.gguf", adapter, modelfile=True)

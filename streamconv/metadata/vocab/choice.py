@@ -78,7 +78,10 @@ def _of_the_rows(taken: Place, tokenizers: Tokenizers, read: Read) -> Vocabulary
     vocabulary = read(taken, None)
     after = _values(vocabulary)
     if before is not None and after != before and after[Keys.Tokenizer.LIST] == before[Keys.Tokenizer.LIST]:
-        vocabulary = _with(vocabulary, [_of_adapter(taken, before, after)])
+        del vocabulary
+        vocabulary = read(tokenizers.base, taken)  # what the adapter is silent of is as in the base
+        after = _values(vocabulary)
+        vocabulary = _with(vocabulary, [_of_adapter(taken, before, after)] if after != before else [])
     return _with_left_out(vocabulary, taken, tokenizers.adapters)
 
 
