@@ -14,11 +14,12 @@ from typing import Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_verbose, positive, src_path
 from streamconv.cli.output import say
-from streamconv.errors import SourceError
+from streamconv.errors import SourceError, UsageError
 
 SCHEMA = 1  # of `architectures --json`
 LIBRARIES = ("numpy", "safetensors", "gguf", "tqdm", "psutil", "huggingface_hub")
 FEATURES = ("avx", "f16c", "fma", "avx2", "avx512f", "avx512_bf16", "asimd", "sve")  # as /proc/cpuinfo has them
+SHELLS = ("bash", "zsh", "fish")
 DENSE, EXPERTS = "dense", "mixture of experts"
 
 
@@ -86,6 +87,20 @@ def add_draft(commands: Any) -> None:
     parser.set_defaults(run=_draft)
 
 
+def add_completion(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "completion",
+        help="the shell's completion of commands and options",
+        description="Print what makes a shell complete commands and options; it needs the completion extra.",
+        epilog='examples:\n  eval "$(streamconv completion bash)"       # in ~/.bashrc, or zsh in ~/.zshrc\n'
+        "  streamconv completion fish > ~/.config/fish/completions/streamconv.fish\n\n" + EXIT_CODES,
+    )
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
+    add_verbose(parser)
+    parser.set_defaults(run=_completion)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from streamconv.api.inspect_file import inspect
     from streamconv.cli.inspection import render, terminal_width
@@ -146,6 +161,17 @@ def _architectures(options: argparse.Namespace) -> int:
             if row["group"] == group:
                 say(f"  {row['architecture']:<{width}}  {row['description']}")
                 say(f"  {'':<{width}}  {', '.join(row['names'])}")
+    return 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    try:
+        from argcomplete.shell_integration import shellcode
+    except ImportError:
+        raise UsageError(
+            "completion needs the completion extra", hint='pip install ".[completion]"', code="extra-missing"
+        ) from None
+    say(shellcode(["streamconv"], shell=options.shell), end="")
     return 0
 
 

@@ -24,6 +24,7 @@ ADDED = (
     look.add_quants,
     look.add_architectures,
     look.add_draft,
+    look.add_completion,
 )
 OWN = {"batch-job": batch.add_batch_job}
 

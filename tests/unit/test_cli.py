@@ -466,3 +466,12 @@ def test_warnings_of_what_was_hardly_meant(tmp_path: Path) -> None:
     assert "split-small" not in codes(split=streamconv.SplitOptions(max_nbytes=2_000_000))
     assert "modelfile-template" in codes(modelfile=True)
     assert "modelfile-template" not in codes()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_a_shell(shell: str) -> None:
+    done = run("completion", shell)
+    assert done.returncode == 0 and b"streamconv" in done.stdout and b"_ARGCOMPLETE" in done.stdout
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=done.stdout, check=False).returncode == 0
+    assert run("completion", "none").returncode == 2
