@@ -31,10 +31,10 @@ from streamconv.gguf.format import KeyValue
 from streamconv.gguf.names import written_name
 from streamconv.lazy import dtype
 from streamconv.lazy.leaves import sources
-from streamconv.lora.merge import Adapter, AdapterSpec, Merged, merge, open_adapters
+from streamconv.lora.specs import Adapter, AdapterSpec, Merged, open_adapters
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
-from streamconv.metadata.vocab.choice import choose_vocabulary
+from streamconv.metadata.vocab.choice import Tokenizers, choose_vocabulary
 from streamconv.options import OutputOptions, RunOptions, SplitOptions, documented
 from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind_outputs
@@ -144,6 +144,10 @@ def prepare(checkpoint: Checkpoint, budget: Budget, adapters: Sequence[Adapter] 
     n_factors = sum(len(adapter.file.shard.tensors) for adapter in adapters)
     planned = TARGET_NBYTES * len(bound.targets) + FACTOR_NBYTES * n_factors
     budget.reserve("plan", planned, file=checkpoint.directory)
+    if not adapters:
+        return Prepared(recipe, bound, Merged(bound, Tokenizers(checkpoint.directory)))
+    from streamconv.lora.merge import merge
+
     return Prepared(recipe, bound, merge(checkpoint, bound, adapters))
 
 

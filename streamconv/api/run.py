@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from streamconv.budget import Budget, in_words, resident_nbytes
 from streamconv.check.tensors import compare, comparer_nbytes, listed_nbytes
@@ -23,9 +24,11 @@ from streamconv.ggml import encode as codecs
 from streamconv.options import RunOptions
 from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
 from streamconv.output.manifest import digest, manifest_path, manifest_text
-from streamconv.output.modelfile import Modelfile, plan_modelfile
 from streamconv.output.sink import Sink, is_begun, refuse_foreign, refuse_taken
 from streamconv.report import Output, PlannedTensor, Report
+
+if TYPE_CHECKING:
+    from streamconv.output.modelfile import Modelfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,11 @@ class _Places:
 
     @classmethod
     def claim(cls, job: Job, options: RunOptions) -> _Places:
-        modelfile = plan_modelfile(job.parts[0], job.base) if options.modelfile else None
+        modelfile = None
+        if options.modelfile:
+            from streamconv.output.modelfile import plan_modelfile
+
+            modelfile = plan_modelfile(job.parts[0], job.base)
         outputs = [part.path for _, part in job.files]
         beside = [manifest_path(path) for path in outputs] if options.sha256 else []
         beside += [modelfile.path] if modelfile else []

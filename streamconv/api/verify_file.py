@@ -25,7 +25,7 @@ from streamconv.ggml.policy import StoredTypes, stored_outtype
 from streamconv.gguf.names import LLAMA_CPP
 from streamconv.gguf.reader import GGUFFile, refuse
 from streamconv.gguf.splits import GGUFSet
-from streamconv.lora.merge import AdapterSpec
+from streamconv.lora.specs import AdapterSpec
 from streamconv.options import OutputOptions, RunOptions, documented
 from streamconv.report import Output, Report
 

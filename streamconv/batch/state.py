@@ -20,7 +20,7 @@ from streamconv.batch.jobs_file import OPTIONS, JobSpec
 from streamconv.engine.job import FORMAT_VERSION
 from streamconv.errors import DestinationError, SourceError
 from streamconv.files.hub import find_path
-from streamconv.lora.merge import parse_adapter
+from streamconv.lora.specs import parse_adapter
 
 MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
 _WITHOUT_EFFECT = {"name", *(key for key, one in OPTIONS.items() if not one.option.changes_bytes)}  # on an output

@@ -11,7 +11,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -87,6 +86,8 @@ class Job:
         The header's bytes, the chain of operations of every tensor and the sources' fingerprints leave nothing out,
         whatever keys and operations there will be; the other items name what a user may have changed.
         """
+        from importlib.metadata import version
+
         from streamconv import __version__
 
         items = {"streamconv": __version__, "gguf": version("gguf"), "format": FORMAT_VERSION}

@@ -16,16 +16,14 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from streamconv.checkpoint.config import MAX_NUMBER, Config
 from streamconv.checkpoint.folder import Checkpoint
-from streamconv.checkpoint.safetensors import Shard, SourceTensor
+from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import RunWarning, SourceError
-from streamconv.files.store import Place
 from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
-from streamconv.lazy.leaves import sources
 from streamconv.lazy.node import LazyTensor
 from streamconv.lazy.views import matrix_of
 from streamconv.lora.base import N_VOCAB, BaseModel
@@ -33,7 +31,7 @@ from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_con
 from streamconv.lora.files import parse_name
 from streamconv.lora.fold import turned
 from streamconv.lora.resolve import SAVE_ENDS, LoraModule, base_hint, other_base, refuse_all, resolve
-from streamconv.lora.specs import Adapter, AdapterSpec, open_adapters, parse_adapter
+from streamconv.lora.specs import Adapter, Merged
 from streamconv.lora.whole_weights import TokenRows, WholeWeight, alone, one_by_one
 from streamconv.metadata.vocab.choice import Tokenizers
 from streamconv.metadata.vocab.files import has_tokens
@@ -43,8 +41,6 @@ from streamconv.recipe.names import fill
 from streamconv.recipe.ops import factors_through
 from streamconv.recipe.spelling import Speller
 from streamconv.recipe.words import Tensor
-
-__all__ = ["Adapter", "AdapterSpec", "Merged", "merge", "open_adapters", "parse_adapter"]
 
 # Kinds of tensors (file.py) that replace one of the base's, with the end of its name there. What has no such end,
 # as stacked experts, is of an unknown kind until the base knows it.
@@ -58,38 +54,12 @@ HEAD_MODULE = "lm_head"  # transformers' name of it
 _Weights = dict[str, tuple[str, Stored]]  # by stored name: the adapter's module, and its tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """A model with its adapters merged. tokenizers: where its tokenizer may lie. options: what decides its bytes."""
-
-    model: Model
-    tokenizers: Tokenizers
-    adapters: tuple[Adapter, ...] = ()
-    options: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[RunWarning, ...] = ()
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        return tuple(adapter.file.shard for adapter in self.adapters)
-
-    @property
-    def directories(self) -> tuple[Place, ...]:
-        return tuple(adapter.file.directory for adapter in self.adapters)
-
-    def changed_by(self, tensor: LazyTensor) -> tuple[str, ...]:
-        """The adapters that `tensor` is made of."""
-        files = {id(source.file) for source in sources(tensor)}
-        return tuple(adapter.label for adapter in self.adapters if id(adapter.file.shard) in files)
-
-
 def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> Merged:
     """`model`, bound to `checkpoint`, with the adapters merged into it; no weight is read.
 
     (But of two adapters that both bring a grown frozen embedding, to see that it is the same one.) SourceError with all
     that cannot be merged.
     """
-    if not adapters:
-        return Merged(model, Tokenizers(checkpoint.directory))
     return _Merge(checkpoint, model, adapters).run()
 
 

@@ -1,23 +1,30 @@
-"""Which adapters a run merges, and how strongly: from what users name to files that are open.
+"""Which adapters a run merges, and how strongly: from what users name to files that are open, and what comes of them.
 
-Owns: the spelling PATH=WEIGHT, and holding the files open. Does not own: an adapter's files (file.py), merging.
+Imports what reads and merges adapters only where there is one: a conversion without any starts sooner.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamconv.budget import Budget
-from streamconv.errors import UsageError
+from streamconv.errors import RunWarning, UsageError
 from streamconv.files.hub import Source
-from streamconv.files.store import Store, StorePath
-from streamconv.lora.files import LoraFile
+from streamconv.files.store import Place, Store, StorePath
+
+if TYPE_CHECKING:
+    from streamconv.checkpoint.safetensors import Shard
+    from streamconv.lazy.node import LazyTensor
+    from streamconv.lora.files import LoraFile
+    from streamconv.metadata.vocab.choice import Tokenizers
+    from streamconv.recipe.language import Model
 
 AdapterSpec = Source | tuple[Source, float]  # a path, or a path and its weight
 
@@ -35,6 +42,32 @@ class Adapter:
     def label(self) -> str:
         weight = "" if self.weight == 1 else f"={self.weight:g}"
         return f"{self.file.directory}{weight}"
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A model with its adapters merged. tokenizers: where its tokenizer may lie. options: what decides its bytes."""
+
+    model: Model
+    tokenizers: Tokenizers
+    adapters: tuple[Adapter, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[RunWarning, ...] = ()
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(adapter.file.shard for adapter in self.adapters)
+
+    @property
+    def directories(self) -> tuple[Place, ...]:
+        return tuple(adapter.file.directory for adapter in self.adapters)
+
+    def changed_by(self, tensor: LazyTensor) -> tuple[str, ...]:
+        """The adapters that `tensor` is made of."""
+        from streamconv.lazy.leaves import sources
+
+        files = {id(source.file) for source in sources(tensor)}
+        return tuple(adapter.label for adapter in self.adapters if id(adapter.file.shard) in files)
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -57,6 +90,8 @@ def open_adapters(specs: Sequence[AdapterSpec], budget: Budget) -> Iterator[tupl
         )
     with ExitStack() as stack:
         opened = []
+        if specs:
+            from streamconv.lora.files import LoraFile
         for source, weight in map(_source_and_weight, specs):
             opened.append(Adapter(stack.enter_context(LoraFile.open(source, budget)), weight))
         yield tuple(opened)

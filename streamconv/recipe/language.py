@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -289,19 +289,36 @@ class Model:
 # ---------------------------------------------------------------- finding a recipe
 
 
+def _module_names() -> list[str]:
+    """Every file of architectures/; those that begin with an underscore are parts of others."""
+    package = importlib.import_module("streamconv.architectures")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return [name for name in names if not name.startswith("_")]
+
+
+def _recipe_in(module_name: str) -> Recipe:
+    recipe: Recipe = importlib.import_module(f"streamconv.architectures.{module_name}").RECIPE
+    return recipe
+
+
 @cache
 def all_recipes() -> tuple[Recipe, ...]:
-    """Every file of architectures/, by name; those that begin with an underscore are parts of others."""
-    package = importlib.import_module("streamconv.architectures")
-    modules = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    names = [name for name in modules if not name.startswith("_")]
-    return tuple(importlib.import_module(f"streamconv.architectures.{name}").RECIPE for name in names)
+    """The recipes of all files of architectures/, by the files' names."""
+    return tuple(map(_recipe_in, _module_names()))
+
+
+def _recipes(config: Config) -> Iterator[Recipe]:
+    """All recipes; first the one whose file has the name of the config's model type, so that few others are loaded."""
+    model_type = config.text("model_type") or ""
+    names = (model_type, model_type.replace("_", "").replace("-", ""))
+    yield from (_recipe_in(name) for name in _module_names() if name in names)
+    yield from all_recipes()
 
 
 def find_recipe(config: Config) -> Recipe:
     """The recipe for a config.json; SourceError, saying what is supported, where there is none."""
     names = config.list_of("architectures", str) or []
-    for recipe in all_recipes():
+    for recipe in _recipes(config):
         if set(names) & {*recipe.hf_names, *recipe.bodies} or (
             not names and config.text("model_type") == recipe.model_type
         ):

@@ -99,6 +99,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert "exit codes" in done.stdout
 
 
+def test_a_conversion_imports_what_it_uses(tmp_path: Path) -> None:
+    """Half of the time of a small conversion is that of its imports."""
+    code = "import sys; from streamconv.cli import main\nmain(sys.argv[1:])\nprint('|'.join(sorted(sys.modules)))"
+    command = ["convert", str(tiny.llama(tmp_path / "src")), "-o", str(tmp_path / "out.gguf"), "--quiet"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    found = [name.removeprefix("streamconv.") for name in done.stdout.strip().split("|")]
+    assert [name for name in found if name.startswith("architectures.") and "._" not in name] == ["architectures.llama"]
+    unused = ("lora.merge", "lora.files", "output.modelfile", "streamconv.batch.run", "safetensors.numpy")
+    assert not [name for name in found if name.startswith(unused)]
+
+
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs /proc and two cores")
 def test_a_command_starts_no_threads_for_blas(tmp_path: Path) -> None:
     code = (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import streamconv
 from streamconv.cli import main
 from streamconv.errors import SourceError, StreamconvError, UsageError, VerifyError
-from streamconv.lora.merge import parse_adapter
+from streamconv.lora.specs import parse_adapter
 from tests import tiny
 from tests.oracles import ggufs
 from tests.raising import raises

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import streamconv
-from streamconv.engine import job as jobs
 from streamconv.errors import Interrupted, ResumeError
 from streamconv.lazy.arithmetic import Scale
 from streamconv.lazy.views import PairHalves
@@ -103,7 +102,7 @@ def test_another_version_of_streamconv(tmp_path: Path, out: Path, monkeypatch: p
 def test_another_version_of_gguf(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama(tmp_path / "model")
     interrupt(model, out)
-    monkeypatch.setattr(jobs, "version", lambda name: "99.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "99.1")
     assert "gguf (was " in refused(model, out)
 
 
