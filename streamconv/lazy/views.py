@@ -95,6 +95,11 @@ class Reflow(LazyTensor):
         return ""
 
 
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """[..., R, C] as [..., C, R]; of a transpose, what it was."""
+    return tensor.parents[0] if isinstance(tensor, Transpose) else Transpose(tensor)
+
+
 class Transpose(LazyTensor):
     """[..., R, C] read as [..., C, R]: of a matrix, or of each of those that are stacked.
 
@@ -356,6 +361,13 @@ def every_nth_row(parent: LazyTensor, n: int, start: int) -> LazyTensor:
     return IndexRows(parent, np.arange(start, n_rows, n))
 
 
+def rows_in_order(parent: LazyTensor, index: NDArray[np.int64]) -> LazyTensor:
+    """Rows in the order of an index; of a transpose, whose rows are costly one by one, columns before it."""
+    if isinstance(parent, Transpose):
+        return Transpose(IndexColumns(parent.parents[0], index))
+    return IndexRows(parent, index)
+
+
 class IndexColumns(LazyTensor):
     """Columns in the order of an index, which names for each column of the result that of the parent."""
 
@@ -375,6 +387,16 @@ class IndexColumns(LazyTensor):
         view = self.spec.dtype.view
         slab, result = (data.view(view).reshape(len(rows), -1) for data in (slabs[0], out))
         np.take(slab, self._index, axis=1, out=result, mode="clip")
+
+    def columns(self, columns: range) -> LazyTensor | None:
+        """Some of them, made of those of the parent among which they lie; None unless they are every n-th of these."""
+        strides = np.diff(self._index)
+        if (strides < 1).any() or (strides != strides[:1]).any():
+            return None
+        index = self._index[columns.start : columns.stop]
+        first = int(index[0])
+        parent = self.parents[0].columns(range(first, int(index[-1]) + 1))
+        return None if parent is None else IndexColumns(parent, index - first)
 
     def describe(self) -> str:
         return f"columns {_digest(self._index)}"

@@ -21,7 +21,7 @@ from streamconv.lazy.arithmetic import Scale, widened
 from streamconv.lazy.dtype import BF16, F16, F32, Dtype
 from streamconv.lazy.leaves import Zeros
 from streamconv.lazy.node import LazyTensor, TensorSpec, description
-from streamconv.lazy.views import Stack, Transpose
+from streamconv.lazy.views import Stack, transposed
 from streamconv.lora.base import Landing
 from streamconv.lora.config import Problem
 from streamconv.lora.factors import slabs
@@ -88,8 +88,8 @@ def _through(module: LoraModule, landing: Landing, model: Model) -> tuple[LazyTe
     if not module.slot.is_embedding:
         return factors_through(landing.ops, module.a, module.b, model)
     # The change of an embedding is the transpose of b @ a, and operations are those of the embedding.
-    b, a = factors_through(landing.ops, turned(module.b), turned(module.a), model)
-    return turned(a), turned(b)
+    b, a = factors_through(landing.ops, transposed(module.b), transposed(module.a), model)
+    return transposed(a), transposed(b)
 
 
 def fold(modules: Sequence[LoraModule], model: Model) -> Folded:
@@ -153,13 +153,9 @@ def _pair(one: Landed, alpha: float) -> tuple[Pair, Problem | None]:
         if overflows:
             problem = Problem("overflow", f"its lora_B times {ratio:g} exceeds float32", (module.name,))
     if module.slot.is_embedding:
-        a, changed = turned(a), TensorSpec(changed.shape[::-1], F32)
+        a, changed = transposed(a), TensorSpec(changed.shape[::-1], F32)
     origin = f"{landing.target} {description(a)} {description(b)}"
     return Pair(landing.target, a, b, TYPE_OF[a.spec.dtype].id, b_type, changed, origin), problem
-
-
-def turned(tensor: LazyTensor) -> LazyTensor:
-    return tensor.parents[0] if isinstance(tensor, Transpose) else Transpose(tensor)
 
 
 def _stacked(pairs: dict[int, Pair], n_experts: int) -> Pair:

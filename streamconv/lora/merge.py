@@ -25,11 +25,10 @@ from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import RunWarning, SourceError
 from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
 from streamconv.lazy.node import LazyTensor
-from streamconv.lazy.views import matrix_of
+from streamconv.lazy.views import matrix_of, transposed
 from streamconv.lora.base import N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem, read_lora_config
 from streamconv.lora.files import parse_name
-from streamconv.lora.fold import turned
 from streamconv.lora.resolve import SAVE_ENDS, LoraModule, base_hint, other_base, refuse_all, resolve
 from streamconv.lora.specs import Adapter, Merged
 from streamconv.lora.whole_weights import TokenRows, WholeWeight, alone, one_by_one
@@ -337,7 +336,7 @@ class _Merge:
         if module.slot.n_experts and module.slot.expert is None:
             yield from self._factors_of_stack(module)
         elif module.slot.is_embedding:
-            yield row.source, turned(module.a), turned(module.b)
+            yield row.source, transposed(module.a), transposed(module.b)
         else:
             yield fill(row.source, layer, expert), module.b, module.a
 

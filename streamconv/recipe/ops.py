@@ -200,7 +200,7 @@ class Rows(_Indexed):
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         index = self.index(model)
-        return parent if index is None else views.IndexRows(parent, index)
+        return parent if index is None else views.rows_in_order(parent, index)
 
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
         return self.node(b, model)
@@ -291,7 +291,7 @@ class Interleaved(Op):
         if extent % self.count:
             raise ValueError(f"{extent} do not come in turns of {self.count}")
         index = np.arange(self.index, extent, self.count)
-        return views.IndexColumns(parent, index) if self.of_columns else views.IndexRows(parent, index)
+        return views.IndexColumns(parent, index) if self.of_columns else views.rows_in_order(parent, index)
 
     def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
         return self.node(a, model) if self.of_columns else a
@@ -332,7 +332,7 @@ class Transpose(Op):
     """[rows, columns] as [columns, rows]; of a stack, each of its matrices."""
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
-        return views.Transpose(parent)
+        return views.transposed(parent)
 
     def on_factors(self, a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
         return self.node(b, model), self.node(a, model)

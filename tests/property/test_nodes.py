@@ -50,7 +50,9 @@ from streamconv.lazy.views import (
     Transpose,
     every_nth_row,
     matrix_of,
+    rows_in_order,
     slice_columns,
+    transposed,
 )
 from tests.property.test_graph import pair_halves, widened
 
@@ -522,6 +524,34 @@ def test_a_transpose_reads_its_source_once_or_twice(monkeypatch: pytest.MonkeyPa
     assert isinstance(tensor.file, File)
     assert array.nbytes <= tensor.file.n_read <= 2 * array.nbytes
     assert tensor.file.n_calls <= 70_000
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda tensor: Transpose(IndexColumns(tensor, np.arange(1, 4096, 2))),
+        lambda tensor: rows_in_order(Transpose(tensor), np.arange(1, 4096, 2)),
+    ],
+)
+def test_columns_in_turns_are_read_once(
+    monkeypatch: pytest.MonkeyPatch, made: Callable[[LazyTensor], LazyTensor]
+) -> None:
+    """Gate and up of stacked experts that are stored in turns, and transposed."""
+    monkeypatch.undo()
+    from streamconv.engine.layout import slab_rows
+
+    tensor, array = source_of(array_of((4096, 4096), BF16, 1), BF16)
+    encoded = Encode(made(tensor), "made", T.BF16)
+    step = slab_rows(encoded)
+    found = [rows_of(encoded, range(at, min(at + step, 2048))) for at in range(0, 2048, step)]
+    assert np.concatenate(found).tobytes() == array.T[1::2].tobytes()
+    assert isinstance(tensor.file, File)
+    assert tensor.file.n_read <= array.nbytes and tensor.file.n_calls <= 70_000
+
+
+def test_a_transpose_of_a_transpose_is_what_it_was() -> None:
+    tensor, _ = source_of(array_of((6, 4), BF16, 1), BF16)
+    assert transposed(transposed(tensor)) is tensor
 
 
 def test_the_factors_of_a_sum_are_read_no_more_than_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
