@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from benchmarks import vocabulary
 from benchmarks.vocabulary import Vocabulary
 
-MAKER_VERSION: Final = 1  # raise it when the bytes of a shape change, and cached folders are made anew
+MAKER_VERSION: Final = 1  # raise it when the bytes of a shape change, and cached folders are made again
 N_BLOCK: Final = 1 << 23  # elements of the random block that all weights are cut from
 TOKENIZER_NBYTES: Final = 16 << 20  # the largest, and then some
 CONV_KERNEL: Final = 3

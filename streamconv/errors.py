@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-# A file of strangers may have names of megabytes; nobody reads on after this.
+# An untrusted file may have names of megabytes; nobody reads on after this.
 MAX_MESSAGE_CHARS = 4000
 MAX_NAME_CHARS = 400
 
 
 def printable(text: str) -> str:
-    """`text` on one line and without effect on a terminal: what a stranger's file brings is shown, never obeyed."""
+    """`text` on one line and without effect on a terminal: untrusted text is shown, never interpreted."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -93,7 +93,7 @@ class SourceError(StreamconvError):
 
 
 class SourceReadError(SourceError):
-    """The disk failed under a source: its file may be well, and what was written can be gone on with."""
+    """The disk failed under a source: its file may be well, and what was written can be continued."""
 
 
 class ResumeError(SourceError):

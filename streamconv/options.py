@@ -357,7 +357,7 @@ class OutputOptions(_Options):
         self._check_words()
         for text in (self.name, self.pre):
             if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
-                raise UsageError(f"{text!r} is no UTF-8, as all text in a GGUF file is", code="not-utf8")
+                raise UsageError(f"{text!r} is not UTF-8, as all text in a GGUF file is", code="not-utf8")
 
     @property
     def mix(self) -> MixOptions:

@@ -2,7 +2,7 @@
 
 Owns: which of an adapter's keys and tensors are written, and the one alpha that is right for all of them. Does not own:
 what the adapter is (lora/resolve.py), how Ollama once wrote it (lora/ollama.py), the run itself (run.py).
-Invariant: with s = alpha / rank, as llama.cpp's run time computes it, s * lora_b @ lora_a is the trained change of the
+Invariant: with s = alpha / rank, as llama.cpp's runtime computes it, s * lora_b @ lora_a is the trained change of the
 base's tensor, in that tensor's own order of rows.
 """
 
@@ -129,7 +129,7 @@ def plan_adapter(
     """
     _check_legacy(wanted.dialect, {"--scale": scale})
     if scale is not None and not abs(scale) <= MAX_SCALE:
-        raise UsageError(f"--scale {scale} is no scale", code="scale-range")
+        raise UsageError(f"--scale {scale} is not a scale", code="scale-range")
     config = read_lora_config(source.config, scale)
     resolved = resolve(source, base, config)
     if wanted.dialect == OLLAMA_LEGACY:
@@ -252,7 +252,7 @@ def _digest(pairs: Sequence[Pair]) -> str:
 
 
 def _adapter_keys(alpha: float, invocation_tokens: Sequence[int]) -> Iterator[KeyValue]:
-    """What llama.cpp's run time reads of an adapter, beside its architecture."""
+    """What llama.cpp's runtime reads of an adapter, beside its architecture."""
     yield KeyValue.string("adapter.type", "lora")
     yield KeyValue.f32("adapter.lora.alpha", alpha)
     if invocation_tokens:

@@ -2,7 +2,7 @@
 
 Owns: telling the kinds apart, gathering the facts, and their JSON form, which scripts rely on (schema 1). Does not own:
 parsing (gguf_file/set.py, checkpoint/folder.py), the lines people read (inspect_text.py).
-Invariants: no weight is read; what is gathered from a stranger's file is bounded, whatever the file says. A file that
+Invariants: no weight is read; what is gathered from an untrusted file is bounded, whatever the file says. A file that
 cannot be parsed is a SourceError; one that can be, and is not as it should be, is shown with its problems.
 """
 

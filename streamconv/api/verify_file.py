@@ -1,4 +1,4 @@
-"""`streamconv verify`: is this GGUF file, whoever wrote it, what its source says it should be?
+"""`streamconv verify`: is this GGUF file, whichever program wrote it, what its source says it should be?
 
 Owns: finding out what a file claims to be, and the report. Does not own: what it should hold (convert_model.py and
 convert_lora.py make its job), the comparison (check/tensors.py).

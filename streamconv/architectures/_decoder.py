@@ -13,7 +13,7 @@ from streamconv.recipe import BOOL, F32, Caveat, Config, Dim, Drop, Key, Model, 
 
 LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 
-Bias = str | bool | None  # a flag of the config; True: always; False: where it is stored; None: the run time has none
+Bias = str | bool | None  # a flag of the config; True: always; False: where it is stored; None: the runtime has none
 
 SOFTMAX, SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_*
 
@@ -64,7 +64,7 @@ def norm(
 
 
 def attention(*, permuted: bool = False, bias: Bias = None, out_bias: Bias = None) -> tuple[Tensor, ...]:
-    """Q, K, V and the output. permuted: the run time wants RoPE's pairs side by side (LLAMA_ROPE_TYPE_NORM)."""
+    """Q, K, V and the output. permuted: the runtime wants RoPE's pairs side by side (LLAMA_ROPE_TYPE_NORM)."""
     q, k = ((Permute("A"),), (Permute("K"),)) if permuted else ((), ())
     return (
         *linear("self_attn.q_proj", "attn_q", "A*D H", *q, bias=bias),
@@ -118,7 +118,7 @@ EMBEDDING = Tensor("model.embed_tokens.weight", "token_embd.weight", "V H")
 OUTPUT_NORM = Tensor("model.norm.weight", "output_norm.weight", "H")
 OUTPUT_NORM_BIAS = Tensor("model.norm.bias", "output_norm.bias", "H")
 HEAD = Tensor("lm_head.weight", "output.weight", "V H", required=False)
-OWN_HEAD = Tensor("lm_head.weight", "output.weight", "V H")  # for run times that do not take the embedding instead
+OWN_HEAD = Tensor("lm_head.weight", "output.weight", "V H")  # for runtimes that do not take the embedding instead
 
 DROPS = (
     Drop("model.layers.{i}.self_attn.rotary_emb.inv_freq", "follows from the config"),
@@ -146,7 +146,7 @@ def keys(rope: Rope, epsilon: float, *, epsilon_key: str = "rms_norm_eps", layer
 
 
 def expert_keys(width: str | None = "M") -> tuple[Key, ...]:
-    """The keys of a mixture of experts; `width` None where the run time takes feed_forward_length for it."""
+    """The keys of a mixture of experts; `width` None where the runtime takes feed_forward_length for it."""
     found = (Key("{arch}.expert_count", "E"), Key("{arch}.expert_used_count", "U"))
     return (*found, Key("{arch}.expert_feed_forward_length", width)) if width else found
 
@@ -158,7 +158,7 @@ def constant(name: str, value: int) -> Key:
 def window_keys(
     window: Callable[[Config], int | None], pattern: Callable[[Config, int], list[bool] | None], fixed: int
 ) -> tuple[Key, ...]:
-    """The sliding window, and which layers have it where that is not the run time's own: all but each `fixed`-th."""
+    """The sliding window, and which layers have it where that is not the runtime's own: all but each `fixed`-th."""
 
     def own(model: Model) -> list[int] | None:
         slides = pattern(model.config, model.n_layers)
@@ -185,9 +185,9 @@ def sliding(config: Config, n_layers: int) -> list[bool] | None:
 
 
 def activation(*names: str, key: str = "hidden_act", silent: str = "silu") -> Refusal:
-    """Any other activation than those that the run time computes. silent: transformers' where the config says none."""
+    """Any other activation than those that the runtime computes. silent: transformers' where the config says none."""
     return Refusal(
-        f"{key} is {{{key}!r}}, and the run time computes {names[0]}",
+        f"{key} is {{{key}!r}}, and the runtime computes {names[0]}",
         lambda m: (m.config.text(key) or silent) not in names,
     )
 
@@ -195,7 +195,7 @@ def activation(*names: str, key: str = "hidden_act", silent: str = "silu") -> Re
 SILU = activation("silu", "swish")
 SHARED_HEADS = Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0)
 FULL_WIDTH = Refusal(
-    "{A} heads of {D} do not make the hidden size {H}, as the run time takes it",
+    "{A} heads of {D} do not make the hidden size {H}, as the runtime takes it",
     lambda m: m.dims["A"] * m.dims["D"] != m.dims["H"],
 )
 USED_EXPERTS = Refusal("{U} of {E} experts cannot be used", lambda m: m.dims["U"] > m.dims["E"])
@@ -246,7 +246,7 @@ TEXT_HALF = Caveat(
     code="text-half",
 )
 
-NO_WINDOW = Refusal("use_sliding_window is true, and the run time has no window for this architecture", slides)
+NO_WINDOW = Refusal("use_sliding_window is true, and the runtime has no window for this architecture", slides)
 
 
 def refusals(rope: Rope, *more: Refusal) -> tuple[Refusal, ...]:

@@ -1,7 +1,7 @@
 """RoPE as configs say it and as llama.cpp's keys do: shared by the files of architectures, and no architecture itself.
 
 Sources: transformers' modeling_rope_utils.py; llama_model_base::load_hparams in llama.cpp's src/llama-model.cpp, and
-llama-context.cpp, for what the run time makes of the keys.
+llama-context.cpp, for what the runtime makes of the keys.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from streamconv.recipe import F32, STRING, Caveat, Config, Key, Model, Refusal, Scalar
 
-YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # the run time's, which reads no key for them
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # the runtime's, which reads no key for them
 LLAMA3_FACTORS = "rope_freqs.weight"
 DYNAMIC = "dynamic"  # modeling_rope_utils.py: _compute_dynamic_ntk_parameters, whose base is theta up to that length
 PLAIN_UP_TO_CONTEXT = (
-    "RoPE scaling 'dynamic' is plain RoPE up to the trained context, and is written as that: beyond it the run time "
+    "RoPE scaling 'dynamic' is plain RoPE up to the trained context, and is written as that: beyond it the runtime "
     "computes otherwise"
 )
 
@@ -33,11 +33,11 @@ class Rope:
     Attributes:
         theta: The base that transformers takes where the config is silent.
         context: The context length that it takes then, in tokens.
-        scalings: The kinds of scaling that the run time can do for this architecture, beside none.
+        scalings: The kinds of scaling that the runtime can do for this architecture, beside none.
         partial: The share of each head that is rotated where the config is silent; None: it is all, and must be.
         kind: The kind of layers whose RoPE this is, where configs say it by kind.
-        rounded: Whether a YaRN that must not round its range is refused; the run time always rounds it.
-        betas: Whether the run time reads YaRN's betas for this architecture.
+        rounded: Whether a YaRN that must not round its range is refused; the runtime always rounds it.
+        betas: Whether the runtime reads YaRN's betas for this architecture.
     """
 
     theta: float
@@ -82,7 +82,7 @@ class Rope:
         return self.of(config).positive("factor") or self.context_length(config) / self.trained_context(config)
 
     def yarn_attention(self, config: Config) -> float | None:
-        """What the run time multiplies its own attention factor, 1 + ln(factor) / 10, by to reach the config's.
+        """What the runtime multiplies its own attention factor, 1 + ln(factor) / 10, by to reach the config's.
 
         llama.cpp's converter writes `yarn_attn_factor`, which llama-context.cpp reads and then overwrites.
         """
@@ -131,7 +131,7 @@ class Rope:
         return self.type(model.config) == "llama3" and low >= high
 
     def is_not(self, key: str, fixed: float) -> Callable[[Model], bool]:
-        """Whether a model's YaRN has another `key` than the run time."""
+        """Whether a model's YaRN has another `key` than the runtime."""
         return lambda m: self.type(m.config) == "yarn" and self.of(m.config).positive(key) not in (None, fixed)
 
     def for_scaling(self, *types: str, value: Callable[[Config], Scalar | None]) -> ModelKey:
@@ -158,7 +158,7 @@ class Rope:
         )
 
     def refusals(self) -> tuple[Refusal, ...]:
-        """What of a config's RoPE the run time cannot do."""
+        """What of a config's RoPE the runtime cannot do."""
         named = "{rope_type!r}" if self.kind is None else f"of {self.kind}"
         return (
             Refusal(
@@ -169,17 +169,17 @@ class Rope:
             Refusal("low_freq_factor of RoPE must be below high_freq_factor", self.is_llama3_empty),
             # What llama.cpp has keys for, and reads in other architectures alone.
             *(
-                Refusal(f"{key} of YaRN is not {fixed:g}, which the run time takes", self.is_not(key, fixed))
+                Refusal(f"{key} of YaRN is not {fixed:g}, which the runtime takes", self.is_not(key, fixed))
                 for key, fixed in (() if self.betas else YARN_BETAS.items())
             ),
             Refusal(
-                "truncate of YaRN is false, and the run time rounds its range",
+                "truncate of YaRN is false, and the runtime rounds its range",
                 lambda m: (
                     self.rounded and self.type(m.config) == "yarn" and self.of(m.config).flag("truncate") is False
                 ),
             ),
             Refusal(
-                "partial_rotary_factor is not 1, and the run time rotates whole heads",
+                "partial_rotary_factor is not 1, and the runtime rotates whole heads",
                 lambda m: (
                     self.partial is None
                     and bool({c.number("partial_rotary_factor") for c in (m.config, self.of(m.config))} - {None, 1.0})

@@ -17,7 +17,7 @@ WINDOW, EVERY, LOGIT_SCALE = 4096, 4, 0.0625
 
 
 def pattern(model: Model) -> list[int] | None:
-    """1 for each layer with a window, where it is not all but each fourth, as the run time takes it."""
+    """1 for each layer with a window, where it is not all but each fourth, as the runtime takes it."""
     slides = decoder.sliding(model.config, model.n_layers)
     if slides is None:
         every = model.config.integer("sliding_window_pattern") or EVERY
@@ -52,8 +52,8 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.FULL_WIDTH,
-        decoder.flag("attention_bias", only=False, silent=False, why="the run time has no place for it"),
-        decoder.flag("tie_word_embeddings", only=True, silent=True, why="the run time takes the embedding as the head"),
+        decoder.flag("attention_bias", only=False, silent=False, why="the runtime has no place for it"),
+        decoder.flag("tie_word_embeddings", only=True, silent=True, why="the runtime takes the embedding as the head"),
     ),
     tied_by_default=True,
     default_pre="command-r",

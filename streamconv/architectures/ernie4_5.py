@@ -1,4 +1,4 @@
-"""ERNIE 4.5 (dense): RoPE turns neighbours, in transformers as in the run time; two names, two programs.
+"""ERNIE 4.5 (dense): RoPE turns neighbours, in transformers as in the runtime; two names, two programs.
 
 Sources: transformers' Ernie4_5Config and modeling_ernie4_5.py; Ernie4_5Model in llama.cpp's conversion/ernie.py, which
 knows the fused matrices of the publisher's own program too, and ernie4-5.cpp.
@@ -18,7 +18,7 @@ FUSED_ATTENTION = tuple(
     Tensor(LAYER + "self_attn.qkv_proj.weight", f"{BLOCK}attn_{part}.weight", "(A+2*K)*D H", (Split(i, HEADS),))
     for i, part in enumerate("qkv")
 )
-NO_BIAS = decoder.flag("use_bias", only=False, silent=False, why="the run time has no place for all of the biases")
+NO_BIAS = decoder.flag("use_bias", only=False, silent=False, why="the runtime has no place for all of the biases")
 PREFIXES = {"ernie.": "model."}
 
 

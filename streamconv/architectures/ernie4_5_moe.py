@@ -90,7 +90,7 @@ RECIPE = Recipe(
         ernie4_5.NO_BIAS,
         decoder.USED_EXPERTS,
         Refusal(
-            "a dense layer follows one with experts, and the run time takes the dense ones first",
+            "a dense layer follows one with experts, and the runtime takes the dense ones first",
             lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],
         ),
     ),

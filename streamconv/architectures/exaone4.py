@@ -12,7 +12,7 @@ from streamconv.recipe import BOOL, Computed, Key, Model, Recipe, Refusal
 
 ROPE = Rope(theta=10_000.0, context=2048, scalings=("linear", "yarn", "llama3"))
 
-WINDOW = 4096  # Exaone4Config, where the config is silent; null is no window
+WINDOW = 4096  # Exaone4Config, where the config is silent; null means none
 LAYERS_WITH_WINDOW = 64
 EVERY = 4
 
@@ -66,7 +66,7 @@ RECIPE = Recipe(
         decoder.SILU,
         decoder.FULL_WIDTH,
         Refusal(
-            f"{{L}} layers with a sliding window, and the run time has one in models of {LAYERS_WITH_WINDOW} alone",
+            f"{{L}} layers with a sliding window, and the runtime has one in models of {LAYERS_WITH_WINDOW} alone",
             lambda m: window(m) is not None and m.n_layers != LAYERS_WITH_WINDOW,
         ),
     ),

@@ -73,11 +73,11 @@ REFUSALS = decoder.refusals(
     gemma.NO_BIAS,
     Refusal(gemma2.NO_WINDOW.what, lambda m: has_window(m) and gemma2.NO_WINDOW.applies(m)),
     Refusal(
-        "RoPE is scaled in the layers with a window, and the run time scales it in the others alone",
+        "RoPE is scaled in the layers with a window, and the runtime scales it in the others alone",
         lambda m: (local(m.config) or Config({}, m.config.file)).text("rope_type") not in (None, "default"),
     ),
     Refusal(
-        "attn_logit_softcapping is {attn_logit_softcapping}, and the run time caps no scores of attention",
+        "attn_logit_softcapping is {attn_logit_softcapping}, and the runtime caps no scores of attention",
         lambda m: m.config.positive("attn_logit_softcapping") is not None,
     ),
 )

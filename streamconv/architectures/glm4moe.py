@@ -103,7 +103,7 @@ RECIPE = Recipe(
             lambda m: n_next(m) not in (0, m.config.integer("num_nextn_predict_layers", minimum=0)),
         ),
         Refusal(
-            "a dense layer follows one with experts, and the run time takes the dense ones first",
+            "a dense layer follows one with experts, and the runtime takes the dense ones first",
             lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],
         ),
     ),

@@ -1,7 +1,7 @@
 """gpt-oss with experts in 16 bits, as fine-tunes have them: sinks, windows in each second layer, gate and up in turns.
 
 Sources: transformers' GptOssConfig and modeling_gpt_oss.py; GptOssModel in llama.cpp's conversion/gpt_oss.py, and
-openai-moe.cpp, which reads the layers with a window where a file lists them. The run time rounds the range of YaRN, and
+openai-moe.cpp, which reads the layers with a window where a file lists them. The runtime rounds the range of YaRN, and
 these models do not; all who run them there live with that.
 """
 
@@ -16,14 +16,14 @@ ROPE = Rope(theta=150_000.0, context=131_072, rounded=False)
 
 WINDOW, EVERY = 128, 2
 
-# Constants of the run time's activation (LLM_FFN_SWIGLU_OAI_MOE).
+# Constants of the runtime's activation (LLM_FFN_SWIGLU_OAI_MOE).
 ACTIVATION = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
 
 EXPERTS = LAYER + "mlp.experts."
 
 
 def pattern(model: Model) -> list[int] | None:
-    """1 for each layer with a window, where it is not each second from the first on, as the run time takes it."""
+    """1 for each layer with a window, where it is not each second from the first on, as the runtime takes it."""
     slides = decoder.sliding(model.config, model.n_layers)
     own = [(i + 1) % EVERY != 0 for i in range(model.n_layers)]
     return None if slides is None or slides == own else [int(one) for one in slides]
@@ -70,10 +70,10 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.USED_EXPERTS,
-        decoder.flag("attention_bias", only=True, silent=True, why="the run time wants biases"),
+        decoder.flag("attention_bias", only=True, silent=True, why="the runtime wants biases"),
         *(
             Refusal(
-                f"{key} is {{{key}}}, and the run time computes with {fixed:g}",
+                f"{key} is {{{key}}}, and the runtime computes with {fixed:g}",
                 lambda m, key=key, fixed=fixed: m.config.positive(key) not in (None, fixed),  # type: ignore[misc]
             )
             for key, fixed in ACTIVATION.items()

@@ -41,7 +41,7 @@ class Dynamic(Rope):
 
 ROPE = Dynamic(theta=10_000.0, context=2048, scalings=("linear", "yarn", "dynamic"))
 
-NO_BIAS = decoder.flag("attention_bias", only=False, silent=False, why="the run time has no place for it")
+NO_BIAS = decoder.flag("attention_bias", only=False, silent=False, why="the runtime has no place for it")
 
 RECIPE = Recipe(
     arch="hunyuan-dense",
@@ -68,7 +68,7 @@ RECIPE = Recipe(
         decoder.SILU,
         NO_BIAS,
         Refusal(
-            "RoPE is scaled by length ('dynamic' without alpha), and the run time cannot do that",
+            "RoPE is scaled by length ('dynamic' without alpha), and the runtime cannot do that",
             lambda m: ROPE.type(m.config) == "dynamic" and ROPE.of(m.config).positive("alpha") is None,
         ),
         Refusal(

@@ -1,7 +1,7 @@
 """LFM2 and LFM2.5, dense: layers of short convolution or of attention, mixed.
 
 Sources: transformers' Lfm2Config and modeling_lfm2.py; LFM2Model in llama.cpp's conversion/lfm2.py, and lfm2.cpp.
-What is said to be beyond the run time was tried: it aborts, or makes no context (tests/unit/test_refusals.py).
+What is said to be beyond the runtime was tried: it aborts, or makes no context (tests/unit/test_refusals.py).
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ REFUSALS = (
         "conv_bias is true, and the GGUF architecture has no place for it", lambda m: bool(m.config.flag("conv_bias"))
     ),
     Refusal(
-        "{A} heads of {D} do not make the hidden size {H}, as the run time takes it",
+        "{A} heads of {D} do not make the hidden size {H}, as the runtime takes it",
         lambda m: m.dims["A"] * m.dims["D"] != m.dims["H"],
     ),
     Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0),
     Refusal("heads of {D} have no two halves for RoPE to turn", lambda m: m.dims["D"] % 2 != 0),
-    Refusal("conv_L_cache is {C}, and the run time needs 2 or more", lambda m: m.dims["C"] < 2),
-    Refusal("no layer attends, and the run time needs one", lambda m: set(m.kinds["mixer"]) == {"conv"}),
-    Refusal("no layer is a convolution, and the run time needs one", lambda m: set(m.kinds["mixer"]) == {"attention"}),
+    Refusal("conv_L_cache is {C}, and the runtime needs 2 or more", lambda m: m.dims["C"] < 2),
+    Refusal("no layer attends, and the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"conv"}),
+    Refusal("no layer is a convolution, and the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"attention"}),
 )
 
 

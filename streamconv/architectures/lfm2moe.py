@@ -33,7 +33,7 @@ def n_leading_dense(model: Model) -> int:
 
 
 def routed_scale(model: Model) -> float:
-    """What the experts' sum is multiplied by; the run time has no key for it, and the sum is linear in w2."""
+    """What the experts' sum is multiplied by; the runtime has no key for it, and the sum is linear in w2."""
     scale = model.config.number("routed_scaling_factor")
     return 1.0 if scale is None else scale
 
@@ -42,18 +42,18 @@ ROUTED = (Scale(routed_scale),)
 
 
 def no_bias(model: Model) -> NDArray[np.float32]:
-    """The run time demands a bias of the router's choice; zeros change nothing."""
+    """The runtime demands a bias of the router's choice; zeros change nothing."""
     return np.zeros(model.dims["E"], dtype=np.float32)
 
 
 REFUSALS = (
     Refusal(
-        "norm_topk_prob is false, and the run time always normalises the weights of the chosen experts",
+        "norm_topk_prob is false, and the runtime always normalises the weights of the chosen experts",
         lambda m: m.config.flag("norm_topk_prob") is False,
     ),
     Refusal("{U} of {E} experts cannot be used", lambda m: m.dims["U"] > m.dims["E"]),
     Refusal(
-        "a dense layer follows one with experts, and the run time takes the dense ones first",
+        "a dense layer follows one with experts, and the runtime takes the dense ones first",
         lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],
     ),
 )

@@ -12,7 +12,7 @@ from streamconv.recipe import Computed, Recipe
 
 ROPE = Rope(theta=10_000.0, context=131_072, scalings=("linear", "yarn", "llama3"))
 
-WINDOW = 4096  # MistralConfig, where the config is silent; null is no window
+WINDOW = 4096  # MistralConfig, where the config is silent; null means none
 
 RECIPE = Recipe(
     arch="llama",

@@ -14,13 +14,13 @@ from streamconv.recipe import F32, Config, Drop, Key, Model, Recipe, Refusal
 
 
 class YarnRope(Rope):
-    """RoPE of a run time that divides YaRN's attention factor by that of `mscale_all_dim`."""
+    """RoPE of a runtime that divides YaRN's attention factor by that of `mscale_all_dim`."""
 
     def log_multiplier(self, config: Config) -> float | None:
         return self.of(config).number("mscale_all_dim") if self.type(config) == "yarn" else None
 
     def yarn_attention(self, config: Config) -> float | None:
-        """As in Rope; None also where the run time comes to the config's by itself."""
+        """As in Rope; None also where the runtime comes to the config's by itself."""
         factor = self.factor(config)
         said = super().yarn_attention(config)
         wanted = yarn_magnitude(factor, 1.0) * (1.0 if said is None else said)
@@ -79,7 +79,7 @@ RECIPE = Recipe(
             lambda m: m.config.text("model_type") not in (None, "mistral3", "mistral", "ministral3"),
         ),
         Refusal(
-            "llama_4_scaling_beta goes with YaRN, by whose original context the run time counts",
+            "llama_4_scaling_beta goes with YaRN, by whose original context the runtime counts",
             lambda m: temperature(m) is not None and ROPE.type(m.config) != "yarn",
         ),
     ),

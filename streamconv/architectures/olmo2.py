@@ -73,13 +73,13 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.FULL_WIDTH,
-        decoder.flag("attention_bias", only=False, silent=False, why="the run time has no place for it"),
+        decoder.flag("attention_bias", only=False, silent=False, why="the runtime has no place for it"),
         Refusal(
-            "RoPE has another base in the layers with a window, and the run time has one for all",
+            "RoPE has another base in the layers with a window, and the runtime has one for all",
             lambda m: m.config.has_rope_by_kind and SLIDING.base(m.config) != ROPE.base(m.config),
         ),
         Refusal(
-            "RoPE is scaled in the layers with a window, and the run time scales it in the others alone",
+            "RoPE is scaled in the layers with a window, and the runtime scales it in the others alone",
             lambda m: m.config.has_rope_by_kind and SLIDING.type(m.config) != "default",
         ),
     ),

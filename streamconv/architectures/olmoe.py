@@ -37,16 +37,16 @@ RECIPE = Recipe(
         decoder.SILU,
         decoder.FULL_WIDTH,
         decoder.USED_EXPERTS,
-        decoder.flag("attention_bias", only=False, silent=False, why="the run time has no place for it"),
+        decoder.flag("attention_bias", only=False, silent=False, why="the runtime has no place for it"),
         decoder.flag(
-            "norm_topk_prob", only=False, silent=False, why="the run time does not normalise the experts' weights"
+            "norm_topk_prob", only=False, silent=False, why="the runtime does not normalise the experts' weights"
         ),
         Refusal(
-            "{A} heads and {K} key-value heads: the run time wants as many of both",
+            "{A} heads and {K} key-value heads: the runtime wants as many of both",
             lambda m: m.dims["A"] != m.dims["K"],
         ),
         Refusal(
-            "clip_qkv is {clip_qkv}, and the run time does not clip",
+            "clip_qkv is {clip_qkv}, and the runtime does not clip",
             lambda m: m.config.positive("clip_qkv") is not None,
         ),
     ),

@@ -96,7 +96,7 @@ RECIPE = Recipe(
         *decoder.keys(ROPE, epsilon=1e-5),
         Key("{arch}.rope.scaling.original_context_length", lambda model: ROPE.trained_context(model.config)),
         Key("{arch}.rope.scaling.attn_factor", lambda model: ROPE.attention(model.config), F32),
-        # 0 is how the run time knows a Phi-4, which has no window.
+        # 0 is how the runtime knows a Phi-4, which has no window.
         Key("{arch}.attention.sliding_window", lambda model: model.config.integer("sliding_window", 0) or 0),
     ),
     refusals=decoder.refusals(

@@ -12,7 +12,7 @@ from streamconv.recipe import Recipe
 ROPE = Rope(theta=10_000.0, context=32_768)
 
 NO_BIAS = decoder.flag(
-    "attention_bias", only=False, silent=False, why="the run time has no place for that of the output"
+    "attention_bias", only=False, silent=False, why="the runtime has no place for that of the output"
 )
 
 ATTENTION = (

@@ -37,7 +37,7 @@ RECIPE = Recipe(
         decoder.USED_EXPERTS,
         qwen3.NO_BIAS,
         *ALL_EXPERTS,
-        decoder.flag("norm_topk_prob", only=True, silent=False, why="the run time normalises the experts' weights"),
+        decoder.flag("norm_topk_prob", only=True, silent=False, why="the runtime normalises the experts' weights"),
     ),
     default_pre="qwen2",
 )

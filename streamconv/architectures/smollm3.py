@@ -24,7 +24,7 @@ def other_layers_turn(model: Model) -> bool:
 
 
 NO_BIAS = tuple(
-    decoder.flag(key, only=False, silent=False, why="the run time has no place for it")
+    decoder.flag(key, only=False, silent=False, why="the runtime has no place for it")
     for key in ("attention_bias", "mlp_bias")
 )
 
@@ -52,7 +52,7 @@ RECIPE = Recipe(
         decoder.NO_WINDOW,
         *NO_BIAS,
         Refusal(
-            "other layers than each fourth are without RoPE, and the run time has no key for that", other_layers_turn
+            "other layers than each fourth are without RoPE, and the runtime has no key for that", other_layers_turn
         ),
     ),
     tied_by_default=True,

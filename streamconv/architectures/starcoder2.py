@@ -42,7 +42,7 @@ RECIPE = Recipe(
         ROPE,
         decoder.FULL_WIDTH,
         decoder.activation("gelu_pytorch_tanh", silent="gelu_pytorch_tanh"),
-        decoder.flag("use_bias", only=True, silent=True, why="the run time wants biases"),
+        decoder.flag("use_bias", only=True, silent=True, why="the runtime wants biases"),
     ),
     caveats=(
         Caveat(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from streamconv.report import Report
 
 SCHEMA = 1
-MAX_ATTEMPTS = 3  # of a job whose process, or machine, died; an error of ours is final at once
+MAX_ATTEMPTS = 3  # of a job whose process, or machine, died; an error that streamconv reports is final at once
 PATIENCE_SECONDS = 60
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
@@ -208,7 +208,7 @@ def _has_journal(job: JobSpec, stale: frozenset[Leftover]) -> bool:
 def _await_earlier_try(job: JobSpec) -> None:
     """Returns once nobody has a lock on the job's journals: a job whose starter was killed takes a moment to go.
 
-    Whoever still has one after PATIENCE_SECONDS is no try of ours; this one will say so.
+    Whoever still has one after PATIENCE_SECONDS is another program; the job will then fail.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     for place in _unfinished(job):

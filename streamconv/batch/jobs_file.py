@@ -2,7 +2,7 @@
 
 Owns: keys, defaults, globs, output templates, and refusing a file as a whole before anything runs. Does not own:
 running (run.py). Paths are relative to the file. A glob as source makes one job of each match, in the order of their
-names; a path that exists under the very name is no glob.
+names; a path that exists under the very name is not a glob.
 
     [defaults]
     outtype = "q8_0"
@@ -157,10 +157,10 @@ def _toml_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
             f"{', '.join(unknown)}: not known", file=path, hint="a file has [defaults] and [[job]]", code="jobs-key"
         )
     if not isinstance(defaults, dict):
-        raise UsageError("defaults is no table", file=path, hint="write [defaults]", code="jobs-syntax")
+        raise UsageError("defaults is not a table", file=path, hint="write [defaults]", code="jobs-syntax")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(
-            "job is no list of tables", file=path, hint="write [[job]], in double brackets", code="jobs-syntax"
+            "job is not a list of tables", file=path, hint="write [[job]], in double brackets", code="jobs-syntax"
         )
     _check(defaults, "defaults", path)
     for number, entry in enumerate(entries, start=1):
@@ -177,7 +177,7 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"line {number} is not JSON: {error}", file=path, code="jobs-syntax") from None
             if not isinstance(entry, dict):
-                raise UsageError(f"line {number} is no JSON object", file=path, code="jobs-syntax")
+                raise UsageError(f"line {number} is not a JSON object", file=path, code="jobs-syntax")
             yield f"line {number}", entry
 
 
@@ -212,7 +212,7 @@ def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:
     try:
         matches = sorted(match for match in root.glob(pattern) if _is_model(match, pattern))
     except (ValueError, NotImplementedError, OSError) as error:
-        raise UsageError(f"{where}: {source!r} is no glob: {error}", file=path, code="jobs-glob") from None
+        raise UsageError(f"{where}: {source!r} is not a glob: {error}", file=path, code="jobs-glob") from None
     if not matches:
         raise UsageError(
             f"{where}: nothing matches {source}",

@@ -135,7 +135,7 @@ def _load_object(path: Place, budget: Budget) -> tuple[dict[str, Any], int]:
 
 
 def _without_config(directory: Place) -> SourceError:
-    """The error for a folder that is no checkpoint: what it is instead, and the command for that."""
+    """The error for a folder that is not a checkpoint: what it is instead, and the command for that."""
     if (directory / ADAPTER_CONFIG).is_file():
         hint = f"streamconv lora {directory} --base BASE, or streamconv convert BASE --adapter {directory}"
         return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint, code="is-adapter")

@@ -22,7 +22,7 @@ _RUN_TIME_METHODS = frozenset({"bitnet"})
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "C64"})
 _INDICES = frozenset({"I64", "BOOL"})  # positions, counters, masks
-_BUFFERS = (".bias", ".masked_bias", "position_ids", "_mask")  # small integers that are no weights
+_BUFFERS = (".bias", ".masked_bias", "position_ids", "_mask")  # small integers that are not weights
 
 # What lies beside packed weights, by method (safetensors names; FACTS of transformers, AutoGPTQ, AutoAWQ, mlx-lm,
 # compressed-tensors, hqq, optimum-quanto, DeepSeek, ModelOpt).

@@ -127,7 +127,7 @@ class Shard:
     def _read_header(self, budget: Budget) -> bytearray:
         """The header's JSON text, once it is certain that parsing it fits."""
         if self.nbytes < 8:
-            raise self._malformed(f"{self.nbytes} bytes are no safetensors file", code="safetensors-length")
+            raise self._malformed(f"{self.nbytes} bytes are not a safetensors file", code="safetensors-length")
         prefix = bytearray(8)
         self.file.read_into(0, prefix)
         length = int.from_bytes(prefix, "little")
@@ -197,7 +197,7 @@ class Shard:
         if other := magic.guess_other(bytes(head), magic.SAFETENSORS):
             what = f"no safetensors file: this is {other.what}"
             return SourceError(what, file=self.path, hint=other.hint, code="not-safetensors")
-        hint = "download the file again, or save it anew"
+        hint = "download the file again, or save it again"
         return SourceError(message, file=self.path, tensor=tensor, hint=hint, code=code)
 
 

@@ -192,7 +192,7 @@ def _weight_map(index: Mapping[str, Any], file: Place) -> Mapping[str, str]:
     for tensor, name in weight_map.items():
         raw = name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b""
         if not _FILE_NAME.fullmatch(raw) or name in (".", ".."):
-            what = f"the index names {name!r:.80}, which is no file beside it"
+            what = f"the index names {name!r:.80}, which is not a file beside it"
             raise SourceError(what, file=file, tensor=tensor, code="index")
     return weight_map
 

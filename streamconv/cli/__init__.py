@@ -105,7 +105,7 @@ def _leave_pipe() -> int:
 
 
 def _keep_standard_streams() -> None:
-    """A closed stdin, stdout or stderr leads nowhere from now on: no file of ours may come to have its number."""
+    """A closed stdin, stdout or stderr leads nowhere from now on: none of our files may come to have its number."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)

@@ -1,7 +1,7 @@
 """An Inspection in lines that people read: keys, types, tensors, problems.
 
 Owns: columns and widths. Does not own: the facts (inspect.py), printing (cli/).
-Invariant: no line is wider than asked for, and of a stranger's file only visible characters reach a terminal.
+Invariant: no line is wider than asked for, and of an untrusted file only visible characters reach a terminal.
 """
 
 from __future__ import annotations

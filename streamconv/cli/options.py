@@ -181,7 +181,7 @@ def dst_name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file")
     if text == "-":
-        raise argparse.ArgumentTypeError("- is no standard output here; a file of that name is ./-")
+        raise argparse.ArgumentTypeError("- does not mean standard output here; a file of that name is ./-")
     return text
 
 

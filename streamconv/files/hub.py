@@ -86,7 +86,7 @@ def find_cached(repo_id: str) -> Path | None:
     """The folder of a repo in the local Hugging Face cache, None where it is not there. ImportError without `hub`."""
     from huggingface_hub import try_to_load_from_cache
 
-    with suppress(ValueError):  # "a--b/c" is no repo id for it
+    with suppress(ValueError):  # "a--b/c" is not a repo id for it
         for config in (CONFIG, ADAPTER_CONFIG):
             found = try_to_load_from_cache(repo_id, config)
             if isinstance(found, str):
@@ -129,6 +129,6 @@ def model_name(place: Place) -> str:
     for folder in (path, *path.parents[:2]):
         if match := _CACHE_ENTRY.fullmatch(folder.name):
             return match["name"]
-    with suppress(OSError):  # whoever reads it will say what is wrong
+    with suppress(OSError):  # reading it reports what is wrong
         return path.stem if path.is_file() else path.name
     return path.name

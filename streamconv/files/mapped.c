@@ -2,7 +2,7 @@
  *
  * Pages of a mapped file that lie beyond its end, once somebody has cut it off, raise SIGBUS when they are read. Here a
  * handler puts zeros in their place and notes that the window is lost; the loop that read them goes on to its end
- * undisturbed, whatever it is and whatever locks it holds, and what it made is thrown away by whoever asks the window.
+ * undisturbed, whatever it is and whatever locks it holds, and what it made is thrown away by the caller that asks the window.
  * A fault anywhere else goes to the handler that was there before.
  */
 #define Py_LIMITED_API 0x030B0000 /* 3.11, the first with the buffer protocol */

@@ -1,4 +1,4 @@
-"""JSON files of strangers: one value per key, no NaN, bounded size and depth, and errors that name the file.
+"""Untrusted JSON files: one value per key, no NaN, bounded size and depth, and errors that name the file.
 
 Owns: reading small JSON files (configs, indexes, headers). Does not own: tokenizer.json, which is scanned, not loaded.
 """

@@ -320,7 +320,7 @@ def _legacy(blob: Blob) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
     entries: dict[str, _Entry] = {}
     n_entries = _i32(cursor)
     if not 0 < n_entries <= MAX_ENTRIES or n_entries * _LEAST_ENTRY_NBYTES > cursor.n_left:
-        message = f"is not an importance matrix: it is no GGUF file, and would have {n_entries:,} entries"
+        message = f"is not an importance matrix: it is not a GGUF file, and would have {n_entries:,} entries"
         raise SourceError(message, file=blob.path, hint="make it with llama-imatrix", code="imatrix-malformed")
     for i in range(n_entries):
         cursor.where, cursor.tensor = f"entry {i + 1} of {n_entries}", None

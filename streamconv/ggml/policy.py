@@ -35,7 +35,7 @@ _LAYER: Final = re.compile(r"\bblk\.(\d+)\.")
 
 
 def outtype_hint(word: str) -> str | None:
-    """The way out where `word` is no outtype: its small letters, or llama-quantize for what only llama.cpp writes."""
+    """The way out where `word` is not an outtype: its small letters, or llama-quantize for what only that writes."""
     if canonical(word) in (AUTO, *OUTTYPES):
         return f"write {canonical(word)}"
     if word.upper() in _QUANTIZED:

@@ -345,7 +345,7 @@ class _GGUFFacts:
         values = value.first(MAX_LAYERS + 1) if isinstance(value, Span) else [] if value is None else [value]
         integers = [v for v in values if type(v) is int and 0 <= v < 1 << 31]
         if len(integers) < len(values):
-            raise self._wrong(key, "is no whole number")
+            raise self._wrong(key, "is not a whole number")
         return integers
 
     def _value(self, name: str) -> object:

@@ -100,7 +100,7 @@ class LoraConfig(ABC):
         """The rank that the configuration gives `module`, None where it says nothing."""
 
     def module_problems(self, module: str) -> Iterator[Problem]:
-        """Why this module is no plain LoRA."""
+        """Why this module is not plain LoRA."""
         return iter(())
 
     def replicated_layers(self, n_layers: int) -> bool:
@@ -345,7 +345,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is no regular expression: {error}") from None
+        raise ValueError(f"is not a regular expression: {error}") from None
 
 
 # The parts of a regular expression that hold, or hide, what looks like another part.

@@ -1,4 +1,4 @@
-"""Adapters merged into a checkpoint: its table of tensors with the changed ones made anew, for any recipe to bind.
+"""Adapters merged into a checkpoint: its table of tensors with the changed ones made again, for any recipe to bind.
 
 Owns: which stored tensors the adapters change, replace or add, and everything that rules a merge out. Does not own: an
 adapter's files and scales (resolve.py and what it rests on), the arithmetic (lazy/arithmetic.py), or targets
@@ -229,7 +229,7 @@ class _Merge:
         self.warnings += resolved.warnings
         if config.invocation_tokens:
             self._problem(
-                adapter, "alora", "an activated LoRA: its tokens switch it on at run time, which no merge can express"
+                adapter, "alora", "an activated LoRA: its tokens switch it on at runtime, which no merge can express"
             )
         magnitudes = self._magnitudes(adapter, config, resolved.modules)
         origins = []

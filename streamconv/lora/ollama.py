@@ -127,7 +127,7 @@ def _alpha(config: Config) -> float:
 
 
 def _scale(alpha: float, rank: int) -> float:
-    """What llama.cpp's run time makes of alpha."""
+    """What llama.cpp's runtime makes of alpha."""
     return alpha / rank if alpha else 1.0
 
 

@@ -80,11 +80,11 @@ def parse_adapter(text: str) -> tuple[str, float]:
 def open_adapters(specs: Sequence[AdapterSpec], budget: Budget) -> Iterator[tuple[Adapter, ...]]:
     """The adapters, headers read and nothing else.
 
-    SourceError on what is missing or malformed, UsageError on what is no list of them, a single path included.
+    SourceError on what is missing or malformed, UsageError on what is not a list of them, a single path included.
     """
     if not isinstance(specs, Sequence) or isinstance(specs, str):
         raise UsageError(
-            f"{str(specs)!r} is no list of adapters",
+            f"{str(specs)!r} is not a list of adapters",
             hint="put it into one, [path] or [(path, weight)]",
             code="adapters-not-list",
         )
@@ -101,10 +101,10 @@ def _source_and_weight(spec: AdapterSpec) -> tuple[Source, float]:
     source, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
     if not (isinstance(source, str | Path | Store | StorePath) and isinstance(weight, Real)):
         raise UsageError(
-            f"{spec!r} is no adapter", hint="name its folder, or the pair of that and a weight", code="adapter-spec"
+            f"{spec!r} is not an adapter", hint="name its folder, or the pair of that and a weight", code="adapter-spec"
         )
     if not str(source):
         raise UsageError("an adapter without a name", hint="name its folder", code="adapter-spec")
     if not math.isfinite(weight):
-        raise UsageError(f"{weight} is no weight of an adapter", code="adapter-spec")
+        raise UsageError(f"{weight} is not a weight of an adapter", code="adapter-spec")
     return source, float(weight)

@@ -1,7 +1,7 @@
 """The `general.*` keys: what a file says of the model it holds, from its model card, its configs and its name.
 
 Owns: asking gguf's own heuristics and carrying their answer over with exact types. Does not own: the heuristics.
-Invariant: a model card is a stranger's text; whatever it holds gives keys or a warning, never a failed conversion.
+Invariant: a model card is untrusted text; whatever it holds gives keys or a warning, never a failed conversion.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _keys(metadata: Any, arch: str) -> Iterator[KeyValue]:
 
 
 def _utf8(value: object) -> str:
-    """`value` as text; half of a surrogate pair in a card, or a byte of a name that is no UTF-8, becomes "?"."""
+    """`value` as text; half of a surrogate pair in a card, or a byte of a name that is not UTF-8, becomes "?"."""
     return str(value).encode("utf-8", "replace").decode("utf-8")
 
 

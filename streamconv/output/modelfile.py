@@ -78,7 +78,7 @@ class Modelfile:
 def plan_modelfile(output: Part, place: Place | None = None) -> Modelfile:
     """The Modelfile beside `output`, for the model in it, or for the adapter in it on the base at `place`.
 
-    UsageError where Ollama could not take it: a part of a split, an adapter whose base is no GGUF file.
+    UsageError where Ollama could not take it: a part of a split, an adapter whose base is not a GGUF file.
     """
     if output.is_of_split:
         raise UsageError("--modelfile is for one file: Ollama imports no split ones", code="option-conflict")

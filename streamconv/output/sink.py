@@ -101,7 +101,7 @@ class Sink:
     ) -> Self:
         """A sink for the `nbytes` at `place`: its space is reserved, its journal begun or taken up.
 
-        What an earlier run of the same conversion left is gone on with.
+        What an earlier run of the same conversion left is continued.
 
         Args:
             place: the names of the output.

@@ -151,7 +151,7 @@ class _Binding:
             counted.setdefault(count, 1 + max(layers, default=NONE))
             if not self.recipe.dims[count].minimum <= counted[count] <= MAX_LAYERS:
                 raise SourceError(
-                    f"{counted[count]} layers are no model", file=self.config.file.parent, code="layer-count"
+                    f"{counted[count]} layers are not a model", file=self.config.file.parent, code="layer-count"
                 )
         if n_experts := 1 + max((e for by in self.found.values() for es in by.values() for e in es), default=NONE):
             counted.setdefault("E", n_experts)
@@ -305,7 +305,7 @@ class _Binding:
         return tuple(present.values())
 
     def _check_flag(self, flag: str, names: Sequence[str]) -> None:
-        """Note tensors that a flag of the config denies, and those that transformers would leave out for want of it."""
+        """Note tensors that a flag of the config denies, and those that transformers would leave out without it."""
         stated = self.config.flag(flag)
         if stated is False:
             self.forbidden.setdefault(flag, []).extend(names)

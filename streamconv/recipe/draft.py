@@ -1,7 +1,7 @@
 """A starting recipe for a checkpoint that has none, from its tensor names, its shapes and its config.
 
 Owns: guessing dims, kinds of layers and targets, and marking what a person must settle. Does not own: being right: no
-file tells how rows are permuted, what the run time computes, or what a config's flags mean.
+file tells how rows are permuted, what the runtime computes, or what a config's flags mean.
 Invariant: the text is a Python module whose RECIPE binds to the checkpoint that it was drafted from, where all tensors
 of one name have one shape and no name has braces or a third number, which recipes cannot say. Whatever could not be
 told is marked TODO.
@@ -313,7 +313,7 @@ def _quoted(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of a stranger's file for a comment or docstring: one line, and nothing that ends it."""
+    """Text of an untrusted file for a comment or docstring: one line, and nothing that ends it."""
     return _quoted(text)[1:-1].replace('"', "'").replace("\\", "/")
 
 

@@ -51,7 +51,7 @@ class Output:
             {"model.language_model.": "model."}.
         config_root: The section of the config that is about this file: "vision_config". A Recipe's, "text_config" of a
             wrapper, is read together with what stands beside it.
-        refusals: What the run time cannot do for a model.
+        refusals: What the runtime cannot do for a model.
         caveats: What it does otherwise in some uses, said as warnings.
         tie_keys: The config's flags for a head that is the embedding; the first that is stated counts.
         head: The head's source; "" where there is none.

@@ -134,7 +134,7 @@ def _nearest(names: Collection[str]) -> str:
 
 
 def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
-    """SourceError for tensors that are no part of a model, by what they are."""
+    """SourceError for tensors that are not part of a model, by what they are."""
     unknown = [name for name in spelled.tensors if recipe.find(name) is None and not recipe.is_of_another(name)]
     if found := _some(_LORA, unknown):
         what = f"the model holds LoRA layers that were not merged: {found}"

@@ -173,7 +173,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What the GGUF architecture or its run time cannot do: `what`, told of every model for which `applies`.
+    """What the GGUF architecture or its runtime cannot do: `what`, told of every model for which `applies`.
 
     `what` may have dims, keys of the config and `rope_type` in braces; a key that the config lacks is None.
     """
@@ -192,6 +192,6 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Caveat(Refusal):
-    """What the run time does otherwise in some uses of a model, and not in all: said as a warning under `code`."""
+    """What the runtime does otherwise in some uses of a model, and not in all: said as a warning under `code`."""
 
     code: str = "caveat"

@@ -1,4 +1,4 @@
-"""Write tests/attacks/README.md anew: `python -m tests.attacks`."""
+"""Write tests/attacks/README.md again: `python -m tests.attacks`."""
 
 from tests.attacks.readme import PATH, render
 

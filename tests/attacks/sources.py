@@ -90,9 +90,9 @@ SAFETENSORS: dict[str, Attack] = {
     "the last byte missing": lfm2(cut(1), "shard-truncated"),
     "one byte too many": lfm2(cut(-1), "data-cover"),
     "half of the data": lfm2(cut(30_000), "shard-truncated"),
-    "a header that is no JSON": lfm2(header(lambda t: b"{" + b"x" * 100), "json-malformed"),
+    "a header that is not JSON": lfm2(header(lambda t: b"{" + b"x" * 100), "json-malformed"),
     "a header that is a list": lfm2(header(lambda t: b"[1, 2, 3, 4]"), "header-start"),
-    "a header that is no UTF-8": lfm2(header_text(NORM, "model.\udcff"), "not-utf8"),
+    "a header that is not UTF-8": lfm2(header_text(NORM, "model.\udcff"), "not-utf8"),
     "a header nested 100,000 deep": lfm2(header(lambda t: b'{"a":' + DEEP.encode() + b"}"), "json-nested"),
     "a tensor twice": lfm2(
         header_text(
@@ -394,7 +394,7 @@ ADAPTERS: dict[str, Attack] = {
     "lora_alpha NaN": peft(_adapter(lora_alpha=float("nan")), "json-malformed"),
     "lora_alpha 1e300": peft(_adapter(lora_alpha=1e300), "config"),
     "lora_alpha null": peft(_adapter(lora_alpha=None), ""),  # PEFT's default, which the converter says
-    "a pattern that is no regular expression": peft(_adapter(alpha_pattern={"(": 3}), "pattern"),
+    "a pattern that is not a regular expression": peft(_adapter(alpha_pattern={"(": 3}), "pattern"),
     "a pattern that never ends": peft(_adapter(alpha_pattern={"(.*)*(.*)*(.*)*(.*)*x$": 3}), "pattern"),
     "a pattern of 10,000 characters": peft(_adapter(alpha_pattern={"a" * 10_000: 3}), "pattern"),
     "a pattern's value a string": peft(_adapter(alpha_pattern={"q_proj": "3"}), "config"),

@@ -32,7 +32,7 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "families"
 IDS = (1, 33, 120, 7, 300, 201, 64, 90, 259, 311, 18, 77, 145, 233, 9, 280, 101, 56, 330, 12, 190, 45, 270, 88)
 POSITIONS = (2, 11, 23)  # the positions of IDS whose logits are kept
 
-N_CTX = 256  # of the run time; some models compute otherwise beyond a length that they state
+N_CTX = 256  # of the runtime; some models compute otherwise beyond a length that they state
 
 RANK, ALPHA = 8, 12  # of each family's adapter
 
@@ -121,7 +121,7 @@ def logits(name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def run(gguf: Path, adapters: Any = ()) -> NDArray[np.float64]:
-    """What llama.cpp predicts: log-probabilities [POSITIONS, vocab] for IDS, adapters applied at run time."""
+    """What llama.cpp predicts: log-probabilities [POSITIONS, vocab] for IDS, adapters applied at runtime."""
     return runtime.next_token_logprobs(gguf, IDS, adapters, POSITIONS, n_ctx=N_CTX)
 
 

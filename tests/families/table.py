@@ -262,7 +262,7 @@ FAMILIES: dict[str, Family] = {
         pre="stablelm2",
         seed=16,
         dtype="float16",
-        wrong_keys={"stablelm.rope.freq_base": "not written, and the run time takes 10000"},
+        wrong_keys={"stablelm.rope.freq_base": "not written, and the runtime takes 10000"},
     ),
     "exaone4": Family(
         "Exaone4ForCausalLM",
@@ -347,7 +347,7 @@ FAMILIES: dict[str, Family] = {
         pre="gpt-4o",
         seed=22,
         targets=ATTENTION,
-        note="Experts in BF16, as fine-tunes have them; the published MXFP4 is a quantised source. The run time rounds "
+        note="Experts in BF16, as fine-tunes have them; the published MXFP4 is a quantised source. The runtime rounds "
         "the range of YaRN, which these models do not; base and context are such that there is nothing to round.",
     ),
     "minimax-m2": Family(
@@ -440,7 +440,7 @@ FAMILIES: dict[str, Family] = {
         pre="exaone4",
         seed=63,
         targets=ATTENTION,
-        note="64 layers, since the run time has windows in models of so many alone.",
+        note="64 layers, since the runtime has windows in models of so many alone.",
     ),
     "hunyuan-dense-alpha": Family(
         "HunYuanDenseV1ForCausalLM",
@@ -465,7 +465,7 @@ FAMILIES: dict[str, Family] = {
         seed=65,
         settings={"rotary_pct": 1.0},
         wrong_keys={
-            "cohere2.attention.sliding_window_pattern": "not written, and the run time takes all but each fourth"
+            "cohere2.attention.sliding_window_pattern": "not written, and the runtime takes all but each fourth"
         },
     ),
     "gpt-oss-pattern": Family(
@@ -481,7 +481,7 @@ FAMILIES: dict[str, Family] = {
         seed=66,
         targets=ATTENTION,
         wrong_keys={
-            "gpt-oss.attention.sliding_window_pattern": "not written, and the run time takes each second from the first"
+            "gpt-oss.attention.sliding_window_pattern": "not written, and the runtime takes each second from the first"
         },
     ),
     "glm4moe-groups": Family(
@@ -575,7 +575,7 @@ FAMILIES: dict[str, Family] = {
         norm_mean=0.0,
         ends_gain=0.5,
         wrong_keys={
-            "gemma.rope.freq_base": "not written, and the run time takes 10000",
+            "gemma.rope.freq_base": "not written, and the runtime takes 10000",
             "tokenizer.ggml.eot_token_id": "107, whatever token that is",
         },
         floor=2e-8,
@@ -587,7 +587,7 @@ FAMILIES: dict[str, Family] = {
         seed=31,
         norm_mean=0.0,
         ends_gain=0.5,
-        wrong_keys={"gemma2.rope.freq_base": "not written, and the run time takes 10000"},
+        wrong_keys={"gemma2.rope.freq_base": "not written, and the runtime takes 10000"},
         floor=3e-8,
     ),
     "gemma3": Family(

@@ -67,7 +67,7 @@ def _other_weights(path: Path) -> bytes:
 
 
 class Conversion:
-    """One source folder that is made anew for each trial, and what each type of it should be."""
+    """One source folder that is made again for each trial, and what each type of it should be."""
 
     def __init__(self, directory: Path, io: str) -> None:
         self.directory, self.io = directory, io

@@ -104,7 +104,7 @@ MANY = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 300)]
 
 @pytest.mark.parametrize("seed", [*range(8), *MANY])
 def test_chains_of_cuts(tmp_path: Path, seed: int) -> None:
-    """Runs of two conversions to one destination, resumed or begun anew, each cut, until one gets through."""
+    """Runs of two conversions to one destination, resumed or begun again, each cut, until one gets through."""
     chance = random.Random(seed)
     trial, disk = make(tmp_path, seed)
     contents = [OLD]

@@ -34,7 +34,7 @@ def test_mutants(target: str, tmp_path: Path) -> None:
 
 
 class Silent(StreamconvError):
-    """An error that would look like a bug of ours to people: no exit code of its own."""
+    """An error that would look like an internal error to people: no exit code of its own."""
 
 
 class TwoLines(SourceError):

@@ -1,4 +1,4 @@
-"""LFM2 against llama.cpp's converter, its run time, and the converter of Ollama's first LFM2 release."""
+"""LFM2 against llama.cpp's converter, its runtime, and the converter of Ollama's first LFM2 release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LFM2-MoE against llama.cpp's converter and its run time, with what that converter cannot do held to transformers.
+"""LFM2-MoE against llama.cpp's converter and its runtime, with what that converter cannot do held to transformers.
 
 A router that finds two experts equal to the last bits may choose another one here than there. The cases have no such
 tie: over all layers and positions the chosen and the first left-out expert differ by 4e-4 in score or more, and float32
@@ -34,7 +34,7 @@ def test_tensors_and_shared_keys_are_llama_cpps(workshop: Workshop, outtype: str
 
 @pytest.mark.parametrize("outtype", cases.OUTTYPES)
 def test_zeros_stand_where_llama_cpp_leaves_the_bias_out(workshop: Workshop, outtype: str) -> None:
-    """Its own run time refuses the file without them."""
+    """Its own runtime refuses the file without them."""
     ours, theirs = workshop.read("lfm2moe-unbiased", outtype), cases.golden("lfm2moe-unbiased", outtype)
     added = {f"blk.{i}.exp_probs_b.bias" for i in (1, 2, 3)}
     assert ggufs.tensor_faults(ours, theirs) == [f"{name}: only in {ours.path.name}" for name in sorted(added)]

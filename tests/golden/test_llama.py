@@ -1,4 +1,4 @@
-"""Llama against llama.cpp's converter and its run time: heads, biases, RoPE scalings, and every kind of tokenizer."""
+"""Llama against llama.cpp's converter and its runtime: heads, biases, RoPE scalings, and every kind of tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: the trained change in every weight, PEFT's predictions at run time, llama.cpp's and Ollama's bytes."""
+"""LoRA adapters: the trained change in every weight, PEFT's predictions at runtime, llama.cpp's and Ollama's bytes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_run_time_predicts_what_peft_does_on_given_adapters(adapters: Adapters, 
 
 @pytest.mark.parametrize("name", cases.ADAPTERS)
 def test_run_time_predicts_what_peft_does(adapters: Adapters, name: str) -> None:
-    """Factors of 16 bits are given as F32: the run time multiplies others in another precision."""
+    """Factors of 16 bits are given as F32: the runtime multiplies others in another precision."""
     logprobs = runtime.next_token_logprobs(
         adapters.base(name), cases.IDS, [(adapters.gguf(name), 1.0)], positions=cases.POSITIONS
     )

@@ -1,4 +1,4 @@
-"""Adapters on experts and routers, as MLX and PEFT store them: the run time predicts what the merged weights do."""
+"""Adapters on experts and routers, as MLX and PEFT store them: the runtime predicts what the merged weights do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters merged while converting: each weight within rounding of its definition, PEFT's predictions at run time."""
+"""Adapters merged while converting: each weight within rounding of its definition, PEFT's predictions at runtime."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from tests.oracles import ggufs, runtime
 # llama.cpp's converter has no stacked experts; it must be the same file as that of the experts one by one.
 GOLDEN_OF = {name: name for name in cases.MODELS} | {"lfm2moe-stacked": "lfm2moe"}
 
-# What llama.cpp's converter does not write, and its run time wants: a bias of zeros for each layer of experts.
+# What llama.cpp's converter does not write, and its runtime wants: a bias of zeros for each layer of experts.
 ZEROS = {"lfm2moe-unbiased": {f"blk.{i}.exp_probs_b.bias" for i in (1, 2, 3)}}
 
 # llama.cpp's converter takes no untied head of this architecture; the logits alone judge.

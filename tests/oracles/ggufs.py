@@ -1,7 +1,7 @@
 """GGUF files as gguf-py reads them, for comparison: keys with exact types, tensors with shape, type, digest and values.
 
 Owns: reading with a reader that is not ours, and the form of the committed goldens.
-Does not own: llama.cpp's run time (runtime.py).
+Does not own: llama.cpp's runtime (runtime.py).
 Invariant: nothing here imports streamconv, so a mistake of ours cannot be made twice.
 
 A golden is {"kv": {key: {"type": [...], "value": ...}}, "tensors": {name: {"ne": [...], "type": ..., "sha256": ...}},

@@ -31,7 +31,7 @@ FORCING = 1000.0  # a logit bias that decides the sampled token and that reporte
 
 
 class Runtime:
-    """A model loaded by llama.cpp, adapters applied at run time; a context manager. RuntimeError if it is refused."""
+    """A model loaded by llama.cpp, adapters applied at runtime; a context manager. RuntimeError if it is refused."""
 
     def __init__(self, gguf: Path | str, adapters: Adapters = (), *, n_ctx: int = 512, verbosity: int = -1) -> None:
         params = xllamacpp.CommonParams()

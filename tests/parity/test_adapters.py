@@ -1,4 +1,4 @@
-"""Adapters of drawn shapes: the change that PEFT computes, and its predictions, from our GGUF adapter at run time."""
+"""Adapters of drawn shapes: the change that PEFT computes, and its predictions, from our GGUF adapter at runtime."""
 
 from __future__ import annotations
 

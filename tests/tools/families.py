@@ -1,4 +1,4 @@
-"""Make the references of the families anew: `python -m tests.tools.families [NAME ...]`. Needs torch; half an hour.
+"""Make the references of the families again: `python -m tests.tools.families [NAME ...]`. Needs torch; half an hour.
 
 Owns: tests/data/families. transformers and PEFT save a random model of each entry of tests/families/table.py and an
 adapter on it, of which names, shapes and configs are kept; filled with values that numpy makes from the entry's seed,
@@ -138,7 +138,7 @@ def _shapes(directory: Path) -> dict[str, list[Any]]:
 
 
 def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
-    """What llama.cpp's converter, its run time, transformers and PEFT make of a family's checkpoint and adapter."""
+    """What llama.cpp's converter, its runtime, transformers and PEFT make of a family's checkpoint and adapter."""
     family = families.FAMILIES[name]
     src = build.write_checkpoint(name, scratch / name)
     adapter = build.write_adapter(name, scratch / "adapter")

@@ -1,4 +1,4 @@
-"""The valid cases of tests/fuzz/corpus, made anew: `python -m tests.tools.make_fuzz_corpus`.
+"""The valid cases of tests/fuzz/corpus, made again: `python -m tests.tools.make_fuzz_corpus`.
 
 Weights are zeros: no target reads one, and zeros cost the repository nothing.
 """

@@ -1,4 +1,4 @@
-"""Make the references of the built cases anew: `python -m tests.tools.make_goldens [CASE ...]`. Needs torch; minutes.
+"""Make the references of the built cases again: `python -m tests.tools.make_goldens [CASE ...]`. Needs torch; minutes.
 
 Owns: tests/data/goldens. What llama.cpp's converter makes of each case for each outtype (or its error), and the logits
 of transformers and PEFT in float32. Invariant: same case, same versions, same bytes.

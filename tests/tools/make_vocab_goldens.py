@@ -1,4 +1,4 @@
-"""Make data/vocab/goldens.json anew: `python -m tests.tools.make_vocab_goldens`. Needs torch, transformers; a minute.
+"""Make data/vocab/goldens.json again: `python -m tests.tools.make_vocab_goldens`. Needs torch, transformers; a minute.
 
 Owns: what llama.cpp's converter writes for each case of tests/vocab_cases.py. Invariant: same versions, same bytes.
 """

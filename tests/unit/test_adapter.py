@@ -335,7 +335,7 @@ def test_the_command(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--scale", "nan"], 2, "--scale nan is no scale"),
+        (["--scale", "nan"], 2, "--scale nan is not a scale"),
         (["--dialect", "ollama-legacy", "--outtype", "f16"], 2, "--outtype has no place"),
         (["--dialect", "ollama-legacy", "--scale", "2"], 2, "--scale has no place"),
         (["--max-memory", "1MiB"], 4, "--max-memory"),

@@ -214,11 +214,11 @@ def test_head_counts_are_copied_as_they_are(tmp_path: Path) -> None:
         ({"general.architecture": None}, "architecture None is not supported"),
         ({"general.type": "adapter"}, "is an adapter, not a base"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
-        ({"llama.block_count": 4_000_000_000}, "llama.block_count is no whole number"),
+        ({"llama.block_count": 4_000_000_000}, "llama.block_count is not a whole number"),
         ({"llama.block_count": 2_000_000_000}, "2000000000, no number of layers"),
-        ({"llama.embedding_length": "64"}, "llama.embedding_length is no whole number"),
+        ({"llama.embedding_length": "64"}, "llama.embedding_length is not a whole number"),
         ({"llama.attention.head_count": [4, 8]}, "differs between layers"),
-        ({"llama.attention.head_count_kv": [2, -1]}, "is no whole number"),
+        ({"llama.attention.head_count_kv": [2, -1]}, "is not a whole number"),
     ],
 )
 def test_bases_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:

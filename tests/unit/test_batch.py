@@ -186,7 +186,7 @@ def test_a_state_that_cannot_be_written_ends_a_batch_before_it_begins(folder: Pa
 
 
 def test_what_is_no_state_is_refused(folder: Path) -> None:
-    for other, words in (("/dev/zero", "the state file is larger than 256 MiB"), ("jobs.toml", "is no state file")):
+    for other, words in (("/dev/zero", "the state file is larger than 256 MiB"), ("jobs.toml", "is not a state file")):
         code, lines, error = batch(folder, "--state", str(folder / other))
         assert (code, lines) == (5, [])
         assert words in error

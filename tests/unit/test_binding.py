@@ -416,12 +416,12 @@ def test_heads_of_an_odd_size_cannot_be_paired() -> None:
 
 
 def test_more_layers_than_any_model_has_are_not_counted_through() -> None:
-    with pytest.raises(SourceError, match="1073741824 layers are no model"):
+    with pytest.raises(SourceError, match="1073741824 layers are not a model"):
         toy(n_layers=1 << 30)
 
 
 def test_a_model_without_layers_is_none() -> None:
-    with pytest.raises(SourceError, match="0 layers are no model"):
+    with pytest.raises(SourceError, match="0 layers are not a model"):
         bound(CONFIG, made({"embed.weight": (11, 6)}), TOY, n_layers=ABSENT)
 
 

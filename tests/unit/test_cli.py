@@ -96,9 +96,12 @@ def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
         ("draft _", "SRC: is empty; the current folder is ."),
         ("batch _", "JOBS: is empty; the current folder is ."),
         ("convert . -o _", "-o/--output/--outfile: is empty; name a file"),
-        ("convert . -o -", "-o/--output/--outfile: - is no standard output here; a file of that name is ./-"),
-        ("lora . --base . -o -", "-o/--output/--outfile: - is no standard output here; a file of that name is ./-"),
-        ("convert . --profile -", "--profile: - is no standard output here; a file of that name is ./-"),
+        ("convert . -o -", "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-"),
+        (
+            "lora . --base . -o -",
+            "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-",
+        ),
+        ("convert . --profile -", "--profile: - does not mean standard output here; a file of that name is ./-"),
     ],
 )
 def test_a_name_that_is_nothing_or_a_dash(

@@ -89,7 +89,7 @@ def recipe_text() -> str:
 
 
 def distance(reader: Reader, text: str, *options: str) -> float:
-    """KL at run time of the tiny model, converted with this recipe."""
+    """KL at runtime of the tiny model, converted with this recipe."""
     reader.install(text)
     command = ["convert", "Arcee-tiny", "-o", "other.gguf", "--outtype", "f32", "--quiet", "--force"]
     assert cli.main([*command, *options]) == 0
@@ -142,4 +142,4 @@ def test_the_draft_converts_and_is_right_once_its_todo_is_settled(reader: Reader
 def test_the_recipe_refuses_by_name(reader: Reader, flag: str) -> None:
     arcee.build(Path("Arcee-tiny"), **{flag: True})
     reader.install(recipe_text())
-    assert f"{flag} is true, and the run time has no place for it" in reader.run("streamconv convert Arcee-tiny")
+    assert f"{flag} is true, and the runtime has no place for it" in reader.run("streamconv convert Arcee-tiny")

@@ -112,7 +112,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_that_holds_no_weights(tmp_path: Path, name: str) -> None:
     adapter = loras.write(tmp_path, loras.factors(Q, 64, 64))
     (adapter / name).touch()
-    with pytest.raises(SourceError, match=f"{name}: is no safetensors file: this is .* .name the folder, {adapter}"):
+    with pytest.raises(SourceError, match=f"{name}: is not a safetensors file: this is .* .name the folder, {adapter}"):
         opened(adapter / name)
 
 

@@ -102,7 +102,7 @@ def test_no_file_that_is_read_is_written_over(
 
 
 def test_one_run_does_not_protect_from_the_next(tmp_path: Path, small: Path) -> None:
-    """What was read as a base may be made anew afterwards."""
+    """What was read as a base may be made again afterwards."""
     source = tiny.llama(tmp_path / "base")
     adapter = tiny.peft_adapter(tmp_path / "adapter", source)
     streamconv.convert(source, tmp_path / "base.gguf")

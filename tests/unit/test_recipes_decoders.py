@@ -1,4 +1,4 @@
-"""Decoders by their configs: what the run time cannot do is refused by name, what is left out is as in transformers."""
+"""Decoders by their configs: what the runtime cannot do is refused by name, what is left out is as in transformers."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ def test_a_window_that_the_run_time_lacks_is_warned_of(name: str) -> None:
 
 
 def test_ministral3_states_an_attention_factor_that_the_run_time_does_not_come_to() -> None:
-    """The run time divides by that of `mscale_all_dim`, and takes 1 for `mscale`."""
+    """The runtime divides by that of `mscale_all_dim`, and takes 1 for `mscale`."""
     usual = inmemory.keys(bound("ministral3"))
     assert "rope.scaling.attn_factor" not in usual and usual["rope.scaling.yarn_log_multiplier"] == 1.0
     other = inmemory.keys(bound("ministral3", rope_parameters=rope("ministral3", mscale=2.0)))

@@ -1,4 +1,4 @@
-"""Llama: what its configs say in two generations' words, and what the run time makes of it."""
+"""Llama: what its configs say in two generations' words, and what the runtime makes of it."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_only_llama3_has_factors(llama: Checkpoint) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate of YaRN is false"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is not 1"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and the run time computes silu"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and the runtime computes silu"),
     ],
 )
 def test_what_the_run_time_cannot_express_is_named(llama: Checkpoint, said: dict[str, Any], message: str) -> None:

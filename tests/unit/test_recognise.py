@@ -1,4 +1,4 @@
-"""Checkpoints that are not what they seem: left-over keys, quantised ones, other architectures, what is no model."""
+"""Checkpoints that are not what they seem: left-over keys, quantised ones, other architectures, what is not a model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_weights_that_are_quantised_while_the_model_runs_are_another_model(tmp_p
     assert refused(source, tmp_path / "out.gguf").code == "quantised-at-runtime"
 
 
-# ---------------------------------------------------------------- what is no model
+# ---------------------------------------------------------------- what is not a model
 
 
 def unmerged(source: Path) -> None:

@@ -1,4 +1,4 @@
-"""The streaming JSON reader: any window gives what json.loads gives, and what is no JSON is an error with its place."""
+"""The streaming JSON reader: any window gives what json.loads gives, and what is not JSON is a placed error."""
 
 from __future__ import annotations
 

@@ -210,12 +210,12 @@ def test_added_tokens_that_take_spaces(bpe: Path) -> None:
     [
         ({"404": {"content": 1}}, "an added token has a text for 'content', not 1"),
         ({"404": "<x>"}, "an added token is an object, not '<x>'"),
-        ({"x": {"content": "<x>"}}, "has the id 'x', which is no whole number"),
-        ({"-1": {"content": "<x>"}}, "has the id '-1', which is no whole number"),
-        ({"٣": {"content": "<x>"}}, "has the id '٣', which is no whole number"),
+        ({"x": {"content": "<x>"}}, "has the id 'x', which is not a whole number"),
+        ({"-1": {"content": "<x>"}}, "has the id '-1', which is not a whole number"),
+        ({"٣": {"content": "<x>"}}, "has the id '٣', which is not a whole number"),
         ([], None),
         ([1], "'added_tokens_decoder' is an object"),
-        ({"9" * 30: {"content": "<x>"}}, "which is no whole number"),
+        ({"9" * 30: {"content": "<x>"}}, "which is not a whole number"),
         ({"9" * 15: {"content": "<x>"}}, None),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_name_that_llama_cpp_does_not_know_is_refused(bpe: Path, tmp_path: Pat
     for kind in ("known", "unknown"):
         with pytest.raises(UsageError) as caught:
             vocab_keys.read(bpe, pre=name, default_pre="lfm2")
-        assert str(caught.value).startswith(f"--pre {name!r} is no pre-tokenizer of llama.cpp's"), kind
+        assert str(caught.value).startswith(f"--pre {name!r} is not a pre-tokenizer of llama.cpp's"), kind
         assert "as llama.cpp has them: " in str(caught.value)
         change(bpe, lambda value: value.update(pre_tokenizer={"type": "Whitespace"}))
 

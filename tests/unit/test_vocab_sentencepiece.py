@@ -84,7 +84,7 @@ def test_fields_of_other_numbers_are_passed_over(tmp_path: Path) -> None:
         (piece(b"\xed\xa0\x80"), "piece 0 is not UTF-8"),
         (piece(b"a", 0.0, 7), "piece 0 is of the unknown type 7"),
         (piece(b"a", 0.0, 1 << 60), "is of the unknown type"),
-        (piece(b"a", float("nan")), "the score of piece 0 is no number"),
+        (piece(b"a", float("nan")), "the score of piece 0 is not a number"),
         (model(*PIECES, *[piece(b"x%d" % n) for n in range(8)]), "more pieces than the model's 10 rows"),
         (_field(1, b""), None),
     ],

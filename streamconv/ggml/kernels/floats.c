@@ -34,7 +34,7 @@ typedef float vector_t __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vector_t;
 #endif
 
-/* A wheel is built for the oldest x86-64; where the loader can choose at run time, it also carries AVX2 code.
+/* A wheel is built for the oldest x86-64; where the loader can choose at runtime, it also carries AVX2 code.
    -DCLONED= builds what a machine without AVX2 runs. */
 #if defined(CLONED)
 #elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)

@@ -98,7 +98,7 @@ def _read_source(companions: Companions, n_vocab: int) -> _Source:
     path, model_path = files.find(TOKENIZER_JSON), files.find(SENTENCEPIECE_MODEL)
     tokenizer = None
     if model_path.exists():
-        # A byte-level tokenizer beside a tokenizer.model is Llama 3's, whose tokenizer.model is no SentencePiece.
+        # A byte-level tokenizer beside a tokenizer.model is Llama 3's, whose tokenizer.model is not SentencePiece.
         tokenizer = read_tokenizer_json(path, n_vocab, tokens=False) if path.exists() else None
         if tokenizer is None or not _is_byte_level(tokenizer):
             fast = FastTokens(read_tokenizer_json(path, n_vocab, merges=False), n_vocab) if tokenizer else None
@@ -260,5 +260,5 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int, special
 
 
 def _encoded(text: str) -> bytes:
-    """A text to look for; one that is no UTF-8 is no token."""
+    """A text to look for; one that is not UTF-8 is not a token."""
     return text.encode("utf-8", "surrogatepass")

@@ -148,7 +148,7 @@ class _Placement:
 
 
 def _decoded(text: bytes) -> bytes:
-    """What a byte-level decoder makes of a token; the token itself where that is no text."""
+    """What a byte-level decoder makes of a token; the token itself where that is not text."""
     try:
         raw = bytes(map(_BYTE_OF_LETTER.__getitem__, text.decode("utf-8")))
         raw.decode("utf-8")

@@ -65,7 +65,7 @@ def _find(companions: Companions) -> tuple[dict[str, str], list[RunWarning]]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            problem = f"chat template {shown(name)} has half of a surrogate pair, which is no character"
+            problem = f"chat template {shown(name)} has half of a surrogate pair, which is not a character"
             raise SourceError(problem, file=path, code="not-utf8") from None
     return templates, warnings
 

@@ -68,7 +68,7 @@ class Batch:
     text: bytes
 
     def strings(self) -> tuple[list[bytes], list[bytes]]:
-        """All strings of the entries, unescaped, and what stands behind each. ValueError on what is no UTF-8 text."""
+        """All strings of the entries, unescaped, and what stands behind each. ValueError on what is not UTF-8 text."""
         self.text.decode("utf-8")
         text = _resolve(self.text) if b"\\" in self.text else self.text
         parts = text.split(b'"')
@@ -78,7 +78,7 @@ class Batch:
         return strings, parts[2::2]
 
     def values(self, file: Place) -> list[Any]:
-        """The entries of an array as Python objects. SourceError naming `file` on what is no JSON in them."""
+        """The entries of an array as Python objects. SourceError naming `file` on what is not JSON in them."""
         values: list[Any] = parse_object(b'{"":[' + self.text.rstrip(b" \t\n\r,") + b"]}", file)[""]
         return values
 
@@ -100,7 +100,7 @@ def _character(escape: re.Match[bytes]) -> bytes:
     if 0xD800 <= code < 0xDC00 and second:
         code = 0x10000 + ((code - 0xD800) << 10) + (int(second, 16) - 0xDC00)
     elif 0xD800 <= code < 0xE000 or second:
-        raise ValueError("half of a surrogate pair, which is no character")
+        raise ValueError("half of a surrogate pair, which is not a character")
     return {0x22: _QUOTE, 0x5C: _BACKSLASH}.get(code) or chr(code).encode("utf-8")
 
 
@@ -160,7 +160,7 @@ class JsonStream:
         )
 
     def peek(self) -> int:
-        """The next byte that is no white space, -1 at the end of the file; the white space is passed over."""
+        """The next byte that is not white space, -1 at the end of the file; the white space is passed over."""
         while self._fill(1):
             match = _SPACE.match(self._window, self._at)
             self._at = match.end() if match else self._at

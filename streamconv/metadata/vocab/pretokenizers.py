@@ -3,7 +3,7 @@
 Owns: the names, and what llama.cpp does under each. Does not own: reading the file (tokenizer_json.py).
 Invariant: a name follows from the structure alone. Token ids play no part, so added tokens and other vocabularies
 change nothing. Source: llm_tokenizer_bpe and llama_vocab::impl::load in src/llama-vocab.cpp of the llama.cpp inside
-llama-cpp-python 0.3.36. Tests hold each row against that run time; where the two are known to differ, the row says so.
+llama-cpp-python 0.3.36. Tests hold each row against that runtime; where the two are known to differ, the row says so.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
 }
 
 
-# Every name that the run time knows; a file with another one is refused by it ("unknown pre-tokenizer type").
+# Every name that the runtime knows; a file with another one is refused by it ("unknown pre-tokenizer type").
 NAMES = frozenset(
     """
     a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx
@@ -117,7 +117,7 @@ NAMES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The name for `tokenizer.ggml.pre`. `ignore_merges` is the run time's, None where the table has no such name."""
+    """The name for `tokenizer.ggml.pre`. `ignore_merges` is the runtime's, None where the table has no such name."""
 
     name: str
     ignore_merges: bool | None
@@ -207,7 +207,7 @@ def check_name(name: str) -> None:
         alike = get_close_matches(name, sorted(NAMES), n=3) or ["llama-bpe", "gpt-2", "qwen2"]
         hint = f"as llama.cpp has them: {', '.join(alike)}, {len(NAMES) - len(alike)} more"
         raise UsageError(
-            f"--pre {name!r} is no pre-tokenizer of llama.cpp's, which would not load the file",
+            f"--pre {name!r} is not a pre-tokenizer of llama.cpp's, which would not load the file",
             hint=hint,
             code="pre-unknown",
         )

@@ -102,7 +102,7 @@ def _read_piece(data: bytearray, span: slice, result: SentencePieceModel) -> Non
     if kind not in PieceKind._value2member_map_:
         raise ValueError(f"piece {index} is of the unknown type {kind}")
     if score != score:
-        raise ValueError(f"the score of piece {index} is no number")
+        raise ValueError(f"the score of piece {index} is not a number")
     try:
         text.decode("utf-8")
     except UnicodeDecodeError:

@@ -266,7 +266,9 @@ class _Reader:
                 if token not in self.result.vocab or not token:
                     merge = f"merge of {shown(left)} and {shown(right)}"
                     self.stream.fail(
-                        f"{merge} names {shown(token)}, which is no token", batch.position, code="merge-unknown-token"
+                        f"{merge} names {shown(token)}, which is not a token",
+                        batch.position,
+                        code="merge-unknown-token",
                     )
         raise AssertionError("all tokens are known")
 
@@ -344,14 +346,14 @@ def _added_problem(entry: Any) -> str | None:
         return f"an added token has a text for 'content', not {shown(text)}"
     token = f"added token {shown(text)}"
     if not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0:
-        return f"{token} has the id {shown(id_)}, which is no whole number from 0 on"
+        return f"{token} has the id {shown(id_)}, which is not a whole number from 0 on"
     for name in _FLAGS:
         if not isinstance(entry.get(name, False), bool):
             return f"{token} has {shown(entry[name])} for {name!r}, which is true or false"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return f"{token} has half of a surrogate pair, which is no character"
+        return f"{token} has half of a surrogate pair, which is not a character"
     return None
 
 
