@@ -89,9 +89,16 @@ def resident_file_nbytes(path: Path) -> int:
     return total
 
 
-def test_one_window_is_mapped_at_a_time_and_given_back(blob: LocalBlob) -> None:
+def test_one_window_is_mapped_at_a_time_and_given_back(blob: LocalBlob, monkeypatch: pytest.MonkeyPatch) -> None:
     path, worker = Path(str(blob.path)), Window()
     expected = content(blob)
+    real = LocalBlob.map
+
+    def alone(self: LocalBlob, offset: int, nbytes: int) -> Any:
+        assert resident_file_nbytes(path) == 0, "the one before is still mapped"
+        return real(self, offset, nbytes)
+
+    monkeypatch.setattr(LocalBlob, "map", alone)
     for offset in range(0, blob.nbytes - 100_000, 99_991):
         with worker.lend(blob, offset, 100_000) as lent:
             assert lent is not None and lent.tobytes() == expected[offset : offset + 100_000]
