@@ -18,7 +18,7 @@ from gguf.constants import GGMLQuantizationType
 
 from streamconv.budget import MIB, Budget, too_small
 from streamconv.errors import no_memory
-from streamconv.files.window import window_nbytes
+from streamconv.files.window import WINDOW_NBYTES
 from streamconv.ggml.encode import best_kernel
 from streamconv.ggml.rows import Encode
 from streamconv.gguf.format import Header, KeyValue, TensorInfo, align, encode_header
@@ -75,11 +75,6 @@ class Step:
     @property
     def nbytes(self) -> int:
         return self.tensor.spec.nbytes
-
-    @property
-    def window_nbytes(self) -> int:
-        """What a worker maps at most of a source for a slab."""
-        return window_nbytes(self.slab_rows * self.tensor.parents[0].spec.row_nbytes)
 
     @property
     def scratch_nbytes(self) -> int:
@@ -208,7 +203,7 @@ def prove_memory(
     budget.settle()
     steps = [step for layout in layouts for step in layout.steps]
     slab = max((step.scratch_nbytes for step in steps), default=0)
-    window = 0 if io is Io.POSITIONED else max((step.window_nbytes for step in steps), default=0)
+    window = 0 if io is Io.POSITIONED else WINDOW_NBYTES
     largest = max((layout.nbytes for layout in layouts), default=0)
 
     past = budget.past

@@ -75,6 +75,7 @@ def _fill_step(step: Step, first: int, out: NDArray[np.uint8], work: Workspace) 
                 out[filled : filled + n] = whole[cut : cut + n]
         else:
             n_rows = min(step.slab_rows, (out.nbytes - filled) // width)
+            n_rows = step.tensor.lendable(range(row, row + n_rows), work)
             n = n_rows * width
             _read(step, range(row, row + n_rows), out[filled : filled + n], work)
         filled += n

@@ -138,8 +138,6 @@ typedef struct {
 
 /* 0, or an errno; the window is then not mapped. */
 static int map(window_t *self, int fd, long long offset) {
-    int error = 0;
-    size_t n_used = ((size_t)self->nbytes + page_nbytes - 1) & ~(page_nbytes - 1);
     self->mapped_nbytes = ((size_t)self->nbytes + FOLIO_NBYTES - 1) & ~(size_t)(FOLIO_NBYTES - 1);
     self->start = mmap(NULL, self->mapped_nbytes, PROT_READ, MAP_SHARED, fd, offset);
     if (self->start == MAP_FAILED) {
@@ -147,12 +145,33 @@ static int map(window_t *self, int fd, long long offset) {
         return errno;
     }
     self->slot = enter((uintptr_t)self->start, (uintptr_t)self->start + self->mapped_nbytes);
-    if (self->slot < 0 || madvise(self->start, n_used, MADV_POPULATE_READ) != 0) error = errno;
-    if (error == 0) return 0;
-    if (self->slot >= 0) leave(self->slot);
+    if (self->slot >= 0) {
+#ifdef MADV_HUGEPAGE
+        madvise(self->start, self->mapped_nbytes, MADV_HUGEPAGE); /* what is read from the disk comes in large folios */
+#endif
+        return 0;
+    }
+    int error = errno;
     munmap(self->start, self->mapped_nbytes);
     self->start = NULL;
     return error;
+}
+
+static PyObject *window_populate(PyObject *object, PyObject *args) {
+    window_t *self = (window_t *)object;
+    Py_ssize_t start, nbytes;
+    int result;
+    if (!PyArg_ParseTuple(args, "nn:populate", &start, &nbytes)) return NULL;
+    if (start < 0 || nbytes <= 0 || start > self->nbytes - nbytes) {
+        PyErr_Format(PyExc_ValueError, "the window has %zd bytes, not %zd at %zd", self->nbytes, nbytes, start);
+        return NULL;
+    }
+    size_t first = (size_t)start & ~(page_nbytes - 1);
+    size_t end = ((size_t)start + (size_t)nbytes + page_nbytes - 1) & ~(page_nbytes - 1);
+    Py_BEGIN_ALLOW_THREADS
+    result = madvise(self->start + first, end - first, MADV_POPULATE_READ);
+    Py_END_ALLOW_THREADS
+    return result == 0 ? Py_NewRef(Py_None) : PyErr_SetFromErrno(PyExc_OSError);
 }
 
 static PyObject *window_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
@@ -208,13 +227,20 @@ static PyGetSetDef WINDOW_GETSET[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
+static PyMethodDef WINDOW_METHODS[] = {
+    {"populate", window_populate, METH_VARARGS,
+     "populate(start, nbytes, /)\n--\n\nMap these pages now, in one call. OSError where some of them are not there."},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyType_Slot WINDOW_SLOTS[] = {
     {Py_tp_doc,
      "Window(fd, offset, nbytes, /)\n--\n\nA read-only buffer of a file's bytes from a multiple of 2 MiB on, mapped until\n"
-     "nothing refers to it. OSError where pages are missing, or the system does not map so."},
+     "nothing refers to it. OSError where the system does not map it."},
     {Py_tp_new, window_new},
     {Py_tp_dealloc, window_dealloc},
     {Py_tp_getset, WINDOW_GETSET},
+    {Py_tp_methods, WINDOW_METHODS},
     {Py_bf_getbuffer, window_getbuffer},
     {0, NULL},
 };

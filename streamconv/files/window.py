@@ -1,9 +1,9 @@
 """Mapped reads: a worker sees the page cache through a window, and encodes from it without a copy between.
 
 Measured on Linux 6.18 (ext4): large folios are mapped up to 2 MiB at a time, by one entry of the page table, where
-window and file position are multiples of that; smaller windows cost more than a copy does. A window is mapped and
-populated at once, which reports what is missing as an error, and given back whole. What may still vanish while it is
-read is noticed (mapped.c), and read again at positions, which says what is wrong.
+window and file position are multiples of that; smaller windows cost more than a copy does. What is lent of a window is
+populated right before, in one call, which reports what is missing as an error; the window is given back whole. What may
+still vanish while it is read is noticed (mapped.c), and read again at positions, which says what is wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW_NBYTES: Final = 1 << 21  # a huge page, the largest folio that is mapped at a time
+WINDOW_NBYTES: Final = 1 << 22  # two huge pages, which are the largest folios that are mapped at a time
 
 # Filesystems whose pages are this machine's own (statfs(2), linux/magic.h). On others a fault waits for a server or for
 # another process, and the memory of what is mapped is not ours to judge.
@@ -44,10 +44,15 @@ class Unread(Exception):
 
 
 class Mapped(Protocol):
-    """A read-only buffer of a blob's bytes; `is_lost` where some of them were not there any more."""
+    """A read-only buffer of a blob's bytes; `is_lost` where some of them were not there any more.
+
+    `populate` maps a part of it in one call, and raises OSError where that is not there: what is mapped page by page is
+    mapped no more often than it is used.
+    """
 
     @property
     def is_lost(self) -> bool: ...
+    def populate(self, start: int, nbytes: int, /) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
@@ -81,12 +86,18 @@ class Window:
 
     @contextmanager
     def lend(self, blob: Mappable, offset: int, nbytes: int) -> Iterator[NDArray[np.uint8] | None]:
-        """The bytes where they lie, valid inside the `with`; None where they must be read.
+        """The bytes where they lie, valid inside the `with`; None where they must be read, as across two windows.
 
         Raises:
             Unread: At the end of the `with`: not all of them were there, whatever was made of them is void.
         """
         mapped = self._map(blob, offset, nbytes)
+        try:
+            if mapped is not None:
+                mapped.populate(offset - self._first, nbytes)
+        except OSError:  # reading says what is wrong
+            self.close()
+            mapped = None
         if mapped is None:
             yield None
             return
@@ -97,6 +108,11 @@ class Window:
                 self.close()
                 raise Unread
 
+    def rows_before_border(self, offset: int, row_nbytes: int, n_rows: int) -> int:
+        """How many of `n_rows` rows from `offset` on one loan can give; 1 where the first lies across a border."""
+        border = (offset // WINDOW_NBYTES + 1) * WINDOW_NBYTES
+        return max(1, min(n_rows, (border - offset) // row_nbytes))
+
     def close(self) -> None:
         """Give back what is mapped."""
         self._blob = self._mapped = None
@@ -104,24 +120,17 @@ class Window:
     def _map(self, blob: Mappable, offset: int, nbytes: int) -> Mapped | None:
         if blob is self._blob and self._first <= offset and offset + nbytes <= self._end:
             return self._mapped
-        self.close()  # before another is mapped: the budget counts one
-        if not (blob.is_mapped or self._maps_all):
-            return None
         first = offset // WINDOW_NBYTES * WINDOW_NBYTES
-        end = min(-(-(offset + nbytes) // WINDOW_NBYTES) * WINDOW_NBYTES, blob.nbytes)
-        if offset + nbytes > end:
+        end = min(first + WINDOW_NBYTES, blob.nbytes)
+        if offset + nbytes > end or not (blob.is_mapped or self._maps_all):
             return None
+        self.close()  # before another is mapped: the budget counts one
         try:
             self._mapped = blob.map(first, end - first)
         except OSError:
-            return None  # reading says what is wrong
+            return None
         self._blob, self._first, self._end = blob, first, end
         return self._mapped
-
-
-def window_nbytes(slab_nbytes: int) -> int:
-    """What a window has at most, where so many bytes are lent at a time, wherever they lie."""
-    return (-(-slab_nbytes // WINDOW_NBYTES) + 1) * WINDOW_NBYTES
 
 
 @cache
@@ -134,7 +143,7 @@ def mapping_module() -> ModuleType | None:
         return None
     try:
         os.truncate(fd, 1)
-        module.Window(fd, 0, 1)
+        module.Window(fd, 0, 1).populate(0, 1)
     except OSError:
         return None
     finally:

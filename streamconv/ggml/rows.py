@@ -42,6 +42,9 @@ class Encode(LazyTensor):
     def borrows(self, work: Workspace) -> bool:
         return work.kernel.borrows and self.parents[0].spec.dtype in FLOATS
 
+    def lendable(self, rows: range, work: Workspace) -> int:
+        return self.parents[0].lendable(rows, work) if self.borrows(work) else len(rows)
+
     def needs(self, rows: range) -> Iterator[Step]:
         parent, *weights = self.parents
         if not weights:

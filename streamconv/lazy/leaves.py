@@ -41,6 +41,12 @@ class Source(Leaf):
         width = self.spec.row_nbytes
         return work.window.lend(self.file, self.offset + rows.start * width, len(rows) * width)
 
+    def lendable(self, rows: range, work: Workspace) -> int:
+        if work.window is None:
+            return len(rows)
+        width = self.spec.row_nbytes
+        return work.window.rows_before_border(self.offset + rows.start * width, width, len(rows))
+
     def columns(self, columns: range) -> LazyTensor | None:
         return SourceColumns(self, columns)
 
@@ -66,6 +72,9 @@ class SourceColumns(Source):
 
     def lend(self, rows: range, work: Workspace) -> AbstractContextManager[Bytes | None]:
         return nullcontext()
+
+    def lendable(self, rows: range, work: Workspace) -> int:
+        return len(rows)
 
     def columns(self, columns: range) -> LazyTensor | None:
         return None

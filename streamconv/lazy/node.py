@@ -80,6 +80,7 @@ class Lender(Protocol):
     """What gives the bytes of a file where they lie (files.window.Window)."""
 
     def lend(self, file: Readable, offset: int, nbytes: int, /) -> AbstractContextManager[Bytes | None]: ...
+    def rows_before_border(self, offset: int, row_nbytes: int, n_rows: int, /) -> int: ...
 
 
 @dataclass(slots=True)
@@ -179,6 +180,10 @@ class LazyTensor(ABC):
         not scratch: `peak_nbytes` stays a bound.
         """
         return nullcontext()
+
+    def lendable(self, rows: range, work: Workspace) -> int:
+        """How many of `rows`, from the first on, are best made at a time, so that they can be lent."""
+        return len(rows)
 
     def columns(self, columns: range) -> LazyTensor | None:
         """Only these columns, without reading the others; None where this tensor's rows must be made whole for them."""

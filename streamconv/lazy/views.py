@@ -50,6 +50,10 @@ class View(LazyTensor):
         steps = list(self.needs(rows))
         return steps[0][0].parent.lend(steps[0][0].rows, work) if len(steps) == 1 else nullcontext()
 
+    def lendable(self, rows: range, work: Workspace) -> int:
+        steps = list(self.needs(rows)) if work.window is not None else []
+        return steps[0][0].parent.lendable(steps[0][0].rows, work) if len(steps) == 1 else len(rows)
+
     def describe(self) -> str:
         return ""
 

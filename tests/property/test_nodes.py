@@ -98,6 +98,9 @@ class Lender:
     def lend(self, file: File, offset: int, nbytes: int) -> AbstractContextManager[Bytes | None]:
         return file.lend(offset, nbytes)
 
+    def rows_before_border(self, offset: int, row_nbytes: int, n_rows: int) -> int:
+        return n_rows
+
 
 class Watched(Scratch):
     """A scratch that knows how much of it was taken at most."""
