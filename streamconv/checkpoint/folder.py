@@ -52,7 +52,7 @@ class Checkpoint:
         directory = src.parent if (src.suffix == ".safetensors" or is_index) and src.is_file() else src
         if not directory.is_dir():
             if src.exists():
-                raise magic.misplaced(src, "checkpoint directory and no .safetensors file", CONFIG)
+                raise magic.misplaced(src, "a checkpoint directory or a .safetensors file", CONFIG)
             raise SourceError("no such checkpoint directory", file=src, code="source-missing")
         if not (directory / CONFIG).is_file():
             raise _without_config(directory)

@@ -90,7 +90,7 @@ def guess_other(head: bytes, own: Guess) -> Guess | None:
 
 
 def misplaced(path: Place, asked: str, config: str) -> SourceError:
-    """The error for a file that is named where `asked`, a folder that has a file `config`, belongs.
+    """The error for a file that is named where `asked` (with its article), a folder with a file `config`, belongs.
 
     SourceError is raised where the file cannot be read.
     """
@@ -101,5 +101,5 @@ def misplaced(path: Place, asked: str, config: str) -> SourceError:
     elif (path.parent / config).is_file():
         hint = f"name the folder, {absolute(path.parent)}"
     return SourceError(
-        f"is no {asked}" + (f": this is {found.what}" if found else ""), file=path, hint=hint, code="other-file-kind"
+        f"is not {asked}" + (f": this is {found.what}" if found else ""), file=path, hint=hint, code="other-file-kind"
     )

@@ -207,7 +207,7 @@ def settled(role: TensorRole, type_: T) -> T:
 def _checked(role: TensorRole, type_: T) -> T:
     """The type, where it rounds nothing that the model's operations made; else SourceError."""
     if (what := role.loss(type_)) is not None:
-        able = [name for name, row in OUTTYPES.items() if role.loss(settled(role, T[row.type])) is None]
+        able = [name for name, row in OUTTYPES.items() if role.loss(settled(role, T[row.type])) is None][:2]
         raise SourceError(
             f"the model {what}, which {type_.name} cannot hold exactly",
             tensor=role.name,

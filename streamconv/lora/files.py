@@ -97,7 +97,7 @@ class LoraFile:
         if not path.exists():
             raise SourceError("no such adapter", file=path, code="source-missing")
         if path.is_file() and path.suffix != ".safetensors":
-            raise magic.misplaced(path, "safetensors file", ADAPTER_CONFIG)
+            raise magic.misplaced(path, "a safetensors file", ADAPTER_CONFIG)
         directory = path if path.is_dir() else path.parent
         weights = _find_weights(path) if path.is_dir() else path
         if not (directory / ADAPTER_CONFIG).is_file():

@@ -162,7 +162,7 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, damage: Callable[[Pat
     [
         (b"\x80\x02}q\0", "this is a PyTorch pickle", "name the folder, {}"),
         (b"{}", "this is JSON text", "name the folder, {}"),
-        (b"what?", "is not a checkpoint directory and no .safetensors file$", "name the folder, {}"),
+        (b"what?", "is not a checkpoint directory or a .safetensors file$", "name the folder, {}"),
         (raw_shard({}), "this is a safetensors file", "give it a name that ends in .safetensors"),
     ],
 )

@@ -382,8 +382,7 @@ def test_an_existing_destination_is_kept_until_force(source: Path, tmp_path: Pat
 
 def test_words_that_are_none(source: Path, tmp_path: Path) -> None:
     for keywords, hint in (
-        ({"outtype": "q4_0"}, "llama-quantize"),
-        ({"outtype": "F16"}, "write f16"),
+        ({"outtype": "iq2_xxs"}, "llama-quantize"),
         ({"outtype": 7}, ""),
         ({"dialect": "lmstudio"}, ""),
         ({"dialect": "F16"}, ""),

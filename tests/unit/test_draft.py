@@ -166,8 +166,7 @@ def test_the_command_prints_the_draft(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_the_command_lists_every_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["architectures"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [recipe.arch for recipe in all_recipes()]
-    for line, recipe in zip(lines, all_recipes(), strict=True):
-        assert all(name in line for name in (*recipe.hf_names, recipe.description))
+    text = capsys.readouterr().out
+    for recipe in all_recipes():
+        assert all(name in text for name in (recipe.arch, *recipe.hf_names, recipe.description))
         assert find_recipe(inmemory.config({"architectures": [recipe.hf_names[0]]})) is recipe
