@@ -366,7 +366,7 @@ def layout_of(shape: tuple[int, ...]) -> Any:
 def test_windows_are_counted() -> None:
     layout = layout_of((100_000, 2048))
     proofs = {
-        io: prove_memory([layout], Budget(256 << 20), threads=2, io=io) for io in Io
+        io: prove_memory([layout], Budget(1 << 40), threads=2, io=io) for io in Io
     }  # fmt: skip
     assert proofs[Io.POSITIONED].window == 0 < proofs[Io.MAPPED].window == proofs[Io.AUTO].window
     assert {io: proof.terms.get("windows") for io, proof in proofs.items()} == {
