@@ -266,6 +266,10 @@ class _Merge:
                 self._problem(adapter, "tokens", fault, module)
             else:
                 placed[name] = TokenRows(numbers, tensor)
+        for key, numbers in config.token_rows.items():
+            is_tied_head = key.endswith(HEAD_MODULE) and not self._has_own_head()
+            if deltas and numbers and not is_tied_head and not any(f".{one}".endswith(f".{key}") for one in deltas):
+                self._problem(adapter, "tokens", f"trainable_token_indices has rows of {key}, and they are missing")
         if not self._has_own_head() and self.recipe.head in placed:
             head = placed.pop(self.recipe.head)
             if (embedding := placed.get(self.embedding)) is None or not embedding.is_same(head):
@@ -279,7 +283,9 @@ class _Merge:
     def _rows_fault(self, adapter: Adapter, name: str, numbers: Sequence[int], tensor: SourceTensor) -> str | None:
         """Why trained rows cannot replace those of `name`."""
         shape = (self.made.get(name) or self._base_of(name).lazy()).spec.shape
-        if len(shape) != 2 or tensor.shape != (len(numbers), shape[1]) or max(numbers, default=0) >= shape[0]:
+        if len(shape) == 2 and (beyond := max(numbers, default=0)) >= shape[0]:
+            return f"trainable_token_indices has {beyond}, and {name} {shape[0]} rows: the adapter's base was another"
+        if len(shape) != 2 or tensor.shape != (len(numbers), shape[1]):
             return f"trained rows {list(tensor.shape)} of {len(numbers)} tokens do not fit {name} {list(shape)}"
         if adapter.weight != 1:
             return "trained rows replace the base's: they merge at weight 1 alone"

@@ -82,6 +82,9 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
         problems += config.module_problems(name)
         if factors.a is None or factors.b is None:
             problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
+        elif 0 in (*factors.a.shape, *factors.b.shape):
+            what = "its factors are empty: saved while ZeRO-3 or FSDP held them apart; gather them while saving"
+            problems.append(Problem("empty-tensors", f"{what} (stage3_gather_16bit_weights_on_model_save)", (name,)))
         elif isinstance(slot, Problem) and is_wrapped(name, config):
             pairs[name] = factors.a, factors.b
         elif isinstance(slot, Problem):
@@ -101,6 +104,9 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
             problems.append(error.problem)
     parameters = stacked_factors(pairs, base, config, speller)
     problems += [*parameters.problems, *missing(adapter.factors, base, config)]
+    if any(config.token_rows.values()) and not any(problem.code == "tokens" for problem in adapter.problems):
+        what = "has trainable_token_indices, and the rows (trainable_tokens_delta) are missing: it is not complete"
+        problems.append(Problem("tokens-missing", what))
     for stack in parameters.stacked:
         if is_taken(stack.slot):
             problems.append(Problem("twice", f"another module changes {stack.slot.target} as well", (stack.name,)))

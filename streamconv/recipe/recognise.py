@@ -28,7 +28,11 @@ from streamconv.recipe.spelling import Spelled, Speller, spell
 PAGE = "docs/adding-an-architecture.md"
 EMBEDDING_SIGNS = ("modules.json", "1_Dense")  # sentence-transformers' files beside a model
 
-_LORA = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)(\.|$)")
+# What PEFT's layers and mlx-lm's keep beside the weight that they change.
+_ADAPTER = re.compile(
+    r"\.(base_layer|original_module|modules_to_save|lora_([ABab]|embedding_[AB]|magnitude_vector)"
+    r"|token_adapter|trainable_tokens_\w+|(vera|oft|boft|hada|lokr|ia3|ln_tuning|hra)_\w+)(\.|$)"
+)
 _VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|summary)(\.|$)")
 _CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
 
@@ -102,7 +106,8 @@ def recognise_architecture(config: Config, names: Collection[str] = ()) -> Recip
     except SourceError as error:
         if error.code != "architecture-unsupported":
             raise
-        nearest = _nearest(names)
+        _refuse_heads_of_known(config, names)
+        nearest = _nearest(names, config)
         hint = f"{PAGE} says how one is added; streamconv draft FOLDER writes its first draft. {error.hint}"
         what = f"{error.message}{nearest}"
         raise SourceError(what, file=error.file, hint=hint, code="architecture-unsupported") from None
@@ -118,36 +123,50 @@ def _class_names(config: Config) -> list[str]:
     return config.list_of("architectures", str) or []
 
 
-def _nearest(names: Collection[str]) -> str:
+def _of_model_type(config: Config) -> list[Recipe]:
+    model_type = config.raw.get("model_type")
+    return [recipe for recipe in all_recipes() if recipe.model_type == model_type]
+
+
+def _refuse_heads_of_known(config: Config, names: Collection[str]) -> None:
+    """SourceError for a known kind of model, of an unknown class as another head than a text model's was put on it."""
+    if _of_model_type(config):
+        _refuse_heads(list(names), config.file.parent)
+
+
+def _nearest(names: Collection[str], config: Config) -> str:
     """How near tensors of these names are to an architecture that is supported; nothing where none is."""
     if not names:
         return ""
-    spellers = {recipe.arch: Speller(recipe, names) for recipe in all_recipes()}
-    counts = {arch: sum(speller.spell(name) is not None for name in names) for arch, speller in spellers.items()}
-    n_rows = {recipe.arch: sum(row.required is True for row in recipe.tensors) for recipe in all_recipes()}
-    arch = max(counts, key=lambda arch: (counts[arch], -n_rows[arch]))  # of several, the one that has least beside them
-    if 2 * counts[arch] < len(names):
+    said = {recipe.hf_names for recipe in _of_model_type(config)}
+    found = []
+    for recipe in all_recipes():  # of which several may make files of one architecture
+        strange = [
+            name for name, known in zip(names, map(Speller(recipe, names).spell, names), strict=True) if not known
+        ]
+        n_required = sum(row.required is True for row in recipe.tensors)
+        found.append((len(strange), recipe.hf_names not in said, n_required, recipe.arch, strange))
+    # Of several that are as near, the one that the config names, then the one that has least beside them.
+    n_strange, _, _, arch, strange = min(found)
+    if 2 * n_strange > len(names):
         return "; it is not near to any that is"
-    others = dict.fromkeys(match_name(name)[0] for name in names if spellers[arch].spell(name) is None)
-    unknown = f", others such as {', '.join(list(others)[:3])}" if others else ", all of them"
-    return f"; its tensors are nearest to {arch}'s: {counts[arch]} of {len(names)} have names of it{unknown}"
+    others = dict.fromkeys(match_name(name)[0] for name in strange)
+    unknown = f", others such as {', '.join(list(others)[:3])}" if others else ""
+    count = f"{len(names) - n_strange} of {len(names)}" if others else f"all {len(names)}"
+    return f"; its tensors are nearest to {arch}'s: {count} have names of it{unknown}"
 
 
 def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
     """SourceError for tensors that are not part of a model, by what they are."""
     unknown = [name for name in spelled.tensors if recipe.find(name) is None and not recipe.is_of_another(name)]
-    if found := _some(_LORA, unknown):
-        what = f"the model holds LoRA layers that were not merged: {found}"
-        hint = "merge them first (model.merge_and_unload(), then save), or save the adapter and give it with --adapter"
+    if found := _some(_ADAPTER, unknown):
+        what = f"the model holds an adapter's layers (LoRA or the like) that were not merged: {found}"
+        hint = (
+            "merge them first (PEFT's model.merge_and_unload(), then save; mlx_lm.fuse), "
+            "or save the adapter and give it with --adapter"
+        )
         raise SourceError(what, file=folder, hint=hint, code="unmerged-lora")
-    if found := _some(_VALUE_HEAD, unknown):
-        what = f"the model has a value head, as TRL trains it, which a text model has no place for: {found}"
-        hint = "save the model inside it: model.pretrained_model.save_pretrained(folder)"
-        raise SourceError(what, file=folder, hint=hint, code="value-head")
-    if found := _some(_CLASSIFIER, unknown):
-        what = f"the model has a head that classifies or scores, which a text model has no place for: {found}"
-        hint = "convert the model that it was made of, or save its body: model.model.save_pretrained(folder)"
-        raise SourceError(what, file=folder, hint=hint, code="classification-head")
+    _refuse_heads(unknown, folder)
     empty = list(_empty(spelled.tensors))
     if empty:
         what = (
@@ -157,6 +176,18 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
             "gather them while saving (stage3_gather_16bit_weights_on_model_save), or run DeepSpeed's zero_to_fp32.py"
         )
         raise SourceError(f"{what} held them apart", file=folder, hint=hint, code="empty-tensors")
+
+
+def _refuse_heads(unknown: Sequence[str], folder: Place) -> None:
+    """SourceError for heads that a text model has no place for."""
+    if found := _some(_VALUE_HEAD, unknown):
+        what = f"the model has a value head, as TRL trains it, which a text model has no place for: {found}"
+        hint = "save the model inside it: model.pretrained_model.save_pretrained(folder)"
+        raise SourceError(what, file=folder, hint=hint, code="value-head")
+    if found := _some(_CLASSIFIER, unknown):
+        what = f"the model has a head that classifies or scores, which a text model has no place for: {found}"
+        hint = "convert the model that it was made of, or save its body: model.model.save_pretrained(folder)"
+        raise SourceError(what, file=folder, hint=hint, code="classification-head")
 
 
 def _some(pattern: re.Pattern[str], names: Sequence[str]) -> str:

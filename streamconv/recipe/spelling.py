@@ -69,7 +69,8 @@ class Speller:
             self._found |= more
         for name, found in self._found.items():
             spelled = unwrapped(name).removeprefix(self.prefix)
-            has_body = found.startswith(BODY)
+            # A head stands outside of the body, though a recipe without one has it as another name of the embedding.
+            has_body = found.startswith(BODY) and recipe.canonical(spelled) != recipe.head
             self.is_bare |= has_body and not spelled.startswith(BODY)
             self.is_prefixed |= has_body and spelled.startswith(BODY)
 

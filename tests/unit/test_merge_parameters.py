@@ -309,6 +309,29 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path, indices: Any) -> None:
     assert set(refused(base, tmp_path / "out.gguf", folder)) <= {"tokens", "config"}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_that_lost_its_trained_rows_is_refused(tmp_path: Path, tied: bool) -> None:
+    base = tiny.llama(tmp_path / "base", tied=tied)
+    folder, _ = rows_adapter(tmp_path / "adapter", base, list(ROWS))
+    assert refused(base, tmp_path / "out.gguf", folder) == ["tokens-missing"]
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert_adapter(folder, base, tmp_path / "lora.gguf")
+    assert [problem["code"] for problem in caught.value.problems] == ["tokens-missing"]
+    half, _ = rows_adapter(tmp_path / "half", base, {"embed_tokens": list(ROWS), "lm_head": list(ROWS)}, EMBEDDING)
+    if tied:  # PEFT saves one of the two
+        streamconv.convert(base, tmp_path / "half.gguf", adapters=[half])
+    else:
+        assert refused(base, tmp_path / "half.gguf", half) == ["tokens"]
+
+
+def test_a_token_beyond_the_rows_is_named(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "untied", tied=False)
+    folder, _ = rows_adapter(tmp_path / "adapter", base, [5, 3, 4000], EMBEDDING)
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert(base, tmp_path / "out.gguf", adapters=[folder])
+    assert "4000" in caught.value.message
+
+
 def test_what_excludes_trained_rows(tmp_path: Path) -> None:
     base = tiny.llama(tmp_path / "tied")
     folder, _ = rows_adapter(tmp_path / "adapter", base, list(ROWS), EMBEDDING)

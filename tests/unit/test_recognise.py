@@ -120,6 +120,11 @@ def emptied(source: Path) -> None:
 FOREIGN = [
     (unmerged, "unmerged-lora"),
     (unmerged_and_wrapped, "unmerged-lora"),
+    (adding("model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"), "unmerged-lora"),
+    (adding("model.embed_tokens.modules_to_save.default.weight"), "unmerged-lora"),
+    (adding("model.embed_tokens.token_adapter.trainable_tokens_delta"), "unmerged-lora"),
+    (adding("model.layers.0.self_attn.q_proj.vera_lambda_b.default"), "unmerged-lora"),
+    (adding("model.layers.0.self_attn.q_proj.hada_w1_a.default"), "unmerged-lora"),
     (adding("v_head.summary.weight", "v_head.summary.bias"), "value-head"),
     (adding("value_head.weight"), "value-head"),
     (adding("score.weight"), "classification-head"),
@@ -137,7 +142,36 @@ def test_it_is_named_for_what_it_is(tmp_path: Path, name: str, change: Callable[
     assert error.hint
 
 
+def test_an_adapter_of_empty_tensors_is_named_for_what_it_is(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "model")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base)
+    tensors = {name: Tensor(tensor.dtype, (0,), b"") for name, tensor in tiny.tensors_of(adapter).items()}
+    tiny.write_safetensors(adapter / "adapter_model.safetensors", tensors)
+    for convert in (
+        lambda dst: streamconv.convert_adapter(adapter, base, dst),
+        lambda dst: streamconv.convert(base, dst, adapters=[adapter]),
+    ):
+        with pytest.raises(SourceError) as caught:
+            convert(tmp_path / "out.gguf")
+        assert {problem["code"] for problem in caught.value.problems} == {"empty-tensors"}
+        assert "another base" not in caught.value.message
+
+
 # ---------------------------------------------------------------- other architectures
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_classifier_of_a_known_kind_is_named_for_what_it_is(tmp_path: Path, name: str) -> None:
+    source = BUILDERS[name](tmp_path / "model")
+    adding("score.weight")(configured(source, architectures=["OtherForSequenceClassification"]))
+    assert refused(source, tmp_path / "out.gguf").code == "classification-head"
+    configured(source, model_type="unheard_of")
+    assert refused(source, tmp_path / "other.gguf").code == "architecture-unsupported"
+
+
+def test_of_equally_near_architectures_the_one_of_the_config_is_named(tmp_path: Path) -> None:
+    source = configured(tiny.llama(tmp_path / "model"), architectures=["LlamaForSomethingElse"])
+    assert "nearest to llama's" in refused(source, tmp_path / "out.gguf").message
 
 
 def test_an_unsupported_architecture_is_named_with_the_nearest(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import streamconv
 from streamconv.errors import SourceError
-from tests import tiny
+from tests import families, tiny
 from tests.oracles import ggufs
 from tests.tiny import variants
 from tests.tiny.variants import bare, configured, prefixed, renamed, rewritten, wrapped_layers
@@ -277,3 +277,14 @@ def test_an_mlx_adapter_on_dense_layers_under_mlx_s_names(tmp_path: Path) -> Non
     assert made.output.read_bytes() == plain.output.read_bytes()
     lora = streamconv.convert_adapter(adapter, base, tmp_path / "lora.gguf")
     assert "blk.0.ffn_gate.weight.lora_a" in ggufs.read(lora.output).tensors
+
+
+def test_a_head_of_a_model_without_one_is_no_mixture_of_names(tmp_path: Path) -> None:
+    """Gemma has its embedding as head, and no head of its own; some programs store it under that name alone."""
+    source = families.checkpoint("gemma", tmp_path / "model")
+    file, codes = converted(source, tmp_path / "plain.gguf")
+    tensors = dict(tiny.tensors_of(source))
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    other, other_codes = converted(variants.rewritten(source, tensors), tmp_path / "out.gguf")
+    assert other_codes == codes
+    assert other.golden() == file.golden()
