@@ -94,6 +94,9 @@ def stacked_factors(pairs: Pairs, base: BaseModel, config: LoraConfig, speller: 
             fitting = [choice for choice in fitting if choice.is_old == is_old]
         if len(fitting) == 1:
             found.stacked.append(_stacked(fitting[0], a.lazy(), b.lazy()))
+        elif not any(isinstance(slot, Slot) for _, slot in _slots(name, base, config, speller)):
+            what = f"the base ({base.recipe.arch}) has no such parameter as target_parameters names"
+            found.problems.append(Problem("no-module", what, (name,)))
         else:
             shapes = f"target_parameters: lora_A {list(a.shape)} and lora_B {list(b.shape)}"
             what = "fit several parameters of it" if fitting else "fit no stacked parameter of the base"
@@ -124,15 +127,22 @@ def _choices(
     """The parameters of the module that the pair fits."""
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         return
-    for parameter in _parameters(holder(name), config):
-        spelled = speller.find(parameter)
-        slot = base.slot_of(spelled) if spelled is not None else None
+    for parameter, slot in _slots(name, base, config, speller):
         if not isinstance(slot, Slot) or not slot.n_experts or a.shape[0] % slot.n_experts or None in slot.shape:
             continue
         if (b.shape[0], a.shape[1]) == slot.shape:
             yield Choice(parameter, slot, is_old=False)
         if (a.shape[1], b.shape[0]) == slot.shape:
             yield Choice(parameter, slot, is_old=True)
+
+
+def _slots(
+    name: str, base: BaseModel, config: LoraConfig, speller: Speller
+) -> Iterator[tuple[str, Slot | Problem | None]]:
+    """The targeted parameters of the module, and where the base has them."""
+    for parameter in _parameters(holder(name), config):
+        spelled = speller.find(parameter)
+        yield parameter, base.slot_of(spelled) if spelled is not None else None
 
 
 def _parameters(module: str, config: LoraConfig) -> Iterator[str]:

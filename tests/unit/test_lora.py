@@ -264,7 +264,6 @@ def test_refusals(tmp_path: Path, llama: Path, tensors: Any, settings: Any, code
         ({}, {"use_qalora": True}),
         ({}, {"lora_bias": True}),
         ({}, {"modules_to_save": ["lm_head"]}),
-        ({}, {"trainable_token_indices": [3]}),
         ({}, {"target_parameters": ["experts.up_proj"]}),
         ({}, {"layer_replication": [[0, 2]]}),
         ({}, {"use_bdlora": {"target_modules_bd_b": ["k_proj"], "nblocks": 2}}),

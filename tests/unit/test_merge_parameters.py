@@ -216,6 +216,16 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 ROWS = (5, 3, 17)
 
 
+def test_a_base_without_such_parameters_is_another(tmp_path: Path) -> None:
+    folder, _ = adapter(tmp_path / "adapter")
+    base = tiny.llama(tmp_path / "base")
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert_adapter(folder, base, tmp_path / "out.gguf")
+    assert {problem["code"] for problem in caught.value.problems} == {"no-module"}
+    assert "target_parameters" in caught.value.message
+    assert "merge_and_unload" not in str(caught.value)  # PEFT cannot merge it with this base either
+
+
 def rows_adapter(
     folder: Path, base: Path, indices: Any, *modules: str, n_rows: int = 3, grown: Sequence[str] = ()
 ) -> tuple[Path, dict[str, Matrix]]:
