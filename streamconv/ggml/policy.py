@@ -30,7 +30,8 @@ from streamconv.lazy.node import TensorSpec
 
 # llama-quantize's names; Q4_K and the like are its short ones for Q4_K_M.
 _MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
-_QUANTIZED: Final = frozenset(form for name in _MOSTLY for form in (name, name.replace("_K_M", "_K")))
+_NEWER: Final = ("MXFP4_MOE",)  # of which gguf 0.18 does not know
+_QUANTIZED: Final = frozenset(form for name in (*_MOSTLY, *_NEWER) for form in (name, name.replace("_K_M", "_K")))
 _LAYER: Final = re.compile(r"\bblk\.(\d+)\.")
 
 
