@@ -146,9 +146,7 @@ static int map(window_t *self, int fd, long long offset) {
     }
     self->slot = enter((uintptr_t)self->start, (uintptr_t)self->start + self->mapped_nbytes);
     if (self->slot >= 0) {
-#ifdef MADV_HUGEPAGE
-        madvise(self->start, self->mapped_nbytes, MADV_HUGEPAGE); /* what is read from the disk comes in large folios */
-#endif
+        madvise(self->start, self->mapped_nbytes, MADV_SEQUENTIAL); /* read ahead from a disk as for positioned reads */
         return 0;
     }
     int error = errno;
