@@ -577,14 +577,14 @@ def test_a_signal_waits_until_all_workers_have_begun(
     """What a handler raises inside of `Thread.start` would leave a thread half begun, which Python tells on stderr."""
     streamconv.convert(source, tmp_path / "whole.gguf")
     begun = []
-    start_new_thread = threading._start_new_thread  # type: ignore[attr-defined]
+    start = threading.Thread.start
 
-    def start(*arguments: Any) -> int:
+    def interrupted(thread: threading.Thread) -> None:
         signal.raise_signal(signal.SIGINT)
         begun.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        return start_new_thread(*arguments)  # type: ignore[no-any-return]
+        start(thread)
 
-    monkeypatch.setattr(threading, "_start_new_thread", start)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         if way == "convert":
             streamconv.convert(source, tmp_path / "out.gguf", threads=1)
