@@ -262,7 +262,7 @@ FAMILIES: dict[str, Family] = {
         pre="stablelm2",
         seed=16,
         dtype="float16",
-        wrong_keys={"stablelm.rope.freq_base": "not written, and the runtime takes 10000"},
+        wrong_keys={"stablelm.rope.freq_base": "not written, so the runtime uses 10000"},
     ),
     "exaone4": Family(
         "Exaone4ForCausalLM",
@@ -297,7 +297,7 @@ FAMILIES: dict[str, Family] = {
         ),
         tokenizer="smollm",
         seed=53,
-        without_llama_cpp="dies where a config has no `rotary_pct`",
+        without_llama_cpp="it fails if the config has no `rotary_pct`",
         note="As transformers 5 saves it.",
     ),
     "glm4": Family(
@@ -367,7 +367,7 @@ FAMILIES: dict[str, Family] = {
         pre="minimax-m2",
         seed=28,
         targets=ATTENTION,
-        without_llama_cpp="dies where a config has no `rotary_dim`",
+        without_llama_cpp="it fails if the config has no `rotary_dim`",
         note="As transformers 5 saves it.",
     ),
     "granitemoe-shared": Family(
@@ -465,7 +465,7 @@ FAMILIES: dict[str, Family] = {
         seed=65,
         settings={"rotary_pct": 1.0},
         wrong_keys={
-            "cohere2.attention.sliding_window_pattern": "not written, and the runtime takes all but each fourth"
+            "cohere2.attention.sliding_window_pattern": "not written, so the runtime uses the window in all layers but every fourth"
         },
     ),
     "gpt-oss-pattern": Family(
@@ -481,7 +481,7 @@ FAMILIES: dict[str, Family] = {
         seed=66,
         targets=ATTENTION,
         wrong_keys={
-            "gpt-oss.attention.sliding_window_pattern": "not written, and the runtime takes each second from the first"
+            "gpt-oss.attention.sliding_window_pattern": "not written, so the runtime uses the window in layers 0, 2, 4, ..."
         },
     ),
     "glm4moe-groups": Family(
@@ -575,8 +575,8 @@ FAMILIES: dict[str, Family] = {
         norm_mean=0.0,
         ends_gain=0.5,
         wrong_keys={
-            "gemma.rope.freq_base": "not written, and the runtime takes 10000",
-            "tokenizer.ggml.eot_token_id": "107, whatever token that is",
+            "gemma.rope.freq_base": "not written, so the runtime uses 10000",
+            "tokenizer.ggml.eot_token_id": "107, whichever token that is",
         },
         floor=2e-8,
     ),
@@ -587,7 +587,7 @@ FAMILIES: dict[str, Family] = {
         seed=31,
         norm_mean=0.0,
         ends_gain=0.5,
-        wrong_keys={"gemma2.rope.freq_base": "not written, and the runtime takes 10000"},
+        wrong_keys={"gemma2.rope.freq_base": "not written, so the runtime uses 10000"},
         floor=3e-8,
     ),
     "gemma3": Family(
@@ -726,7 +726,7 @@ FAMILIES: dict[str, Family] = {
         targets=(*ATTENTION, "up_proj", "down_proj"),
         norm_mean=0.0,
         dtype="float32",
-        wrong_keys={"tokenizer.ggml.unknown_token_id": "1, whatever the tokenizer says"},
+        wrong_keys={"tokenizer.ggml.unknown_token_id": "1, not the id in the tokenizer"},
     ),
 }
 
@@ -737,6 +737,6 @@ def exceptions() -> list[str]:
     for name, family in FAMILIES.items():
         hf_name = family.saved_as or family.hf_name
         if family.without_llama_cpp:
-            lines.append(f"- {hf_name} ({name}): it {family.without_llama_cpp}")
+            lines.append(f"- {hf_name} ({name}): {family.without_llama_cpp}")
         lines += [f"- {hf_name} ({name}): `{key}` is {reason}" for key, reason in family.wrong_keys.items()]
     return lines
