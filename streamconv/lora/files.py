@@ -125,6 +125,11 @@ class LoraFile:
         ends = tuple(f"{module}.{kind}weight" for kind in ("", "base_layer.", "modules_to_save."))
         return any(unwrapped(name).endswith(ends) for name in self.shard.tensors)
 
+    def by_module(self, role: str) -> dict[str, SourceTensor]:
+        """The tensors of one role, as "dora", by module."""
+        named = ((parse_name(name), tensor) for name, tensor in self.shard.tensors.items())
+        return {module: tensor for (one, module), tensor in named if one == role}
+
     def _sort(self) -> None:
         others: dict[str, list[str]] = {}
         for name, tensor in self.shard.tensors.items():

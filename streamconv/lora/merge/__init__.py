@@ -1,0 +1,89 @@
+"""Adapters merged into a checkpoint: its table of tensors with the changed ones made again, for any recipe to bind.
+
+Each step takes `Weights` and gives the next, with the reasons that rule a merge out: whole weights in place of the
+base's (whole.py), products of factors (factors.py), rows of tokens (token_rows.py), embedding and head (ends.py).
+
+Merging happens in the checkpoint's own names, rows and shapes, before any operation of a recipe. The result is the
+adapted model as PEFT runs it; what cannot be merged exactly is refused, all of it at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from streamconv.checkpoint.folder import Checkpoint
+from streamconv.errors import SourceError
+from streamconv.lora.config import Problem, read_lora_config
+from streamconv.lora.merge.ends import find_tokenizers, merged_config, outgrown, settle_ends
+from streamconv.lora.merge.factors import add_products, base_of
+from streamconv.lora.merge.token_rows import replace_rows
+from streamconv.lora.merge.weights import Finding, Step, Weights
+from streamconv.lora.merge.whole import replace_whole
+from streamconv.lora.resolve import SAVE_ENDS, base_hint, other_base, refuse_all
+from streamconv.lora.specs import Adapter, Merged
+from streamconv.recipe.bind import bind
+from streamconv.recipe.language import Model
+
+
+def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> Merged:
+    """`model`, bound to `checkpoint`, with the adapters merged into it; no weight is read.
+
+    (But of two adapters that both bring a grown frozen embedding, to see that it is the same one.)
+
+    Raises:
+        SourceError: with all that cannot be merged.
+    """
+    step = Step(Weights.of(model))
+    for adapter in adapters:
+        step = step.then(replace_whole(step.weights, adapter))
+    base = base_of(checkpoint.directory, step.weights)
+    options, tying = {}, []
+    for number, adapter in enumerate(adapters, 1):
+        config = read_lora_config(adapter.file.config)
+        products = add_products(step.weights, base, adapter, config, is_single=len(adapters) == 1)
+        rows = replace_rows(products.weights, adapter, config)
+        step = step.then(products, rows)
+        options[f"adapter {number}"] = _identity(adapter, [*products.origins, *rows.origins])
+        tying += [adapter] if config.ties_ends else []
+    step = step.then(settle_ends(step.weights, tying))
+    if not any(finding.problem.code == "vocabulary" for finding in step.findings):  # which says it already
+        step = step.then(Step(step.weights, list(outgrown(step.weights))))
+    tokenizers, findings = find_tokenizers(step.weights, checkpoint.directory, adapters)
+    _refuse(adapters, [*step.findings, *findings])
+    merged = bind(model.recipe, merged_config(step.weights), step.weights.table)
+    return Merged(merged, tokenizers, tuple(adapters), options, tuple(step.warnings))
+
+
+def _identity(adapter: Adapter, origins: Sequence[str]) -> str:
+    """What of an adapter decides the bytes of an output."""
+    digest = hashlib.sha256("\n".join(origins).encode()).hexdigest()
+    return f"{adapter.weight!r} {adapter.file.shard.fingerprint} {digest}"
+
+
+def _refuse(adapters: Sequence[Adapter], findings: Sequence[Finding]) -> None:
+    """SourceError with all findings, those of one adapter together."""
+    errors = []
+    for adapter in adapters:
+        problems = [one.problem for one in findings if one.adapter is adapter]
+        try:
+            refuse_all(
+                f"cannot be merged{other_base(problems, adapter.file)}",
+                problems,
+                adapter.file.directory,
+                SAVE_ENDS if _lacks_rows(problems) else base_hint(problems),
+                code="adapter-unmergeable",
+            )
+        except SourceError as error:
+            errors.append(error)
+    if errors:
+        first, *others = errors
+        what = first.message + "".join(f"; and {error.file}: {error.message}" for error in others)
+        hint = None if others else first.hint
+        listed = [one for error in errors for one in error.problems]
+        raise SourceError(what, file=first.file, hint=hint, problems=listed, code="adapter-unmergeable")
+
+
+def _lacks_rows(problems: Sequence[Problem]) -> bool:
+    """Whether rows of a grown vocabulary are all that is missing."""
+    return bool(problems) and all(problem.code == "vocabulary" for problem in problems)

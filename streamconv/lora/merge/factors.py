@@ -1,0 +1,162 @@
+"""Products of LoRA factors added to what they change, with DoRA's magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from streamconv.checkpoint.config import MAX_NUMBER
+from streamconv.files.store import Place
+from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
+from streamconv.lazy.node import LazyTensor
+from streamconv.lazy.views import matrix_of, transposed
+from streamconv.lora.base import N_VOCAB, BaseModel
+from streamconv.lora.config import LoraConfig, MlxConfig, Problem
+from streamconv.lora.merge.experts import single_rows, unstacked
+from streamconv.lora.merge.weights import Finding, Step, Weights, finding
+from streamconv.lora.merge.whole import REPLACING
+from streamconv.lora.resolve import LoraModule, resolve
+from streamconv.lora.specs import Adapter
+from streamconv.recipe.language import Model
+from streamconv.recipe.names import fill
+from streamconv.recipe.ops import factors_through
+from streamconv.recipe.words import Tensor
+
+# Rules out a GGUF adapter and not a merge; whether they can be merged is found here.
+_MERGEABLE = frozenset(("dora", "tokens", *REPLACING))
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A change of the stored tensor `name`: a scale times left @ right."""
+
+    name: str
+    left: LazyTensor
+    right: LazyTensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Magnitudes:
+    """The norms that DoRA gives a changed matrix: one a row, or one a column as PEFT's embeddings have them."""
+
+    vector: LazyTensor
+    by_column: bool
+
+    def of(self, tensor: LazyTensor) -> LazyTensor:
+        return (ColumnMagnitudes if self.by_column else RowMagnitudes)(tensor, self.vector)
+
+
+def base_of(directory: Place, weights: Weights) -> BaseModel:
+    """The base as its adapters see it: the head of a tied base is a matrix of its own here."""
+    model, recipe = weights.model, weights.recipe
+    head = {row.target for row in recipe.tensors if row.source == recipe.head}
+    return BaseModel(
+        path=directory,
+        model=replace(model, dims=model.dims | {N_VOCAB: weights.n_vocab}),
+        is_tied=False,
+        keys=(),
+        targets=frozenset(head | {target.name for target in model.targets}),
+    )
+
+
+def add_products(weights: Weights, base: BaseModel, adapter: Adapter, config: LoraConfig, *, is_single: bool) -> Step:
+    """The adapter's products added to what they change. `is_single`: there is no other adapter."""
+    resolved = resolve(adapter.file, base, config)
+    magnitudes, of_magnitudes = _magnitudes(adapter, config, resolved.modules, is_single=is_single)
+    findings = [Finding(adapter, problem) for problem in resolved.problems if problem.code not in _MERGEABLE]
+    if config.invocation_tokens:
+        what = "an activated LoRA: its tokens switch it on at runtime, which no merge can express"
+        findings.append(finding(adapter, "alora", what))
+    findings += of_magnitudes
+    singles = single_rows(weights.recipe)
+    weights = unstacked(weights, resolved.modules, singles)
+    made: dict[str, LazyTensor] = {}
+    origins = []
+    for module in resolved.modules:
+        if module.slot.n_experts and weights.recipe.tensors[module.slot.order[1]].target not in singles:
+            what = "experts that are stored as one cannot be merged with"
+            findings.append(finding(adapter, "experts", what, module.name))
+            continue
+        for product in _products(weights.model, module, singles):
+            before = made.get(product.name) or weights.now(product.name)
+            fault = _fault(weights, adapter, module, product, before)
+            if fault is not None:
+                findings.append(Finding(adapter, fault))
+                continue
+            changed: LazyTensor = AddProduct(before, product.left, product.right, module.scale * adapter.weight)
+            norms = magnitudes.get(module.name)
+            made[product.name] = changed if norms is None else norms.of(changed)
+        origins.append(f"{module.name} {module.slot.order} {module.scale!r} {module.turned}")
+    return Step(weights.changed(adapter, made), findings, resolved.warnings, origins)
+
+
+def _fault(
+    weights: Weights, adapter: Adapter, module: LoraModule, product: _Product, before: LazyTensor
+) -> Problem | None:
+    """Why a product cannot be added to `before`."""
+    name, scale = product.name, module.scale * adapter.weight
+    whole, n_rows = weights.wholes.get(name), product.left.spec.n_rows
+    if whole is not None and whole.is_trained and whole.adapter is not adapter:
+        return Problem("twice", f"{whole.adapter.label} replaces {name}", (module.name,))
+    if not abs(scale) <= MAX_NUMBER:
+        return Problem("scale", f"its scale comes to {scale:g}, beyond float32", (module.name,))
+    if n_rows != before.spec.n_rows:  # the vocabulary grew, and the frozen rows are missing
+        what = f"its factors are of {n_rows} rows, and {name} has {before.spec.n_rows}"
+        return Problem("vocabulary", what, (module.name,))
+    return None
+
+
+def _products(model: Model, module: LoraModule, singles: Mapping[str, Tensor]) -> Iterator[_Product]:
+    """The change of each stored tensor that the module changes; experts are stored one by one."""
+    slot, (layer, number, expert) = module.slot, module.slot.order
+    row = model.recipe.tensors[number]
+    if slot.n_experts and slot.expert is None:
+        yield from _products_of_stack(model, module, singles)
+    elif slot.n_experts:
+        yield _Product(fill(singles[row.target].source, layer, expert), module.b, module.a)
+    elif slot.is_embedding:
+        yield _Product(row.source, transposed(module.a), transposed(module.b))
+    else:
+        yield _Product(fill(row.source, layer, expert), module.b, module.a)
+
+
+def _products_of_stack(model: Model, module: LoraModule, singles: Mapping[str, Tensor]) -> Iterator[_Product]:
+    """As `_products`, of all experts of a layer, in every tensor that their stack is split into."""
+    for landing in module.slot.landings:
+        layer, number, _ = landing.order
+        row = model.recipe.tensors[number]
+        single = singles[row.target]
+        apart = row.ops[: len(row.ops) - len(single.ops)]  # what makes single experts of the stack
+        a, b = factors_through(apart, module.a, module.b, model)
+        n_out, rank = b.spec.shape[-2:]
+        for e in range(module.slot.n_experts):
+            yield _Product(fill(single.source, layer, e), matrix_of(b, e, n_out), matrix_of(a, e, rank))
+
+
+def _magnitudes(
+    adapter: Adapter, config: LoraConfig, modules: Sequence[LoraModule], *, is_single: bool
+) -> tuple[dict[str, _Magnitudes], list[Finding]]:
+    """DoRA's magnitudes by module, and what is wrong with them."""
+    tensors = adapter.file.by_module("dora")
+    findings = []
+    if tensors and not config.is_dora:
+        what = "has DoRA's magnitudes, and its configuration says that it is plain LoRA"
+        findings.append(finding(adapter, "dora", what))
+    if tensors and (adapter.weight != 1 or not is_single):
+        what = "DoRA merges alone and at weight 1: its norms are of the whole sum"
+        findings.append(finding(adapter, "dora", what))
+    found: dict[str, _Magnitudes] = {}
+    for module in modules:
+        by_column = module.slot.is_embedding and not isinstance(config, MlxConfig)
+        n = module.b.spec.shape[-2] if by_column or not module.slot.is_embedding else module.a.spec.shape[-1]
+        tensor = tensors.pop(module.name, None)
+        if tensor is not None and tensor.shape == (n,):
+            found[module.name] = _Magnitudes(tensor.lazy(), by_column)
+        elif tensor is not None:
+            what = f"has magnitudes {list(tensor.shape)}, and needs {[n]}"
+            findings.append(finding(adapter, "dora", what, module.name))
+        elif config.is_dora:
+            findings.append(finding(adapter, "dora", "DoRA, and its magnitudes are missing", module.name))
+    if tensors:
+        findings.append(finding(adapter, "dora", "has magnitudes, and no factors", *tensors))
+    return found, findings
