@@ -465,7 +465,8 @@ FAMILIES: dict[str, Family] = {
         seed=65,
         settings={"rotary_pct": 1.0},
         wrong_keys={
-            "cohere2.attention.sliding_window_pattern": "not written, so the runtime uses the window in all layers but every fourth"
+            "cohere2.attention.sliding_window_pattern": "not written, so the runtime uses the window in all layers "
+            "but every fourth"
         },
     ),
     "gpt-oss-pattern": Family(
@@ -481,7 +482,8 @@ FAMILIES: dict[str, Family] = {
         seed=66,
         targets=ATTENTION,
         wrong_keys={
-            "gpt-oss.attention.sliding_window_pattern": "not written, so the runtime uses the window in layers 0, 2, 4, ..."
+            "gpt-oss.attention.sliding_window_pattern": "not written, so the runtime uses the window in layers "
+            "0, 2, 4, ..."
         },
     ),
     "glm4moe-groups": Family(
