@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -30,6 +30,13 @@ PIECE: Final = 1 << 16
 REFERENCE_NBYTES: Final = 4 << 20
 # What the compiled kernel takes of the calling thread's stack.
 STACK_NBYTES: Final = 64 << 10
+
+# What F16 rounds to infinity. A number of so many times `levels` fits no scale, whatever a search whose sums overflow
+# makes of it: often zeros.
+LEAST_BEYOND_F16: Final = np.float32(65520)
+# The largest product of an element (or of 1) and a weight of its block of which no search makes a sum beyond F32: at
+# most 16 sums of 32 of them, times the squares of quants up to 63.
+MOST_WEIGHT: Final = np.float32(1e32)
 
 _SOURCES: Final = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
@@ -53,6 +60,7 @@ class BlockType:
         scales: where its F16 numbers start, one after the other: a scale, and a minimum if there are two.
         root: how an importance becomes a weight.
         root_factor: of the mean of squares.
+        levels: the largest number of a block whose scale is 1.
         reference: makes blocks in numpy.
     """
 
@@ -62,30 +70,31 @@ class BlockType:
     scales: tuple[int, ...]
     root: Root
     root_factor: int
+    levels: int
     reference: Quantizer
 
 
-def _block_type(name: str, scales: tuple[int, ...], root: Root, root_factor: int = 1) -> BlockType:
+def _block_type(name: str, scales: tuple[int, ...], levels: int, root: Root, root_factor: int = 1) -> BlockType:
     type_ = GGMLQuantizationType[name]
-    return BlockType(type_, *GGML_QUANT_SIZES[type_], scales, root, root_factor, QUANTIZERS[name])
+    return BlockType(type_, *GGML_QUANT_SIZES[type_], scales, root, root_factor, levels, QUANTIZERS[name])
 
 
 BLOCK_TYPES: Final[dict[GGMLQuantizationType, BlockType]] = {
     row.type: row
     for row in (
-        _block_type("Q4_0", (0,), Root.ROW),
-        _block_type("Q4_1", (0, 2), Root.ROW),
-        _block_type("Q5_0", (0,), Root.ROW),
-        _block_type("Q5_1", (0, 2), Root.ROW),
-        _block_type("Q2_K", (80, 82), Root.BLOCK),
-        _block_type("Q3_K", (108,), Root.BLOCK, 2),
-        _block_type("Q4_K", (0, 2), Root.BLOCK, 2),
-        _block_type("Q5_K", (0, 2), Root.BLOCK, 2),
-        _block_type("Q6_K", (208,), Root.NONE),
-        _block_type("IQ4_NL", (0,), Root.BLOCK, 2),
-        _block_type("IQ4_XS", (0,), Root.BLOCK, 2),
-        _block_type("TQ1_0", (52,), Root.NONE),
-        _block_type("TQ2_0", (64,), Root.NONE),
+        _block_type("Q4_0", (0,), 8, Root.ROW),
+        _block_type("Q4_1", (0, 2), 16, Root.ROW),
+        _block_type("Q5_0", (0,), 16, Root.ROW),
+        _block_type("Q5_1", (0, 2), 32, Root.ROW),
+        _block_type("Q2_K", (80, 82), 15 * 3, Root.BLOCK),
+        _block_type("Q3_K", (108,), 32 * 4, Root.BLOCK, 2),
+        _block_type("Q4_K", (0, 2), 63 * 15, Root.BLOCK, 2),
+        _block_type("Q5_K", (0, 2), 63 * 31, Root.BLOCK, 2),
+        _block_type("Q6_K", (208,), 128 * 32, Root.NONE),
+        _block_type("IQ4_NL", (0,), 127, Root.BLOCK, 2),
+        _block_type("IQ4_XS", (0,), 32 * 127, Root.BLOCK, 2),
+        _block_type("TQ1_0", (52,), 1, Root.NONE),
+        _block_type("TQ2_0", (64,), 1, Root.NONE),
     )
 }
 
@@ -95,6 +104,7 @@ class Fault(Enum):
 
     NOT_FINITE = "not-finite"
     BEYOND_F16 = "scale-beyond-f16"
+    OVERWEIGHT = "weighted-beyond-f32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +112,8 @@ class Refusal:
     """The first fault in the rows.
 
     Attributes:
-        fault: the kind. NOT_FINITE leaves `out` incomplete; BEYOND_F16 leaves it as ggml makes it, an infinite scale.
+        fault: the kind. NOT_FINITE leaves `out` incomplete; the others leave it as ggml makes it, of infinite scales or
+            of sums that overflowed, which often are zeros.
         element: counted from the first row's first: the value that is not finite, or the first of the block.
     """
 
@@ -125,7 +136,7 @@ class BlockKernel:
 
 def compiled_kernel(module: ModuleType, *, baseline: bool = False) -> BlockKernel:
     """The kernel of the compiled extension; `baseline` without what only newer machines have."""
-    faults = (Fault.NOT_FINITE, Fault.BEYOND_F16)
+    faults = tuple(Fault)
 
     def quantize(
         target: GGMLQuantizationType,
@@ -223,7 +234,7 @@ def _quantize_with_numpy(
             w = None if importance is None else _weights(block, piece, first, n_per_row, importance, means)
             made = block.reference(piece, w)
             blocks[first : first + len(piece)] = made
-            refusal = refusal or _beyond_f16(block, made, first)
+            refusal = refusal or _first_misfit(block, piece, w, made, first)
     return refusal
 
 
@@ -280,9 +291,16 @@ def _weights(
     return weights
 
 
-def _beyond_f16(block: BlockType, made: Bytes, first: int) -> Refusal | None:
-    for_all = [np.ascontiguousarray(made[:, at : at + 2]).view("<u2")[:, 0] for at in block.scales]
-    beyond: NDArray[Any] = np.any([bits & 0x7C00 == 0x7C00 for bits in for_all], axis=0)
-    if not beyond.any():
+def _first_misfit(block: BlockType, x: Floats, w: Floats | None, made: Bytes, first: int) -> Refusal | None:
+    """The first of the blocks x [n, elements] that do not fit the type, the first of which is block `first`."""
+    scales = [np.ascontiguousarray(made[:, at : at + 2]).view("<u2")[:, 0] for at in block.scales]
+    largest = np.abs(x).max(axis=1)
+    beyond: NDArray[np.bool_] = largest >= LEAST_BEYOND_F16 * np.float32(block.levels)
+    beyond |= np.any([bits & 0x7C00 == 0x7C00 for bits in scales], axis=0)
+    misfits = beyond.copy()
+    if w is not None:
+        misfits |= ~(np.fmax(largest, np.float32(1)) * w.max(axis=1) <= MOST_WEIGHT)
+    if not misfits.any():
         return None
-    return Refusal(Fault.BEYOND_F16, (first + int(np.argmax(beyond))) * block.n_elements)
+    place = int(np.argmax(misfits))
+    return Refusal(Fault.BEYOND_F16 if beyond[place] else Fault.OVERWEIGHT, (first + place) * block.n_elements)

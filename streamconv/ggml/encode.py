@@ -26,11 +26,14 @@ from streamconv.files.window import Unread
 from streamconv.ggml import blocks, reference
 from streamconv.ggml.element_types import BLOCKS, TYPE_OF
 from streamconv.ggml.reference import FLOATS
-from streamconv.lazy.dtype import F16, Dtype
+from streamconv.lazy.dtype import BF16, F16, Dtype
 from streamconv.lazy.scratch import Scratch, padded_nbytes
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+
+
+_LARGEST: Final = {F16: "65504", BF16: "3.38953139e+38"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +133,9 @@ def encode(
     Both are contiguous bytes of whole rows of `n_columns` elements. `slab` starts at a multiple of its element's size,
     `out` anywhere; where source and target are one type they may be the same memory, else they must not overlap.
     weights: how much each column matters, [n_columns]; types that do not weigh errors ignore them.
-    Raises EncodeError where a finite value rounds beyond F16's range (an infinity stays one), or where a Q8_0 block has
-    a value that is not finite or a scale beyond F16: `out` is then incomplete; Unread where `slab` is read-only, and
-    thus lent. ValueError where the sizes disagree.
+    Raises EncodeError where a finite value rounds to an infinity of F16 or BF16 (an infinity stays one), or where a
+    block has a value that is not finite or a scale beyond F16: `out` is then incomplete; Unread where `slab` is
+    read-only, and thus lent. ValueError where the sizes disagree.
     """
     n_rows, rest = divmod(slab.nbytes, source.row_nbytes(n_columns))
     if rest or n_rows * target.row_nbytes(n_columns) != out.nbytes:
@@ -157,15 +160,17 @@ def _encode_blocks(
 ) -> None:
     source_id, target_id = TYPE_OF[source].id, TYPE_OF[target].id
     refusal = blocks.quantize_rows(target_id, source_id, slab, n_columns, weights, out, kernel.blocks)
-    if refusal is not None:
-        _check_own(slab)
-    if refusal is not None and refusal.fault is blocks.Fault.NOT_FINITE:
+    if refusal is None:
+        return
+    _check_own(slab)
+    if refusal.fault is blocks.Fault.NOT_FINITE:
         raise EncodeError(f"{target.name} cannot hold a NaN or an infinity", largest_finite(source, slab))
-    if refusal is not None:
-        width = source.block_nbytes
-        block = slab[refusal.element * width : (refusal.element + target.block) * width]
-        largest = largest_finite(source, block)
-        raise EncodeError(f"{target.name} cannot hold {largest:.9g}: the scale of its block is beyond F16", largest)
+    width = source.block_nbytes
+    largest = largest_finite(source, slab[refusal.element * width : (refusal.element + target.block) * width])
+    why = "the scale of its block is beyond F16"
+    if refusal.fault is blocks.Fault.OVERWEIGHT:
+        why = "by its importance, its error is beyond F32"
+    raise EncodeError(f"{target.name} cannot hold {largest:.9g}: {why}", largest)
 
 
 def _check_own(slab: Bytes) -> None:
@@ -206,8 +211,10 @@ def largest_finite(source: Dtype, slab: NDArray[np.uint8]) -> float:
 def _refusal(source: Dtype, target: Dtype, slab: NDArray[np.uint8]) -> EncodeError:
     fmt = FLOATS[source]
     largest = largest_finite(source, slab)
-    if target == F16:
-        return EncodeError(f"{largest:.9g} is beyond F16, whose largest number is 65504", largest)
+    if target in _LARGEST:
+        return EncodeError(
+            f"{largest:.9g} is beyond {target.name}, whose largest number is {_LARGEST[target]}", largest
+        )
     if reference.largest_magnitude(slab.view(fmt.bits)) >= fmt.infinity:
         return EncodeError(f"{target.name} cannot hold a NaN or an infinity", largest)
     return EncodeError(f"{target.name} cannot hold {largest:.9g}: the scale of its block is beyond F16", largest)

@@ -52,8 +52,9 @@ _REBIAS: Final = (127 - 15) << 23  # from F16's exponent bias to F32's
 _F16_NORMAL: Final = 0x3880_0000  # 2^-14 in F32, F16's smallest normal number
 _HALF_DOWN: Final = 0x3EFF_FFFF  # the predecessor of 0.5 in F32
 
-# F32 magnitudes from which a value does not fit: 65520 rounds to F16's infinity; so does Q8_0's scale, amax / 127.
-_TOO_LARGE: Final = {F16: 0x477F_F000, Q8_0: int(np.float32(65520 * 127).view(np.uint32))}
+# F32 magnitudes from which a value does not fit: 65520 rounds to F16's infinity, as Q8_0's scale, amax / 127, does;
+# BF16's is halfway from its largest number to infinity.
+_TOO_LARGE: Final = {F16: 0x477F_F000, BF16: 0x7F7F_8000, Q8_0: int(np.float32(65520 * 127).view(np.uint32))}
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from streamconv.ggml import blocks, element_types
@@ -135,6 +136,33 @@ def test_a_scale_beyond_f16_is_named(kernel: str, target: GGMLQuantizationType) 
         refusal, made = quantized(target, rows, importance, kernel)
         assert refusal == Refusal(Fault.BEYOND_F16, 3 * block.n_elements)
         assert np.array_equal(made, ggml.quantize(target, rows, importance))
+
+
+def huge_rows(value: float) -> NDArray[np.float32]:
+    """Rows of small numbers with one that is huge, or a block of such; and rows of these, of both signs and of one."""
+    rng = np.random.default_rng(3)
+    small, huge = rng.standard_normal((4, 512)) * 0.02, rng.uniform(-1, 1, (4, 512)) * value
+    huge[3] = np.abs(huge[3]) * 0.5 + 0.25 * value
+    is_huge = np.arange(512) // np.array([[1], [32], [512], [512]]) == np.array([[7], [3], [0], [0]])
+    return np.where(is_huge, huge, small).astype(np.float32)
+
+
+@pytest.mark.parametrize("target", TYPES, ids=NAMES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_huge_numbers_are_held_or_refused(kernel: str, target: GGMLQuantizationType) -> None:
+    """Never zeros, or anything else than about themselves, because a search's sums overflow."""
+    held = set()
+    for weight in (None, 1e-38, 1e-12, 1.0, 1e8, 1e16, 1e24, 1e31, 1e36, 3e38):
+        importance = None if weight is None else np.full(512, weight, np.float32)
+        for value in (1, 1e3, 2e4, 6e4, 1e5, 6e5, 2e6, 8e6, 3e7, 2e8, 5e8, 1e10, 1e13, 1e19, 1e26, 1e37, 1e38, 3.4e38):
+            rows = huge_rows(value)
+            refusal, made = quantized(target, rows, importance, kernel)
+            if refusal is not None:
+                continue
+            numbers = dequantize(made.reshape(4, -1), target).astype(np.float64)
+            assert np.linalg.norm(numbers - rows) < 0.9 * np.linalg.norm(rows.astype(np.float64)), (weight, value)
+            held.add((weight, value))
+    assert {(None, 2e4), (1e-12, 2e4), (1.0, 2e4), (1e16, 2e4)} <= held
 
 
 def test_sizes_are_checked() -> None:

@@ -21,6 +21,7 @@ from tests.kernels import Bits
 
 ELEMENTWISE = (F32, F16, BF16)
 BEYOND_F16 = np.float32(65520)  # halfway from F16's largest number to the next power of two: rounds to infinity
+BEYOND_BF16 = np.uint32(0x7F7F_8000).view(np.float32)  # the same for BF16
 BEYOND_Q8_0 = np.float32(65520 * 127)
 CHOICE = codecs.best_kernel  # the library's own, before the fixture `kernel` takes its place
 
@@ -44,9 +45,11 @@ def every_value(source: Dtype) -> Bits:
     return np.concatenate([near.ravel(), near.ravel() | 0x8000_0000, random, halfway, halfway + 1, halfway - 1])
 
 
-def beyond_f16(source: Dtype, bits: Bits) -> NDArray[np.bool_]:
+def beyond(source: Dtype, target: Dtype, bits: Bits) -> NDArray[np.bool_]:
+    """Which finite numbers `target` cannot hold."""
     numbers = kernels.values(source, bits)
-    return np.isfinite(numbers) & (np.abs(numbers) >= BEYOND_F16)
+    least = {F16: BEYOND_F16, BF16: BEYOND_BF16}.get(target, np.float32(np.inf)) if source != target else np.inf
+    return np.isfinite(numbers) & (np.abs(numbers) >= least)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -54,8 +57,7 @@ def beyond_f16(source: Dtype, bits: Bits) -> NDArray[np.bool_]:
 @pytest.mark.parametrize("source", kernels.SOURCES)
 def test_every_value(source: Dtype, target: Dtype, offset: int) -> None:
     bits = every_value(source)
-    if target == F16 != source:
-        bits = bits[~beyond_f16(source, bits)]
+    bits = bits[~beyond(source, target, bits)]
     stats, out = kernels.encode(source, target, bits[:, None], offset)
     wrong = np.flatnonzero((out != kernels.expected(source, target, bits[:, None])).reshape(bits.size, -1).any(axis=1))
     assert wrong.size == 0, [hex(pattern) for pattern in bits[wrong[:5]]]
@@ -99,6 +101,19 @@ def test_a_finite_value_beyond_f16_is_refused(source: Dtype) -> None:
                     kernels.encode(source, F16, bits[None])
                 assert error.value.largest == abs(kernels.values(source, bits[place : place + 1])[0])
                 assert f"{error.value.largest:.9g}" in error.value.reason == str(error.value)
+
+
+def test_a_finite_value_beyond_bf16_is_refused() -> None:
+    for pattern in (0x7F7F_7FFF, 0x7F7F_8000, 0x7F7F_FFFF):
+        for sign in (0, 0x8000_0000):
+            bits = np.full((1, 3000), 0x3F80_0000, dtype=np.uint32)
+            bits[0, 1500], bits[0, 7] = pattern | sign, 0x7F80_0000
+            if pattern < 0x7F7F_8000:
+                assert kernels.encode(F32, BF16, bits)[0] == codecs.Stats(0, 1)
+                continue
+            with pytest.raises(codecs.EncodeError, match="beyond BF16") as error:
+                kernels.encode(F32, BF16, bits)
+            assert error.value.largest == abs(kernels.values(F32, bits[0, 1500:1501])[0])
 
 
 def blocks(rng: np.random.Generator, n_blocks: int) -> NDArray[np.float32]:

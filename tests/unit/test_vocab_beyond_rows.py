@@ -90,6 +90,16 @@ def test_a_token_below_the_rows_stays_where_tokenizers_puts_it(tmp_path: Path) -
     assert vocab_keys.codes(vocabulary) == ["tokens-beyond-rows"]
 
 
+@pytest.mark.parametrize("id_", [2**32, 2**40, 2**62])
+@pytest.mark.parametrize("add", [in_tokenizer_json, in_tokenizer_config])
+def test_the_id_of_what_is_left_out_is_named(tmp_path: Path, add: Add, id_: int) -> None:
+    folder = tiny.llama(tmp_path / "model", tokenizer="llama-bpe")
+    add(folder, id_)
+    report = streamconv.convert(folder, tmp_path / "out.gguf")
+    (warning,) = [one for one in report.warnings if one.code == "tokens-beyond-rows"]
+    assert str(id_) in warning.message
+
+
 @pytest.mark.parametrize("kind", ["llama-bpe", "spm"])
 def test_an_eos_that_is_left_out_is_said_to_be_the_eos(tmp_path: Path, kind: str) -> None:
     folder = tiny.llama(tmp_path / "model", tokenizer=kind)

@@ -19,19 +19,19 @@
 #endif
 
 const block_type_t BLOCK_TYPES[] = {
-    {2, 32, 18, 1, 0, ROOT_ROW, 1},        /* Q4_0 */
-    {3, 32, 20, 2, 0, ROOT_ROW, 1},        /* Q4_1 */
-    {6, 32, 22, 1, 0, ROOT_ROW, 1},        /* Q5_0 */
-    {7, 32, 24, 2, 0, ROOT_ROW, 1},        /* Q5_1 */
-    {10, SUPER, 84, 2, 80, ROOT_BLOCK, 1}, /* Q2_K */
-    {11, SUPER, 110, 1, 108, ROOT_BLOCK, 2}, /* Q3_K */
-    {12, SUPER, 144, 2, 0, ROOT_BLOCK, 2}, /* Q4_K */
-    {13, SUPER, 176, 2, 0, ROOT_BLOCK, 2}, /* Q5_K */
-    {14, SUPER, 210, 1, 208, ROOT_NONE, 0}, /* Q6_K */
-    {20, 32, 18, 1, 0, ROOT_BLOCK, 2},     /* IQ4_NL */
-    {23, SUPER, 136, 1, 0, ROOT_BLOCK, 2}, /* IQ4_XS */
-    {34, SUPER, 54, 1, 52, ROOT_NONE, 0},  /* TQ1_0 */
-    {35, SUPER, 66, 1, 64, ROOT_NONE, 0},  /* TQ2_0 */
+    {2, 32, 18, 1, 0, ROOT_ROW, 1, 8},          /* Q4_0 */
+    {3, 32, 20, 2, 0, ROOT_ROW, 1, 16},         /* Q4_1 */
+    {6, 32, 22, 1, 0, ROOT_ROW, 1, 16},         /* Q5_0 */
+    {7, 32, 24, 2, 0, ROOT_ROW, 1, 32},         /* Q5_1 */
+    {10, SUPER, 84, 2, 80, ROOT_BLOCK, 1, 15 * 3},    /* Q2_K */
+    {11, SUPER, 110, 1, 108, ROOT_BLOCK, 2, 32 * 4},   /* Q3_K */
+    {12, SUPER, 144, 2, 0, ROOT_BLOCK, 2, 63 * 15},   /* Q4_K */
+    {13, SUPER, 176, 2, 0, ROOT_BLOCK, 2, 63 * 31},   /* Q5_K */
+    {14, SUPER, 210, 1, 208, ROOT_NONE, 0, 128 * 32}, /* Q6_K */
+    {20, 32, 18, 1, 0, ROOT_BLOCK, 2, 127},      /* IQ4_NL */
+    {23, SUPER, 136, 1, 0, ROOT_BLOCK, 2, 32 * 127}, /* IQ4_XS */
+    {34, SUPER, 54, 1, 52, ROOT_NONE, 0, 1},       /* TQ1_0 */
+    {35, SUPER, 66, 1, 64, ROOT_NONE, 0, 1},       /* TQ2_0 */
 };
 const int N_BLOCK_TYPES = sizeof BLOCK_TYPES / sizeof *BLOCK_TYPES;
 

@@ -22,13 +22,21 @@ typedef struct {
     int n_scales, scale_at; /* F16 numbers of a block, the first's place; they follow each other */
     int root;               /* ROOT_NONE: the importance itself is the weight */
     float root_factor;      /* times the mean of squares */
+    float levels;           /* the largest number of a block whose scale is 1 */
 } block_type_t;
 
-enum status { ALL_FITS, NOT_FINITE, BEYOND_F16 };
+enum status { ALL_FITS, NOT_FINITE, BEYOND_F16, OVERWEIGHT };
+
+/* What F16 rounds to infinity. A number of so many times `levels` fits no scale, whatever a search whose sums overflow
+   makes of it: often zeros. */
+#define LEAST_BEYOND_F16 65520.0f
+/* The largest product of an element (or of 1) and a weight of its block of which no search makes a sum beyond F32: at
+   most 16 sums of 32 of them, times the squares of quants up to 63. */
+#define MOST_WEIGHT 1e32f
 
 typedef struct {
     enum status status;
-    int64_t element; /* the first that is not finite, or the first of a block whose scale is beyond F16 */
+    int64_t element; /* the first that is not finite, or the first of the block that does not fit */
 } outcome_t;
 
 typedef struct {

@@ -49,14 +49,26 @@ INLINE void widen(const request_t *request, int64_t start, int n, float *x) {
     memcpy(x, wide, 4 * (size_t)n);
 }
 
-/* The place of the first element that is not finite, or -1; n is a multiple of 32. */
-INLINE int first_not_finite(const float *x, int n) {
+enum { INFINITE = 0x7f800000 };
+
+/* The place of the first element whose magnitude has bits of `least` or more, or -1; n is a multiple of 32. */
+INLINE int first_beyond(const float *x, int n, int32_t least) {
     ints_t beyond = splat_int(0);
-    for (int i = 0; i < n; i += LANES) beyond |= ((ints_t)load(x + i) & 0x7fffffff) >= 0x7f800000;
+    for (int i = 0; i < n; i += LANES) beyond |= ((ints_t)load(x + i) & 0x7fffffff) >= least;
     if (!any(beyond)) return -1;
     int i = 0;
-    while ((bits_of_float(x[i]) & 0x7fffffff) < 0x7f800000) i++;
+    while ((int32_t)(bits_of_float(x[i]) & 0x7fffffff) < least) i++;
     return i;
+}
+
+/* Whether a sum of the block's weighted elements may overflow. Weights are never negative, and n is a multiple of 32. */
+INLINE int is_overweight(const float *x, const float *w, int n) {
+    floats_t largest = splat(1), most = splat(0);
+    for (int i = 0; i < n; i += LANES) {
+        largest = greater(magnitude(load(x + i)), largest);
+        most = greater(load(w + i), most);
+    }
+    return !(largest_of_all(largest)[0] * largest_of_all(most)[0] <= MOST_WEIGHT);
 }
 
 enum { N_ROWS = 8 }; /* whose squares are summed at a time: a sum in order waits for each addition */
@@ -119,6 +131,7 @@ outcome_t QUANTISE(const request_t *request) {
     const block_type_t *type = request->type;
     const quantiser_t quantiser = quantiser_of(type->type);
     outcome_t outcome = {ALL_FITS, 0};
+    const int32_t least = (int32_t)bits_of_float(LEAST_BEYOND_F16 * type->levels);
     float x[PIECE], w[PIECE], means[N_ROWS];
     int64_t n_means = 0;
     uint8_t *out = request->out;
@@ -126,7 +139,7 @@ outcome_t QUANTISE(const request_t *request) {
         int n = request->n_elements - start < PIECE ? (int)(request->n_elements - start) : PIECE;
         int n_blocks = n / type->n_elements;
         widen(request, start, n, x);
-        int place = first_not_finite(x, n);
+        int beyond = first_beyond(x, n, least), place = beyond < 0 ? -1 : first_beyond(x, n, INFINITE);
         if (place >= 0) return (outcome_t){NOT_FINITE, start + place};
         memset(x + n, 0, (size_t)(PIECE - n) * sizeof *x);
         if (request->importance != NULL) {
@@ -134,10 +147,17 @@ outcome_t QUANTISE(const request_t *request) {
             memset(w + n, 0, (size_t)(PIECE - n) * sizeof *w);
         }
         quantiser(x, request->importance != NULL ? w : NULL, n_blocks, out);
-        for (int block = 0; block < n_blocks; block++, out += type->nbytes)
+        for (int block = 0; block < n_blocks && outcome.status == ALL_FITS; block++) {
+            const int first = block * type->n_elements;
+            int fits = beyond < 0 || beyond >= first + type->n_elements;
             for (int i = 0; i < type->n_scales; i++)
-                if ((load_f16(out + type->scale_at + 2 * i) & 0x7c00) == 0x7c00 && outcome.status == ALL_FITS)
-                    outcome = (outcome_t){BEYOND_F16, start + (int64_t)block * type->n_elements};
+                fits &= (load_f16(out + block * type->nbytes + type->scale_at + 2 * i) & 0x7c00) != 0x7c00;
+            if (!fits)
+                outcome = (outcome_t){BEYOND_F16, start + first};
+            else if (request->importance != NULL && is_overweight(x + first, w + first, type->n_elements))
+                outcome = (outcome_t){OVERWEIGHT, start + first};
+        }
+        out += (size_t)n_blocks * (size_t)type->nbytes;
     }
     return outcome;
 }

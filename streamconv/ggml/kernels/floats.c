@@ -57,6 +57,7 @@ enum {
 #define REBIAS ((127u - 15u) << 23) /* from F16's exponent bias to F32's */
 #define F16_NORMAL 0x38800000u      /* 2^-14, F16's smallest normal number */
 #define TOO_LARGE_F16 0x477ff000u   /* 65520, which rounds to F16's infinity */
+#define TOO_LARGE_BF16 0x7f7f8000u  /* halfway from BF16's largest number to infinity */
 #define TOO_LARGE_Q8_0 0x4afdf020u  /* 65520 * 127, whose scale does */
 #define HALF_DOWN 0x3effffffu       /* the predecessor of 0.5 */
 
@@ -189,7 +190,7 @@ INLINE result_t convert(int source, int target, const uint8_t *slab, uint8_t *ou
             if (!result.fits) return result;
             quantize_q8_0(wide, out + start / QK * QK_NBYTES, n);
         } else {
-            result.fits = target != F16 || largest < TOO_LARGE_F16;
+            result.fits = largest < (target == F16 ? TOO_LARGE_F16 : target == BF16 ? TOO_LARGE_BF16 : INFINITY_F32);
             if (!result.fits) return result;
             narrow(target, wide, out + start * (target == F32 ? 4 : 2), n);
         }

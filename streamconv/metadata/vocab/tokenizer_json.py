@@ -29,7 +29,7 @@ MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
 MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a model of speech has 28,000 of 20 bytes
 MAX_PART_NBYTES = 256 << 10  # of memory, of a pre-tokenizer, a post-processor: real ones take at most some 20 KB
 MAX_FIELD_NBYTES = 1 << 10
-MAX_ID = (1 << 32) - 1
+MAX_ID = (1 << 64) - 1  # of an added token, which may be far beyond the rows of the model
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FIELDS = ("type", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -68,7 +68,7 @@ class AddedTokens:
     """The added tokens in file order, some bytes each: models of speech have ten thousands."""
 
     def __init__(self) -> None:
-        self._ids = array("I")
+        self._ids = array("Q")
         self._flags = bytearray()
         self._text = bytearray()
         self._ends = array("Q")
@@ -87,7 +87,7 @@ class AddedTokens:
             start = end
 
     def append(self, token: AddedToken) -> None:
-        self._ids.append(min(token.id, MAX_ID))  # beyond the rows of any model
+        self._ids.append(token.id)
         self._flags.append(sum(getattr(token, name) << i for i, name in enumerate(_FLAGS)))
         self._text += token.text
         self._ends.append(len(self._text))
@@ -345,8 +345,8 @@ def _added_problem(entry: Any) -> str | None:
     if not isinstance(text, str) or not text:
         return f"an added token has a text for 'content', not {shown(text)}"
     token = f"added token {shown(text)}"
-    if not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0:
-        return f"{token} has the id {shown(id_)}, which is not a whole number from 0 on"
+    if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ <= MAX_ID:
+        return f"{token} has the id {shown(id_)}, which is not a whole number from 0 to 2^64 - 1"
     for name in _FLAGS:
         if not isinstance(entry.get(name, False), bool):
             return f"{token} has {shown(entry[name])} for {name!r}, which is true or false"
