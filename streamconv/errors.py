@@ -137,6 +137,12 @@ class Interrupted(StreamconvError):
     exit_code = 130
 
 
+def with_notes(error: Interrupted, noted: BaseException) -> Interrupted:
+    """`error`, its message with what the run noted, on the exception that stopped it, of the work that it leaves."""
+    error.message = "; ".join((error.message, *getattr(noted, "__notes__", ())))
+    return error
+
+
 class InterruptedByTerm(Interrupted):
     """The run was stopped by SIGTERM."""
 

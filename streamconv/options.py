@@ -160,7 +160,7 @@ class SourceOptions(_Options):
     )
     base: Source | None = option(
         None,
-        "of an adapter: the base it was made for",
+        "of an adapter: the base it was made for; default: as the adapter says, in the cache",
         kind=Kind.SOURCE,
         commands=("verify",),
         metavar="BASE",

@@ -25,6 +25,7 @@ from streamconv.ggml.policy import StoredTypes, stored_outtype
 from streamconv.gguf.names import LLAMA_CPP
 from streamconv.gguf.reader import GGUFFile, refuse
 from streamconv.gguf.splits import GGUFSet
+from streamconv.lora.base import stated_source_of
 from streamconv.lora.specs import AdapterSpec
 from streamconv.options import OutputOptions, RunOptions, documented
 from streamconv.report import Output, Report
@@ -65,9 +66,11 @@ def verify(
     """
     options, wanted, started = RunOptions.of(locals()), OutputOptions.of(locals()), time.monotonic()
     budget = Budget(options.limit_nbytes)
-    outputs, stored, architecture = _read(
+    outputs, stored, architecture, is_adapter = _read(
         out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre, "--imatrix": imatrix}
     )
+    if is_adapter and base is None:
+        base = stated_source_of(source)
     with (
         open_model_job(source, out, wanted, budget, adapters, stored)
         if base is None
@@ -93,8 +96,8 @@ def verify(
 
 def _read(
     out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object]
-) -> tuple[list[Output], StoredTypes, str | None]:
-    """The files of the set at `out`, the types of its tensors, and its architecture.
+) -> tuple[list[Output], StoredTypes, str | None, bool]:
+    """The files of the set at `out`, the types of its tensors, its architecture, and whether it is an adapter.
 
     UsageError where an option is missing, or given and not for this kind of file.
     """
@@ -105,10 +108,6 @@ def _read(
         stored = _types(found)
         imatrix = _imatrix_of(found.files[0], stored)
         architecture = found.files[0].scalar("general.architecture", str)
-    if is_adapter and of_adapters["--base"] is None:
-        raise UsageError(
-            "is an adapter, whose tensors follow from its base", file=out, hint="give --base", code="base-missing"
-        )
     if not is_adapter and of_models["--imatrix"] is None and imatrix is not None:
         hint = "give it with --imatrix FILE, as it was given then"
         raise UsageError(f"was made with an importance matrix, {imatrix}", file=out, hint=hint, code="imatrix-missing")
@@ -119,7 +118,7 @@ def _read(
                 file=out,
                 code="option-conflict",
             )
-    return outputs, stored, architecture
+    return outputs, stored, architecture, is_adapter
 
 
 def _of_file(job: Job, architecture: str | None) -> Job:

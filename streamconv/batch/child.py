@@ -17,14 +17,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from streamconv.batch.jobs_file import JobSpec
-from streamconv.errors import InterruptedByTerm, SourceError, StreamconvError
+from streamconv.errors import Interrupted, InterruptedByTerm, SourceError, StreamconvError, with_notes
 from streamconv.files.hub import is_repo_id
 from streamconv.options import arguments, taken_by
 from streamconv.output.destination import Place, failures
@@ -37,6 +37,7 @@ MAX_ATTEMPTS = 3  # of a job whose process, or machine, died; an error that stre
 PATIENCE_SECONDS = 60
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Status = Literal["done", "skipped", "failed", "cancelled"]
 Leftover = tuple[str, int, int]  # a journal's path, inode and time of the last change
 
@@ -92,11 +93,16 @@ def in_words(error: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a job's process is told on its stdin."""
+    """What a job's process reads on its stdin.
+
+    Attributes:
+        progress: whether it prints how far it is, as `{"progress": [done, total]}`, before its one report.
+    """
 
     job: JobSpec
     restart: bool = False
     dry_run: bool = False
+    progress: bool = False
 
 
 # ---------------------------------------------------------------- the process that watches
@@ -112,17 +118,26 @@ _lock = threading.Lock()
 _is_stopping = threading.Event()
 
 
-def run_job(job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: int = 0) -> JobResult:
+def run_job(
+    job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: int = 0, progress: Progress | None = None
+) -> JobResult:
     """The result of `job`, run in a process of its own; tried again where that process was killed.
 
-    stale: journals of an earlier batch, to be discarded. n_before: tries that the batch knows of.
+    Args:
+        stale: journals of an earlier batch, to be discarded.
+        n_before: tries that the batch knows of.
+        progress: called from this thread: (0, 0) as the job begins, then the bytes done and the bytes in all.
     """
+    if progress is not None:
+        progress(0, 0)
     attempt, answer, code = max(n_before, int(_has_journal(job, stale))), dict[str, Any](), -1
     while True:
         if attempt:
             _await_earlier_try(job)
         attempt += 1
-        code, answer = run_process(Order(job, restart=not stale.isdisjoint(journals(job))))
+        code, answer = run_process(
+            Order(job, restart=not stale.isdisjoint(journals(job)), progress=progress is not None), progress
+        )
         if code >= 0 or code in _STOPPED or attempt >= MAX_ATTEMPTS:
             break
     if code == 0 and "outputs" in answer:
@@ -136,8 +151,8 @@ def run_job(job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: in
     )
 
 
-def run_process(order: Order) -> tuple[int, dict[str, Any]]:
-    """(exit code, or minus the signal; the JSON object that it printed, else {}) of one try."""
+def run_process(order: Order, progress: Progress | None = None) -> tuple[int, dict[str, Any]]:
+    """(exit code, or minus the signal; the JSON object that it printed last, else {}) of one try."""
     with _lock:
         if _is_stopping.is_set():
             return 128 + signal.SIGINT, {}
@@ -153,8 +168,12 @@ def run_process(order: Order) -> tuple[int, dict[str, Any]]:
             child.stdin.write(json.dumps(asdict(order) | {"job": order.job.to_json()}) + "\n")
             child.stdin.flush()
         _children.add(child)  # its stdin stays open: the end of it tells the job that nobody waits for it
+    answer: dict[str, Any] = {}
     try:
-        text = child.stdout.read()
+        for line in child.stdout:
+            answer = _object(line)
+            if progress is not None and isinstance(answer.get("progress"), list):
+                progress(*answer["progress"])
         code = child.wait()
     finally:
         with _lock:
@@ -165,11 +184,15 @@ def run_process(order: Order) -> tuple[int, dict[str, Any]]:
             with suppress(OSError):
                 child.stdin.close()
             child.stdout.close()
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        return code, {}
-    return code, answer if isinstance(answer, dict) else {}
+    return code, answer
+
+
+def _object(line: str) -> dict[str, Any]:
+    """The JSON object on a line; {} where there is none."""
+    with suppress(ValueError):
+        value = json.loads(line)
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def stop_jobs() -> None:
@@ -262,13 +285,15 @@ def read_order(stdin: IO[str]) -> Order:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    return Order(JobSpec.from_json(order["job"]), order["restart"], order["dry_run"])
+    return Order(**order | {"job": JobSpec.from_json(order["job"])})
 
 
-def obey(order: Order) -> Report:
+def obey(order: Order, progress: Progress | None = None) -> Report:
     """The report of the order's job. StreamconvError where it fails, with a hint where its source may be a repo."""
     try:
-        return perform(order.job, restart=order.restart, dry_run=order.dry_run)
+        return perform(order.job, restart=order.restart, dry_run=order.dry_run, progress=progress)
+    except (Interrupted, KeyboardInterrupt) as error:  # with what is kept of its work
+        raise with_notes(InterruptedByTerm("stopped", code="interrupted"), error) from None
     except SourceError as error:
         name = "/".join(Path(error.file or "").parts[-2:])  # an absolute path keeps the name of a repo as its end
         is_missing = error.file in (order.job.source, order.job.base) and not os.path.lexists(error.file or "")
@@ -277,14 +302,21 @@ def obey(order: Order) -> Report:
         raise
 
 
-def perform(job: JobSpec, *, dry_run: bool = False, restart: bool = False, max_memory: int | None = None) -> Report:
+def perform(
+    job: JobSpec,
+    *,
+    dry_run: bool = False,
+    restart: bool = False,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """The report of the job, done in this process. StreamconvError where it fails. max_memory: instead of the job's."""
     from streamconv.api.convert_lora import convert_adapter
     from streamconv.api.convert_model import convert
     from streamconv.api.verify_file import verify
 
     given = {one.name: job.given().get(one.option.key) for one in taken_by(job.command) if one.option.key is not None}
-    given |= {"only_part": job.only_part, "restart": restart, "dry_run": dry_run}
+    given |= {"only_part": job.only_part, "restart": restart, "dry_run": dry_run, "progress": progress}
     if max_memory is not None:
         given["max_memory"] = max_memory
     values = arguments(job.command, given)
@@ -293,7 +325,6 @@ def perform(job: JobSpec, *, dry_run: bool = False, restart: bool = False, max_m
     if not dry_run:
         _make_folder(Path(job.output).parent)
     if job.command == "lora":
-        assert job.base is not None  # jobs_file.py sees to it
         return convert_adapter(job.source, job.base, job.output, **values)
     return convert(job.source, job.output, **values)
 

@@ -92,7 +92,7 @@ _TYPE_NAMES: Final = {str: "a string", bool: "true or false", int: "a number"}
 
 # Keys that a kind of job must have, and the kinds that a key is for; as a default the others pass it by. The outtype
 # may stand in the name of any output.
-_NEEDED: Final = {"lora": ("base",), "verify": ("output",)}
+_NEEDED: Final = {"verify": ("output",)}
 _ONLY_FOR: Final[Mapping[str, tuple[str, ...]]] = {
     "base": ("lora", "verify"),
     **{key: one.option.commands for key, one in OPTIONS.items() if key != "outtype"},
@@ -198,10 +198,22 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
         if key in given:
             given[key] = _absolute(given[key], folder)
     for match in matches:
+        if entry.get("command") == "lora" and "base" not in entry:
+            given["base"] = _stated_base(match)
         name = given.get("name") or model_name(Path(match))
         job = JobSpec.of({"command": "convert", **given, "source": match, "name": name, "output": ""})
         output = folder / _output(str(entry.get("output", DEFAULT_OUTPUT)), job, where, path)
         yield replace(job, output=os.path.normpath(output))
+
+
+def _stated_base(adapter: str) -> str | None:
+    """The folder of the base that an adapter's configuration names; None where there is none, as its job will say."""
+    from streamconv.errors import StreamconvError
+    from streamconv.lora.base import stated_source_of
+
+    with suppress(StreamconvError, OSError):
+        return str(stated_source_of(adapter))
+    return None
 
 
 def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:

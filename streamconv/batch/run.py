@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -68,17 +69,25 @@ def run_batch(
     n_parallel: int = 1,
     restart: bool = False,
     finished: Callable[[JobResult], None] = lambda result: None,
+    progress: Callable[[JobSpec, int, int], None] | None = None,
 ) -> list[JobResult]:
-    """The result of every job, in the jobs' order; `finished` hears of each as it ends, in this thread.
+    """The result of every job, in the jobs' order.
 
-    executor: by default `n_parallel` threads, each of which watches one process. stop: what ends the jobs that have
-    begun, wherever the executor's workers are (`end_jobs`, called there). restart: discard what an earlier batch
-    left unfinished; what a try of this batch left is always taken up. KeyboardInterrupt and SIGTERM stop the processes;
-    what was not done is then cancelled, and the next batch goes on with it.
+    KeyboardInterrupt and SIGTERM stop the processes; what was not done is then cancelled, and the next batch goes on
+    with it.
+
+    Args:
+        executor: by default `n_parallel` threads, each of which watches one process.
+        stop: what ends the jobs that have begun, wherever the executor's workers are (`end_jobs`, called there).
+        restart: discard what an earlier batch left unfinished; what a try of this batch left is always taken up.
+        finished: called with each result as it comes, in this thread.
+        progress: called as progress(job, done, total), in bytes, from the threads that watch: (job, 0, 0) as one
+            begins. Not of an executor's own, whose workers may be on other machines.
     """
     allow_jobs()
     pool = executor or ThreadPoolExecutor(n_parallel)
-    run = _Run(pool, {job: frozenset(journals(job)) if restart else frozenset() for job in jobs}, stop)
+    run = _Run(pool, {job: frozenset(journals(job)) if restart else frozenset() for job in jobs}, stop,
+               progress if executor is None else None)  # fmt: skip
     results: dict[JobSpec, JobResult] = {}
 
     def settle(result: JobResult) -> None:
@@ -118,11 +127,16 @@ class _Run:
     """The jobs that an executor has. A job whose worker was lost is given to it again."""
 
     def __init__(
-        self, executor: Executor, stale: dict[JobSpec, frozenset[Leftover]], stop: Callable[[], object]
+        self,
+        executor: Executor,
+        stale: dict[JobSpec, frozenset[Leftover]],
+        stop: Callable[[], object],
+        progress: Callable[[JobSpec, int, int], None] | None,
     ) -> None:
         self._executor = executor
         self._stale = stale
         self._stop = stop
+        self._progress = progress
         self._is_stopped = False
         self._waiting: dict[Future[JobResult], _Task] = {}
 
@@ -138,7 +152,8 @@ class _Run:
                 self.submit(job, job)
 
     def submit(self, job: JobSpec, work: JobSpec, n_before: int = 0) -> None:
-        future = self._executor.submit(run_job, work, self._stale[job], n_before)
+        words = {"progress": partial(self._progress, job)} if self._progress else {}
+        future = self._executor.submit(run_job, work, self._stale[job], n_before, **words)
         self._waiting[future] = _Task(job, work, n_before + 1)
 
     def results(self) -> Iterator[JobResult]:

@@ -21,7 +21,7 @@ from types import FrameType
 
 from streamconv.cli.output import say, tell
 from streamconv.cli.parser import build_parser
-from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory
+from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory, with_notes
 
 RESUME = "run it again to go on"
 RESUMED = frozenset({"convert", "lora", "quantize", "batch"})  # the commands that have something to resume
@@ -53,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(end="", flush=True)
             return code
     except Interrupted as error:
-        return _fail(_with_notes(error, error), as_json)
+        return _fail(with_notes(error, error), as_json)
     except StreamconvError as error:
         return _fail(error, as_json)
     except KeyboardInterrupt as error:
-        return _fail(_with_notes(Interrupted("interrupted", hint=hint, code="interrupted"), error), as_json)
+        return _fail(with_notes(Interrupted("interrupted", hint=hint, code="interrupted"), error), as_json)
     except BrokenPipeError:
         return _leave_pipe()
     except Exception as error:
@@ -76,12 +76,6 @@ def _asked(words: list[str]) -> list[str]:
     if {*words} <= {"-v", "--verbose", "-V", "--version"}:
         return sorted(words, key=lambda word: word in ("-V", "--version"))  # which answers at once
     return [*words[1:2], "--help", *words[2:]] if words[0] == "help" else words
-
-
-def _with_notes(error: Interrupted, noted: BaseException) -> Interrupted:
-    """The error, with what the run noted of the work that it leaves."""
-    error.message = "; ".join((error.message, *getattr(noted, "__notes__", ())))
-    return error
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from streamconv.cli.options import add_command, add_resume_options, add_verbose, dst_path, positive, src_path
-from streamconv.cli.output import say, tell
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.cli.batch_progress import MAX_NAME_CHARS, shown_batch
+from streamconv.cli.options import add_command, add_report_options, add_resume_options, dst_path, positive, src_path
+from streamconv.cli.output import progress_of, say, tell
+from streamconv.errors import StreamconvError, UsageError, printable
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from streamconv.batch.child import JobResult
+    from streamconv.batch.jobs_file import JobSpec
     from streamconv.batch.run import Forecast
 
+PROGRESS_SECONDS = 0.2  # between what a job says of how far it is
 EPILOG = """example of JOBS:
   [defaults]
   outtype = "q8_0"
@@ -37,7 +41,7 @@ def add_batch(commands: Any) -> None:
         commands,
         "batch",
         help="many conversions, unattended: each in its own process, resumed and retried",
-        description="Run the jobs of a TOML or JSON-lines file; one JSON line on stdout for each that ends.",
+        description="Run the jobs of a TOML or JSON-lines file; a line on stdout for each that ends.",
         epilog=EPILOG,
     )
     parser.add_argument(
@@ -53,11 +57,8 @@ def add_batch(commands: Any) -> None:
     )
     parser.add_argument("--array", metavar="I/N", help="every N-th job from the I-th on (from 1), for job arrays")
     parser.add_argument("--dask", metavar="ADDRESS", help="run on the Dask cluster of this scheduler (the dask extra)")
-    parser.add_argument("--json", action="store_true", help="errors of the batch itself as JSON, too")
-    parser.add_argument(
-        "--quiet", action="store_true", help="no summary table on stderr; stdout has a line for each job"
-    )
-    add_verbose(parser)
+    json = "a JSON object on stdout for each job that ends, and the lines on stderr"
+    add_report_options(parser, json=json, elsewhere="plain (with --json none)")
     parser.set_defaults(run=_batch)
 
 
@@ -80,17 +81,26 @@ def _batch(options: argparse.Namespace) -> int:
         _say_forecast(rows, options.json)
         return exit_code(rows)
     place: AbstractContextManager[_Where] = _dask(options.dask) if options.dask else nullcontext(_Where())
-    with place as where:
+    lines = _Lines(options, jobs)
+    how = progress_of(options, elsewhere="none" if options.json else "plain")
+    with place as where, shown_batch(how, len(jobs)) as shown:
+
+        def finished(result: JobResult) -> None:
+            if shown is not None:
+                shown.ended(result)
+            with shown.aside() if shown is not None else nullcontext():
+                lines.say(result)
+
         results = run_batch(
             jobs,
             state,
             **where,
             n_parallel=options.n_parallel,
             restart=options.restart,
-            finished=lambda result: say(json.dumps(result.to_json()), flush=True),
+            finished=finished,
+            progress=shown.progress if shown is not None else None,
         )
-    if not options.quiet:
-        _print_table(results)
+    lines.sum_up(results)
     return exit_code(results)
 
 
@@ -100,7 +110,8 @@ def _batch_job(options: argparse.Namespace) -> int:
     from streamconv.report import error_to_json
 
     try:
-        report = obey(read_order(sys.stdin))
+        order = read_order(sys.stdin)
+        report = obey(order, _spaced() if order.progress else None)
     except StreamconvError as error:
         error.hint = in_jobs_file(error.hint) if error.hint else None
         say(json.dumps(error_to_json(error)), flush=True)
@@ -108,6 +119,19 @@ def _batch_job(options: argparse.Namespace) -> int:
     report.warnings = [replace(warning, message=in_jobs_file(warning.message)) for warning in report.warnings]
     say(json.dumps(report.to_json()), flush=True)
     return 0
+
+
+def _spaced() -> Callable[[int, int], None]:
+    """Progress as JSON lines on stdout, at most one in PROGRESS_SECONDS and one at each end."""
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            say(json.dumps({"progress": [done, total]}), flush=True)
+
+    return progress
 
 
 class _Where(TypedDict, total=False):
@@ -145,14 +169,34 @@ def _say_forecast(rows: Sequence[Forecast], as_json: bool) -> None:
     say(f"{'':<5} {sum(row.nbytes for row in rows):>16,}  bytes in all")
 
 
-def _print_table(results: Sequence[JobResult]) -> None:
-    width = max((len(result.job.name) for result in results), default=0)
-    for result in results:
-        what = _outcome(result)
-        line = f"{result.status:<9}  {result.exit_code:>3}  {result.job.name:<{width}}  {what}"
-        tell(line.rstrip())
-    counts = Counter(result.status for result in results)
-    tell(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs")
+class _Lines:
+    """A line for each job that ends, and one for all of them: on stdout, or with --json on stderr beside the JSON."""
+
+    def __init__(self, options: argparse.Namespace, jobs: Sequence[JobSpec]) -> None:
+        self._options = options
+        self._width = min(MAX_NAME_CHARS, max((len(job.name) for job in jobs), default=0))
+
+    def say(self, result: JobResult) -> None:
+        if self._options.json:
+            say(json.dumps(result.to_json()), flush=True)
+        line = f"{result.status:<9}  {result.exit_code:>3}  {result.job.name:<{self._width}}  {_outcome(result)}"
+        self._print(line.rstrip(), is_needed=result.is_failed)
+        for warning in (result.report or {}).get("warnings", ()):
+            where = f"{warning['tensor']}: " if warning["tensor"] else ""
+            tell(printable(f"streamconv: warning: {result.job.name}: {where}{warning['message']}"))
+
+    def sum_up(self, results: Sequence[JobResult]) -> None:
+        counts = Counter(result.status for result in results)
+        self._print(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs")
+        if counts["cancelled"]:
+            self._print("the same command again goes on; --restart would start over", is_needed=True)
+
+    def _print(self, line: str, *, is_needed: bool = False) -> None:
+        if self._options.json or self._options.quiet:
+            if is_needed or not self._options.quiet:
+                tell(line)
+        else:
+            say(line, flush=True)
 
 
 def _outcome(result: JobResult) -> str:

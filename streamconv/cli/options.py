@@ -139,12 +139,17 @@ def _word(one: declared.Declared, command: str, text: str) -> str:
     return word
 
 
-def add_report_options(group: Any) -> None:
-    group.add_argument("--json", action="store_true", help="one JSON object on stdout")
+def add_report_options(group: Any, *, json: str = "one JSON object on stdout", elsewhere: str = "none") -> None:
+    """What is said of a run.
+
+    Args:
+        json: the help of --json.
+        elsewhere: how progress is shown where stderr is not a terminal.
+    """
+    group.add_argument("--json", action="store_true", help=json)
     group.add_argument("--quiet", action="store_true", help="warnings and errors alone")
-    group.add_argument(
-        "--progress", choices=PROGRESS, help="how far it is, on stderr; default: bar on a terminal, none elsewhere"
-    )
+    progress = f"how far it is, on stderr; default: bar on a terminal, {elsewhere} elsewhere"
+    group.add_argument("--progress", choices=PROGRESS, help=progress)
     add_verbose(group)
 
 

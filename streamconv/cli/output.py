@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from streamconv.report import PlannedTensor, Report
 
 MIB = 1 << 20
+BAR: Final = "{l_bar}{bar}| {done} of {whole} [{elapsed}<{remaining}, {speed}/s]"
 
 
 def say(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
@@ -82,34 +83,34 @@ def shown_progress(how: str, *labels: str) -> Iterator[Callable[[int, int], None
     if how == "none":
         yield None
         return
-    make = _bar if how == "bar" else _Lines
-    bar: Any = None
+    make = bar if how == "bar" else Lines
+    shown: Any = None
     later = list(labels)
 
     def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None or done < bar.n:  # from here on it has a size to show
-            if bar is not None:
-                bar.close()
-            bar = make(later.pop(0), total)
-        bar.total = total
-        bar.update(done - bar.n)
+        nonlocal shown
+        if shown is None or done < shown.n:  # from here on it has a size to show
+            if shown is not None:
+                shown.close()
+            shown = make(later.pop(0), total)
+        shown.total = total
+        shown.update(done - shown.n)
 
     try:
         yield progress
     finally:
-        if bar is not None:
-            bar.close()
+        if shown is not None:
+            shown.close()
 
 
-def progress_of(options: argparse.Namespace) -> str:
-    """How progress is shown: as asked for; by default a bar, where stderr is a terminal."""
+def progress_of(options: argparse.Namespace, *, elsewhere: str = "none") -> str:
+    """How progress is shown: as asked for; by default a bar, where stderr is a terminal, and `elsewhere` where not."""
     if options.quiet or getattr(options, "dry_run", False):
         return "none"
-    return options.progress or ("bar" if STDERR.isatty() else "none")
+    return options.progress or ("bar" if STDERR.isatty() else elsewhere)
 
 
-class _Lines:
+class Lines:
     """As a bar, in lines for a log: one for each tenth that is done."""
 
     def __init__(self, label: str, total: int) -> None:
@@ -127,20 +128,27 @@ class _Lines:
         """Every line was whole."""
 
 
-def _bar(label: str, total: int) -> Any:
+def bar(label: str, total: int | None, **words: Any) -> Any:
+    """A bar on stderr, of bytes in the units of all other lines; `words`: further ones of tqdm's."""
     from tqdm import tqdm
 
+    class Bar(tqdm):  # type: ignore[type-arg]
+        @property
+        def format_dict(self) -> MutableMapping[str, Any]:
+            known: MutableMapping[str, Any] = super().format_dict
+            speed = known["rate"] or self.n / max(known["elapsed"], 1e-9)
+            sizes = {"done": self.n, "whole": self.total or 0, "speed": speed}
+            return {**known, **{name: in_words(int(nbytes)) for name, nbytes in sizes.items()}}
+
     # miniters: the pace of one phase must not decide how often the next is drawn
-    return tqdm(
+    return Bar(
         desc=label,
         total=total,
-        unit="iB",
-        unit_scale=True,
-        unit_divisor=1024,
         miniters=1,
         leave=False,
         file=STDERR,
         ascii=_is_ascii(os.environ, STDERR.encoding),
+        **{"bar_format": BAR, **words},
     )
 
 

@@ -15,7 +15,7 @@ from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.quantisation import quantised_names
 from streamconv.errors import RunWarning, SourceError
-from streamconv.files.hub import CONFIG, Source, find_path, find_source, is_repo_id, source_failures
+from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, Source, find_path, find_source, is_repo_id, source_failures
 from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.gguf.format import KeyValue, PackedArray
@@ -212,6 +212,13 @@ def stated_source(config: Config) -> Source:
     except SourceError as error:
         error.hint = f"{error.hint}; or give --base"
         raise
+
+
+def stated_source_of(adapter: Source) -> Source:
+    """The base that the configuration of the adapter at `adapter` names, as `stated_source`."""
+    place = find_source(adapter)
+    file = (place if place.is_dir() else place.parent) / ADAPTER_CONFIG
+    return stated_source(Config(load_object(file, MAX_CONFIG_NBYTES), file))
 
 
 # ---------------------------------------------------------------- a GGUF

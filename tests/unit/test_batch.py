@@ -25,7 +25,7 @@ from streamconv.batch.state import State
 from streamconv.cli import main
 from streamconv.errors import UsageError
 from streamconv.options import SplitOptions
-from tests import tiny
+from tests import terminal, tiny
 from tests.holding import await_end, held_processes, hold
 from tests.raising import raises
 
@@ -48,10 +48,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def batch(folder: Path, *options: str) -> tuple[int, list[dict[str, Any]], str]:
-    """(exit code, the JSON lines, stderr) of `streamconv batch`."""
+    """(exit code, the JSON lines about jobs, stderr) of `streamconv batch`."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
-        code = main(["batch", str(folder / "jobs.toml"), *(options or ("--jobs", "2"))])
-    return code, [json.loads(line) for line in out.getvalue().splitlines()], error.getvalue()
+        code = main(["batch", str(folder / "jobs.toml"), "--json", *(options or ("--jobs", "2"))])
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    return code, [line for line in lines if "job" in line or "jobs" in line], error.getvalue()
 
 
 def outcome(lines: list[dict[str, Any]]) -> dict[str, tuple[str, int, int]]:
@@ -87,7 +88,66 @@ def test_each_job_is_done_and_told_in_a_line(folder: Path) -> None:
     assert line["job"]["source"] == str(folder / "models" / "one")
     assert line["report"]["output"] == str(folder / "out" / "one-q8_0.gguf")
     assert table.splitlines()[-1] == "2 done"
-    assert table.splitlines()[0].startswith("done         0  one  ")
+    assert any(row.startswith("done         0  one  ") for row in table.splitlines())
+
+
+def test_people_read_lines_and_scripts_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --json stdout has a line for each job and one for all; what happens meanwhile is a log on stderr."""
+    assert main(["batch", str(folder / "jobs.toml")]) == 0
+    out, error = capsys.readouterr()
+    assert [line.split()[:3] for line in out.splitlines()[:-1]] == [["done", "0", "one"], ["done", "0", "two"]]
+    assert out.splitlines()[-1] == "2 done"
+    assert next(line for line in error.splitlines() if line.startswith("one: ")) == "one: begins"
+    assert [line.split()[1] for line in error.splitlines() if line.startswith("two: ")][-1] == "100%"
+    assert main(["batch", str(folder / "jobs.toml"), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["batch", str(folder / "jobs.toml"), "--progress", "none"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_warnings_of_jobs_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "models" / "two" / "README.md").write_text("---\nbase_model: [}\n---\n")
+    assert main(["batch", str(folder / "jobs.toml"), "--quiet"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("streamconv: warning: two: ")
+
+
+def test_a_failure_is_said_in_quiet_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "one-q8_0.gguf").write_bytes(b"somebody's")
+    assert main(["batch", str(folder / "jobs.toml"), "--quiet"]) == EXIT_SOME_FAILED
+    out, error = capsys.readouterr()
+    assert out == ""
+    (line,) = error.splitlines()
+    assert line.startswith("failed       5  one") and "force = true" in line and "--force" not in line
+
+
+def test_progress_of_each_job_is_of_its_bytes(folder: Path) -> None:
+    """Called with (0, 0) as a job begins, then up to its size, and once more for the comparison."""
+    (folder / "jobs.toml").write_text(JOBS + "verify = true\n")
+    seen: dict[str, list[tuple[int, int]]] = {"one": [], "two": []}
+    results = run_batch(
+        read_jobs(folder / "jobs.toml"),
+        State(folder / "state"),
+        n_parallel=2,
+        progress=lambda job, done, total: seen[job.name].append((done, total)),
+    )
+    assert [result.status for result in results] == ["done", "done"]
+    for name, calls in seen.items():
+        size = (folder / "out" / f"{name}-q8_0.gguf").stat().st_size
+        assert calls[0] == (0, 0)
+        assert (size, size) in calls
+        assert calls[-1][0] == calls[-1][1] < size  # tensors' data alone is compared
+
+
+def test_a_live_line_for_each_job_and_one_for_all(folder: Path) -> None:
+    """On a terminal: bars that are wiped where a line is printed, and at the end."""
+    code, text = terminal.run([sys.executable, "-m", "streamconv", "batch", "jobs.toml", "--jobs", "2"], folder)
+    assert code == 0
+    assert "of 2 jobs [" in text and "one:" in text and "two:" in text
+    lines = terminal.rendered(text)
+    assert [line.split()[0] for line in lines if line.strip()] == ["done", "done", "2"]
+    assert max(map(len, lines)) <= 80
 
 
 def test_what_is_up_to_date_is_skipped(folder: Path) -> None:
@@ -260,7 +320,7 @@ def test_without_stderr_the_lines_on_stdout_are_json_alone(folder: Path, monkeyp
     with redirect_stdout(io.StringIO()) as out:
         assert main(["batch", str(folder / "jobs.toml"), "--dry-run"]) == 0
         out.truncate(0)
-        assert main(["batch", str(folder / "jobs.toml")]) == 0
+        assert main(["batch", str(folder / "jobs.toml"), "--json"]) == 0
     assert [json.loads(line.strip("\0"))["status"] for line in out.getvalue().splitlines()] == ["done", "done"]
 
 
@@ -371,7 +431,7 @@ def test_a_job_that_is_killed_is_tried_again_and_goes_on(folder: Path, monkeypat
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_batch_that_is_stopped_leaves_what_can_be_resumed(folder: Path, number: signal.Signals, code: int) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "streamconv", "batch", "jobs.toml"],
+        [sys.executable, "-m", "streamconv", "batch", "jobs.toml", "--json"],
         cwd=folder,
         env=os.environ | hold(folder, "wait"),
         stdout=subprocess.PIPE,
@@ -386,7 +446,10 @@ def test_a_batch_that_is_stopped_leaves_what_can_be_resumed(folder: Path, number
     assert not job.is_running()
     lines = [json.loads(line) for line in out.splitlines()]
     assert outcome(lines) == {"one": ("cancelled", code, 1), "two": ("cancelled", code, 0)}
-    assert error.splitlines()[-1] == "2 cancelled"
+    assert error.splitlines()[-2:] == ["2 cancelled", "the same command again goes on; --restart would start over"]
+    (held,) = (line for line in error.splitlines() if line.startswith(f"cancelled  {code}  one"))
+    part = folder / "out" / "one-q8_0.gguf.part"
+    assert f"{part} (130,464 bytes): 130,464 bytes of 130,464 bytes are kept" in held
     assert {path.name for path in (folder / "out").iterdir()} == {
         "one-q8_0.gguf.part",
         "one-q8_0.gguf.part.journal",

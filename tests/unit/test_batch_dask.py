@@ -58,7 +58,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
 
 
 def begin(folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "streamconv", "batch", "jobs.toml", *options]
+    command = [sys.executable, "-m", "streamconv", "batch", "jobs.toml", "--json", *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -187,7 +187,7 @@ def test_batch(make: Make, adapter: Path, tmp_path: Path) -> None:
         output = "c.gguf"
         """
     )
-    command = [sys.executable, "-m", "streamconv", "batch", str(jobs)]
+    command = [sys.executable, "-m", "streamconv", "batch", "--json", str(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line)["report"] for line in done.stdout.splitlines()]

@@ -176,7 +176,8 @@ def test_a_stderr_that_takes_nothing_changes_nothing_else(tmp_path: Path, stderr
         (["convert", "nope", "--json"], 3, 1),
         (["convert", str(source), "-o", "m.gguf"], 0, 4),
         (["convert", str(source), "-o", "x.gguf", "--json"], 0, 1),
-        (["batch", "j.toml"], 0, 1),
+        (["batch", "j.toml"], 0, 2),
+        (["batch", "j.toml", "--json"], 0, 1),
     ):
         line = f"exec {sys.executable} -m streamconv {' '.join(words)} {stderr}"
         env = os.environ | {"PYTHONPATH": str(Path(streamconv.__file__).parents[1])}
@@ -224,7 +225,7 @@ def test_commands_that_take_long_have_a_bar(
     ):
         monkeypatch.setattr(sys, "stderr", terminal := Terminal())
         assert cli.main([*words, *quiet]) == 0
-        shown = [label for label, _ in groupby(re.findall(r"\r(\w+): .*?B/s", terminal.getvalue()))]
+        shown = [label for label, _ in groupby(re.findall(r"\r(\w+): .*?/s\]", terminal.getvalue()))]
         assert shown == (labels if is_shown else []), words
 
 

@@ -110,7 +110,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
         '[[job]]\ncommand = "lora"\nsource = "adapter"\nbase = "src"\noutput = "z.gguf"\n'
     )
     planned = say("batch", jobs, "--dry-run", "--json")
-    finished = say("batch", jobs)
+    finished = say("batch", jobs, "--json")
     for line in finished:
         for part in ("report", "error"):
             if part in line:

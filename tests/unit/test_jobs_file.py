@@ -137,7 +137,6 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
         ('[[job]]\nsource = "a"\nmax_memory = "lots"\n', "job 1: max_memory is 'lots'"),
         ('[[job]]\nsource = "a"\nsplit_max_size = "0"\n', "job 1: split_max_size is '0'"),
         ('[[job]]\noutput = "a.gguf"\n', "job 1: a convert job needs source"),
-        ('[[job]]\nsource = "a"\ncommand = "lora"\n', "job 1: a lora job needs base"),
         ('[[job]]\nsource = "a"\ncommand = "verify"\n', "job 1: a verify job needs output"),
         ('[[job]]\nsource = "a"\nbase = "b"\n', "job 1: base is not for a convert job"),
         ('[[job]]\nsource = "a*"\n', "job 1: nothing matches a*"),
@@ -219,6 +218,6 @@ def test_a_job_that_would_replace_a_file_is_told_of_the_key(tmp_path: Path, caps
     tiny.llama(tmp_path / "src")
     (tmp_path / "m.gguf").write_bytes(b"old")
     (tmp_path / "j.toml").write_text('[[job]]\nsource = "src"\noutput = "m.gguf"\n')
-    assert cli.main(["batch", str(tmp_path / "j.toml")]) == 8
+    assert cli.main(["batch", str(tmp_path / "j.toml"), "--json"]) == 8
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["error"]["hint"].startswith("force = true ")

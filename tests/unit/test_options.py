@@ -128,7 +128,7 @@ def test_options_of_a_job_reach_the_run(tmp_path: Path, capsys: pytest.CaptureFi
         '[defaults]\nsha256 = true\nthreads = 1\nmodelfile = true\n[[job]]\nsource = "llama"\noutput = "x.gguf"\n'
         'general_name = "Named by a job"\n'
     )
-    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 0
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet", "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["job"]["options"]["sha256"] is True
     assert json.loads(line)["report"]["outputs"][0]["sha256"]

@@ -34,7 +34,7 @@ def test_a_list_of_outtypes_is_a_job_of_each(source: Path, tmp_path: Path, capsy
         f'[defaults]\nverify = true\n[[job]]\nsource = "{source}"\noutput = "out/{{name}}-{{outtype}}.gguf"\n'
         'outtype = ["Q4_K", "q6_k", "bf16"]\nimatrix = "m.dat"\ntensor_type = ["attn_v=q8_0"]\n'
     )
-    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 0
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(line["report"]["outtype"] for line in lines) == ["bf16", "q4_k_m", "q6_k"]
     assert all(line["report"]["verified"] for line in lines)
@@ -42,10 +42,10 @@ def test_a_list_of_outtypes_is_a_job_of_each(source: Path, tmp_path: Path, capsy
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"lfm2-{n}.gguf" for n in ("q4_k_m", "q6_k", "bf16")
     }
-    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 0
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet", "--json"]) == 0
     assert {json.loads(line)["status"] for line in capsys.readouterr().out.splitlines()} == {"skipped"}
     (tmp_path / "m.dat").write_bytes((tmp_path / "m.dat").read_bytes())  # another time: no longer up to date
-    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 8
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet", "--json"]) == 8
 
 
 def stopped(source: Path, out: Path, **options: str) -> None:

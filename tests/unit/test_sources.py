@@ -237,6 +237,11 @@ def test_the_base_that_an_adapter_names_is_found_in_the_cache(tmp_path: Path, hu
     assert streamconv.convert_adapter(adapter, dst=tmp_path / "a.gguf", verify=True).verified
     assert main(["lora", str(adapter), "-o", str(tmp_path / "b.gguf"), "--quiet"]) == 0
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert streamconv.verify(tmp_path / "a.gguf", adapter).verified
+    jobs = tmp_path / "jobs.toml"
+    jobs.write_text('[[job]]\ncommand = "lora"\nsource = "adapter"\noutput = "c.gguf"\n')
+    assert main(["batch", str(jobs), "--quiet"]) == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
     for name in ("/home/somebody/models/base", "C:\\models\\base", None):
         says(name)
         with raises(SourceError, code="base-missing") as caught:

@@ -177,7 +177,7 @@ def test_adapters(tmp_path: Path) -> None:
     out = tmp_path / "adapter.gguf"
     convert_adapter(adapter, base, out)
     assert verify(out, adapter, base=base).verified
-    with raises(UsageError, code="base-missing"):
+    with raises(SourceError, code="base-missing"):
         verify(out, adapter)
     flip(out, "blk.0.attn_q.weight.lora_b", 5, 3)
     with pytest.raises(VerifyError, match=r"blk\.0\.attn_q\.weight\.lora_b: row 0, column 1 is"):

@@ -116,7 +116,7 @@ def test_a_dropped_matrix_does_not_decide_auto(tmp_path: Path) -> None:
 def test_auto_of_a_batch_and_of_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = with_dropped(tiny.llama(tmp_path / "llama", dtype="BF16"), "F64")
     (tmp_path / "jobs.toml").write_text(f'[[job]]\nsource = "{source}"\noutput = "{{name}}-{{outtype}}.gguf"\n')
-    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet"]) == 0
+    assert main(["batch", str(tmp_path / "jobs.toml"), "--quiet", "--json"]) == 0
     capsys.readouterr()
     assert (tmp_path / "llama-bf16.gguf").is_file()
     assert main(["inspect", str(source), "--json"]) == 0
