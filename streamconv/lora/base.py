@@ -22,8 +22,7 @@ from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.reader import GGUFKey, Span, refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.config import Problem, stated_base
-from streamconv.recipe.bind import MAX_LAYERS
-from streamconv.recipe.dims import Equation, parse_extent, parse_shape, solve_dims, stated_dims
+from streamconv.recipe.dims import MAX_LAYERS, Equation, parse_extent, parse_shape, solve_dims, stated_dims
 from streamconv.recipe.language import (
     EMBEDDING,
     Model,

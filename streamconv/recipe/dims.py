@@ -20,6 +20,7 @@ from streamconv.errors import SourceError
 if TYPE_CHECKING:
     from streamconv.recipe.language import Output
 
+MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
 _NOT_WHOLE = 0  # the extent of a quotient that does not come out whole: no tensor has it
 
 

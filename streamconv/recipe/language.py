@@ -1,7 +1,7 @@
 """An architecture as a value (`Recipe`, and an `Output` for each further file), and what it becomes with a checkpoint.
 
 A recipe is data: all that it says of a tensor stands in one row, in the words of words.py and ops.py, and is checked
-when it is loaded. bind.py makes a `Model` of it and a checkpoint. The recipes are the files of architectures/, found by
+when it is loaded. bind makes a `Model` of it and a checkpoint. The recipes are the files of architectures/, found by
 being there.
 """
 

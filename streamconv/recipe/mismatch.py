@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
+from streamconv.checkpoint.config import Config
+from streamconv.errors import SourceError
 from streamconv.recipe.names import match_name
 
+MAX_NAMES_SHOWN = 4
+MAX_PROBLEMS_SHOWN = 6
+MAX_SHAPES_SHOWN = 2  # a config of another size makes all of them wrong
 MAX_KINDS_SHOWN = 4
 MIN_LIKENESS = 0.7  # of two names, as difflib measures it, for one to be shown as what the other may mean
 MAX_COMPARED = 64  # kinds of names: comparing is quadratic
+
+
+class Problem(NamedTuple):
+    """One of the reasons why a checkpoint cannot be bound to a recipe."""
+
+    code: str
+    message: str
+
+
+def first_few(items: Sequence[object]) -> str:
+    """A few of the items, and how many more there are."""
+    more = f" and {len(items) - MAX_NAMES_SHOWN} more" if len(items) > MAX_NAMES_SHOWN else ""
+    return ", ".join(map(str, items[:MAX_NAMES_SHOWN])) + more
 
 
 def kinds(names: Iterable[str]) -> dict[str, list[str]]:
@@ -63,3 +82,32 @@ def cause(codes: Collection[str], sizes: Sequence[str], arch: str, class_names: 
     if codes and set(codes) <= {"tensors-missing", "head-missing"}:
         return "it is incomplete", "download or copy the missing files again, or save the model again as a whole"
     return "", "checkpoint and config.json must belong together"
+
+
+def mismatch(
+    arch: str, config: Config, problems: Sequence[Problem], sizes: Sequence[str], refusals: Sequence[Problem]
+) -> SourceError:
+    """The error for a checkpoint that disagrees with its recipe, or that the runtime would compute otherwise.
+
+    Args:
+        sizes: What the config says of dims that the tensors' shapes contradict.
+        refusals: What the runtime cannot do for the model; they come first.
+    """
+    all_problems = [*refusals, *problems]
+    shapes = [problem for problem in all_problems if problem.code == "shape-mismatch"]
+    chosen = [problem for problem in all_problems if problem not in shapes[MAX_SHAPES_SHOWN:]][:MAX_PROBLEMS_SHOWN]
+    shown = "; ".join(problem.message for problem in chosen)
+    if len(all_problems) > len(chosen):
+        shown += f"; and {len(all_problems) - len(chosen)} more"
+    code, hint, likely = "model-unrunnable", "llama.cpp would compute another model: run it with transformers", ""
+    if problems:
+        names = config.whole.list_of("architectures", str) or []
+        code = "checkpoint-mismatch"
+        likely, hint = cause({problem.code for problem in problems}, sizes, arch, names)
+    return SourceError(
+        f"cannot be converted as {arch}: {likely}{': ' if likely else ''}{shown}",
+        file=config.file.parent,
+        hint=hint,
+        problems=[problem._asdict() for problem in all_problems],
+        code=code,
+    )

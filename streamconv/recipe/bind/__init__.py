@@ -1,0 +1,110 @@
+"""Holding a recipe against a checkpoint: every source tensor accounted for, or every disagreement listed at once.
+
+In steps: names (sources.py), dims and shapes (shapes.py), kinds of layers (kinds.py), the tensors that make each target
+(choices.py). Each gives the value that the next ones take, and the problems that it found.
+
+A source that no row takes is an error, and so is a row that finds nothing, a second source of one target, a shape that
+disagrees, a gap in {i} or {e}. A value that the config states must agree with the tensors; one that is absent or null
+yields to them. Work is bounded by the number of tensors stored, not by the numbers of a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from streamconv.checkpoint.config import Config
+from streamconv.errors import RunWarning
+from streamconv.lazy.arithmetic import widened
+from streamconv.lazy.leaves import Resident
+from streamconv.lazy.views import Stack
+from streamconv.recipe.bind.choices import Choice, check_choices, check_head, choose, missing_flags
+from streamconv.recipe.bind.kinds import settle_kinds
+from streamconv.recipe.bind.shapes import check_shapes, find_dims
+from streamconv.recipe.bind.sources import match_names
+from streamconv.recipe.language import Model, Output, Recipe, Stored, Target
+from streamconv.recipe.mismatch import Problem, mismatch
+from streamconv.recipe.names import has_experts
+from streamconv.recipe.words import Caveat, Computed
+
+
+def bind(
+    recipe: Output,
+    config: Config,
+    stored: Mapping[str, Stored],
+    main: Model | None = None,
+    *,
+    is_body: bool = False,
+) -> Model:
+    """The recipe with every dim, kind and tensor of a checkpoint.
+
+    Args:
+        main: Of a further output, the model that it comes with.
+        is_body: The model was saved without its head, so that one that is not tied is incomplete.
+
+    Raises:
+        SourceError: listing all disagreements at once.
+    """
+    config = recipe.config_of(config)
+    sources, of_names = match_names(recipe, config, stored)
+    dims, of_dims = find_dims(recipe, config, sources)
+    model = Model(recipe, config, dims, main=main)
+    misfits = check_shapes(model, sources)
+    kinds, of_kinds = settle_kinds(model, sources)
+    model = replace(model, kinds=kinds)
+    choices = choose(model, sources)
+    of_head, warnings = check_head(model, sources, is_body=is_body)
+    refusals, caveats = _limits(model)
+    problems = [
+        *of_names,
+        *of_dims,
+        *(misfit.problem for misfit in misfits),
+        *of_kinds,
+        *check_choices(model, sources, choices),
+        *of_head,
+    ]
+    if problems or refusals:
+        sizes = dict.fromkeys(size for misfit in misfits for size in misfit.sizes)
+        raise mismatch(recipe.arch, config, problems, [*sizes], refusals)
+    targets = [target for choice in choices if (target := _made(model, choice, stored))]
+    return replace(model, targets=targets, warnings=[*warnings, *missing_flags(model, choices), *caveats])
+
+
+def bind_outputs(recipe: Recipe, model: Model, stored: Mapping[str, Stored]) -> list[Model]:
+    """The further outputs of a checkpoint whose `model` is bound: those that it has tensors of, or must have."""
+    found = []
+    for output in recipe.outputs:
+        own = {name: tensor for name, tensor in stored.items() if output.find(name) or output.drop_of(name, {})}
+        if own or output.is_required:
+            found.append(bind(output, model.config, own, model))
+    return found
+
+
+def _limits(model: Model) -> tuple[list[Problem], list[RunWarning]]:
+    """What the runtime cannot do for a model, and what it does otherwise; nothing where dims are not known."""
+    refusals: list[Problem] = []
+    caveats: list[RunWarning] = []
+    if model.dims.keys() >= model.recipe.dims.keys():
+        for one in (*model.recipe.refusals, *model.recipe.caveats):
+            said = one.of(model)
+            if said is not None and isinstance(one, Caveat):
+                caveats.append(RunWarning(one.code, said))
+            elif said is not None:
+                refusals.append(Problem("unrunnable", said))
+    return refusals, caveats
+
+
+def _made(model: Model, choice: Choice, stored: Mapping[str, Stored]) -> Target | None:
+    """The node chain of one target; None where there is none, or where a computed one has no value."""
+    row = choice.row
+    if row is None:
+        return None
+    if isinstance(row, Computed):
+        array = row.value(model)
+        return None if array is None else Target(choice.name, Resident(array), row)
+    lazy = [stored[name].lazy() for name in choice.sources]
+    if has_experts(row.source):
+        if len({tensor.spec.dtype for tensor in lazy}) > 1:
+            lazy = [widened(tensor) for tensor in lazy]
+        lazy = [Stack(lazy)]
+    return Target(choice.name, model.made(row, lazy[0]), row)

@@ -1,0 +1,162 @@
+"""Which row and which tensors make each target, and whether every tensor of the checkpoint has its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from streamconv.errors import RunWarning
+from streamconv.recipe.bind.sources import Sources
+from streamconv.recipe.language import Model
+from streamconv.recipe.mismatch import Problem, closest, first_few, listed
+from streamconv.recipe.names import NONE, fill, has_experts, match_name, stack_of
+from streamconv.recipe.words import Computed, Tensor
+
+Row = Tensor | Computed
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one target will be made: the row that gives it, and the sources it takes.
+
+    Attributes:
+        sources: Experts by number.
+        missing: The source that a row should have found, or the first expert that is missing between others.
+        rivals: The first source of each row, where several rows give the target.
+    """
+
+    name: str
+    row: Row | None
+    sources: tuple[str, ...] = ()
+    missing: str | None = None
+    rivals: tuple[str, ...] = ()
+
+
+def choose(model: Model, sources: Sources) -> list[Choice]:
+    """A choice for each target, in the recipe's order; targets of layers that stand together, layer by layer."""
+    by_target: dict[str, list[Row]] = {}
+    rows: tuple[Row, ...] = (*model.recipe.tensors, *model.recipe.computed)
+    for row in rows:
+        by_target.setdefault(row.target, []).append(row)
+    choices: list[Choice] = []
+    for stack, targets in groupby(by_target, stack_of):
+        of_targets = [by_target[target] for target in targets]
+        if stack is None:
+            for of_target in of_targets:
+                choices += _choose(model, sources, of_target, None)
+        else:
+            choices += _choices_of_layers(model, sources, stack, of_targets)
+    return choices
+
+
+def _choices_of_layers(
+    model: Model, sources: Sources, stack: str, of_targets: Sequence[Sequence[Row]]
+) -> Iterator[Choice]:
+    layers_of = [[(row, set(model.layers(row))) for row in rows] for rows in of_targets]
+    for i in range(model.depth(stack)):
+        for rows in layers_of:
+            yield from _choose(model, sources, [row for row, layers in rows if i in layers], i)
+
+
+def _choose(model: Model, sources: Sources, rows: Sequence[Row], i: int | None) -> Iterator[Choice]:
+    """The one row that gives a target (of layer `i`), and what is missing where one should."""
+    tensors = [row for row in rows if isinstance(row, Tensor)]
+    stored = [(row, names) for row in tensors if (names := sources.of_layer(row.source, NONE if i is None else i))]
+    if stored:
+        row, names = stored[0]
+        taken, missing = _in_order(model, row, i, names)
+        rivals = tuple(next(iter(names.values())) for _, names in stored) if len(stored) > 1 else ()
+        yield Choice(fill(row.target, i), row, taken, missing, rivals)
+        return
+    if tensors and _is_due(model, tensors[0]):
+        yield Choice(fill(tensors[0].target, i), None, missing=fill(tensors[0].source, i, 0))
+    for computed in rows:
+        if isinstance(computed, Computed):
+            yield Choice(fill(computed.target, i), computed)
+
+
+def _is_due(model: Model, row: Tensor) -> bool:
+    return model.config.flag(row.required) is True if isinstance(row.required, str) else row.required
+
+
+def _in_order(
+    model: Model, row: Tensor, i: int | None, by_expert: Mapping[int, str]
+) -> tuple[tuple[str, ...], str | None]:
+    """The sources of one target, experts by number, and the first that is missing between them."""
+    n_experts = model.dims.get("E", 0) if has_experts(row.source) else 0
+    present = {e: name for e, name in sorted(by_expert.items()) if e < n_experts or not n_experts}
+    gap = None
+    if len(present) < n_experts:
+        gap = fill(row.source, i, next((e for e, found in enumerate(present) if e != found), len(present)))
+    return tuple(present.values()), gap
+
+
+# ---------------------------------------------------------------- all of them together
+
+
+def check_choices(model: Model, sources: Sources, choices: Sequence[Choice]) -> list[Problem]:
+    """Every tensor is taken by one target, and every tensor that must be there was found."""
+    problems = [
+        Problem("tensor-sources", f"{one.name} has {len(one.rivals)} sources: {first_few(one.rivals)}")
+        for one in choices
+        if one.rivals
+    ]
+    missing = [one.missing for one in choices if one.missing is not None]
+    if sources.unknown:
+        known = [match_name(name)[0] for name in missing] or [row.source for row in model.recipe.tensors]
+        shown = listed(sources.unknown, closest(sources.unknown, known))
+        problems.append(Problem("tensors-unknown", f"unknown tensors: {shown}"))
+    if missing:
+        problems.append(Problem("tensors-missing", f"missing tensors: {listed(missing)}"))
+    for flag, names in _by_flag(choices).items():
+        if model.config.flag(flag) is False:
+            what = f"config.json says that {flag} is false, and there are {listed(names)}"
+            problems.append(Problem("config-contradiction", what))
+    return problems + _misplaced(model, sources, choices)
+
+
+def _misplaced(model: Model, sources: Sources, choices: Sequence[Choice]) -> list[Problem]:
+    taken = {source for choice in choices for source in choice.sources}
+    left = [name for template in sources.found for name in sources.names(template) if name not in taken]
+    if not left:
+        return []
+    counting = {*model.recipe.stacks.values(), "E"} & model.dims.keys()
+    counts = [f"{dim.label}={model.dims[n]}" for n, dim in model.recipe.dims.items() if n in counting]
+    what = f"tensors with no place in the model ({', '.join(counts)}): {listed(left)}"
+    return [Problem("tensors-misplaced", what)]
+
+
+def _by_flag(choices: Sequence[Choice]) -> dict[str, list[str]]:
+    """The tensors that are there, by the flag of the config that would ask for them."""
+    found: dict[str, list[str]] = {}
+    for one in choices:
+        if isinstance(one.row, Tensor) and isinstance(one.row.required, str):
+            found.setdefault(one.row.required, []).extend(one.sources)
+    return found
+
+
+def missing_flags(model: Model, choices: Sequence[Choice]) -> Iterator[RunWarning]:
+    """Tensors that transformers leaves out, since the config lacks their flag."""
+    for flag, names in _by_flag(choices).items():
+        if model.config.flag(flag) is None and model.recipe.flags.get(flag) is False:
+            what = f"no {flag} in config.json, and there are {listed(names)}: written, where transformers ignores them"
+            yield RunWarning("flag-missing", what)
+
+
+def check_head(model: Model, sources: Sources, *, is_body: bool) -> tuple[list[Problem], list[RunWarning]]:
+    """A head that is stored is always written; a config that says there is one must have it."""
+    recipe = model.recipe
+    if not recipe.head:
+        return [], []
+    has_head, stated = recipe.head in sources.found, recipe.stated_tie(model.config)
+    tied = recipe.tied_by_default if stated is None else stated
+    if not has_head and not tied and (stated is not None or is_body):
+        what = f"the config says untied and there is no {recipe.head}: an incomplete checkpoint"
+        return [Problem("head-missing", what)], []
+    if not has_head and not tied:
+        what = f"no {recipe.head} in the checkpoint: written as a tied model"
+        return [], [RunWarning("head-missing", what)]
+    if has_head and stated:
+        return [], [RunWarning("head-on-tied", "the config says tied and a head is stored: it is written", recipe.head)]
+    return [], []
