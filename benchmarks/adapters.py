@@ -1,6 +1,6 @@
-"""LoRA adapters of rank 16 on every matrix of a shape but the embedding, as PEFT saves them.
+"""LoRA adapters of rank 16 on every matrix of a model except the embedding, in PEFT's format.
 
-Owns: making them. Values are random and small, as trained ones are; speed and memory do not depend on them.
+Values are random and small, as trained ones are; speed and memory do not depend on them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""One run of the benchmarks: its settings, its samples, and the one way to take a sample.
+"""One run of the benchmarks: its settings, its samples, and the only way to take a sample.
 
-Owns: checkpoints at hand, order, page-cache state, removal of what a sample made. Does not own: which samples a case
-takes (cases/) or what they mean (summary.py).
-Invariant: before every conversion all earlier writes are on the disk and the source is warm or cold as named; after
-it nothing of it is left. A failure of ours or of cp ends its case, the peer's leaves out the peer alone.
+Prepares checkpoints and the page cache, decides the order, and removes what a sample made; which samples a case takes
+is in cases/. Before every conversion all earlier writes are on the disk, and the source is warm or cold as its name
+says. A failure of streamconv or of cp ends the case; a failure of the peer leaves out only the peer.
 """
 
 from __future__ import annotations

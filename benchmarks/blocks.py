@@ -1,9 +1,8 @@
-"""What making blocks costs by itself: `python -m benchmarks.blocks` prints Melem/s on one core, and ggml's beside it.
+"""The speed of block quantisation alone: `python -m benchmarks.blocks` prints Melem/s on one core, beside ggml's.
 
-Owns: the figures of `streamconv/ggml/kernels/`. Does not own: whole conversions (run.py).
-Fair because: ours and `ggml_quantize_chunk` (PyPI xllamacpp: llama.cpp's baseline build) take turns on the same F32
-rows (normal, sigma 0.02), in memory that was touched before; the best of many calls is the cost of one core, whatever
-else the machine is doing. `c-baseline` is what runs where there is no AVX2.
+The comparison is fair because ours and `ggml_quantize_chunk` (PyPI xllamacpp: llama.cpp's baseline build) take turns on
+the same F32 rows (normal, sigma 0.02), in memory that was touched before; the best of many calls is the speed of one
+core, independent of other load on the machine. `c-baseline` is the kernel for CPUs without AVX2.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What encoding costs by itself: `python -m benchmarks.codecs` prints GB/s of source bytes for each kernel and pair.
+"""The speed of encoding alone: `python -m benchmarks.codecs` prints GB/s of source bytes for each kernel and type pair.
 
-Owns: the figures of streamconv/ggml/reference.py and `_kernels.c`. Does not own: whole conversions (run.py).
-Fair because: kernels take turns on the same weights (normal, sigma 0.02, so that some become F16's subnormals), with
-source and result in memory that was touched before; the best of many calls is the cost of one core, whatever else the
-machine is doing. Two threads are set against two processes in the same run: what is missing is what they wait for each
-other, the interpreter lock above all.
+The comparison is fair because kernels take turns on the same weights (normal, sigma 0.02, so that some become F16's
+subnormals), with source and result in memory that was touched before; the best of many calls is the speed of one core,
+independent of other load on the machine. Two threads are compared with two processes in the same run: the difference is
+the time that threads wait for each other, mostly for the interpreter lock.
 """
 
 from __future__ import annotations

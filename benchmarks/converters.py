@@ -1,7 +1,4 @@
-"""The command lines that are measured as "streamconv", and the form that all measured commands have.
-
-Owns: how ours is called. Does not own: the others (baselines/).
-"""
+"""The command lines that are measured as "streamconv", and the class for every measured command."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The machine under the benchmark: page cache, memory cgroups, and what env.json says of it.
+"""The machine under the benchmark: page cache, memory cgroups, and the contents of env.json.
 
-Owns: everything that asks or changes the system. Invariant: what cannot be brought about raises Unavailable with the
-reason, so that a row is left out aloud and never measured as something else.
+All code that queries or changes the system is here. If a condition cannot be set up, Unavailable gives the reason, so
+that the row is left out with a message and never measured under another condition.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The pictures of a run: memory over time, peak against size, wall against cp.
+"""The plots of a run: memory over time, peak against size, wall time against cp.
 
-Owns: drawing. Does not own: figures (summary.py). Invariant: one colour a converter in all pictures.
+A converter has the same colour in all plots.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """`make bench`: measure, print a table, keep the run. `python -m benchmarks.run --help`.
 
-Owns: options and files of a run. Does not own: what is measured (cases/). Invariant: what was measured is kept, however
-the run ends.
-
-Options have their defaults from the environment, which is where `make bench MODELS="350m 1.2b"` puts them: MODELS,
-OUTTYPES, PAIRS, SPARSE, CASES, BENCH_HOST, BENCH_CACHE, LLAMA_CPP, LLAMA_CPP_PYTHON.
+However the run ends, its measurements are kept. Options take their defaults from the environment, where
+`make bench MODELS="350m 1.2b"` puts them: MODELS, OUTTYPES, PAIRS, SPARSE, CASES, BENCH_HOST, BENCH_CACHE, LLAMA_CPP,
+LLAMA_CPP_PYTHON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""One command in a fresh process: how long it took and how much memory it held, over time.
+"""Run one command in a fresh process, and measure its time and its memory over time.
 
-Owns: measuring. Does not own: what is run (converters.py) and in which order (bench.py).
-Invariant: the peak is the kernel's own high-water mark (VmHWM, summed over the processes alive together), not the
-highest of the samples; the samples show its course. They are read from /proc, which tells anonymous from mapped memory
-(psutil does not) at about 1% of one core, the same for every command.
+The peak is the kernel's own high-water mark (VmHWM, summed over the processes that are alive together), not the highest
+sample; the samples show the course. They are read from /proc, which distinguishes anonymous from mapped memory (psutil
+does not), at about 1% of one core for every command alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Checkpoints in the shapes of published models, made from a seed: what the benchmarks convert.
+"""Checkpoints in the shapes of published models, made from a seed, as input of the benchmarks.
 
-Owns: shapes, configs, tensor lists, shards and their cache. Does not own: tokenizers (vocabulary.py).
-Invariant: a folder that carries a shape's name is complete (renamed when its last byte is on disk), the same shape
-gives the same bytes, and no two matrices of a dense checkpoint start at the same place of the random block.
+A folder with the name of a shape is complete (it is renamed when its last byte is on disk), the same shape gives the
+same bytes, and no two matrices of a dense checkpoint start at the same place of the random block.
 
 Configs have the keys and values of the published ones (LiquidAI/LFM2-350M, -1.2B, -2.6B and -8B-A1B), and the
 parameter counts are the published ones too: 354,483,968, 1,170,340,608, 2,569,272,320 and 8.3 billion.

@@ -1,7 +1,7 @@
 """From samples to figures: rows with a median, a spread and a bar, as a table, Markdown and CSV.
 
-Owns: arithmetic and layout. Does not own: measuring. Invariant: a ratio is taken pair by pair, then its median; a
-peak is the highest of all samples, since it is a ceiling that is promised; every row follows from raw.csv alone.
+A ratio is computed for each pair, then its median taken; a peak is the highest of all samples, since it is compared
+with an upper bound. Every row can be computed from raw.csv alone.
 """
 
 from __future__ import annotations

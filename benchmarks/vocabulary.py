@@ -1,8 +1,7 @@
-"""Synthetic byte-level BPE tokenizers with the counts of real ones, so that parsing them costs what a real file costs.
+"""Synthetic byte-level BPE tokenizers with the counts of real ones, so that parsing them takes as long as a real file.
 
-Owns: tokenizer.json and its companions. Does not own: weights (shapes.py).
-Invariant: every merge joins two tokens of the vocabulary and its result is in the vocabulary; the same counts and seed
-give the same bytes.
+Every merge joins two tokens of the vocabulary, and its result is in the vocabulary; the same counts and seed give the
+same bytes.
 """
 
 from __future__ import annotations

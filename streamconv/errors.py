@@ -1,7 +1,6 @@
 """The errors that users see, each with its exit code, and the warnings that do not stop a run.
 
-Owns: the kinds of failure. Does not own: printing (cli/) or the report's layout (report.py).
-Invariant: one line of message, naming file and tensor where there is one, and a hint that says the way out.
+A message is one line that names the file and the tensor, if there is one, followed by a hint on what to do.
 """
 
 from __future__ import annotations

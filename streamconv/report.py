@@ -1,7 +1,4 @@
-"""What a run did: the facts, and their one JSON form, which scripts rely on (schema 1).
-
-Owns: the layout of `--json`. Does not own: printing it, or the lines people read (cli/).
-"""
+"""The result of a run, and its JSON form, on which scripts rely."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Starting threads in a process that signals may stop at any moment.
-
-Owns: how a worker thread is begun. Does not own: what it does, and ending it (its pool).
-"""
+"""Start threads in a process that signals may stop at any moment."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Where a conversion's seconds and memory went: what `--profile FILE.json` writes.
+"""Where a conversion's time and memory go: what `--profile FILE.json` writes.
 
-Owns: the timeline of resident memory, the seconds of each phase, and their JSON. Does not own: which places are timed,
-writing the file (output/destination.py).
-Invariant: a profile of any length costs bounded memory (the timeline thins itself out and keeps each interval's highest
-sample), and with profiling off a timed phase costs one method call and reads no clock.
+A profile of any length takes bounded memory (samples are thinned, keeping the highest of each interval). With profiling
+off, a timed phase costs one method call and reads no clock.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The cases that have committed references: in data/cases as files, here as seeded builders with data/goldens.
+"""The cases with committed references: files in data/cases, or seeded builders here with references in data/goldens.
 
-Owns: the list of cases, and where their references are. Does not own: making references (tools/make_goldens.py).
-Invariant: a built case is compared with the digest that its references were made from, so a drift fails loudly.
+tools/make_goldens.py makes the references. A built case is compared with the digest that its references were made from,
+so that drift fails loudly.
 """
 
 from __future__ import annotations

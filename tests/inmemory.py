@@ -1,6 +1,6 @@
-"""Checkpoints in memory, for tests of what becomes of tensors and not of files.
+"""Checkpoints in memory, for tests that need tensors but no files.
 
-Owns: stored tensors without a file, binding them to a config, and all rows of a lazy tensor as an array.
+Provides stored tensors without a file, binds them to a config, and reads all rows of a lazy tensor as an array.
 """
 
 from __future__ import annotations

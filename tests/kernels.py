@@ -1,8 +1,8 @@
-"""The kernels under test, and what gguf-py makes of the same numbers.
+"""The kernels under test, and gguf-py's result for the same numbers.
 
-Owns: building the compiled kernels as pyproject.toml declares them, from the tree as it is (a stale build cannot hide a
-change), and a guarded call of `codecs.encode`.
-Invariant: where there is a compiler, a build that fails is a failure and never a skip.
+Builds the compiled kernels as pyproject.toml declares them, from the current tree (a stale build cannot hide a change);
+if there is a compiler, a build that fails is a failure and never a skip. `encode` checks that no byte around its
+result is written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Adapters made tensor by tensor, for tests of what one odd tensor or one odd key of the configuration does.
-
-Owns: writing and converting them. Does not own: plain adapters on a checkpoint (tiny.peft_adapter, tiny.mlx_adapter).
-"""
+"""Adapters made tensor by tensor, for tests of one odd tensor or one odd key of the configuration."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tokenizer directories with one peculiarity each, and the keys that llama.cpp's converter writes for them.
+"""Tokenizer folders with one peculiarity each, to compare with the keys that llama.cpp's converter writes for them.
 
-Owns: the list of cases; their references are data/vocab/goldens.json (tools/make_vocab_goldens.py makes them again).
-Invariant: a case is a function of nothing; it starts from a tokenizer of tests/tiny and edits its JSON.
+The references are in data/vocab/goldens.json (tools/make_vocab_goldens.py makes them again). A case takes no input; it
+starts from a tokenizer of tests/tiny and edits its JSON.
 """
 
 from __future__ import annotations

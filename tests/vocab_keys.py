@@ -1,7 +1,4 @@
-"""What read_vocabulary returns, as plain Python values, and a model around it that llama.cpp loads.
-
-Owns: unpacking keys. Does not own: the cases (vocab_cases.py).
-"""
+"""The result of read_vocabulary as plain Python values, and a model around it that llama.cpp loads."""
 
 from __future__ import annotations
 

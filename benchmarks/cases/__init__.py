@@ -1,8 +1,7 @@
-"""The cases, each a module with `measure(bench)`, which takes samples, and `rows(samples)`, which makes figures of
-them.
+"""The cases, each a module with `measure(bench)`, which takes samples, and `rows(samples)`, which computes the figures.
 
-A case's docstring says what it claims and why the comparison is fair.
-Invariant: `rows` gets only samples that succeeded, and makes what rows it can of a run that was cut short.
+A case's docstring says what it claims and why the comparison is fair. `rows` gets only samples that succeeded, and
+computes all rows that are possible if a run was cut short.
 """
 
 from __future__ import annotations

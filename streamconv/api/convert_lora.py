@@ -1,9 +1,7 @@
-"""A LoRA adapter becomes a GGUF adapter: open -> resolve on the base -> plan -> stream -> seal.
+"""Convert a LoRA adapter to a GGUF adapter: open -> resolve on the base -> plan -> stream -> seal.
 
-Owns: which of an adapter's keys and tensors are written, and the one alpha that is right for all of them. Does not own:
-what the adapter is (lora/resolve.py), how Ollama once wrote it (lora/ollama.py), the run itself (run.py).
-Invariant: with s = alpha / rank, as llama.cpp's runtime computes it, s * lora_b @ lora_a is the trained change of the
-base's tensor, in that tensor's own order of rows.
+Chooses which keys and tensors are written, and the one alpha that fits all modules. With s = alpha / rank, as llama.cpp
+computes it, s * lora_b @ lora_a is always the trained change of the base's tensor, in that tensor's row order.
 """
 
 from __future__ import annotations

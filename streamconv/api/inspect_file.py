@@ -1,9 +1,8 @@
-"""What a model's files hold: keys, tensors, problems, and what a conversion would make of them.
+"""What a model's files contain: keys, tensors, problems, and what a conversion would write.
 
-Owns: telling the kinds apart, gathering the facts, and their JSON form, which scripts rely on (schema 1). Does not own:
-parsing (gguf_file/set.py, checkpoint/folder.py), the lines people read (inspect_text.py).
-Invariants: no weight is read; what is gathered from an untrusted file is bounded, whatever the file says. A file that
-cannot be parsed is a SourceError; one that can be, and is not as it should be, is shown with its problems.
+No weights are read, and the memory used is bounded whatever an untrusted file declares. A file that cannot be parsed is
+a SourceError; one that can be parsed but has defects is shown with its problems. Scripts rely on the JSON form
+(schema 1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A job becomes a sealed file: memory proof -> places -> sinks -> stream -> verify -> publish -> report.
-
-Owns: the order of these. Does not own: what is written (engine/job.py), how a file is made safe (output/).
-"""
+"""From a job to a sealed file: memory proof -> destinations -> sinks -> stream -> verify -> publish -> report."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`streamconv verify`: is this GGUF file, whichever program wrote it, what its source says it should be?
+"""`streamconv verify`: does a GGUF file, whichever program wrote it, contain what its source gives?
 
-Owns: finding out what a file claims to be, and the report. Does not own: what it should hold (convert_model.py and
-convert_lora.py make its job), the comparison (check/tensors.py).
+Finds out what the file claims to be, has convert_model.py or convert_lora.py plan what it should contain, compares the
+two (check/) and reports.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""One job of a batch, in a process of its own, on whatever machine this is.
+"""One job of a batch in its own process: started, watched, retried and stopped, on whichever machine runs it.
 
-Owns: starting, watching, retrying and stopping that process, and what it does there. Does not own: which jobs run, and
-where (run.py).
-Invariants: the process ends when the one that started it does, or closes its stdin, so that a lost machine leaves a
-part file and a journal, and no writer; a try begins once no earlier try of the same job is alive.
+The process ends when its parent does or closes its stdin, so a lost machine leaves a part file and a journal but no
+writer. An attempt starts only when no earlier attempt of the same job is alive.
 """
 
 from __future__ import annotations

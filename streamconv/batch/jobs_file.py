@@ -1,8 +1,7 @@
 """JOBS files: many conversions described in TOML or JSON lines.
 
-Owns: keys, defaults, globs, output templates, and refusing a file as a whole before anything runs. Does not own:
-running (run.py). Paths are relative to the file. A glob as source makes one job of each match, in the order of their
-names; a path that exists under the very name is not a glob.
+The whole file is checked before anything runs. Paths are relative to it. A glob as source makes one job for each match,
+in the order of their names; an existing path with exactly that name is not treated as a glob.
 
     [defaults]
     outtype = "q8_0"

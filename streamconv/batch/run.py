@@ -1,10 +1,8 @@
-"""Many conversions, unattended: each in its own process with its own memory bound, on any Executor.
+"""Run many conversions, each in its own process with its own memory limit, on any Executor.
 
-Owns: order, what is retried on another worker, what a batch would do. Does not own: describing jobs (jobs_file.py), one
-job (child.py), what is up to date (state.py), scheduling across machines: that is an Executor's, threads here, or a
-Dask cluster's through `Client.get_executor()`.
-Invariants: whatever ends a batch, no job of it runs on; every job may take up what an earlier try of this batch left;
-a job is recorded as done only after its file is sealed.
+An Executor does the scheduling: threads here, or a Dask cluster through `Client.get_executor()`. However a batch ends,
+none of its jobs keeps running; a job may continue what an earlier attempt of the same batch left; a job is recorded as
+done only after its file is sealed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""JOBS.state.jsonl: of each job that began, what it is made of; of each that finished, what came out.
+"""JOBS.state.jsonl: the inputs of each job that started, and the outputs of each that finished.
 
-Owns: what of a job is done already. Does not own: running it (run.py).
-Invariant: a line is appended whole, one before a job begins and one after its files are sealed; the last line of a job
-counts; a line that a crash tore costs that one job alone.
+A line is appended as a whole, one before a job starts and one after its files are sealed. The last line of a job
+counts. A line that was torn by a crash affects only its own job.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The keys of a GGUF file beside those that its source gives: which must agree, and which may be missing.
+"""Compare the keys of a GGUF file with those that its source gives: which must agree, and which may be missing.
 
-Owns: what llama.cpp makes of a key, of one that is missing, and of one that the source says nothing of. Does not own:
-the tensors (check/tensors.py), what the keys should be (a Job).
-Invariant: a file passes only where llama.cpp runs it as it runs what the job writes: a missing key counts as the value
-that is taken then, and what no loader does without is required. Keys that only describe a model are not compared.
+A file passes only if llama.cpp runs it like the file that the job would write: a missing key counts as llama.cpp's
+default for it, and keys that no loader can do without are required. Descriptive keys are not compared.
 Source: load_hparams in src/llama-model.cpp and llama_vocab::impl::load in src/llama-vocab.cpp of the llama.cpp inside
 llama-cpp-python 0.3.36.
 """

@@ -1,10 +1,7 @@
-"""A GGUF file beside what its source says: every tensor is made again and compared, row by row, in bounded memory.
+"""Compare a GGUF file with its source: every tensor is computed again and compared row by row, in bounded memory.
 
-Owns: the comparison. Does not own: what the tensors should be (a Job says that, as for writing), which keys matter
-(check/keys.py), how an untrusted file is read (gguf_file/reader.py). Any tool's file is taken: tensors are matched by
-name, in any order, each in the type it has.
-Invariant: the reference is the general path: numpy's kernels even where a compiled one was built, whole slabs of rows
-instead of chunks, and none of the writer's code.
+Files of any tool are accepted: tensors are matched by name, in any order, each in the type that it has. The reference
+is computed along the general path, with the numpy kernels, in slabs of rows, and without the writer's code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A model's config.json, read with suspicion: each value has the type that its reader expects, or is named in an error.
+"""Typed access to a model's config.json, which is not trusted: a value of the wrong type is an error that names it.
 
-Owns: typed access, and where a config says what of RoPE. Does not own: what any key means to an architecture.
-Invariant: what is returned is None (absent or null) or a value of the asked type that fits GGUF's scalars.
+What is returned is None (absent or null) or a value of the requested type that fits GGUF's scalars.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The command line: the only place that prints, handles signals or decides an exit code.
+"""The command line: the only code that prints, handles signals or chooses an exit code.
 
-Owns: what one call of the command is from its first word to its exit code, whatever happens. Does not own: the options
-and what people read (the modules of this package), any work (each command calls one function of the library).
-Invariant: everything that a user can cause is one line on stderr; nothing heavy is imported before a command is known,
-so that --help is instant.
+Each command calls one function of the library. Every error that a user can cause is one line on stderr. Nothing heavy
+is imported before the command is known, so that --help is instant.
 """
 
 from __future__ import annotations

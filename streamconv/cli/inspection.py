@@ -1,7 +1,6 @@
-"""An Inspection in lines that people read: keys, types, tensors, problems.
+"""Format an Inspection for people: keys, types, tensors, problems.
 
-Owns: columns and widths. Does not own: the facts (inspect.py), printing (cli/).
-Invariant: no line is wider than asked for, and of an untrusted file only visible characters reach a terminal.
+No line is wider than requested, and only visible characters of an untrusted file reach a terminal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What people read of a run: the progress bar, the plan, the summary.
+"""What a run prints for people: the progress bar, the plan, the summary.
 
-Owns: lines for the terminal. Does not own: the facts (report.py), the JSON that scripts read (Report.to_json).
-Invariant: what stdout does not take is an error; what stderr does not take is lost, and changes nothing else.
+A failure to write to stdout is an error; a failure to write to stderr loses the text and changes nothing else.
 """
 
 from __future__ import annotations

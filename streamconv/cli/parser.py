@@ -1,7 +1,6 @@
-"""The whole command's parser, of which help, completion and docs/cli.md are made.
+"""The parser of the whole command, from which help, completion and docs/cli.md are made.
 
-Owns: the list of commands. Does not own: a command's options and run (the modules it comes from).
-Invariant: a command of our own is there only where it is the one that is called, so that no list of commands has it.
+Hidden commands are added only when they are called, so that no list of commands shows them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A job: everything that decides the bytes of one output, be it one file or several; and how its run goes.
+"""A job: everything that determines the bytes of one output, in one file or several, and how it is to be run.
 
-Owns: what `convert` and `convert_adapter` hand to `run` and to `verify`. Does not own: doing it (api/).
+`convert` and `convert_adapter` make jobs; `run` and `verify` take them.
 """
 
 from __future__ import annotations

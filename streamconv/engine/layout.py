@@ -1,7 +1,7 @@
-"""What will be written where, and the proof that making it fits in memory. Pure: no file is touched.
+"""Where each byte of an output goes, and the proof that making it fits in memory. No file is touched.
 
-Owns: the order and offsets of tensors, the size of slabs and chunks, the number of workers. Does not own: making bytes.
-Invariant: the output's bytes are a function of header and steps alone; memory, chunks and threads never show in them.
+The layout fixes the order and offsets of tensors, the size of slabs and chunks, and the number of workers. The bytes of
+the output depend only on header and steps, never on memory, chunks or threads.
 """
 
 from __future__ import annotations

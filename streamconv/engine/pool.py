@@ -1,8 +1,7 @@
-"""Making an output file, chunk by chunk: any chunk is a function of the layout, so workers need no order among them.
+"""Make an output file chunk by chunk. Any chunk is a function of the layout, so workers need no order among them.
 
-Owns: `fill_chunk` and the pool of workers. Does not own: the file (output/sink.py), the layout (engine/layout.py).
-Invariants: a thread holds one chunk, and scratch while it makes it, nothing else; the first failure in file order is
-the one reported; nothing is told to be done before its sources were checked to be what they were.
+A thread holds one chunk, and scratch memory while it makes it. The first failure in file order is the one reported. A
+chunk is reported as done only after its sources were checked for changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""One model as several files: where the cuts are, and what each part is called and says of itself.
+"""One model as several files: where it is cut, and the name and `split.*` keys of each part.
 
-Owns: the parts of an output. Does not own: their layout (engine/layout.py), reading such a set back (gguf_file/set.py).
-llama.cpp's rules, from GGUFWriter in gguf-py: a part is full when the next tensor would exceed either limit; part 1 has
-all keys, the others `split.*` alone; the tensor counts of all parts are summed in each.
+The rules are llama.cpp's (GGUFWriter in gguf-py): a part is full when the next tensor would exceed either limit; part 1
+has all keys, the others only `split.*`; each part states the total number of tensors.
 """
 
 from __future__ import annotations

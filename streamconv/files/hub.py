@@ -1,6 +1,5 @@
-"""Where a model lies, as people have it: a folder, a single file, an entry of the Hugging Face cache, or its repo id.
+"""Find a model by what users give: a folder, a single file, an entry of the Hugging Face cache, or its repo id.
 
-Owns: finding the folder, the model's name, and what its config is called. Does not own: reading it (checkpoint/).
 Nothing is downloaded.
 """
 

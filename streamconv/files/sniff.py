@@ -1,8 +1,6 @@
-"""What a file that is not what its name says really is, told from its first bytes, for error messages.
+"""Recognise, from its first bytes, a file that is not what its name says, for error messages only.
 
-Owns: the signatures, and the error for a file that is named where another belongs. Does not own: deciding that a
-file's content is wrong (the readers do).
-Invariant: a guess for a message only; nothing is parsed on the strength of it.
+Whether a file's content is wrong is decided by its reader; nothing is parsed because of a guess made here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Untrusted JSON files: one value per key, no NaN, bounded size and depth, and errors that name the file.
+"""Small untrusted JSON files (configs, indexes, headers): no duplicate keys, no NaN, bounded size and depth.
 
-Owns: reading small JSON files (configs, indexes, headers). Does not own: tokenizer.json, which is scanned, not loaded.
+Errors name the file. tokenizer.json is too large for this and is read by metadata/vocab/json_stream.py.
 """
 
 from __future__ import annotations

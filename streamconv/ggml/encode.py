@@ -1,12 +1,12 @@
-"""How a number is encoded: rows of F32, BF16 or F16 become rows of F32, F16, BF16 or Q8_0.
+"""Encode rows of F32, BF16 or F16 as rows of any GGUF type.
 
-Owns: the call that everybody makes, the choice of kernel, the count of what is not finite, and the refusal of what a
-type cannot hold. Does not own: the arithmetic (reference.py in numpy; `kernels/floats.c`, optional, for speed),
-which tensor gets which type (ggml/policy.py), where rows come from (lazy/node.py).
-Invariant: the bytes are those of `gguf.quants.quantize` on the float32 values, whatever the kernel, the machine and the
-cut into calls. Where gguf leaves room:
-- a type that does not change keeps its bytes, those of NaNs too (gguf would make a BF16 NaN quiet);
-- a NaN between F16 and F32 keeps its top bits and its kind, as in numpy where it has no F16 instructions;
+Chooses the kernel (reference.py and block_reference.py in numpy, or the optional compiled ones in `kernels/`), counts
+non-finite values, and refuses values that a type cannot hold. Which tensor gets which type is decided in policy.py.
+
+F32, F16, BF16 and Q8_0 have the bytes of `gguf.quants.quantize` on the float32 values, whatever the kernel, the machine
+and the division into calls. Where gguf leaves room:
+- a type that does not change keeps its bytes, also those of NaNs (gguf would make a BF16 NaN quiet);
+- a NaN between F16 and F32 keeps its top bits and its kind, as in numpy without F16 instructions;
 - a Q8_0 block so small that 1 / scale overflows has quants of 0 (its scale is 0 in F16, so they stand for 0 anyway).
 """
 

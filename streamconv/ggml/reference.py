@@ -1,9 +1,8 @@
-"""The reference kernels, in numpy: the bytes of F32, F16, BF16 and Q8_0 rows, a cache-sized piece at a time.
+"""The reference kernels in numpy: the bytes of F32, F16, BF16 and Q8_0 rows, a cache-sized piece at a time.
 
-Owns: the arithmetic of every conversion. Does not own: what callers see (encode.py, which also says what the bytes are
-where gguf leaves room) or the same in C (`kernels/floats.c`, which must give the same bytes).
-Invariants: no float is computed but by IEEE single operations whose result is exact or rounded once, so the bytes are
-alike on every machine; no array is made but from the Scratch, as `temporaries` declares; patterns are little-endian.
+Every float operation is an IEEE single operation whose result is exact or rounded once, so the bytes are the same on
+every machine, and `kernels/floats.c` must give the same. All temporaries come from the Scratch, as `temporaries`
+declares. Bit patterns are little-endian.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What a GGUF file is: typed keys, tensor infos, layout arithmetic and the bytes of a header.
+"""The GGUF format: typed keys, tensor infos, layout arithmetic and the bytes of a header.
 
-Owns: encoding. Does not own: reading files (reader.py), which keys a model gets (recipe/language.py, vocab/).
-Invariant: what is encoded is what was asked for: a key keeps its exact type, an int array is not silently INT32,
-an empty array stays, a duplicate is an error.
+Encoding is exact: a key keeps its type, an int array does not silently become INT32, an empty array is kept, and a
+duplicate key is an error.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3.
 """
 

@@ -1,13 +1,11 @@
-"""Strangers' GGUF files: typed keys and the tensor list, read in bounded time and memory.
+"""Read untrusted GGUF files: typed keys and the tensor list, in bounded time and memory.
 
-Owns: parsing a header, and reads of what it describes. Does not own: writing (format.py), sets of split files
-(set.py), what keys and tensors mean.
-Invariant: no count, length or offset of the file is believed: each is held against the bytes that are there before
-anything is allocated or repeated, the header's size and what is kept of it have fixed limits, and no weight is read
-before it is asked for.
+No count, length or offset in the file is trusted: each is checked against the bytes that are there before anything is
+allocated or repeated. The size of the header, and of what is kept from it, have fixed limits. Weights are read only on
+request.
 
-A defect after which the bytes cannot be told apart any more is a SourceError. One that only a loader would refuse is
-listed in `GGUFFile.problems`, so that the rest can still be looked at; `refuse` makes an error of it.
+A defect after which the rest cannot be parsed is a SourceError. One that only a loader would refuse is listed in
+`GGUFFile.problems`, so that the rest can still be inspected; `refuse` turns it into an error.
 The rules are those of ggml's loader: https://github.com/ggml-org/ggml, src/gguf.cpp, gguf_init_from_reader.
 """
 

@@ -1,8 +1,7 @@
-"""A model's GGUF files taken together: one file, or the parts of a split in order.
+"""The GGUF files of a model as one: a single file, or the parts of a split in order.
 
-Owns: finding the parts of a split. Does not own: parsing one file (reader.py).
-Invariant: what the parts claim of each other is held against what they are, as llama.cpp's loader does: the first part
-says how many there are and how many tensors they hold, each says which one it is, no tensor is in two of them.
+As in llama.cpp's loader, the claims of the parts are checked: part 1 says how many parts and tensors there are, each
+part says which one it is, and no tensor is in two of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Working memory of one worker, taken once: what a step declares is what it can get.
+"""The working memory of one worker, allocated once and aligned.
 
-Owns: aligned buffers. Invariant: a node that uses more than it declared raises, it does not grow the process.
+A node can get what its step declared; one that uses more raises an error instead of growing the process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What an adapter needs to know of its base: which tensors there are, their shapes and heads. No weight is read.
+"""What an adapter needs to know of its base: its tensors, their shapes and its heads. No weights are read.
 
-Owns: the facts of a base, from its GGUF (keys and tensor list) or its Hugging Face folder (config.json, and the headers
-of its weights where they are there). Does not own: adapters (resolve.py), parsing GGUF (gguf_file/reader.py).
-Invariant: both kinds of base are seen through the architecture's recipe, so an architecture that has one has adapters.
+A base is a GGUF file (keys and tensor list) or a Hugging Face folder (config.json and, if present, the headers of the
+weights). Both are read through the architecture's recipe, so every architecture with a recipe supports adapters.
 """
 
 from __future__ import annotations

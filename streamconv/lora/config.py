@@ -1,8 +1,7 @@
-"""adapter_config.json, of PEFT and of MLX: the one exact scale of every module, and what no GGUF adapter can carry.
+"""adapter_config.json, of PEFT and of MLX: the exact scale of every module, and what a GGUF adapter cannot hold.
 
-Owns: what the configuration says. Does not own: the tensors beside it (file.py), what the base has (resolve.py).
-Invariant: W' = W + s * B @ A with the s that training used, or a problem: a default that would make another s is never
-taken in silence.
+For every module, W' = W + s * B @ A with the s that training used, or there is a problem: no default that could make
+another s is used silently.
 
 Sources: PEFT 0.21.2, tuners/lora/{config,layer,variants}.py and get_pattern_key in utils/other.py; mlx-lm,
 tuner/lora.py and tuner/utils.py.

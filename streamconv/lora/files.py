@@ -1,8 +1,6 @@
 """An adapter on disk: its configuration, its one safetensors file, and which tensor is which factor of which module.
 
-Owns: finding the two files, and the spellings of tensor names. Does not own: what a base has (base_model.py), what the
-configuration means (config.py).
-Invariant: every tensor of the file is accounted for: a factor, something without effect, or a named problem.
+Every tensor of the file is accounted for: as a factor, as something without effect, or as a named problem.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""One alpha for a whole adapter: what modules need beyond it is folded into their lora_b.
+"""One alpha for a whole adapter: if a module needs another scale, the ratio is folded into its lora_b.
 
-Owns: the alpha, the pairs of lazy tensors that are written, and whether a folded scale is exact in a factor's own type.
-Does not own: what the adapter is (resolve.py), types that the user asked for (adapter.py).
-Invariant: alpha / rank * b @ a of every pair is the trained change, in the rows of the base's GGUF tensor.
+For every pair, alpha / rank * b @ a is the trained change, in the rows of the base's GGUF tensor.
 """
 
 from __future__ import annotations

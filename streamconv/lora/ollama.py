@@ -1,9 +1,8 @@
 """Adapters as the converter of Ollama's first LFM2 release wrote them, to reproduce or compare old files.
 
-Owns: that converter's choices, which differ from what was trained: the heads' permutation goes to lora_a (of a PEFT
-file to a reinterpreted buffer), with head_count for K too, and of the configuration's scale it takes alpha alone.
-Does not own: what is right (fold.py).
-Invariant: bytes, order, types and keys are Ollama's, and the run says how far the file is from the trained adapter.
+That converter does not write the trained adapter: it permutes lora_a instead of lora_b (in a PEFT file, a reinterpreted
+buffer), with head_count for K too, and takes only alpha from the configuration. Bytes, order, types and keys here are
+Ollama's, and the run reports how far the file is from the trained adapter (fold.py has the correct one).
 
 Source: convert/convert_llama_adapter.go and convert.go in ollama@01cf7445, and measured on what it wrote.
 """

@@ -1,9 +1,8 @@
-"""An adapter that has met its base: every module's two factors the right way round, with one exact scale.
+"""An adapter matched with its base: the two factors of every module in the right orientation, with one exact scale.
 
-Owns: which factor is stored transposed, and what cannot be carried, all of it told at once. Does not own: what becomes
-of the factors (adapter.py writes them as an adapter).
-Invariant: W' = W + scale * b @ a with a [r, in] and b [out, r] in the rows and columns of the source's W, or an error;
-an orientation that shapes leave open is never guessed.
+Detects which factor is stored transposed, and reports at once whatever cannot be represented. The result is
+W' = W + scale * b @ a with a [r, in] and b [out, r] in the rows and columns of the source's W, or an error; an
+orientation that the shapes leave open is never guessed.
 """
 
 from __future__ import annotations

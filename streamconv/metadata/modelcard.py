@@ -1,7 +1,7 @@
-"""The `general.*` keys: what a file says of the model it holds, from its model card, its configs and its name.
+"""The `general.*` keys that describe a model, from its model card, its configs and its name.
 
-Owns: asking gguf's own heuristics and carrying their answer over with exact types. Does not own: the heuristics.
-Invariant: a model card is untrusted text; whatever it holds gives keys or a warning, never a failed conversion.
+gguf's own heuristics find them; this module carries their answer over with exact types. A model card is untrusted:
+whatever it contains gives keys or a warning, never a failed conversion.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""Where an output will lie: what may be replaced, who is writing, whether there is room.
+"""Where an output will be: what may be replaced, whether another run is writing it, whether there is room.
 
-Owns: the names of every file that a run writes and of their siblings, refusals before any work, the lock, the step to
-the final name, small files as a whole, the words for what the system says. Does not own: an output's content (sink.py),
-the journal's (journal.py).
-Invariant: no file that the run reads is ever written over; another existing file is replaced only where that is
-allowed, in one step, once the new one is complete; a part file is touched only under the lock on its journal, and only
-where that journal says that streamconv wrote it.
+Names every file that a run writes, makes refusals before any work, locks the destination, renames the finished file,
+and translates the system's errors into messages. No file that the run reads is ever written over; another existing file
+is replaced only if that is allowed, in one step, once the new one is complete. A part file is touched only under the
+lock on its journal, and only if that journal says that streamconv wrote it.
 """
 
 from __future__ import annotations

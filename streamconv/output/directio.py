@@ -1,13 +1,11 @@
-"""A file of known size, filled in chunks past the page cache where the filesystem takes that.
+"""A file of known size, filled in chunks past the page cache if the filesystem supports that.
 
-Owns: the system calls of writing, their fallbacks, and what Python's `os` lacks of them. Does not own: names, locks,
-renames and errors in words (destination.py), or which bytes go where (sink.py).
-Invariant: `write` returns when every byte of its piece has been accepted, however the system split or refused the
-calls; no more than WRITE_BEHIND_NBYTES wait in the page cache; no fault of the disk gets past `sync`.
+Wraps the system calls of writing, their fallbacks, and those that Python's `os` lacks. `write` returns when every byte
+of its piece has been accepted, however the system split or refused the calls; at most WRITE_BEHIND_NBYTES wait in the
+page cache; `sync` reports every fault of the disk.
 
 Measured on ext4 (2.34 GB, two threads): direct writes into reserved space cost half the CPU time of the page cache at
-the same speed, and leave nothing behind that a small cgroup would have to pay for; without the reservation they
-take 1.3 times as long.
+the same speed, and do not fill a small cgroup with dirty pages; without the reservation they take 1.3 times as long.
 """
 
 from __future__ import annotations

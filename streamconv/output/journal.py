@@ -1,11 +1,9 @@
-"""The journal beside an unfinished output: what it is made from, and how much of it has reached the disk.
+r"""The journal beside an unfinished output: what it is made from, and how much of it has reached the disk.
 
-Owns: the lines of `OUT.part.journal` and their checksums. Does not own: when a record is due, or whether what it
-claims is durable (sink.py syncs the data first).
-Invariant: what is read back was written whole by one run and those that resumed it. Every line carries a digest over
-itself and the line before it, so a torn, missing or foreign line ends the journal there.
-
-A line is `<digest> <JSON>\\n`. The first one is the header; each later one replaces what the one before it said.
+A line of `OUT.part.journal` is `<digest> <JSON>\n`. The first one is the header; each later one replaces the one
+before it. Every digest covers its line and the line before it, so a torn, missing or foreign line ends the journal
+there: whatever is read back was written whole, by one run and those that resumed it. sink.py syncs the data before it
+writes a record.
 """
 
 from __future__ import annotations

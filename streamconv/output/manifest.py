@@ -1,7 +1,6 @@
-"""Digests of a finished file: one of the whole, one of each tensor's data.
+"""Digests of a finished file: of the whole file and of each tensor's data (OUT.manifest.json, schema 1).
 
-Owns: `digest` and the JSON of OUT.manifest.json (schema 1). The bytes are read back from the file, not remembered from
-the writing, so that a digest says what is on the disk.
+The bytes are read back from the file, so that the digests describe what is on the disk.
 """
 
 from __future__ import annotations

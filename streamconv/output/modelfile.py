@@ -1,8 +1,7 @@
-"""Ollama's Modelfile for a finished output: what to run, and the prompt's form where that is known for sure.
+"""Ollama's Modelfile for a finished output: the file to run, and the prompt format if it is known for certain.
 
-Owns: the few chat templates that are recognised, and their form in Ollama's template language. Does not own: the GGUF.
-Invariant: a chat template is recognised by the whole of its text or not at all; of any other, Ollama makes what it can
-of the text in the GGUF. The forms are those of the templates for chats without tools; BOS is the tokenizer's to add.
+A chat template is recognised by its complete text or not at all; for any other one Ollama derives a prompt format from
+the GGUF. The formats are those for chats without tools, and without BOS, which the tokenizer adds.
 """
 
 from __future__ import annotations

@@ -1,19 +1,16 @@
 """The output file: a sibling part file that becomes the destination once every declared byte is in it and on the disk.
 
-Owns: the order of steps that makes this hold at any moment, resuming, what stays behind after a failure. Does not own:
-the bytes (engine/), system calls (directio.py), names and locks (destination.py), the journal's lines (journal.py).
-
-Invariant: whatever stops a run, the destination is the old file or the complete new one (of a set: the old one, the
-complete new one, or one without its first part, which nothing loads), and a journal never claims more than the disk
-holds. The order is all there is to it:
+Whatever stops a run, the destination is the old file or the complete new one (for a set: the old one, the complete new
+one, or one without its first part, which nothing loads), and a journal never claims more than the disk holds. This
+follows from the order of steps:
 
     lock the journal > its header, synced > part file, its space     a power cut here: nothing to resume
-    > chunks > sync them > journal record > ...                      a record follows the bytes that it speaks of
+    > chunks > sync them > journal record > ...                      a record follows the bytes that it describes
     > sync the file > "finished" record > rename > sync the directory > remove the journal
 
-So a part file without a journal was never a run's: it is somebody else's, and never touched. For the same reason a part
-file is given up before its journal, and the directory synced in between. A journal that is left alone is begun over
-before there is a part file again, so that it can never speak of another file's bytes.
+So a part file without a journal does not belong to a run, and is never touched. For the same reason a part file is
+removed before its journal, with the directory synced in between. A journal without a part file is started over before
+there is a part file again, so that it can never describe another file's bytes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""A starting recipe for a checkpoint that has none, from its tensor names, its shapes and its config.
+"""Draft a recipe for a checkpoint that has none, from its tensor names, its shapes and its config.
 
-Owns: guessing dims, kinds of layers and targets, and marking what a person must settle. Does not own: being right: no
-file tells how rows are permuted, what the runtime computes, or what a config's flags mean.
-Invariant: the text is a Python module whose RECIPE binds to the checkpoint that it was drafted from, where all tensors
-of one name have one shape and no name has braces or a third number, which recipes cannot say. Whatever could not be
-told is marked TODO.
+Guesses dims, kinds of layers and targets, and marks the rest with TODO: no file says how rows are permuted, what the
+runtime computes, or what a config's flags mean. The text is a Python module whose RECIPE binds to the checkpoint, if
+all tensors with one name pattern have one shape and no name has braces or a third number.
 """
 
 from __future__ import annotations

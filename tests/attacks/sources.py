@@ -1,7 +1,7 @@
-"""Hostile checkpoints and adapters: each idea, and the code of the error that it must end in.
+"""Hostile checkpoints and adapters: each idea, and the code of the error that it must lead to.
 
-Invariant: a row's base is valid (the first test says so), so that what is refused is the row's own edit. An empty
-code says that the idea is harmless, and is converted.
+A row's base is valid (the first test checks that), so that the refusal is due to the row's own edit. An empty code
+means that the idea is harmless, and the result converts.
 """
 
 from __future__ import annotations

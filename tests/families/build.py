@@ -1,12 +1,10 @@
-"""Checkpoints and adapters of the families, made by numpy from what is committed: config, names, shapes and a seed.
+"""Checkpoints and adapters of the families, made by numpy from committed data: config, names, shapes and a seed.
 
-Owns: the values of tensors, and where references lie. Does not own: which families there are (table.py), or how
-references are made (tests/tools/families.py). Invariant: what is built is compared with the digest that its
-references were made of, so a drift fails loudly.
+What is built is compared with the digest that its references were made from, so that drift fails loudly.
 
 A folder of tests/data/families holds config.json and adapter_config.json as transformers and PEFT save them, spec.json
-(names, dtypes and shapes of the tensors that they save), golden.json and logits.npy (what llama.cpp's converter and
-transformers make of them).
+(names, dtypes and shapes of the saved tensors), golden.json and logits.npy (the results of llama.cpp's converter and of
+transformers).
 """
 
 from __future__ import annotations

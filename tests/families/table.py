@@ -1,10 +1,10 @@
 """The table of families: one entry for each kind of checkpoint that transformers saves and llama.cpp runs.
 
-Owns: what is tried, as data. Does not own: making references (tests/tools/families.py), checkpoints (build.py), or the
-assertions (tests/golden/test_families.py). An entry is tried as soon as an architecture's file takes its `hf_name`.
+An entry is tested (tests/golden/test_families.py) as soon as an architecture's file supports its `hf_name`;
+tests/tools/families.py makes its references.
 
-The dimensions of an entry are pairwise distinct, so that no axis can be taken for another; rows are multiples of 256
-wherever the architecture lets them be, so that one checkpoint serves K-quants too.
+The dimensions of an entry are pairwise distinct, so that no axis can be mistaken for another; rows are multiples of 256
+if the architecture permits it, so that one checkpoint also tests K-quants.
 """
 
 from __future__ import annotations

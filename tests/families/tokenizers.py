@@ -1,7 +1,4 @@
-"""Tokenizer files of the families: one small vocabulary a kind, with the structure of the published one.
-
-Owns: which kinds there are. Does not own: how such files are written (tests/tiny/tokenizer.py).
-"""
+"""Tokenizer files of the families: one small vocabulary for each kind, with the structure of the published one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The whole command as a process of its own, stopped by real signals: what signals.py runs.
+"""The whole command in its own process, stopped by real signals; signals.py runs this.
 
-Owns: a checkpoint, a child that runs the command and reports each chunk that it has written, and what must hold after
-it. Records are made small here, so that a run of a fraction of a second has many.
+Builds a checkpoint, starts a child that runs the command and reports each chunk that it wrote, and checks the state
+afterwards. Records are made small, so that a run of a fraction of a second has many.
 """
 
 from __future__ import annotations

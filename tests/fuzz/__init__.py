@@ -1,5 +1,5 @@
 """Mutated files for every parser: `make fuzz`, or `python -m tests.fuzz --help`.
 
-Owns: how files are mutated (mutate.py), what is called with them (targets.py), the loop (__main__.py), and the corpus:
-one folder of files for each case, valid ones to begin with and all that was ever found.
+mutate.py mutates files, targets.py calls the library with them, __main__.py is the loop. The corpus has one folder of
+files for each case: valid ones as a start, and every finding.
 """

@@ -1,7 +1,7 @@
-"""The loop: a mutant, one call, the oracle; and cases as folders of files.
+"""The fuzzing loop: a mutant, one call, the oracle; and cases as folders of files.
 
-Owns: what counts as a finding. The oracle: a call returns or raises a StreamconvError of one printable line, within
-MAX_SECONDS of processor time, without taking more than MAX_GROWTH_NBYTES of memory at once.
+The oracle: a call returns or raises a StreamconvError of one printable line, within MAX_SECONDS of CPU time, without
+taking more than MAX_GROWTH_NBYTES of memory at once. Anything else is a finding.
 """
 
 from __future__ import annotations

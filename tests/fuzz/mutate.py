@@ -1,7 +1,6 @@
-"""Mutations that know what they change: JSON by value, safetensors by tensor, journals with digests that hold, bytes.
+"""Structured mutations: JSON by value, safetensors by tensor, journals with valid digests, plain bytes.
 
-Owns: one more mutant of a file. Does not own: what is done with it.
-Invariant: a mutant is decided by its seeds and the generator alone. Contents may be sparse: head bytes, then a hole.
+A mutant depends only on its seeds and the generator. Contents may be sparse: head bytes, then a hole.
 """
 
 from __future__ import annotations

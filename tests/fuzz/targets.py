@@ -1,6 +1,6 @@
 """What is fuzzed: each target puts a case's files into a folder, calls the library on them, and returns.
 
-Owns: the calls. Invariant: a target raises what the library raises, so anything but a StreamconvError is a finding.
+A target lets the library's exceptions pass, so anything but a StreamconvError is a finding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What an adapter adds to a weight, in float64, worked out from the definitions rather than from any converter's code.
+"""The change that an adapter makes to a weight, in float64, from the definitions and not from any converter's code.
 
-Owns: the trained change (PEFT's and MLX's factors), the change that llama.cpp applies, llama.cpp's order of Q and K,
-and a merged weight. Does not own: which scale a config means; tests say it, module by module.
+Covers the trained change (PEFT's and MLX's factors), the change that llama.cpp applies, llama.cpp's order of Q and K,
+and a merged weight. The scale that a config means is given by the tests, module by module.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """GGUF files as gguf-py reads them, for comparison: keys with exact types, tensors with shape, type, digest and values.
 
-Owns: reading with a reader that is not ours, and the form of the committed goldens.
-Does not own: llama.cpp's runtime (runtime.py).
-Invariant: nothing here imports streamconv, so a mistake of ours cannot be made twice.
+Nothing here imports streamconv, so that the reader cannot share a mistake of the writer.
 
 A golden is {"kv": {key: {"type": [...], "value": ...}}, "tensors": {name: {"ne": [...], "type": ..., "sha256": ...}},
 "order": [names]}; an array of more than MAX_LISTED values is {"n": ..., "sha256": ...} of its JSON text.

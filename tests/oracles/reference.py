@@ -1,7 +1,7 @@
 """The models as their authors run them: transformers and PEFT in float32 on one thread. Needs torch.
 
-Owns: reference logits and merged weights. Does not own: where they are kept (tools/make_goldens.py).
-Invariant: an adapter that PEFT does not take whole is an error, so a reference is never that of half an adapter.
+Gives reference logits and merged weights. An adapter that PEFT does not load completely is an error, so that no
+reference is that of half an adapter.
 """
 
 from __future__ import annotations

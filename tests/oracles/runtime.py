@@ -1,9 +1,8 @@
-"""llama.cpp itself as the judge of a GGUF file: what it predicts, how it tokenizes, whether it loads.
+"""llama.cpp itself as the judge of a GGUF file: its predictions, its tokens, whether it loads.
 
-Owns: a llama.cpp server in this process (PyPI `xllamacpp`), set up so that its numbers can be compared at KL 1e-8.
-Does not own: reading GGUF files (ggufs.py) or making reference logits (tools/make_goldens.py).
-Invariant: the KV cache is F32, flash attention is off and one thread computes, so the same file gives the same numbers;
-log-probabilities are renormalised in float64, as the server sums them in float32 (1e-7).
+A llama.cpp server in this process (PyPI `xllamacpp`), set up so that its numbers can be compared at KL 1e-8: the KV
+cache is F32, flash attention is off and one thread computes, so the same file gives the same numbers; log-probabilities
+are renormalised in float64, as the server sums them in float32 (1e-7).
 """
 
 from __future__ import annotations

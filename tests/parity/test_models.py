@@ -1,6 +1,6 @@
-"""Models of drawn shapes: transformers in float32 and llama.cpp on our F32 file predict the same.
+"""Models of random shapes: transformers in float32 and llama.cpp on streamconv's F32 file predict the same.
 
-Owns: variety that the committed cases lack. A draw is decided by its number, so a failure can be run again by itself.
+This adds variety that the committed cases lack. A draw depends only on its number, so a failure can be repeated alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Tiny checkpoints and adapters made from seeds by numpy alone, in a few milliseconds each.
-
-Owns: the inputs of the tests. Does not own: what others make of them (tests/tools/make_goldens.py).
-"""
+"""Tiny checkpoints and adapters made from seeds by numpy alone, in a few milliseconds each: the inputs of the tests."""
 
 from tests.tiny import variants
 from tests.tiny.adapters import mlx_adapter, peft_adapter

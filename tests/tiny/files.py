@@ -1,7 +1,7 @@
 """Files of tiny checkpoints: tensors of seeded noise, safetensors written and read, the digest of a directory.
 
-Invariant: the same call gives the same values on every machine and numpy: they are uniform, from a stream that numpy
-has frozen, one stream per tensor name, so a swap or a permutation of tensors or rows cannot hide.
+The same call gives the same values on every machine and with every numpy: they are uniform, from a stream that numpy
+has frozen. Each tensor name has its own stream, so a swap or permutation of tensors or rows cannot go unnoticed.
 """
 
 from __future__ import annotations

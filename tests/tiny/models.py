@@ -1,6 +1,6 @@
-"""Checkpoints as transformers writes them: LFM2, LFM2-MoE and Llama, small, with all the parts of the real ones.
+"""Small checkpoints as transformers writes them: LFM2, LFM2-MoE and Llama, with all components of the real ones.
 
-Invariant: by default the extents of a model's shapes are pairwise distinct, so no axis can be taken for another.
+By default the extents of a model's shapes are pairwise distinct, so that no axis can be mistaken for another.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Tokenizer files small enough for tests, real enough for their readers: byte-level BPE, and SentencePiece with bytes.
+"""Small tokenizer files that their readers accept as real: byte-level BPE, and SentencePiece with byte fallback.
 
-Owns: tokenizer.json, tokenizer.model, tokenizer_config.json, special_tokens_map.json.
-Invariant: `tokenizers`, `sentencepiece` and llama.cpp load these files, and a text with digits, contractions, newlines,
-spaces and non-ASCII letters splits differently under a wrong pre-tokenizer, since the merges reach across its borders.
+`tokenizers`, `sentencepiece` and llama.cpp load these files. A text with digits, contractions, newlines, spaces and
+non-ASCII letters splits differently under a wrong pre-tokenizer, since merges exist across its boundaries.
 """
 
 from __future__ import annotations

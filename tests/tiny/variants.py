@@ -1,6 +1,6 @@
-"""Checkpoints and adapters as other programs save them, made from plain ones where they lie.
+"""Checkpoints and adapters as other programs save them, made from plain ones in place.
 
-Owns: other names, shapes and layouts of the same numbers. Does not own: the numbers (models.py, adapters.py).
+The numbers are the same; names, shapes and layouts differ.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Make the references of the families again: `python -m tests.tools.families [NAME ...]`. Needs torch; half an hour.
 
-Owns: tests/data/families. transformers and PEFT save a random model of each entry of tests/families/table.py and an
-adapter on it, of which names, shapes and configs are kept; filled with values that numpy makes from the entry's seed,
-they are given to llama.cpp's converter, to llama.cpp and back to transformers. Invariant: same table, same versions,
-same bytes. `--check` makes them, changes nothing, and says what is other than committed.
+transformers and PEFT save a random model for each entry of tests/families/table.py and an adapter on it, from which
+names, shapes and configs are kept in tests/data/families. Filled with values that numpy makes from the entry's seed,
+they are given to llama.cpp's converter, to llama.cpp and back to transformers. The same table and versions give the
+same bytes. `--check` makes them without changing anything, and reports differences from the committed files.
 """
 
 from __future__ import annotations

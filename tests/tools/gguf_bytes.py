@@ -1,6 +1,6 @@
-"""GGUF files byte by byte, for writing what no writer would write.
+"""Write GGUF files byte by byte, including those that no writer would write.
 
-Owns: the raw layout. Nothing here checks anything, and nothing here imports streamconv.
+Only the raw layout: nothing here checks anything or imports streamconv.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """llama.cpp's own converters, from the source distribution of llama-cpp-python on PyPI, without building anything.
 
-Owns: fetching them once into .cache/ and running them in a process of their own. Needs torch and transformers.
-Invariant: a converter that fails raises ConverterError with its last line; nothing falls back to another oracle.
+They are fetched once into .cache/ and run in their own process; they need torch and transformers. A converter that
+fails raises ConverterError with its last line; nothing falls back to another oracle.
 """
 
 from __future__ import annotations

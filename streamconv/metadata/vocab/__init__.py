@@ -1,9 +1,7 @@
-"""Tokenizer files of a checkpoint become the `tokenizer.*` keys of a GGUF file.
+"""From the tokenizer files of a checkpoint to the `tokenizer.*` keys of a GGUF file.
 
-Owns: which kind of tokenizer a directory has, and the list of its keys. Does not own: a kind's details (the modules of
-this package), how keys are encoded (gguf_file/format.py).
-Invariant: what is in the keys follows from the files and the number of the embedding's rows alone; a tokenizer that
-llama.cpp cannot run as it is gives a SourceError, one that it runs a little otherwise a warning.
+Decides which kind of tokenizer a folder has. The keys depend only on the files and on the number of rows of the
+embedding. A tokenizer that llama.cpp cannot run is a SourceError; one that it runs slightly differently is a warning.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The token list of a tokenizer.json: byte-level BPE, and llama-style BPE that falls back to bytes.
+"""The token list of a tokenizer.json: byte-level BPE, and llama-style BPE with byte fallback.
 
-Owns: which ids and texts added tokens have, and scores that stand for merges. Does not own: what a list of tokens is
-(token_list.py).
-Invariant: a text gets the ids that the `tokenizers` library gives it; where GGUF cannot say so, a warning does.
+Gives added tokens their ids and texts, and makes scores that stand for merges. A text gets the ids that the
+`tokenizers` library gives it; if GGUF cannot represent that, there is a warning.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Chat templates as metadata: the default one and those with names. They are text here, and never run.
+"""Chat templates as metadata: the default one and those with names. They are copied as text and never run.
 
-Owns: where templates are found and which file wins, as for llama.cpp's converter. Does not own: Jinja.
+They are searched in the same files, with the same precedence, as in llama.cpp's converter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The small files beside a tokenizer: its config, its special tokens, the generation config.
 
-Owns: reading them and what their fields may look like. Does not own: what follows from them (special_tokens.py,
-chat_templates.py, token_list.py).
-Invariant: a field of a wrong type counts as absent, as it does for llama.cpp's converter, unless a token depends on it.
+As in llama.cpp's converter, a field of the wrong type counts as absent, unless a token depends on it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a vocabulary will cost in memory, from counts of its files' bytes, before anything of them is believed.
+"""An upper bound on the memory of a vocabulary, from byte counts of its files, before anything in them is trusted.
 
-Owns: the bound. Does not own: reading. Invariant: what read_vocabulary allocates stays under it, whatever the files
-hold; tests hold that for real shapes and for the worst that the grammar admits.
+read_vocabulary allocates less, whatever the files contain; tests check that for real shapes and for the worst cases of
+the grammar.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""JSON read forward through a window: the large parts in batches, the small parts as values, nothing as one tree.
+"""Parse a large JSON file forward through a window: large members in batches, small ones as values, nothing as a tree.
 
-Owns: the syntax of a large JSON file, and where in the file it breaks. Does not own: what a tokenizer.json means
-(tokenizer_json.py), small files (strict_json.py).
-Invariants: what is held is a window and one batch or one value, whatever the file's size; a malformed byte in what is
-asked for is a SourceError with its position. What is passed over is only checked for brackets that match and strings
-that end.
+Memory holds a window and one batch or one value, whatever the size of the file. A malformed byte in a requested member
+is a SourceError with its position; in skipped members, only matching brackets and terminated strings are checked.
 """
 
 from __future__ import annotations

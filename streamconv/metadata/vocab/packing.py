@@ -1,6 +1,6 @@
-"""Many short strings as one text, and that text as the payload of a GGUF array.
+"""Join many short strings into one text, and encode that text as the payload of a GGUF array.
 
-Owns: joining and encoding. Invariant: a string is UTF-8, so the byte that parts two of them is in none.
+Strings are UTF-8, so the byte that separates them occurs in none.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which of llama.cpp's pre-tokenizers does what a tokenizer.json says: a table from structure to name.
+"""Which of llama.cpp's pre-tokenizers does what a tokenizer.json describes: a table from structure to name.
 
-Owns: the names, and what llama.cpp does under each. Does not own: reading the file (tokenizer_json.py).
-Invariant: a name follows from the structure alone. Token ids play no part, so added tokens and other vocabularies
-change nothing. Source: llm_tokenizer_bpe and llama_vocab::impl::load in src/llama-vocab.cpp of the llama.cpp inside
-llama-cpp-python 0.3.36. Tests hold each row against that runtime; where the two are known to differ, the row says so.
+A name depends only on the structure, not on token ids, so added tokens and other vocabularies do not change it. Tests
+compare each row with the runtime; where the two are known to differ, the row says so.
+Source: llm_tokenizer_bpe and llama_vocab::impl::load in src/llama-vocab.cpp of the llama.cpp inside llama-cpp-python
+0.3.36.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""tokenizer.model: SentencePiece's pieces, their scores and kinds, and what its normalizer does.
+"""Read tokenizer.model: SentencePiece's pieces, their scores and types, and its normalizer.
 
-Owns: reading that protobuf, of which few fields matter here. Does not own: what GGUF makes of them (token_list.py).
-Invariant: a length or a count that the file claims is believed only inside the file and below the model's rows, so time
-and memory are bounded by both. Format: sentencepiece_model.proto of https://github.com/google/sentencepiece
-(ModelProto.pieces = 1, trainer_spec = 2, normalizer_spec = 3) and the protobuf wire format.
+A length or count in the file is accepted only if it stays inside the file and below the model's rows, so both bound
+time and memory. Format: sentencepiece_model.proto of https://github.com/google/sentencepiece (ModelProto.pieces = 1,
+trainer_spec = 2, normalizer_spec = 3) and the protobuf wire format.
 """
 
 from __future__ import annotations

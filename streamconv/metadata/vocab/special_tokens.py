@@ -1,9 +1,7 @@
-"""Which ids the special tokens have, and which of them stand around a text: `tokenizer.ggml.*_token_id`, `add_*_token`.
+"""The ids of the special tokens, and which of them enclose a text: `tokenizer.ggml.*_token_id`, `add_*_token`.
 
-Owns: the precedence among the files that name special tokens. Does not own: reading them (companions.py,
-tokenizer_json.py).
-Invariants: where gguf-py's SpecialVocab finds an answer, this one is the same; an id that is written is a row of the
-model. Source: gguf-py/gguf/vocab.py of the llama.cpp inside llama-cpp-python 0.3.36.
+Decides which file takes precedence. If gguf-py's SpecialVocab finds an answer, this one is the same; an id that is
+written is a row of the model. Source: gguf-py/gguf/vocab.py of the llama.cpp inside llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The token list of a tokenizer.model: SentencePiece's pieces, and the tokens that files beside it add.
 
-Owns: which of those files wins, as in llama.cpp's converter. Does not own: what a list of tokens is (token_list.py).
-Invariant: a row that no file names stays empty; a token beyond the model's rows is left out with a warning.
+The precedence of those files is that of llama.cpp's converter. A row that no file names stays empty; a token beyond the
+model's rows is left out with a warning.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The token list as GGUF has it: a text, a type and, for SentencePiece, a score for each of the model's rows.
+"""The token list of a GGUF file: a text, a type and, for SentencePiece, a score for each row of the embedding.
 
-Owns: which token stands at which id, which type it gets, what fills the rows that have none, and that no text stands
-twice, on which llama.cpp aborts. Does not own: reading the files.
-Invariant: the list is exactly as long as the embedding has rows.
+The list is exactly as long as the embedding; rows without a token are filled. No text occurs twice, since llama.cpp
+aborts on that.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""tokenizer.json: its vocabulary, merges and added tokens read in batches, its few other parts as values.
+"""Read tokenizer.json: vocabulary, merges and added tokens in batches, the few other members as values.
 
-Owns: what the file's fields are and that they hold together: each id of its own vocabulary below the model's rows, each
-token once, each merge of known tokens. Does not own: JSON's syntax (json_stream.py), what GGUF makes of it (the
-package's other modules), the decision whether a tokenizer is supported.
-Invariant: nothing here is proportional to the file but the merges' own bytes; the vocabulary is a dict of at most
-`n_vocab` entries. Format: the serialisation of https://github.com/huggingface/tokenizers, version 1.0.
+Checks that the fields are consistent: ids of the vocabulary are below the model's rows, no token occurs twice, merges
+name known tokens. Memory is independent of the size of the file, except for the bytes of the merges; the vocabulary is
+a dict of at most `n_vocab` entries.
+Format: the serialisation of https://github.com/huggingface/tokenizers, version 1.0.
 """
 
 from __future__ import annotations
