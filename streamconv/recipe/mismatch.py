@@ -94,20 +94,26 @@ def mismatch(
         refusals: What the runtime cannot do for the model; they come first.
     """
     all_problems = [*refusals, *problems]
-    shapes = [problem for problem in all_problems if problem.code == "shape-mismatch"]
-    chosen = [problem for problem in all_problems if problem not in shapes[MAX_SHAPES_SHOWN:]][:MAX_PROBLEMS_SHOWN]
-    shown = "; ".join(problem.message for problem in chosen)
-    if len(all_problems) > len(chosen):
-        shown += f"; and {len(all_problems) - len(chosen)} more"
-    code, hint, likely = "model-unrunnable", "llama.cpp would compute another model: run it with transformers", ""
-    if problems:
-        names = config.whole.list_of("architectures", str) or []
-        code = "checkpoint-mismatch"
-        likely, hint = cause({problem.code for problem in problems}, sizes, arch, names)
+    listed_problems = [problem._asdict() for problem in all_problems]
+    folder, what, shown = config.file.parent, f"cannot be converted as {arch}", _in_short(all_problems)
+    if not problems:
+        hint = "llama.cpp would compute another model: run it with transformers"
+        return SourceError(
+            f"{what}: {shown}", file=folder, hint=hint, problems=listed_problems, code="model-unrunnable"
+        )
+    names = config.whole.list_of("architectures", str) or []
+    likely, hint = cause({problem.code for problem in problems}, sizes, arch, names)
     return SourceError(
-        f"cannot be converted as {arch}: {likely}{': ' if likely else ''}{shown}",
-        file=config.file.parent,
+        f"{what}: {likely}{': ' if likely else ''}{shown}",
+        file=folder,
         hint=hint,
-        problems=[problem._asdict() for problem in all_problems],
-        code=code,
+        problems=listed_problems,
+        code="checkpoint-mismatch",
     )
+
+
+def _in_short(problems: Sequence[Problem]) -> str:
+    shapes = [problem for problem in problems if problem.code == "shape-mismatch"]
+    chosen = [problem for problem in problems if problem not in shapes[MAX_SHAPES_SHOWN:]][:MAX_PROBLEMS_SHOWN]
+    more = f"; and {len(problems) - len(chosen)} more" if len(problems) > len(chosen) else ""
+    return "; ".join(problem.message for problem in chosen) + more

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PATH = ROOT / "docs" / "errors.md"
 ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 WARNINGS = frozenset({"RunWarning", "Caveat"})
-PROBLEMS = frozenset({"Problem", "FileProblem", "_problem", "_Unfit"})
+PROBLEMS = frozenset({"Problem", "FileProblem", "_problem", "_Unfit", "finding"})
 # Functions that raise, or describe, an error for their callers, and the class of that error.
 HELPERS = {
     "fail": "SourceError",
@@ -84,6 +84,24 @@ def without_code() -> list[str]:
                 is_handed_on = any(ast.unparse(value).rstrip("]'").endswith("code") for value in given)
                 if not is_handed_on and not _codes(call, name):
                     found.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    return found
+
+
+def unknown_helpers() -> list[str]:
+    """Functions that construct an error, a warning or a problem of a code they are given, and are not known here."""
+    known = {*ERRORS, *HELPERS, *WARNINGS, *PROBLEMS}
+    found = []
+    for path, module in modules():
+        owners = {
+            id(child): one.name for one in ast.walk(module) if isinstance(one, ast.ClassDef) for child in one.body
+        }
+        for function in (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)):
+            name = owners[id(function)] if function.name == "__init__" else function.name
+            takes = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+            calls = (call for call in _calls(_own(function)) if _name(call) in known)
+            values = (value for call in calls for value in (*call.args, *(word.value for word in call.keywords)))
+            if "code" in takes and name not in known and any(ast.unparse(value) == "code" for value in values):
+                found.append(f"{path.relative_to(ROOT)}: {name}")
     return found
 
 

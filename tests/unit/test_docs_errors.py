@@ -21,6 +21,11 @@ def test_every_error_has_a_literal_code() -> None:
     assert error_docs.without_code() == []
 
 
+def test_every_helper_that_takes_a_code_is_known() -> None:
+    """Else the page lacks the codes of its callers."""
+    assert error_docs.unknown_helpers() == []
+
+
 def test_codes_are_kebab_case() -> None:
     codes = {site.code for site in error_docs.sites()}
     assert len(codes) > 150

@@ -38,9 +38,11 @@ def find_dims(recipe: Output, config: Config, sources: Sources) -> tuple[dict[st
     if n_experts := 1 + max(experts, default=NONE):
         counted.setdefault("E", n_experts)
     dims = solve_dims(recipe, counted, _equations(sources))
-    unknown = [dim.label for name, dim in recipe.dims.items() if name not in dims]
-    what = "is not in config.json and does not follow from the tensors"
-    return dims, [Problem("dim-unknown", f"{label} {what}") for label in unknown]
+    return dims, [
+        Problem("dim-unknown", f"{dim.label} is not in config.json and does not follow from the tensors")
+        for name, dim in recipe.dims.items()
+        if name not in dims
+    ]
 
 
 def _equations(sources: Sources) -> Iterator[Equation]:
