@@ -9,13 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamconv.architectures._rope import DYNAMIC, PLAIN_UP_TO_CONTEXT
-from streamconv.recipe import F32, Alias, Caveat, Claim, Config, Dim, Key, PerLayer, Recipe, Refusal, Squeeze, Tensor
+from streamconv.recipe import (
+    BOOL,
+    F32,
+    Alias,
+    Caveat,
+    Claim,
+    Config,
+    Dim,
+    Key,
+    Model,
+    PerLayer,
+    Recipe,
+    Refusal,
+    Squeeze,
+    Tensor,
+)
 
 # Lfm2Config's defaults, and Lfm2MoeConfig's.
 ROPE_THETA, CONTEXT_LENGTH, RMS_EPSILON = 1_000_000.0, 128_000, 1e-5
 
 LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 ATTENTION, CONV = "mixer=attention", "mixer=conv"
+
+NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp applies no adapter"
+BIDIRECTIONAL = "Lfm2BidirectionalModel"  # Liquid's own class: attention and convolutions see both sides
 
 
 def ffn_width(config: Config) -> int | None:
@@ -46,6 +64,10 @@ def mixers_by_index(config: Config, n_layers: int) -> Sequence[str] | None:
     return ["attention" if i in attending else "conv" for i in range(n_layers)]
 
 
+def is_bidirectional(model: Model) -> bool:
+    return BIDIRECTIONAL in (model.config.whole.list_of("architectures", str) or ())
+
+
 DIMS = {
     "L": Dim("num_hidden_layers"),
     "V": Dim("vocab_size"),
@@ -55,6 +77,7 @@ DIMS = {
     "K": Dim("num_key_value_heads", "A"),
     "D": Dim("head_dim", "H/A"),
     "C": Dim("conv_L_cache", 3),
+    "O": Dim(lambda config: None, "H", rule="the width of the dense layer"),
 }
 
 EMBEDDING = Tensor("model.embed_tokens.weight", "token_embd.weight", "V H")
@@ -77,6 +100,9 @@ OUTPUT = (
     # Logically the output norm; llama.cpp and Ollama look for it under this name (dialects.py has the older one).
     Tensor("model.embedding_norm.weight", "token_embd_norm.weight", "H"),
     Tensor("lm_head.weight", "output.weight", "V H", required=False),
+    # Of a retrieval model, after the pooling: the width of the vectors.
+    Tensor("dense.0.linear.weight", "dense_2.weight", "O H", required=False, no_adapter=NO_ADAPTER),
+    Tensor("dense.0.linear.bias", "dense_2.bias", "O", required=False),
 )
 
 KEYS = (
@@ -92,6 +118,8 @@ KEYS = (
     Key("{arch}.attention.layer_norm_rms_epsilon", lambda model: model.config.positive("norm_eps") or RMS_EPSILON, F32),
     Key("{arch}.rope.freq_base", lambda model: model.config.rope_base(ROPE_THETA), F32),
     Key("{arch}.shortconv.l_cache", "C"),
+    Key("{arch}.attention.causal", lambda model: False if is_bidirectional(model) else None, BOOL),
+    Key("{arch}.embedding_length_out", lambda model: model.dims["O"] if model.modules.has_dense else None),
 )
 
 MIXERS = ("attention", "conv")
@@ -114,6 +142,14 @@ REFUSALS = (
     Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0),
     Refusal("heads of {D} have no two halves for RoPE to turn", lambda m: m.dims["D"] % 2 != 0),
     Refusal("conv_L_cache is {C}, and the runtime needs 2 or more", lambda m: m.dims["C"] < 2),
+    Refusal(
+        "is_causal is false of another class than Lfm2BidirectionalModel, and the runtime turns convolutions too",
+        lambda m: m.config.flag("is_causal") is False and not is_bidirectional(m),
+    ),
+    Refusal(
+        "conv_L_cache is {C}, and the runtime's convolutions over both sides need an odd number",
+        lambda m: m.dims["C"] % 2 == 0 and is_bidirectional(m),
+    ),
     Refusal("no layer attends, and the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"conv"}),
     Refusal("no layer is a convolution, and the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"attention"}),
 )
@@ -137,8 +173,8 @@ TIE_KEYS = ("tie_embedding", "tie_word_embeddings")
 
 RECIPE = Recipe(
     arch="lfm2",
-    description="LFM2 and LFM2.5, dense",
-    hf_names=("Lfm2ForCausalLM", "LFM2ForCausalLM"),
+    description="LFM2 and LFM2.5, dense; their ColBERT and embedding models",
+    hf_names=("Lfm2ForCausalLM", "LFM2ForCausalLM", BIDIRECTIONAL),
     bodies=("Lfm2Model", "LFM2Model"),
     model_type="lfm2",
     dims=DIMS,

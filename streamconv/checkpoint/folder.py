@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from streamconv.budget import Budget, mib, unbounded
 from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.modules import NO_MODULES, Modules, read_modules
 from streamconv.checkpoint.safetensors import Shard, SourceTensor, header_nbytes
 from streamconv.checkpoint.weight_sets import INDEX, INDEX_ENDING, Choice, choose_weights, indexed_set, named_set
 from streamconv.errors import BudgetError, RunWarning, SourceError
@@ -39,6 +40,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, SourceTensor] = field(repr=False)
     warnings: Sequence[RunWarning] = ()
+    modules: Modules = NO_MODULES
 
     @classmethod
     @source_failures()
@@ -78,10 +80,12 @@ class Checkpoint:
             shards = _open_shards(choice.chosen.paths, budget)
             try:
                 tensors = _merge_tables(shards, choice.index, index_file)
+                modules = read_modules(directory, budget)
             except BaseException:
                 _close(shards)
                 raise
-        return cls(directory, config, tuple(shards), tensors, choice.warnings)
+        warnings = [*choice.warnings, *modules.warnings]
+        return cls(directory, config, (*shards, *modules.shards), tensors | modules.tensors, warnings, modules)
 
     def __enter__(self) -> Self:
         return self

@@ -27,12 +27,19 @@ _MARKS = (b",", b":", b"[", b"{")
 
 def parse_object(text: bytes | bytearray, file: object, max_nbytes: int = MAX_NBYTES) -> dict[str, Any]:
     """The JSON object in `text`: UTF-8, a byte-order mark or none. SourceError naming `file` on anything else."""
+    value = _parse(text, file, max_nbytes)
+    if not isinstance(value, dict):
+        raise SourceError(f"expected a JSON object, found {type(value).__name__}", file=file, code="json-not-object")
+    return value
+
+
+def _parse(text: bytes | bytearray, file: object, max_nbytes: int) -> Any:
     if len(text) > max_nbytes:
         raise SourceError(
             f"JSON of {len(text):,} bytes is larger than {max_nbytes:,}", file=file, code="json-too-large"
         )
     try:
-        value = json.loads(
+        return json.loads(
             text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except UnicodeDecodeError as error:
@@ -43,9 +50,6 @@ def parse_object(text: bytes | bytearray, file: object, max_nbytes: int = MAX_NB
         raise _bad_json(
             text, file, f"malformed JSON: {error}", "download the file again", code="json-malformed"
         ) from None
-    if not isinstance(value, dict):
-        raise SourceError(f"expected a JSON object, found {type(value).__name__}", file=file, code="json-not-object")
-    return value
 
 
 def objects_nbytes(pieces: Iterable[bytes | bytearray]) -> int:
@@ -68,10 +72,22 @@ def load_object(
     `afford` is called with the bytes of memory that reading will take, then with those of reading and parsing, each
     before they are taken; it may raise.
     """
+    return parse_object(_load(path, max_nbytes, afford), path, max_nbytes)
+
+
+def load_list(path: Place, max_nbytes: int, *, afford: Callable[[int], None] = lambda nbytes: None) -> list[Any]:
+    """As `load_object`, of a file that holds a list."""
+    value = _parse(_load(path, max_nbytes, afford), path, max_nbytes)
+    if not isinstance(value, list):
+        raise SourceError(f"expected a JSON list, found {type(value).__name__}", file=path, code="json-not-list")
+    return value
+
+
+def _load(path: Place, max_nbytes: int, afford: Callable[[int], None]) -> bytearray:
     afford(min(file_nbytes(path), max_nbytes + 1))
     text = read_start(path, max_nbytes + 1)
     afford(len(text) + objects_nbytes([text]))
-    return parse_object(text, path, max_nbytes)
+    return text
 
 
 def load_object_if_present(path: Place) -> dict[str, Any]:

@@ -22,12 +22,15 @@ _FIXED: Final[Mapping[str, tuple[Scalar, ...]]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "leading_dense_block_count": (0,),
+    "attention.causal": (True,),
+    "pooling_type": (0,),
 }
 # Keys whose default is the value of another.
 _AS_ANOTHER: Final[Mapping[str, str]] = {
     "attention.head_count_kv": "attention.head_count",
     "rope.dimension_count": "attention.key_length",
     "rope.scaling.original_context_length": "context_length",
+    "embedding_length_out": "embedding_length",
 }
 _HEAD_SIZES: Final = ("attention.key_length", "attention.value_length")  # the width by the number of heads
 

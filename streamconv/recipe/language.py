@@ -19,6 +19,7 @@ from typing import Protocol
 from gguf.constants import GGMLQuantizationType
 
 from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.modules import NO_MODULES, Modules
 from streamconv.errors import RunWarning, SourceError
 from streamconv.ggml.policy import TensorRole
 from streamconv.gguf.format import KeyValue, PackedArray, Scalar
@@ -209,7 +210,7 @@ class Model:
     """A recipe bound to a checkpoint: every dim known, every layer of one kind on each axis, every target made.
 
     `has_config`: whether `config` is the model's; a base that is a GGUF file has none, and not all of its dims. `main`:
-    of a further output, the model that it comes with.
+    of a further output, the model that it comes with. `modules`: what sentence-transformers puts after it.
     """
 
     recipe: Output
@@ -221,6 +222,7 @@ class Model:
     has_config: bool = True
     main: Model | None = None
     stored: Mapping[str, Stored] = field(default_factory=dict, repr=False)  # by the recipe's names
+    modules: Modules = NO_MODULES
 
     @property
     def n_layers(self) -> int:
@@ -283,6 +285,8 @@ class Model:
                 result.append(KeyValue(name, key.type, value))
             else:
                 result.append(KeyValue.array(name, PackedArray.of_numbers(key.type, value)))
+        if self.modules.pooling_type is not None:  # which llama.cpp reads of every architecture
+            result.append(KeyValue.u32(f"{self.recipe.arch}.pooling_type", self.modules.pooling_type))
         return result
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
+from streamconv.checkpoint.modules import DENSE
 from streamconv.checkpoint.quantisation import check_quantisation
 from streamconv.errors import SourceError
 from streamconv.files.hub import CONFIG
@@ -26,7 +27,6 @@ from streamconv.recipe.names import match_name
 from streamconv.recipe.spelling import Spelled, Speller, spell
 
 PAGE = "docs/adding-an-architecture.md"
-EMBEDDING_SIGNS = ("modules.json", "1_Dense")  # sentence-transformers' files beside a model
 
 # What PEFT's layers and mlx-lm's keep beside the weight that they change.
 _ADAPTER = re.compile(
@@ -68,10 +68,11 @@ def recognise(checkpoint: Checkpoint, recipe: Recipe) -> Model:
 def bound(checkpoint: Checkpoint, recipe: Recipe) -> Model:
     """The checkpoint bound to `recipe`, whatever its config says of quantisation."""
     config, folder = checkpoint.config, checkpoint.directory
+    _refuse_modules(recipe, checkpoint)
     spelled = spelled_tensors(checkpoint, recipe)
     _refuse_foreign(recipe, spelled, folder)
     is_body = spelled.is_bare or bool(set(_class_names(config)) & set(recipe.bodies))
-    model = bind(recipe, config, spelled.tensors, is_body=is_body)
+    model = bind(recipe, config, spelled.tensors, is_body=is_body, modules=checkpoint.modules)
     model.warnings[:0] = spelled.warnings
     return replace(model, stored=spelled.tensors)
 
@@ -99,7 +100,7 @@ def recognise_architecture(config: Config, names: Collection[str] = ()) -> Recip
         names: Its tensors' names, to say how near an unsupported architecture is.
 
     Raises:
-        SourceError: There is none (`architecture-unsupported`), or it is an embedding model (`embedding-model`).
+        SourceError: There is none (`architecture-unsupported`).
     """
     try:
         recipe = find_recipe(config)
@@ -111,11 +112,6 @@ def recognise_architecture(config: Config, names: Collection[str] = ()) -> Recip
         hint = f"{PAGE} says how one is added; streamconv draft FOLDER writes its first draft. {error.hint}"
         what = f"{error.message}{nearest}"
         raise SourceError(what, file=error.file, hint=hint, code="architecture-unsupported") from None
-    signs = [name for name in EMBEDDING_SIGNS if (config.file.parent / name).exists()]
-    if signs and set(_class_names(config)) & set(recipe.bodies):
-        what = f"{' and '.join(_class_names(config))} with {' and '.join(signs)} beside it is an embedding model"
-        hint = "it gives vectors, not text; a generating model's folder has neither"
-        raise SourceError(what, file=config.file.parent, hint=hint, code="embedding-model")
     return recipe
 
 
@@ -154,6 +150,18 @@ def _nearest(names: Collection[str], config: Config) -> str:
     unknown = f", others such as {', '.join(list(others)[:3])}" if others else ""
     count = f"{len(names) - n_strange} of {len(names)}" if others else f"all {len(names)}"
     return f"; its tensors are nearest to {arch}'s: {count} have names of it{unknown}"
+
+
+def _refuse_modules(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """SourceError where the runtime cannot do after the model what sentence-transformers does."""
+    modules = checkpoint.modules
+    if modules.fault is not None:
+        raise modules.fault
+    for name, tensor in modules.tensors.items():
+        if recipe.find(name) is None:
+            what = f"a dense layer's {name.removeprefix(DENSE)}, for which llama.cpp has no place in {recipe.arch}"
+            hint = "run it with sentence-transformers"
+            raise SourceError(what, file=tensor.shard.path, hint=hint, code="module-unsupported")
 
 
 def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:

@@ -7,10 +7,13 @@ from tests.families.build import (
     POSITIONS,
     adapter,
     checkpoint,
+    distance,
     golden,
     logits,
+    predictions,
     record,
     run,
+    texts,
 )
 from tests.families.table import FAMILIES, Family
 
@@ -23,8 +26,11 @@ __all__ = [
     "Family",
     "adapter",
     "checkpoint",
+    "distance",
     "golden",
     "logits",
+    "predictions",
     "record",
     "run",
+    "texts",
 ]

@@ -63,7 +63,25 @@ def write_checkpoint(name: str, directory: Path) -> Path:
         for tensor, (dtype, *shape) in spec(name)["tensors"].items()
     }
     tiny.write_safetensors(directory / "model.safetensors", tensors)
+    _write_modules(name, directory)
     return directory
+
+
+def _write_modules(name: str, directory: Path) -> None:
+    """What sentence-transformers has beside a model that gives vectors."""
+    if FAMILIES[name].vectors is None:
+        return
+    shutil.copy(DATA / name / "modules.json", directory)
+    for config in DATA.glob(f"{name}/*/config.json"):
+        folder = directory / config.parent.name
+        folder.mkdir(exist_ok=True)
+        shutil.copy(config, folder)
+        if stored := spec(name)["modules"].get(folder.name):
+            tensors = {
+                tensor: tiny.Tensor.of(values(FAMILIES[name], tensor, tuple(shape)), dtype)
+                for tensor, (dtype, *shape) in stored.items()
+            }
+            tiny.write_safetensors(folder / "model.safetensors", tensors)
 
 
 def write_adapter(name: str, directory: Path) -> Path:
@@ -113,14 +131,36 @@ def golden(name: str, outtype: str) -> dict[str, Any]:
 
 
 def logits(name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """transformers' float32 logits [POSITIONS, vocab] for IDS: of the model, and with its adapter."""
+    """What transformers makes of IDS, float32: of the model, and with its adapter.
+
+    Logits [POSITIONS, vocab], or the vectors of `texts`.
+    """
     base, adapted = np.load(DATA / name / "logits.npy")
     return base, adapted
 
 
-def run(gguf: Path, adapters: Any = ()) -> NDArray[np.float64]:
-    """What llama.cpp predicts: log-probabilities [POSITIONS, vocab] for IDS, adapters applied at runtime."""
-    return runtime.next_token_logprobs(gguf, IDS, adapters, POSITIONS, n_ctx=N_CTX)
+def texts(family: Family) -> list[tuple[int, ...]]:
+    """The texts that a retrieval model makes vectors of: three, or one where each token has its own."""
+    assert family.vectors is not None
+    return [IDS] if family.vectors.pooling is None else [IDS[: position + 1] for position in POSITIONS]
+
+
+def run(name: str, gguf: Path, adapters: Any = ()) -> NDArray[np.float64]:
+    """What llama.cpp makes of IDS, adapters applied at runtime: log-probabilities [POSITIONS, vocab], or vectors."""
+    with runtime.Runtime(gguf, adapters, n_ctx=N_CTX, embeds=FAMILIES[name].vectors is not None) as model:
+        return predictions(name, model)
+
+
+def predictions(name: str, model: runtime.Runtime) -> NDArray[np.float64]:
+    """As `run`, of a model that is loaded."""
+    if FAMILIES[name].vectors is None:
+        return np.stack([model.next_logprobs(IDS[: position + 1]) for position in POSITIONS])
+    return np.concatenate([model.vectors(ids) for ids in texts(FAMILIES[name])])
+
+
+def distance(name: str, reference: NDArray[np.float32], made: NDArray[np.float64]) -> float:
+    """How far the runtime is from transformers: KL divergence of distributions, cosine distance of vectors."""
+    return runtime.kl(reference, made) if FAMILIES[name].vectors is None else runtime.distance(reference, made)
 
 
 def _factor(seed: int, name: str, shape: tuple[int, ...]) -> tiny.Float:

@@ -19,6 +19,21 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """The modules of sentence-transformers after a model, which make vectors of its hidden states.
+
+    Attributes:
+        pooling: The mode; None for vectors of all tokens.
+        dense: Rows and whether there is a bias, of each dense layer.
+        by: Who wrote modules.json: PyLate has other names for its classes.
+    """
+
+    pooling: str | None
+    dense: tuple[tuple[int, bool], ...] = ()
+    by: str = "sentence_transformers"
+
+
+@dataclass(frozen=True)
 class Family:
     """What is made and asked of one kind of checkpoint.
 
@@ -41,6 +56,8 @@ class Family:
             distribution alone, and that by `floor`, not by what llama.cpp's own file reaches.
         floor: The KL divergence that a right file reaches where llama.cpp's does not show it.
         note: What a reader of the table must know.
+        vectors: Of a retrieval model, what follows it: vectors are then compared in place of distributions, and the
+            KL divergences here are cosine distances.
     """
 
     hf_name: str
@@ -60,6 +77,7 @@ class Family:
     wrong_keys: Mapping[str, str] = field(default_factory=dict)
     floor: float = 1e-8
     note: str = ""
+    vectors: Vectors | None = None
 
 
 def dense(**settings: Any) -> dict[str, Any]:
@@ -148,6 +166,50 @@ FAMILIES: dict[str, Family] = {
         pre="lfm2",
         seed=52,
         targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj"),
+    ),
+    "lfm2-colbert": Family(
+        "Lfm2Model",
+        narrow(block_auto_adjust_ff_dim=False, conv_L_cache=3, layer_types=["conv", "full_attention", "conv"]),
+        tokenizer="lfm2",
+        pre="lfm2",
+        seed=160,
+        targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"),
+        task_type="FEATURE_EXTRACTION",
+        vectors=Vectors(None, ((96, False),), by="pylate"),
+        note="LFM2-ColBERT, causal: vectors of all tokens.",
+    ),
+    "lfm2.5-colbert": Family(
+        "Lfm2BidirectionalModel",
+        narrow(block_auto_adjust_ff_dim=False, conv_L_cache=3, layer_types=["conv", "full_attention", "conv"]),
+        tokenizer="lfm2",
+        pre="lfm2",
+        seed=161,
+        targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"),
+        task_type="FEATURE_EXTRACTION",
+        vectors=Vectors(None, ((96, False),), by="pylate"),
+        note="LFM2.5-ColBERT: each token sees both sides.",
+    ),
+    "lfm2.5-embedding": Family(
+        "Lfm2BidirectionalModel",
+        narrow(block_auto_adjust_ff_dim=False, conv_L_cache=5, layer_types=["conv", "full_attention", "conv"]),
+        tokenizer="lfm2",
+        pre="lfm2",
+        seed=162,
+        targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"),
+        task_type="FEATURE_EXTRACTION",
+        vectors=Vectors("cls"),
+        note="LFM2.5-Embedding: the vector of the first token.",
+    ),
+    "lfm2-dense": Family(
+        "Lfm2Model",
+        narrow(block_auto_adjust_ff_dim=False, conv_L_cache=3, layer_types=["conv", "full_attention", "conv"]),
+        tokenizer="lfm2",
+        pre="lfm2",
+        seed=163,
+        targets=("q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"),
+        task_type="FEATURE_EXTRACTION",
+        vectors=Vectors("mean", ((96, True),)),
+        without_llama_cpp="ignores the bias of a dense layer, and every dense layer that is not in `1_Dense`",
     ),
     "qwen2": Family("Qwen2ForCausalLM", narrow(), tokenizer="qwen2", pre="qwen2", seed=2),
     "qwen2-tied": Family(

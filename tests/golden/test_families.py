@@ -23,7 +23,7 @@ from tests.extras import tokenizers
 from tests.families.table import FAMILIES
 from tests.oracles import ggufs, runtime
 
-SUPPORTED = {name for recipe in all_recipes() for name in recipe.hf_names}
+SUPPORTED = {name for recipe in all_recipes() for name in (*recipe.hf_names, *recipe.bodies)}
 NAMES = [name for name, family in FAMILIES.items() if (family.saved_as or family.hf_name) in SUPPORTED]
 COMPARED = [name for name in NAMES if FAMILIES[name].without_llama_cpp is None]
 
@@ -53,10 +53,10 @@ class Workshop:
         return path
 
     def _predictions(self, name: str) -> tuple[Any, dict[str, list[int]]]:
-        """Log-probabilities of the F32 file, and its tokens of each text."""
-        with runtime.Runtime(self.gguf(name), n_ctx=families.N_CTX) as model:
-            logprobs = [model.next_logprobs(families.IDS[: position + 1]) for position in families.POSITIONS]
-            return logprobs, {text: model.tokenize(text) for text in cases.TEXTS}
+        """What the F32 file makes of the prompt, and its tokens of each text."""
+        embeds = FAMILIES[name].vectors is not None
+        with runtime.Runtime(self.gguf(name), n_ctx=families.N_CTX, embeds=embeds) as model:
+            return families.predictions(name, model), {text: model.tokenize(text) for text in cases.TEXTS}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def allowed(name: str, key: str = "kl") -> float:
-    """The KL divergence from transformers that a right file keeps to."""
+    """The distance from transformers that a right file keeps to."""
     own = families.record(name)[key]
     if FAMILIES[name].wrong_keys or not isinstance(own, float):
         return FAMILIES[name].floor
@@ -92,23 +92,24 @@ def test_every_key_of_llama_cpps_has_its_value(workshop: Workshop, name: str) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_run_time_predicts_what_transformers_does(workshop: Workshop, name: str) -> None:
-    logprobs, _ = workshop.predictions(name)
-    assert runtime.kl(families.logits(name)[0], logprobs) < allowed(name)
+    made, _ = workshop.predictions(name)
+    assert families.distance(name, families.logits(name)[0], made) < allowed(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_run_time_predicts_what_peft_does(workshop: Workshop, name: str, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter.gguf"
     streamconv.convert_adapter(workshop.adapter(name), workshop.source(name), adapter, outtype="f32")
-    logprobs = families.run(workshop.gguf(name), [(adapter, 1.0)])
-    assert runtime.kl(families.logits(name)[1], logprobs) < allowed(name, "adapter_kl")
+    made = families.run(name, workshop.gguf(name), [(adapter, 1.0)])
+    assert families.distance(name, families.logits(name)[1], made) < allowed(name, "adapter_kl")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_merged_adapter_is_the_applied_one(workshop: Workshop, name: str, tmp_path: Path) -> None:
     merged = tmp_path / "merged.gguf"
     streamconv.convert(workshop.source(name), merged, outtype="f32", adapters=[workshop.adapter(name)])
-    assert runtime.kl(families.logits(name)[1], families.run(merged)) < max(allowed(name), allowed(name, "adapter_kl"))
+    distance = families.distance(name, families.logits(name)[1], families.run(name, merged))
+    assert distance < max(allowed(name), allowed(name, "adapter_kl"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ reference is that of half an adapter.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,48 @@ def logits(
         model = model.merge_and_unload()
     with torch.inference_mode():
         return np.asarray(model(torch.tensor([list(ids)])).logits[0].float().numpy())
+
+
+def hidden_states(
+    checkpoint: Path, ids: Sequence[int], adapter: Path | None = None, *, merge: bool = False, kind: Any
+) -> NDArray[Any]:
+    """What a model without a head makes of `ids`, float32 [len(ids), hidden]; with `merge` as in `logits`."""
+    model = load(checkpoint, adapter, kind)
+    if merge:
+        model = model.merge_and_unload()
+    with torch.inference_mode():
+        return np.asarray(model(input_ids=torch.tensor([list(ids)])).last_hidden_state[0].float().numpy())
+
+
+class Lfm2BidirectionalModel(transformers.Lfm2Model):
+    """Liquid's retrieval models: LFM2 whose attention has no mask, and whose convolutions are centred.
+
+    transformers 5.24 has no such class; the arithmetic is that of llama.cpp's lfm2.cpp where causal_attn is false.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.layers:
+            if hasattr(layer, "conv"):
+                layer.conv.forward = functools.partial(_centred, layer.conv)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        n = input_ids.shape[1]
+        mask = {"full_attention": torch.zeros(1, 1, n, n), "conv": None}
+        return super().forward(input_ids=input_ids, attention_mask=mask, use_cache=False)
+
+
+def _centred(conv: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Lfm2ShortConv without its padding on the left."""
+    b, c, x = conv.in_proj(hidden_states).transpose(-1, -2).chunk(3, dim=-2)
+    weight = conv.conv.weight
+    y = torch.nn.functional.conv1d(b * x, weight, padding=weight.shape[-1] // 2, groups=len(weight))
+    return torch.as_tensor(conv.out_proj((c * y).transpose(-1, -2)))
+
+
+def class_of(name: str) -> Any:
+    """The class of transformers, or of this module."""
+    return globals().get(name) or getattr(transformers, name)
 
 
 def merged(checkpoint: Path, adapter: Path) -> dict[str, NDArray[np.float32]]:

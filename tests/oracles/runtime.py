@@ -30,13 +30,25 @@ FORCING = 1000.0  # a logit bias that decides the sampled token and that reporte
 
 
 class Runtime:
-    """A model loaded by llama.cpp, adapters applied at runtime; a context manager. RuntimeError if it is refused."""
+    """A model loaded by llama.cpp, adapters applied at runtime; a context manager. RuntimeError if it is refused.
 
-    def __init__(self, gguf: Path | str, adapters: Adapters = (), *, n_ctx: int = 512, verbosity: int = -1) -> None:
+    With `embeds` it gives vectors in place of tokens, by the pooling that the file names.
+    """
+
+    def __init__(
+        self,
+        gguf: Path | str,
+        adapters: Adapters = (),
+        *,
+        n_ctx: int = 512,
+        verbosity: int = -1,
+        embeds: bool = False,
+    ) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = str(gguf)
         params.n_ctx = n_ctx
         params.n_parallel = 1
+        params.embedding = embeds
         params.warmup = False
         params.verbosity = verbosity
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -48,7 +60,10 @@ class Runtime:
         # A sampled token that is no complete UTF-8 comes without probabilities, so an ASCII one is sampled always.
         self._forced = self.tokenize("A")[-1]
         # A server that is dropped before its loop runs waits for it forever; an answer proves that it runs.
-        self._top([0], 1)
+        if embeds:
+            self.vectors([0, 1])
+        else:
+            self._top([0], 1)
 
     def __enter__(self) -> Runtime:
         return self
@@ -61,14 +76,25 @@ class Runtime:
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text`; special tokens are found in it, and BOS is put before it only with `add_special`."""
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        tokens: list[int] = self._post("tokenize", body)["tokens"]
+        return tokens
+
+    def vectors(self, ids: Sequence[int]) -> NDArray[np.float64]:
+        """Vectors [1, width] of a text, or [tokens, width] where the file names no pooling; not normalised."""
+        answer = self._post("embedding", {"content": list(ids), "embd_normalize": -1})
+        return np.array(answer[0]["embedding"], dtype=np.float64)
+
+    def scores(self, query: str, documents: Sequence[str]) -> list[float]:
+        """How well each document answers the query, by a file that ranks; texts stand in the file's own template."""
+        results = self._post("rerank", {"query": query, "documents": list(documents)})["results"]
+        return [entry["relevance_score"] for entry in sorted(results, key=lambda entry: entry["index"])]
+
+    def _post(self, route: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            f"{self._server.listening_address}/{route}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with self._opener.open(request) as response:
-            tokens: list[int] = json.load(response)["tokens"]
-        return tokens
+            return json.load(response)
 
     def next_logprobs(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Natural log-probabilities [vocab] of the token after `ids`."""
@@ -149,9 +175,19 @@ class Outcome:
     log: str
 
 
-def load(gguf: Path | str, adapters: Adapters = ()) -> Outcome:
+def distance(reference: ArrayLike, vectors: ArrayLike) -> float:
+    """The largest cosine distance of vectors [n, width] that are as long as the reference's; more where they are not.
+
+    Half the square of their relative difference, in float64.
+    """
+    p, q = np.asarray(reference, dtype=np.float64), np.asarray(vectors, dtype=np.float64)
+    assert p.shape == q.shape, (p.shape, q.shape)
+    return float(np.max(np.sum((p - q) ** 2, axis=-1) / np.sum(p**2, axis=-1))) / 2
+
+
+def load(gguf: Path | str, adapters: Adapters = (), *, embeds: bool = False) -> Outcome:
     """Load and run `gguf` in another process, since llama.cpp aborts on some files instead of refusing them."""
-    arguments = [str(gguf), *(f"{path}={scale}" for path, scale in adapters)]
+    arguments = ["vectors" if embeds else "tokens", str(gguf), *(f"{path}={scale}" for path, scale in adapters)]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "tests.oracles.runtime", *arguments],
@@ -164,14 +200,15 @@ def load(gguf: Path | str, adapters: Adapters = ()) -> Outcome:
     return Outcome({0: "loaded", 3: "refused"}.get(done.returncode, "died"), done.stdout + done.stderr)
 
 
-def _main(gguf: str, *adapters: str) -> int:
+def _main(what: str, gguf: str, *adapters: str) -> int:
     pairs = [(path, float(scale)) for path, _, scale in (adapter.rpartition("=") for adapter in adapters)]
     try:
-        runtime = Runtime(gguf, pairs, verbosity=1)
+        runtime = Runtime(gguf, pairs, verbosity=1, embeds=what == "vectors")
     except RuntimeError as error:
         print(error)
         return 3
-    runtime.next_logprobs([0, 1])
+    if what == "tokens":
+        runtime.next_logprobs([0, 1])
     return 0
 
 

@@ -125,10 +125,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digest(directory: Path) -> str:
-    """sha256 of a directory's JSON files and tensors, whatever the shards and the order inside a file."""
+    """sha256 of a directory's JSON files and tensors, whatever the shards and the order inside a file; folders too."""
     state = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+        if path.is_dir():
+            state.update(path.name.encode() + b"\0" + digest(path).encode())
+        elif path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             state.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     for name, tensor in sorted(tensors_of(directory).items()):
         state.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode() + hashlib.sha256(tensor.data).digest())

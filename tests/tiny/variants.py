@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.tiny.files import NOTHING, Tensor, tensors_of, write_json, write_safetensors, write_shards
+from tests.tiny.files import NOTHING, Tensor, noise, tensors_of, write_json, write_safetensors, write_shards
 
 Rename = Callable[[str], str]
 
@@ -97,3 +97,25 @@ def configured(folder: Path, name: str = "config.json", **settings: Any) -> Path
     path = folder / name
     write_json(path, json.loads(path.read_text()) | settings)
     return folder
+
+
+def as_retrieval(folder: Path, *modules: tuple[str, Mapping[str, Any]], **settings: Any) -> Path:
+    """The checkpoint with sentence-transformers' modules after it: kind and config of each, and keys of config.json.
+
+    A dense layer gets random numbers, in F32.
+    """
+    listed = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    for number, (kind, config) in enumerate(modules, 1):
+        path = f"{number}_{kind}"
+        (folder / path).mkdir()
+        write_json(folder / path / "config.json", config)
+        if kind == "Dense":
+            n_out, n_in = config["out_features"], config["in_features"]
+            tensors = {"linear.weight": Tensor.of(noise(path, (n_out, n_in), 0.1), "F32")}
+            if config.get("bias", True):
+                tensors["linear.bias"] = Tensor.of(noise(f"{path}.bias", (n_out,), 0.1), "F32")
+            write_safetensors(folder / path / "model.safetensors", tensors)
+        kind_name = f"sentence_transformers.models.{kind}"
+        listed.append({"idx": number, "name": str(number), "path": path, "type": kind_name})
+    write_json(folder / "modules.json", listed)
+    return configured(folder, **settings)

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-import transformers
 from numpy.typing import NDArray
 
 from tests import cases, families, tiny
-from tests.families import build, tokenizers
+from tests.families import Family, build, tokenizers
 from tests.oracles import ggufs, reference, runtime
-from tests.tools import llama_cpp
+from tests.tools import llama_cpp, vectors
 from tests.tools import quantize as quantizer
 
 # What adapter_config.json says of the machine that made it.
@@ -97,8 +96,7 @@ def check(name: str) -> str:
     committed = families.record(name)
     for key in ("digest", "adapter_digest", "llamacpp"):
         assert record[key] == committed[key], key
-    base, adapted = families.logits(name)
-    distance = max(runtime.kl(a, runtime.normalized(b)) for a, b in zip((base, adapted), logits, strict=True))
+    distance = max(_between(name, a, b) for a, b in zip(families.logits(name), logits, strict=True))
     assert distance < 1e-9, distance
     return _line(record)
 
@@ -106,7 +104,7 @@ def check(name: str) -> str:
 def _save_shapes(name: str, folder: Path, scratch: Path) -> None:
     """config.json, adapter_config.json and spec.json, of a model and an adapter that their libraries save."""
     family = families.FAMILIES[name]
-    kind: Any = getattr(transformers, family.hf_name)
+    kind: Any = reference.class_of(family.hf_name)
     settings = {
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -129,6 +127,9 @@ def _save_shapes(name: str, folder: Path, scratch: Path) -> None:
         adapter["target_modules"].sort()  # PEFT has a set
     tiny.write_json(folder / "adapter_config.json", adapter | dict.fromkeys(_MACHINE))
     spec = {"tensors": _shapes(scratch / "model"), "adapter": _shapes(scratch / "adapter")}
+    if family.vectors is not None:
+        vectors.save(family.vectors, model.config.hidden_size, getattr(torch, family.dtype), scratch / "model")
+        spec["modules"] = vectors.keep(scratch / "model", folder)
     text = json.dumps(spec, separators=(",", ":")).replace('],"', '],\n"') + "\n"
     (folder / "spec.json").write_text(text, encoding="utf-8")
 
@@ -142,22 +143,36 @@ def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.fl
     family = families.FAMILIES[name]
     src = build.write_checkpoint(name, scratch / name)
     adapter = build.write_adapter(name, scratch / "adapter")
-    kind: Any = getattr(transformers, family.hf_name)
-    logits = [reference.logits(src, families.IDS, kind=kind, adapter=path) for path in (None, adapter)]
-    merged = reference.logits(src, families.IDS, kind=kind, adapter=adapter, merge=True)
-    assert runtime.kl(logits[1], runtime.normalized(merged)) < 1e-9, "merged is not applied"
-    change = runtime.kl(logits[0], runtime.normalized(logits[1]))
+    logits = [_outputs(family, src, path) for path in (None, adapter)]
+    merged = _outputs(family, src, adapter, merge=True)
+    assert _between(name, logits[1], merged) < 1e-9, "merged is not applied"
+    change = _between(name, logits[0], logits[1])
     assert change > 1e-5, f"the adapter changes next to nothing: {change}"
-    kept = np.stack(logits)[:, list(families.POSITIONS)].astype(np.float32)
+    kept = np.stack(logits).astype(np.float32)
     made = llama_cpp.convert_all(src, scratch, cases.OUTTYPES, pre=family.pre)
     record = {
         "digest": tiny.digest(src),
         "adapter_digest": tiny.digest(adapter),
         "llamacpp": ggufs.packed({outtype: _golden(file) for outtype, file in made.items()}),
-        "kl": _distance(kept[0], made["f32"]),
+        "kl": _distance(name, kept[0], made["f32"]),
     }
-    record["adapter_kl"] = _adapter_distance(kept[1], made["f32"], adapter, src, scratch, family.pre)
+    record["adapter_kl"] = _adapter_distance(name, kept[1], made["f32"], adapter, src, scratch)
     return record, kept
+
+
+def _outputs(family: Family, src: Path, adapter: Path | None, *, merge: bool = False) -> NDArray[np.float32]:
+    """What transformers, and sentence-transformers' modules after it, make of the prompt."""
+    kind = reference.class_of(family.hf_name)
+    if family.vectors is None:
+        logits = reference.logits(src, families.IDS, kind=kind, adapter=adapter, merge=merge)
+        return np.asarray(logits[list(families.POSITIONS)], np.float32)
+    hidden = (reference.hidden_states(src, ids, adapter, merge=merge, kind=kind) for ids in families.texts(family))
+    return np.concatenate([vectors.apply(src, states) for states in hidden])
+
+
+def _between(name: str, one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    is_text = families.FAMILIES[name].vectors is None
+    return families.distance(name, one, runtime.normalized(other) if is_text else np.asarray(other, np.float64))
 
 
 def _golden(made: Path | str) -> dict[str, Any]:
@@ -168,24 +183,26 @@ def _golden(made: Path | str) -> dict[str, Any]:
     return golden
 
 
-def _distance(logits: NDArray[np.float32], made: Path | str, adapters: Any = ()) -> float | str:
-    """The KL divergence of llama.cpp's own file from transformers, or why there is none."""
+def _distance(name: str, logits: NDArray[np.float32], made: Path | str, adapters: Any = ()) -> float | str:
+    """The distance of llama.cpp's own file from transformers, or why there is none."""
     if isinstance(made, str):
         return made
-    outcome = runtime.load(made, adapters)
+    outcome = runtime.load(made, adapters, embeds=families.FAMILIES[name].vectors is not None)
     if outcome.status != "loaded":
         return f"{outcome.status}: {outcome.log.strip().splitlines()[-1]}"
-    return runtime.kl(logits, families.run(made, adapters))
+    found = families.run(name, made, adapters)
+    same = found.shape == logits.shape
+    return families.distance(name, logits, found) if same else f"gives {list(found.shape)}, not {list(logits.shape)}"
 
 
 def _adapter_distance(
-    logits: NDArray[np.float32], base: Path | str, adapter: Path, src: Path, scratch: Path, pre: str | None
+    name: str, logits: NDArray[np.float32], base: Path | str, adapter: Path, src: Path, scratch: Path
 ) -> float | str:
     try:
-        made = llama_cpp.convert_lora(adapter, src, scratch / "adapter.gguf", pre=pre)
+        made = llama_cpp.convert_lora(adapter, src, scratch / "adapter.gguf", pre=families.FAMILIES[name].pre)
     except llama_cpp.ConverterError as error:
         return str(error)
-    return _distance(logits, base, [(made, 1.0)])
+    return _distance(name, logits, base, [(made, 1.0)])
 
 
 def _tensors(record: Mapping[str, Any]) -> Any:

@@ -182,15 +182,6 @@ def test_other_names_of_the_class(tmp_path: Path, name: str) -> None:
     assert (codes, file.golden()) == ([], plain.golden())
 
 
-@pytest.mark.parametrize("sign", ["modules.json", "1_Dense/config.json"])
-@pytest.mark.parametrize(("builder", "name"), [(tiny.lfm2, "Lfm2Model"), (tiny.llama, "LlamaModel")])
-def test_an_embedding_model_is_named(tmp_path: Path, sign: str, builder: Callable[..., Path], name: str) -> None:
-    source = configured(builder(tmp_path / "model"), architectures=[name])
-    (source / sign).parent.mkdir(exist_ok=True)
-    (source / sign).write_text("[]")
-    assert refused(source, tmp_path / "out.gguf").code == "embedding-model"
-
-
 # ---------------------------------------------------------------- mlx-lm
 
 

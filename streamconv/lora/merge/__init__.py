@@ -51,7 +51,7 @@ def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> 
         step = step.then(Step(step.weights, list(outgrown(step.weights))))
     tokenizers, findings = find_tokenizers(step.weights, checkpoint.directory, adapters)
     _refuse(adapters, [*step.findings, *findings])
-    merged = bind(model.recipe, merged_config(step.weights), step.weights.table)
+    merged = bind(model.recipe, merged_config(step.weights), step.weights.table, modules=model.modules)
     return Merged(merged, tokenizers, tuple(adapters), options, tuple(step.warnings))
 
 

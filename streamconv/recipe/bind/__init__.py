@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.modules import NO_MODULES, Modules
 from streamconv.errors import RunWarning
 from streamconv.lazy.arithmetic import widened
 from streamconv.lazy.leaves import Resident
@@ -35,12 +36,14 @@ def bind(
     main: Model | None = None,
     *,
     is_body: bool = False,
+    modules: Modules = NO_MODULES,
 ) -> Model:
     """The recipe with every dim, kind and tensor of a checkpoint.
 
     Args:
         main: Of a further output, the model that it comes with.
         is_body: The model was saved without its head, so that one that is not tied is incomplete.
+        modules: What sentence-transformers does after the model, which then needs no head.
 
     Raises:
         SourceError: listing all disagreements at once.
@@ -48,7 +51,7 @@ def bind(
     config = recipe.config_of(config)
     sources, of_names = match_names(recipe, config, stored)
     dims, of_dims = find_dims(recipe, config, sources)
-    model = Model(recipe, config, dims, main=main)
+    model = Model(recipe, config, dims, main=main, modules=modules)
     misfits = check_shapes(model, sources)
     kinds, of_kinds = settle_kinds(model, sources)
     model = replace(model, kinds=kinds)

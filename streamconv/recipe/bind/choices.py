@@ -145,12 +145,17 @@ def missing_flags(model: Model, choices: Sequence[Choice]) -> Iterator[RunWarnin
 
 
 def check_head(model: Model, sources: Sources, *, is_body: bool) -> tuple[list[Problem], list[RunWarning]]:
-    """A head that is stored is always written; a config that says there is one must have it."""
+    """A head that is stored is always written; a config that says there is one must have it.
+
+    A model that gives vectors needs none.
+    """
     recipe = model.recipe
     if not recipe.head:
         return [], []
     has_head, stated = recipe.head in sources.found, recipe.stated_tie(model.config)
     tied = recipe.tied_by_default if stated is None else stated
+    if not has_head and model.modules.is_given:
+        return [], []
     if not has_head and not tied and (stated is not None or is_body):
         what = f"the config says untied and there is no {recipe.head}: an incomplete checkpoint"
         return [Problem("head-missing", what)], []

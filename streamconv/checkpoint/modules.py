@@ -1,0 +1,232 @@
+"""sentence-transformers' modules beside a model: what becomes of its hidden states, as vectors of texts or of tokens.
+
+modules.json lists them in the order in which they are applied: the model itself, pooling, dense layers. Owns: reading
+them, and refusing by name what no GGUF file says. Does not own: which architecture has a place for them (recipe/).
+
+Sources: sentence-transformers 6.2.0 (base/modules/dense.py, sentence_transformer/modules/pooling.py), PyLate's Dense,
+and llama.cpp's build_pooling and build_dense_out, which apply dense layers after the pooling. A dense layer is linear
+here, so that it may stand before the mean or the choice of a token as well as behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from streamconv.budget import Budget
+from streamconv.checkpoint.safetensors import Shard, SourceTensor
+from streamconv.checkpoint.weight_sets import WHOLE
+from streamconv.errors import RunWarning, SourceError
+from streamconv.files.hub import CONFIG
+from streamconv.files.store import Place
+from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_list, load_object
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+OLD_SETTINGS = "sentence_bert_config.json"
+DENSE = "dense."  # before the names of dense layers' tensors: dense.0.linear.weight of the first
+
+# LLAMA_POOLING_TYPE_* of sentence-transformers' modes.
+POOLING = {"mean": 1, "cls": 2, "lasttoken": 3}
+
+# The flags that stand for modes in files of versions before 5.6; without any, it is the mean.
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_IDENTITY = "Identity"
+_OUTSIDE = ("Dropout", "MultiVectorMask")  # nothing when a model is used; which vectors count, which the caller decides
+_HINT = "llama.cpp would give other vectors: run it with sentence-transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """What follows the model, by its folder's modules.json.
+
+    Attributes:
+        is_given: Whether there is such a file: the model then gives vectors, not text.
+        pooling: One of POOLING; None where vectors of all tokens remain.
+        tensors: Of the dense layers, as dense.0.linear.weight.
+        shards: The files that hold them.
+        warnings: What of the modules a caller has to do, since no GGUF file says it.
+        fault: Why no GGUF file can say what they do.
+    """
+
+    is_given: bool = False
+    pooling: str | None = None
+    tensors: dict[str, SourceTensor] = field(default_factory=dict, repr=False)
+    shards: tuple[Shard, ...] = ()
+    warnings: tuple[RunWarning, ...] = ()
+    fault: SourceError | None = None
+
+    @property
+    def has_dense(self) -> bool:
+        return bool(self.tensors)
+
+    @property
+    def pooling_type(self) -> int | None:
+        """As llama.cpp counts them."""
+        return None if self.pooling is None else POOLING[self.pooling]
+
+
+NO_MODULES = Modules()
+
+
+def read_modules(directory: Place, budget: Budget) -> Modules:
+    """The modules beside the model in `directory`; what is wrong with them is in `fault`.
+
+    Raises:
+        BudgetError: The files that say it do not fit.
+    """
+    reader = _Reader(directory, budget)
+    try:
+        return reader.read()
+    except SourceError as error:
+        reader.close()
+        return Modules(is_given=True, fault=error)
+    except BaseException:
+        reader.close()
+        raise
+
+
+class _Reader:
+    """One run of `read_modules`; exists to close what it opened."""
+
+    def __init__(self, directory: Place, budget: Budget) -> None:
+        self.directory, self.budget = directory, budget
+        self.file = directory / MODULES
+        self.pooling: str | None = None
+        self.shards: list[Shard] = []
+        self.tensors: dict[str, SourceTensor] = {}
+        self.warnings: list[RunWarning] = []
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.close()
+
+    def read(self) -> Modules:
+        if not self.file.exists():
+            if any((self.directory / f"{number}_Dense").is_dir() for number in (1, 2, 3)):
+                raise SourceError(
+                    f"has dense layers, and no {MODULES} that says how they are used",
+                    file=self.directory,
+                    hint=f"download {MODULES} too, or remove their folders to convert the model alone",
+                    code="modules-missing",
+                )
+            return NO_MODULES
+        modules = [self._module(entry) for entry in load_list(self.file, MAX_CONFIG_NBYTES, afford=self._afford)]
+        if not modules or modules[0][0] != "Transformer":
+            raise self._not_modules("does not begin with a Transformer")
+        is_normalized = False
+        for kind, full_name, folder in modules[1:]:
+            if kind == "Normalize":
+                is_normalized = True  # the runtime's callers do that, or not, as they choose
+            elif kind in ("Pooling", "Dense") and is_normalized:
+                raise self._beyond(f"{kind} after Normalize")
+            elif kind == "Pooling":
+                self._read_pooling(folder)
+            elif kind == "Dense":
+                self._read_dense(folder, full_name)
+            elif kind not in _OUTSIDE:
+                raise self._beyond(f"a module {kind}")
+        self._read_settings()
+        return Modules(True, self.pooling, self.tensors, tuple(self.shards), tuple(self.warnings))
+
+    def _module(self, entry: object) -> tuple[str, str, Place]:
+        """Kind, class and folder of an entry of modules.json."""
+        path, full_name = (entry.get("path"), entry.get("type")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(path, str) or not isinstance(full_name, str) or not full_name:
+            raise self._not_modules("has an entry without a type or a path")
+        if "\0" in path or path.startswith("/") or ".." in path.replace("\\", "/").split("/"):
+            raise self._not_modules(f"names {path!r:.80}, which is not a folder beside it")
+        return full_name.rpartition(".")[2], full_name, self.directory / path if path else self.directory
+
+    def _read_pooling(self, folder: Place) -> None:
+        config = self._config(folder)
+        said = config.get("pooling_mode")
+        if said is None:
+            said = [mode for flag, mode in _FLAGS.items() if config.get(flag) is True] or ["mean"]
+        modes = [said] if isinstance(said, str) else said
+        if self.pooling is not None or not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLING:
+            shown = " and ".join(map(str, modes)) if isinstance(modes, list) else repr(modes)
+            what = "a second pooling" if self.pooling else f"pooling {shown:.80}"
+            raise self._beyond(what, folder, f"the runtime has {', '.join(POOLING)}")
+        self.pooling = modes[0]
+        if config.get("include_prompt") is False:
+            message = (
+                "the tokens of a prompt are no part of sentence-transformers' pooling, and of the runtime's they are"
+            )
+            self.warnings.append(RunWarning("prompt-pooled", message))
+
+    def _read_dense(self, folder: Place, full_name: str) -> None:
+        config, number = self._config(folder), sum(name.endswith(".linear.weight") for name in self.tensors)
+        activation = config.get("activation_function")
+        if activation is None:
+            activation = _IDENTITY if full_name.startswith("pylate.") else "Tanh"  # the classes' own defaults
+        if not isinstance(activation, str) or activation.rpartition(".")[2] != _IDENTITY:
+            raise self._beyond(f"a dense layer with {activation!s:.80}", folder, "the runtime's are linear")
+        if config.get("use_residual"):
+            raise self._beyond("a dense layer with a residual", folder, "the runtime's has none")
+        if not (folder / WHOLE).exists():
+            raise _no_weights(folder)
+        shard = Shard(folder / WHOLE, self.budget)
+        self.shards.append(shard)
+        self._check_sizes(config, shard)
+        for name, tensor in shard.tensors.items():
+            self.tensors[f"{DENSE}{number}.{name}"] = replace(tensor, name=f"{DENSE}{number}.{name}")
+
+    def _check_sizes(self, config: Mapping[str, Any], shard: Shard) -> None:
+        weight = shard.tensors.get("linear.weight")
+        if weight is None:
+            raise SourceError("no linear.weight", file=shard.path, hint="download it again", code="no-weights")
+        stated = [config.get("out_features"), config.get("in_features")]
+        if any(one is not None and [one] != [found] for one, found in zip(stated, weight.shape, strict=False)):
+            what = f"has shape {list(weight.shape)}, and {CONFIG} beside it says {stated}"
+            hint = "download both again"
+            raise SourceError(what, file=shard.path, tensor=weight.name, hint=hint, code="shape-mismatch")
+
+    def _read_settings(self) -> None:
+        """What is done with texts before the model sees them."""
+        settings, old = (self._optional(name) for name in (SETTINGS, OLD_SETTINGS))
+        prompts = settings.get("prompts")
+        said = dict(prompts) if isinstance(prompts, dict) else {}
+        said |= {name: settings.get(name) for name in ("query_prefix", "document_prefix")}
+        shown = [f"{name} {text!r:.60}" for name, text in said.items() if isinstance(text, str) and text]
+        if shown:
+            more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+            message = f"a GGUF file has no place for the prompts that stand before texts: {', '.join(shown[:4])}{more}"
+            self.warnings.append(RunWarning("prompts-left-out", message))
+        if old.get("do_lower_case") is True:
+            message = "sentence-transformers puts texts in lower case first, and the runtime does not"
+            self.warnings.append(RunWarning("lower-case", message))
+
+    def _optional(self, name: str) -> Mapping[str, Any]:
+        path = self.directory / name
+        return load_object(path, MAX_CONFIG_NBYTES, afford=self._afford) if path.exists() else {}
+
+    def _config(self, folder: Place) -> Mapping[str, Any]:
+        path = folder / CONFIG
+        if not path.exists():
+            raise SourceError("the module's config is missing", file=path, hint="download it too", code="module-config")
+        return load_object(path, MAX_CONFIG_NBYTES, afford=self._afford)
+
+    def _afford(self, nbytes: int) -> None:
+        self.budget.check("the JSON of its modules", nbytes, file=self.directory)
+
+    def _not_modules(self, what: str) -> SourceError:
+        return SourceError(what, file=self.file, hint="download it again", code="modules-malformed")
+
+    def _beyond(self, what: str, folder: Place | None = None, why: str = "no GGUF file says that") -> SourceError:
+        return SourceError(f"{what}: {why}", file=folder or self.file, hint=_HINT, code="module-unsupported")
+
+
+def _no_weights(folder: Place) -> SourceError:
+    if (folder / "pytorch_model.bin").exists():
+        hint = "save the model again with sentence-transformers"
+        return SourceError("only pickled weights, which are never loaded here", file=folder, hint=hint, code="pickled")
+    return SourceError(f"no {WHOLE}", file=folder, hint="download it as well", code="no-weights")
