@@ -23,6 +23,8 @@ from streamconv.ggml.outtypes import AUTO, OUTTYPES, WORDS, canonical
 from streamconv.timing import Profile, Stopwatch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from streamconv.files.hub import Source
     from streamconv.ggml.mixes import MixOptions
     from streamconv.lora.specs import AdapterSpec
@@ -393,8 +395,10 @@ class RunOptions(_Options):
 
     force: bool = option(
         False,
-        "replace an existing OUT, once the new file is complete; what lies beside it too",
-        commands=MAKE,
+        {
+            **dict.fromkeys(MAKE, "replace an existing OUT, once the new file is complete; what lies beside it too"),
+            "verify": "replace an existing picture",
+        },
         group="output",
         changes_bytes=False,
     )
@@ -430,6 +434,22 @@ class RunOptions(_Options):
         "read the result back and compare it with the source",
         commands=MAKE,
         group="run",
+        changes_bytes=False,
+    )
+    error: bool = option(
+        False,
+        "measure instead of comparing: the relative RMS error of each tensor against the source, worst first",
+        commands=("verify",),
+        key=None,
+        changes_bytes=False,
+    )
+    plot: str | Path | None = option(
+        None,
+        "a picture of these errors, a PNG; needs the plot extra",
+        kind=Kind.DESTINATION,
+        commands=("verify",),
+        metavar="FILE",
+        key=None,
         changes_bytes=False,
     )
     sha256: bool = option(

@@ -40,6 +40,47 @@ class PlannedTensor:
     changed_by: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TensorRelativeError:
+    """How far a tensor of a file is from its source.
+
+    Attributes:
+        name: in the file.
+        type: of the file's tensor, as `Q4_K`.
+        n_elements: its weights.
+        nbytes: of its data in the file.
+        relative_rms: sqrt(sum of squared errors / sum of squared weights); None where that is not a number, because
+            either holds a NaN or an infinity, or the source is all zeros and the file is not.
+    """
+
+    name: str
+    type: str
+    n_elements: int
+    nbytes: int
+    relative_rms: float | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.n_elements
+
+
+@dataclass(frozen=True, slots=True)
+class RelativeErrors:
+    """How far a file is from its source: `verify(..., error=True)`.
+
+    Attributes:
+        relative_rms: sqrt(sum of squared errors / sum of squared weights) over all tensors; None as for one.
+        tensors: all of them, the worst first.
+    """
+
+    relative_rms: float | None
+    tensors: tuple[TensorRelativeError, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(one.nbytes for one in self.tensors) / max(1, sum(one.n_elements for one in self.tensors))
+
+
 @dataclass(slots=True)
 class Report:
     """What a run did, or in a dry run would do (`plan` is set then).
@@ -47,7 +88,8 @@ class Report:
     Attributes:
         resumed_nbytes: of the outputs, that an earlier run had written.
         adapters: those that are merged into a model.
-        beside: manifests and a Modelfile that lie beside the outputs.
+        beside: manifests and a Modelfile that lie beside the outputs; a picture.
+        errors: of `verify(..., error=True)`: how far the file is from its source.
     """
 
     command: str
@@ -69,6 +111,7 @@ class Report:
     warnings: list[RunWarning] = field(default_factory=list)
     plan: Sequence[PlannedTensor] | None = None
     memory: Mapping[str, Any] | None = None
+    errors: RelativeErrors | None = None
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +143,8 @@ class Report:
             result["plan"] = [_planned(row) for row in self.plan]
         if self.memory is not None:
             result["memory"] = dict(self.memory)
+        if self.errors is not None:
+            result["errors"] = _errors(self.errors)
         return result
 
 
@@ -118,6 +163,23 @@ def _planned(row: PlannedTensor) -> dict[str, Any]:
     if row.changed_by:
         entry["changed_by"] = list(row.changed_by)
     return entry
+
+
+def _errors(errors: RelativeErrors) -> dict[str, Any]:
+    return {
+        "relative_rms": errors.relative_rms,
+        "bits_per_weight": round(errors.bits_per_weight, 4),
+        "tensors": [
+            {
+                "name": one.name,
+                "type": one.type,
+                "n_elements": one.n_elements,
+                "nbytes": one.nbytes,
+                "relative_rms": one.relative_rms,
+            }
+            for one in errors.tensors
+        ],
+    }
 
 
 def error_to_json(error: StreamconvError) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.imatrix import ImportanceMatrix
 from streamconv.ggml.mixes import MIXES, MixedTensor, ModelFacts, choose_types
 from streamconv.ggml.outtypes import OUTTYPES
+from streamconv.ggml.policy import StoredTypes
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.reader import GGUFFile, Span, refuse
 from streamconv.gguf.shard import GGUFShard
@@ -104,8 +105,12 @@ def plan_quantized(
     wanted: OutputOptions,
     budget: Budget,
     imatrix: ImportanceMatrix | None = None,
+    stored: StoredTypes | None = None,
 ) -> Job:
     """Everything that decides the output's bytes; no weight is read.
+
+    Args:
+        stored: the types of the file that the job is compared with, in place of an outtype.
 
     Raises:
         SourceError: a file is damaged, or has a type that is only quantised again with `allow_requantize`.
@@ -116,39 +121,46 @@ def plan_quantized(
     if architecture is None or first.scalar("general.type", str) == "adapter":
         raise SourceError("is not a model", file=first.path, hint="name the model's own file", code="not-a-model")
     shards = {file.path: GGUFShard(file) for file in files.files}
-    mix, keys = MIXES[wanted.outtype], list(_keys(first, budget))
-    stored = {name: (file, tensor) for name, (file, tensor) in files.tensors.items()}
-    own = [MixedTensor(name, one.shape, _type_of(one.type, first, name)) for name, (_, one) in stored.items()]
-    facts = ModelFacts.of_keys(lambda name: entry.value if (entry := first.keys.get(name)) else None)
-    choices = choose_types(mix, own, facts, options=wanted.mix, has_importance=imatrix is not None)
+    keys = list(_keys(first, budget))
+    own = [MixedTensor(name, one.shape, _type_of(one.type, first, name)) for name, (_, one) in files.tensors.items()]
+    if stored is not None:
+        outtype, file_type, types = stored.outtype, stored.file_type, {one.name: stored.of(one) for one in own}
+    else:
+        facts = ModelFacts.of_keys(lambda name: entry.value if (entry := first.keys.get(name)) else None)
+        outtype, file_type = wanted.outtype, int(MIXES[wanted.outtype].file_type)
+        choices = choose_types(MIXES[outtype], own, facts, options=wanted.mix, has_importance=imatrix is not None)
+        types = {name: choice.type for name, choice in choices.items()}
     told = imatrix.check({one.name: one.shape for one in own}) if imatrix else []
     budget.reserve("plan", (SOURCE_NBYTES + TARGET_NBYTES) * len(own), file=first.path)
     tensors = []
     for one in own:
-        file, tensor = stored[one.name]
-        type_ = choices[one.name].type
+        file, tensor = files.tensors[one.name]
+        type_ = types[one.name]
         spec = TensorSpec(one.shape, TYPES[one.type].dtype)
         rows: LazyTensor = StoredRows(one.name, shards[file.path], tensor.offset, spec)
         if type_ != one.type and spec.dtype not in FLOATS:
-            rows = _dequantised(rows, one, wanted, file)
+            if stored is None and not wanted.allow_requantize:
+                raise _requantised(one, file)
+            rows = Dequantise(rows, one.type)
         weights = imatrix.columns(one.name, one.shape) if imatrix and type_ in BLOCK_TYPES else None
         tensors.append(PlacedTensor(one.name, rows, (one.name,), type_, weights))
-    require_importance(wanted.outtype, tensors)
-    keys += [KeyValue.u32("general.quantization_version", _VERSION), KeyValue.u32("general.file_type", mix.file_type)]
+    if stored is None:
+        require_importance(outtype, tensors)
+    keys += [KeyValue.u32("general.quantization_version", _VERSION), KeyValue.u32("general.file_type", file_type)]
     keys += imatrix.metadata() if imatrix else ()
     name = _model_name(Path(str(first.path)).stem)
-    path = output_path(dst, f"{name}-{wanted.outtype.upper()}.gguf", name=name, outtype=wanted.outtype)
+    path = output_path(dst, f"{name}-{outtype.upper()}.gguf", name=name, outtype=outtype)
     return Job(
         command="quantize",
         keys=keys,
         parts=make_parts(path, keys, tensors, wanted.parts),
         architecture=architecture,
         dialect=wanted.dialect,
-        outtype=wanted.outtype,
+        outtype=outtype,
         shards=tuple(shards.values()),
         configs=(),
         options={
-            "outtype": wanted.outtype,
+            "outtype": outtype,
             "types": str(wanted.mix),
             "imatrix": imatrix.fingerprint if imatrix else "",
         },
@@ -167,15 +179,11 @@ def _type_of(type_: GGMLQuantizationType | None, file: GGUFFile, name: str) -> G
     return type_
 
 
-def _dequantised(rows: LazyTensor, one: MixedTensor, wanted: OutputOptions, file: GGUFFile) -> LazyTensor:
-    """The numbers of a quantised tensor, where it may be quantised a second time."""
-    if not wanted.allow_requantize:
-        message = (
-            f"is {one.type.name} already: quantised a second time, it loses more than a file of the original would"
-        )
-        hint = "quantise the F16 or BF16 file, or say --allow-requantize"
-        raise SourceError(message, file=file.path, tensor=one.name, hint=hint, code="requantize")
-    return Dequantise(rows, one.type)
+def _requantised(one: MixedTensor, file: GGUFFile) -> SourceError:
+    """The error for a quantised tensor that may not be quantised a second time."""
+    message = f"is {one.type.name} already: quantised a second time, it loses more than a file of the original would"
+    hint = "quantise the F16 or BF16 file, or say --allow-requantize"
+    return SourceError(message, file=file.path, tensor=one.name, hint=hint, code="requantize")
 
 
 def _keys(file: GGUFFile, budget: Budget) -> Iterator[KeyValue]:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, replace
 from pathlib import Path
+from typing import TypedDict
 
 from streamconv.api.convert_lora import open_adapter_job
-from streamconv.api.convert_model import open_model_job
+from streamconv.api.convert_model import open_imatrix, open_model_job
+from streamconv.api.quantize_file import plan_quantized
 from streamconv.budget import Budget, resident_nbytes
+from streamconv.check.errors import measure_errors, measurer_nbytes
+from streamconv.check.picture import PICTURE_NBYTES, draw_errors, require_matplotlib
 from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import UsageError
-from streamconv.files.hub import Source
+from streamconv.files.hub import Source, find_source
+from streamconv.files.local import noting_files
 from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.policy import StoredTypes, stored_outtype
 from streamconv.gguf.names import LLAMA_CPP
@@ -28,10 +34,12 @@ from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.base import stated_source_of
 from streamconv.lora.specs import AdapterSpec
 from streamconv.options import OutputOptions, RunOptions, documented
-from streamconv.report import Output, Report
+from streamconv.output.destination import Place, check_folder, resolve, write_bytes
+from streamconv.report import Output, RelativeErrors, Report, TypeTotal
 
 
 @documented("verify")
+@noting_files()
 @memory_failures()
 def verify(
     out: str | Path,
@@ -44,6 +52,9 @@ def verify(
     tokenizer: str = "auto",
     imatrix: Source | None = None,
     dialect: str = LLAMA_CPP,
+    error: bool = False,
+    plot: str | Path | None = None,
+    force: bool = False,
     max_memory: int | str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -53,49 +64,106 @@ def verify(
 
     Args:
         out: the file, or the first of a split: its tensors in any order and in any type that can be made here.
-        source: the checkpoint that it was made of, or the adapter that was written as a file of its own.
+        source: the checkpoint that it was made of, or a GGUF file of that; the adapter that was written as a file of
+            its own.
         {options}
 
     Returns:
-        What the file holds, which is what its source says.
+        What the file holds, which is what its source says; with `error` or `plot` how far it is from that (`errors`),
+        whatever its types are and whether it was made with an importance matrix or not.
 
     Raises:
-        VerifyError: the first difference.
+        VerifyError: the first difference; with `error` or `plot` only other tensors, or other shapes.
+        DestinationError: the picture is there already, without `force`, or cannot be written.
         StreamconvError: the file, or its source, cannot be read.
         Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted, started = RunOptions.of(locals()), OutputOptions.of(locals()), time.monotonic()
-    budget = Budget(options.limit_nbytes)
+    budget, measures = Budget(options.limit_nbytes), error or plot is not None
+    of_models = {"--adapter": adapters or None, "--pre": pre, "--imatrix": imatrix}
     outputs, stored, architecture, is_adapter = _read(
-        out, {"--base": base, "--scale": scale}, {"--adapter": adapters or None, "--pre": pre, "--imatrix": imatrix}
+        out, {"--base": base, "--scale": scale}, of_models, measures=measures
     )
     if is_adapter and base is None:
         base = stated_source_of(source)
-    with (
-        open_model_job(source, out, wanted, budget, adapters, stored)
-        if base is None
-        else open_adapter_job(source, base, out, wanted, budget, scale, stored)
-    ) as whole:
+    picture = _picture_place(plot, budget, force=force) if plot is not None else None
+    as_made = replace(stored, types={}) if measures else stored  # as numbers, F32
+    with _open_job(source, base, out, wanted, budget, adapters, scale, as_made) as whole:
         job = _of_file(whole, architecture)
-        proof = prove_comparison([*job.steps], budget, threads=options.n_threads)
-        warnings = compare(
-            job,
-            [output.path for output in outputs],
-            threads=proof.workers,
-            progress=options.progress,
-            cancelled=options.cancelled,
+        steps, paths = [*job.steps], [output.path for output in outputs]
+        if picture is not None:
+            picture = resolve(picture.path, job.sources)
+        proof = prove_comparison(
+            steps, budget, threads=options.n_threads, comparer=measurer_nbytes(steps) if measures else None
         )
+        how: _How = {"threads": proof.workers, "progress": options.progress, "cancelled": options.cancelled}
         report = replace(job, companions=()).report()
-    report.warnings += warnings
-    report.command, report.verified = "verify", True
+        if measures:
+            report.errors = measure_errors(job, paths, **how)
+            report.types = _totals(report.errors)
+        else:
+            report.warnings += compare(job, paths, **how)
+            report.verified = True
+    report.command = "verify"
     report.output, report.outputs = Path(out), [replace(output, role=job.role) for output in outputs]
+    if report.errors is not None and picture is not None:
+        write_bytes(picture, draw_errors(report.errors, Path(out).name), replaces=force)
+        report.beside = [picture.path]
     report.seconds = time.monotonic() - started
     report.peak_rss_nbytes, report.memory = resident_nbytes()[1], proof.memory
     return report
 
 
+class _How(TypedDict):
+    threads: int
+    progress: Callable[[int, int], None] | None
+    cancelled: Callable[[], Exception | None]
+
+
+@contextmanager
+def _open_job(
+    source: Source,
+    base: Source | None,
+    out: str | Path,
+    wanted: OutputOptions,
+    budget: Budget,
+    adapters: Sequence[AdapterSpec],
+    scale: float | None,
+    stored: StoredTypes,
+) -> Iterator[Job]:
+    """The job of a checkpoint, of an adapter, or of a GGUF file."""
+    if base is not None:
+        with open_adapter_job(source, base, out, wanted, budget, scale, stored) as job:
+            yield job
+    elif isinstance(source, str | Path) and Path(source).suffix == ".gguf" and not adapters:
+        with open_imatrix(wanted.imatrix) as imatrix, GGUFSet.open(find_source(source)) as files:
+            yield plan_quantized(files, out, wanted, budget, imatrix, stored)
+    else:
+        with open_model_job(source, out, wanted, budget, adapters, stored) as job:
+            yield job
+
+
+def _picture_place(plot: str | Path, budget: Budget, *, force: bool) -> Place:
+    """Where the picture goes; what cannot be written, or drawn, is said before anything is measured."""
+    require_matplotlib()
+    place = resolve(Path(plot))
+    if not force:
+        place.refuse_existing()
+    check_folder(place)
+    budget.reserve("picture", PICTURE_NBYTES)
+    return place
+
+
+def _totals(errors: RelativeErrors) -> dict[str, TypeTotal]:
+    found: dict[str, TypeTotal] = {}
+    for one in errors.tensors:
+        n_tensors, nbytes = astuple(found.get(one.type, TypeTotal(0, 0)))
+        found[one.type] = TypeTotal(n_tensors + 1, nbytes + one.nbytes)
+    return dict(sorted(found.items()))
+
+
 def _read(
-    out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object]
+    out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object], *, measures: bool
 ) -> tuple[list[Output], StoredTypes, str | None, bool]:
     """The files of the set at `out`, the types of its tensors, its architecture, and whether it is an adapter.
 
@@ -108,7 +176,7 @@ def _read(
         stored = _types(found)
         imatrix = _imatrix_of(found.files[0], stored)
         architecture = found.files[0].scalar("general.architecture", str)
-    if not is_adapter and of_models["--imatrix"] is None and imatrix is not None:
+    if not (is_adapter or measures) and of_models["--imatrix"] is None and imatrix is not None:
         hint = "give it with --imatrix FILE, as it was given then"
         raise UsageError(f"was made with an importance matrix, {imatrix}", file=out, hint=hint, code="imatrix-missing")
     for option, value in (of_models if is_adapter else of_adapters).items():

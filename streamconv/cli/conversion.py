@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_options, src_path
-from streamconv.cli.output import progress_of, say, show_report, shown_progress, tell_warnings
+from streamconv.cli.output import error_lines, progress_of, say, show_report, shown_progress, tell_warnings
 from streamconv.errors import DestinationError
 from streamconv.options import arguments
 
@@ -81,12 +81,17 @@ def add_verify(commands: Any) -> None:
         commands,
         "verify",
         help="compare a GGUF file, by whatever tool, with its source",
-        description="Make every tensor again from its source and compare; exit 6 names the first difference.",
+        description="Make every tensor again from its source and compare; exit 6 names the first difference. "
+        "With --error, measure how far the file is from its source instead, to choose a type.",
         epilog="example:\n  streamconv verify LFM2-1.2B-Q8_0.gguf --source LFM2-1.2B\n\n" + EXIT_CODES,
     )
     parser.add_argument("out", metavar="OUT", type=src_path, help="the GGUF file")
     parser.add_argument(
-        "--source", metavar="SRC", type=src_path, required=True, help="the checkpoint or adapter it was made of"
+        "--source",
+        metavar="SRC",
+        type=src_path,
+        required=True,
+        help="the checkpoint, GGUF file or adapter it was made of",
     )
     add_options(parser, "verify")
     parser.set_defaults(run=_verify)
@@ -119,7 +124,14 @@ def _verify(options: argparse.Namespace) -> int:
     tell_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
-    elif not options.quiet:
+    elif options.quiet:
+        return 0
+    elif report.errors is not None:
+        for line in error_lines(report.output, report.errors):
+            say(line)
+        for path in report.beside:
+            say(f"wrote {path}")
+    else:
         say(f"{report.output}: all {report.n_tensors} tensors are what {options.source} says ({report.seconds:.1f} s)")
     return 0
 

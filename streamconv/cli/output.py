@@ -20,7 +20,7 @@ from streamconv.budget import in_words
 from streamconv.errors import DestinationError, printable
 
 if TYPE_CHECKING:
-    from streamconv.report import PlannedTensor, Report
+    from streamconv.report import PlannedTensor, RelativeErrors, Report
 
 MIB = 1 << 20
 BAR: Final = "{l_bar}{bar}| {done} of {whole} [{elapsed}<{remaining}, {speed}/s]"
@@ -247,6 +247,27 @@ def next_command(report: Report, base: Path | None) -> str | None:
     number = re.search(r"-(\d{5})-of-\d{5}\.gguf$", first.path.name)
     is_whole = number is None or (int(number[1]) == 1 and others)
     return f"llama-cli -m {shlex.quote(str(first.path))}" if first.role == "model" and is_whole else None
+
+
+def error_lines(path: Path, errors: RelativeErrors) -> Iterator[str]:
+    """The errors of a file and of its tensors, the worst first; tensors without one are counted."""
+    yield f"{path}: relative RMS error {_figure(errors.relative_rms)}, {errors.bits_per_weight:.2f} bits per weight"
+    shown = [one for one in errors.tensors if one.relative_rms != 0]
+    width = max((len(one.type) for one in shown), default=0)
+    for one in shown:
+        yield f"{_figure(one.relative_rms):>10}  {one.type:<{width}}  {one.name}"
+    if n := len(errors.tensors) - len(shown):
+        yield f"{n} tensor{'s have' if n > 1 else ' has'} no error"
+
+
+def _figure(relative_rms: float | None) -> str:
+    return (
+        "not finite"
+        if relative_rms is None
+        else f"{relative_rms:.6f}"
+        if relative_rms >= 1e-4
+        else f"{relative_rms:.2e}"
+    )
 
 
 def _size(nbytes: int) -> str:

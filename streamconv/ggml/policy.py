@@ -182,9 +182,10 @@ class StoredTypes:
     types: Mapping[str, tuple[tuple[int, ...], T]]
 
     def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
-        return [self._stored(role) for role in roles]
+        return [self.of(role) for role in roles]
 
-    def _stored(self, role: TensorRole) -> T:
+    def of(self, role: TensorRole | MixedTensor) -> T:
+        """The type of one tensor."""
         found = (self.types[name] for name in spellings(role.name) if name in self.types)
         shape, type_ = next(found, ((), T.F32))
         return type_ if shape == role.shape and type_ in VERIFIABLE else T.F32

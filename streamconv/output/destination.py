@@ -223,11 +223,15 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
 
 
 def write_text(place: Place, text: str, *, replaces: bool) -> None:
-    """`text` in a small file: all of it or, where this fails, what was there before.
+    """`text` in a small file, as `write_bytes` writes it."""
+    write_bytes(place, text.encode(), replaces=replaces)
 
-    Raises DestinationError; also where there is a file with other text, unless `replaces`.
+
+def write_bytes(place: Place, data: bytes, *, replaces: bool) -> None:
+    """`data` in a small file: all of it or, where this fails, what was there before.
+
+    Raises DestinationError; also where there is a file with other bytes, unless `replaces`.
     """
-    data = text.encode()
     with failures(place.path), suppress(FileNotFoundError):
         if place.path.stat().st_size == len(data) and place.path.read_bytes() == data:
             return  # written by the run that this one resumes

@@ -92,6 +92,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
         *say("convert", nan, "-o", folder / "nan.gguf", "--json", "--verify"),
         *say("lora", adapter, "--base", source, "-o", lora, "--json"),
         *say("verify", out, "--source", source, "--json"),
+        *say("verify", out, "--source", source, "--error", "--json"),
     ]
     errors = [
         *say("convert", source, "-o", out, "--json"),

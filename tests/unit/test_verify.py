@@ -574,7 +574,7 @@ def test_comparing_takes_what_it_declares(
     writer.write_tensors_to_file()
     writer.close()
     with GGUFFile.open(out) as file:
-        pair = compare._pair(tensor, file, file.tensors["x"], outtype)
+        pair = compare._pair(tensor, file, file.tensors["x"])
         work = Workspace(Scratch(peak_nbytes(tensor, pair.slab_rows)), codecs.REFERENCE)
         declared = compare._worker_nbytes(tensor) - peak_nbytes(tensor, pair.slab_rows)
         gguf.dequantize(np.zeros(34, np.uint8), Q8_0)  # what is imported or cached once

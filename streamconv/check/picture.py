@@ -1,0 +1,71 @@
+"""A picture of a file's errors: one point a tensor, by layer, a line for each kind of tensor.
+
+matplotlib is the `plot` extra; without pyplot, which would keep state and look for a screen.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from importlib.util import find_spec
+from typing import Any, Final
+
+from streamconv.budget import MIB
+from streamconv.errors import UsageError
+from streamconv.report import RelativeErrors, TensorRelativeError
+
+# What matplotlib and a figure add to the resident set. Measured: 43 MiB.
+PICTURE_NBYTES: Final = 64 * MIB
+
+_LAYER: Final = re.compile(r"(?:^|\.)blk\.(\d+)\.(.*)")
+_MARKERS: Final = "os^Dv<>pP*Xh"
+_NO_LAYER: Final = -1.5  # where what belongs to no layer stands
+
+
+def require_matplotlib() -> None:
+    """UsageError where the `plot` extra is missing."""
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs the plot extra", hint='pip install ".[plot]"', code="extra-missing")
+
+
+def draw_errors(errors: RelativeErrors, title: str) -> bytes:
+    """The picture as PNG; tensors without an error are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [one for one in errors.tensors if one.relative_rms]
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots()
+    _draw(axes, shown)
+    total = "not finite" if errors.relative_rms is None else f"{errors.relative_rms:.3g}"
+    axes.set_title(f"{title}: relative RMS error {total}, {errors.bits_per_weight:.2f} bits per weight", fontsize=10)
+    file = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
+def _draw(axes: Any, shown: list[TensorRelativeError]) -> None:
+    by_kind: dict[str, list[tuple[float, TensorRelativeError]]] = defaultdict(list)
+    for one in shown:
+        layer = _LAYER.search(one.name)
+        place, kind = (float(layer[1]), layer[2]) if layer else (_NO_LAYER, one.name)
+        by_kind[kind.removesuffix(".weight")].append((place, one))
+    markers = dict(zip(sorted({one.type for one in shown}), _MARKERS * 4, strict=False))
+    for number, (kind, points) in enumerate(sorted(by_kind.items())):
+        points.sort(key=lambda point: point[0])
+        colour = f"C{number % 10}"
+        heights = [one.relative_rms for _, one in points]
+        axes.plot([place for place, _ in points], heights, color=colour, linewidth=0.8, alpha=0.6)
+        axes.plot([], [], color=colour, linewidth=3, label=kind)
+        for place, one in points:
+            axes.plot([place], [one.relative_rms], color=colour, marker=markers[one.type], markersize=5)
+    for type_, marker in markers.items():
+        axes.plot([], [], color="#555555", marker=marker, linestyle="", label=type_)
+    axes.set_xlabel(f"layer (at {_NO_LAYER:g}: tensors of no layer)")
+    axes.set_ylabel("relative RMS error")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    if shown:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
