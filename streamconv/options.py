@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from streamconv.files.hub import Source
     from streamconv.ggml.mixes import MixOptions
     from streamconv.lora.specs import AdapterSpec
+    from streamconv.recipe.registry import RecipeSource
 
 Command = Literal["convert", "lora", "verify"]
 MAKE: Final = ("convert", "lora", "quantize")  # the commands that write a file
@@ -52,6 +53,7 @@ class Kind(Enum):
     DESTINATION = auto()  # a path
     TEXTS = auto()  # any number of them
     ADAPTERS = auto()  # PATH or PATH=WEIGHT, any number of them
+    FILES = auto()  # paths, any number of them
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,15 @@ class SourceOptions(_Options):
         kind=Kind.NUMBER,
         commands=("lora", "verify"),
         metavar="S",
+    )
+    recipes: Sequence[RecipeSource] = option(
+        (),
+        "a Python file with the recipe of an architecture, which is run; may be repeated",
+        kind=Kind.FILES,
+        commands=("convert", "lora", "verify"),
+        flag="--recipe",
+        metavar="FILE",
+        key="recipe",
     )
 
 
@@ -576,8 +587,9 @@ def arguments(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(split.get("max_nbytes"), str):
             split["max_nbytes"] = parse_size(split["max_nbytes"])
         values["split"] = SplitOptions(**split)
-    if isinstance(values.get("tensor_type"), str):  # of a jobs file
-        values["tensor_type"] = [values["tensor_type"]]
+    for name in ("tensor_type", "recipes"):
+        if isinstance(values.get(name), str):  # of a jobs file
+            values[name] = [values[name]]
     if "adapters" in values:
         from streamconv.lora.specs import parse_adapter
 

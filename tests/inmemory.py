@@ -20,7 +20,8 @@ from streamconv.lazy.leaves import Resident
 from streamconv.lazy.node import LazyTensor, Workspace, peak_nbytes, read
 from streamconv.lazy.scratch import Scratch
 from streamconv.recipe.bind import bind
-from streamconv.recipe.language import Model, Recipe, find_recipe
+from streamconv.recipe.language import Model, Recipe
+from streamconv.recipe.registry import find_recipe
 from tests import tiny
 
 CONFIG = Path("model") / "config.json"

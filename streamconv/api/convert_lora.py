@@ -37,6 +37,7 @@ from streamconv.lora.resolve import LoraModule, Resolved, refuse, resolve
 from streamconv.metadata.modelcard import read_general
 from streamconv.options import OutputOptions, RunOptions, documented, not_a_choice
 from streamconv.output.destination import output_path
+from streamconv.recipe.registry import RecipeSource, identity_of, using_recipes
 from streamconv.report import Report
 from streamconv.timing import Profile
 
@@ -52,6 +53,7 @@ def convert_adapter(
     dst: str | Path | None = None,
     *,
     scale: float | None = None,
+    recipes: Sequence[RecipeSource] = (),
     outtype: str = "auto",
     dialect: str = LLAMA_CPP,
     name: str | None = None,
@@ -89,9 +91,10 @@ def convert_adapter(
     if wanted.outtype != AUTO and OUTTYPES[wanted.outtype].is_mix:
         raise not_a_choice("outtype", outtype, command="lora")
     _check_legacy(dialect, {"--outtype": None if outtype == "auto" else outtype, "--scale": scale, "--name": name})
-    budget = Budget(options.limit_nbytes, compares=options.verify)
-    with open_adapter_job(adapter, base, dst, wanted, budget, scale) as job:
-        return run(job, options, budget)
+    with using_recipes(recipes):
+        budget = Budget(options.limit_nbytes, compares=options.verify)
+        with open_adapter_job(adapter, base, dst, wanted, budget, scale) as job:
+            return run(job, options, budget)
 
 
 @contextmanager
@@ -165,7 +168,12 @@ def _plan(
         shards=(source.shard,),
         configs=(source.config,),
         base=base.path,
-        options={"outtype": wanted.outtype, "dialect": LLAMA_CPP, "base and scales": _digest(folded.pairs)},
+        options={
+            "outtype": wanted.outtype,
+            "dialect": LLAMA_CPP,
+            "base and scales": _digest(folded.pairs),
+            **identity_of(base.model.recipe),
+        },
         warnings=[*resolved.warnings, *general.warnings, *_switched_off(resolved.modules)],
     )
 
@@ -196,7 +204,7 @@ def _plan_legacy(
         shards=(source.shard,),
         configs=(source.config,),
         base=base.path,
-        options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A"))},
+        options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A")), **identity_of(base.model.recipe)},
         warnings=[*resolved.warnings, *legacy.warnings],
     )
 

@@ -40,6 +40,7 @@ from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind_outputs
 from streamconv.recipe.language import Model, Recipe
 from streamconv.recipe.recognise import open_checkpoint, recognise, recognise_architecture
+from streamconv.recipe.registry import RecipeSource, identity_of, using_recipes
 from streamconv.report import Report
 from streamconv.timing import Profile
 
@@ -62,6 +63,7 @@ def convert(
     dst: str | Path | None = None,
     *,
     adapters: Sequence[AdapterSpec] = (),
+    recipes: Sequence[RecipeSource] = (),
     pre: str | None = None,
     tokenizer: str = "auto",
     outtype: str = "auto",
@@ -103,9 +105,10 @@ def convert(
         Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
-    budget = Budget(options.limit_nbytes, compares=options.verify)
-    with open_model_job(src, dst, wanted, budget, adapters) as job:
-        return run(job, options, budget)
+    with using_recipes(recipes):
+        budget = Budget(options.limit_nbytes, compares=options.verify)
+        with open_model_job(src, dst, wanted, budget, adapters) as job:
+            return run(job, options, budget)
 
 
 @contextmanager
@@ -213,6 +216,7 @@ def plan_model(
             "types": str(wanted.mix),
             "imatrix": imatrix.fingerprint if imatrix else "",
             **merged.options,
+            **identity_of(recipe),
         },
         defaults=model.defaults(),
         warnings=[

@@ -8,7 +8,7 @@ a SourceError; one that can be parsed but has defects is shown with its problems
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from streamconv.lora.files import WEIGHTS as ADAPTER_WEIGHTS
 from streamconv.lora.files import LoraFile
 from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
 from streamconv.recipe.recognise import recognise, recognise_architecture
+from streamconv.recipe.registry import RecipeSource, using_recipes
 
 SCHEMA: Final = 1
 MAX_LISTED: Final = 1024  # a longer array is given as its length and first values
@@ -147,12 +148,20 @@ class Inspection:
         }
 
 
-def inspect(source: Source) -> Inspection:
+def inspect(source: Source, *, recipes: Sequence[RecipeSource] = ()) -> Inspection:
     """What is at `source`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
-    or one .safetensors file. SourceError where nothing of it can be read."""
+    or one .safetensors file.
+
+    Args:
+        recipes: Python files with recipes, which are run, or recipes.
+
+    Raises:
+        SourceError: nothing of it can be read.
+    """
     path = find_source(source)
     try:
-        return _reader_of(path)(path, Budget(default_limit_nbytes()))
+        with using_recipes(recipes):
+            return _reader_of(path)(path, Budget(default_limit_nbytes()))
     except OSError as error:
         raise SourceError(
             f"cannot be read: {error.strerror}", file=error.filename or path, code="cannot-read"

@@ -23,6 +23,7 @@ from streamconv.gguf.format import align
 from streamconv.lora.specs import AdapterSpec, open_adapters
 from streamconv.options import OutputOptions
 from streamconv.recipe.language import Model
+from streamconv.recipe.registry import RecipeSource, using_recipes
 
 SCHEMA: Final = 1
 
@@ -77,18 +78,20 @@ class Quants:
 
 @noting_files()
 @memory_failures()
-def quants(src: Source, *, adapters: Sequence[AdapterSpec] = ()) -> Quants:
+def quants(src: Source, *, adapters: Sequence[AdapterSpec] = (), recipes: Sequence[RecipeSource] = ()) -> Quants:
     """The size of a checkpoint's file in every outtype; no weight is read.
 
     Args:
         src: as for `convert`.
         adapters: that would be merged.
+        recipes: Python files with recipes, which are run, or recipes.
 
     Raises:
         StreamconvError: the checkpoint cannot be converted at all.
     """
     budget = Budget(default_limit_nbytes())
     with (
+        using_recipes(recipes),
         open_adapters(adapters, budget) as opened,
         Checkpoint.open(find_source(src), budget=budget) as checkpoint,
     ):

@@ -35,6 +35,7 @@ from streamconv.lora.base import stated_source_of
 from streamconv.lora.specs import AdapterSpec
 from streamconv.options import OutputOptions, RunOptions, documented
 from streamconv.output.destination import Place, check_folder, resolve, write_bytes
+from streamconv.recipe.registry import RecipeSource, using_recipes
 from streamconv.report import Output, RelativeErrors, Report, TypeTotal
 
 
@@ -48,6 +49,7 @@ def verify(
     adapters: Sequence[AdapterSpec] = (),
     base: Source | None = None,
     scale: float | None = None,
+    recipes: Sequence[RecipeSource] = (),
     pre: str | None = None,
     tokenizer: str = "auto",
     imatrix: Source | None = None,
@@ -88,7 +90,10 @@ def verify(
         base = stated_source_of(source)
     picture = _picture_place(plot, budget, force=force) if plot is not None else None
     as_made = replace(stored, types={}) if measures else stored  # as numbers, F32
-    with _open_job(source, base, out, wanted, budget, adapters, scale, as_made) as whole:
+    with (
+        using_recipes(recipes),
+        _open_job(source, base, out, wanted, budget, adapters, scale, as_made) as whole,
+    ):
         job = _of_file(whole, architecture)
         steps, paths = [*job.steps], [output.path for output in outputs]
         if picture is not None:

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePath
@@ -196,6 +196,8 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
     for key in ("base", "adapter", "imatrix"):
         if key in given:
             given[key] = _absolute(given[key], folder)
+    if "recipe" in given:
+        given["recipe"] = [str(folder / file) for file in _listed(given["recipe"])]
     for match in matches:
         if entry.get("command") == "lora" and "base" not in entry:
             given["base"] = _stated_base(match)
@@ -258,21 +260,26 @@ def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
         )
     outtype = job.outtype
     if outtype == "auto" and {"outtype", "ftype"} & set(names) and job.command != "lora":
-        outtype = _resolved(Path(job.source))
+        outtype = _resolved(Path(job.source), job.given().get("recipe") or ())
     values = {"name": job.name, "outtype": outtype, "ftype": outtype}
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 
-def _resolved(source: Path) -> str:
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _resolved(source: Path, recipes: Sequence[str]) -> str:
     """What auto means for a checkpoint; "auto" where it cannot be read, which its job will report."""
     from streamconv.api.convert_model import auto_outtype
     from streamconv.checkpoint.folder import Checkpoint
     from streamconv.errors import StreamconvError
     from streamconv.files.hub import find_source
     from streamconv.recipe.recognise import recognise, recognise_architecture
+    from streamconv.recipe.registry import using_recipes
 
     try:
-        with Checkpoint.open(find_source(source)) as checkpoint:
+        with using_recipes(recipes), Checkpoint.open(find_source(source)) as checkpoint:
             recipe = recognise_architecture(checkpoint.config)
             return auto_outtype(checkpoint, recognise(checkpoint, recipe))
     except (StreamconvError, OSError):
@@ -294,7 +301,11 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
             )
         kind = OPTIONS[key].option.kind if key in OPTIONS else Kind.TEXT
         types = _TYPES.get(kind, (str,))
-        if kind is Kind.TEXTS and isinstance(value, list) and all(isinstance(text, str) for text in value):
+        if (
+            kind in (Kind.TEXTS, Kind.FILES)
+            and isinstance(value, list)
+            and all(isinstance(text, str) for text in value)
+        ):
             continue
         if type(value) not in types:
             raise UsageError(f"{where}: {key} must be {_TYPE_NAMES[types[0]]}", file=path, code="jobs-value")

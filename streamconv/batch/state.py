@@ -121,7 +121,8 @@ def _digest(job: JobSpec) -> str:
     """Of everything that decides a job's result: its options, and size and time of every file that it reads."""
     options = {key: value for key, value in job.given().items() if key not in _WITHOUT_EFFECT}
     adapter = parse_adapter(job.adapter)[0] if job.adapter else None
-    sources = [find_path(source) for source in (job.source, job.base, adapter, job.given().get("imatrix")) if source]
+    others = (job.given().get("imatrix"), *(job.given().get("recipe") or ()))
+    sources = [find_path(source) for source in (job.source, job.base, adapter, *others) if source]
     stamps = _stamps(str(path) for source in sources for path in _files(source))
     return hashlib.sha256(json.dumps([FORMAT_VERSION, options, stamps], sort_keys=True).encode()).hexdigest()
 

@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from streamconv.cli.options import EXIT_CODES, add_command, add_verbose, positive, src_path
-from streamconv.cli.output import say
-from streamconv.errors import SourceError, UsageError
+from streamconv.cli.options import EXIT_CODES, add_command, add_recipes, add_verbose, positive, src_path
+from streamconv.cli.output import say, tell
+from streamconv.errors import SourceError, UsageError, printable
 
 SCHEMA = 1  # of `architectures --json`
 LIBRARIES = ("numpy", "safetensors", "gguf", "tqdm", "psutil", "huggingface_hub")
@@ -35,6 +35,7 @@ def add_inspect(commands: Any) -> None:
     parser.add_argument("--tensors", action="store_true", help="a line for each tensor as well")
     parser.add_argument("--head", metavar="N", type=positive, help="at most so many keys and tensors")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, with everything")
+    add_recipes(parser)
     add_verbose(parser)
     parser.set_defaults(run=_inspect)
 
@@ -57,6 +58,7 @@ def add_quants(commands: Any) -> None:
         help="an adapter that would be merged; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_recipes(parser)
     add_verbose(parser)
     parser.set_defaults(run=_quants)
 
@@ -69,6 +71,7 @@ def add_architectures(commands: Any) -> None:
         description="List the supported architectures: GGUF's name, then Hugging Face's.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_recipes(parser)
     add_verbose(parser)
     parser.set_defaults(run=_architectures)
 
@@ -105,7 +108,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from streamconv.api.inspect_file import inspect
     from streamconv.cli.inspection import render, terminal_width
 
-    found = inspect(options.path)
+    found = inspect(options.path, recipes=options.recipes or ())
     # An adapter's problems are those of a GGUF adapter: it may still be merged.
     code = SourceError.exit_code if found.problems and found.kind != "adapter" else 0
     if options.json:
@@ -121,7 +124,8 @@ def _quants(options: argparse.Namespace) -> int:
     from streamconv.cli.inspection import terminal_width
     from streamconv.lora.specs import parse_adapter
 
-    found = quants(options.src, adapters=[parse_adapter(text) for text in options.adapters])
+    adapters = [parse_adapter(text) for text in options.adapters]
+    found = quants(options.src, adapters=adapters, recipes=options.recipes or ())
     if options.json:
         say(json.dumps(found.to_json()))
         return 0
@@ -139,18 +143,22 @@ def _quants(options: argparse.Namespace) -> int:
 
 
 def _architectures(options: argparse.Namespace) -> int:
-    from streamconv.recipe.language import all_recipes
     from streamconv.recipe.names import has_experts
+    from streamconv.recipe.registry import all_recipes, installed_recipes, using_recipes
 
-    rows = [
-        {
-            "architecture": recipe.arch,
-            "names": list(recipe.hf_names),
-            "description": recipe.description,
-            "group": EXPERTS if any(has_experts(row.source or "") for row in recipe.tensors) else DENSE,
-        }
-        for recipe in all_recipes()
-    ]
+    with using_recipes(options.recipes or ()):
+        rows = [
+            {
+                "architecture": recipe.arch,
+                "names": list(recipe.hf_names),
+                "description": recipe.description,
+                "group": EXPERTS if any(has_experts(row.source or "") for row in recipe.tensors) else DENSE,
+                "origin": recipe.origin,
+            }
+            for recipe in all_recipes()
+        ]
+    for broken in installed_recipes().broken:
+        tell(printable(f"streamconv: warning: could not be loaded: {broken}"))
     if options.json:
         say(json.dumps({"schema": SCHEMA, "architectures": rows}))
         return 0
@@ -159,7 +167,8 @@ def _architectures(options: argparse.Namespace) -> int:
         say(f"{group}:")
         for row in rows:
             if row["group"] == group:
-                say(f"  {row['architecture']:<{width}}  {row['description']}")
+                origin = f" (from {str(row['origin']).partition(' ')[0]})" if row["origin"] else ""
+                say(f"  {row['architecture']:<{width}}  {row['description']}{origin}")
                 say(f"  {'':<{width}}  {', '.join(row['names'])}")
     return 0
 

@@ -113,7 +113,7 @@ def _add(group: Any, one: declared.Declared, command: str) -> None:
         words["choices"] = [word for word in one.option.choices_for(command) if word not in one.option.hidden]
     else:
         words["metavar"] = one.option.metavar
-    if kind in (Kind.ADAPTERS, Kind.TEXTS):
+    if kind in (Kind.ADAPTERS, Kind.TEXTS, Kind.FILES):
         words["action"] = "append"
     group.add_argument(flag, *one.option.aliases, type=_reader(one, command), **words)
 
@@ -124,6 +124,7 @@ def _reader(one: declared.Declared, command: str) -> Callable[[str], Any]:
         Kind.COUNT: positive,
         Kind.NUMBER: float,
         Kind.SOURCE: src_path,
+        Kind.FILES: src_path,
         Kind.DESTINATION: dst_path,
     }
     return partial(_word, one, command) if one.option.kind is Kind.WORD else readers.get(one.option.kind, str)
@@ -151,6 +152,12 @@ def add_report_options(group: Any, *, json: str = "one JSON object on stdout", e
     progress = f"how far it is, on stderr; default: bar on a terminal, {elsewhere} elsewhere"
     group.add_argument("--progress", choices=PROGRESS, help=progress)
     add_verbose(group)
+
+
+def add_recipes(parser: argparse.ArgumentParser) -> None:
+    """--recipe, of the commands whose other options are their own."""
+    (one,) = (one for one in declared.declared() if one.name == "recipes")
+    _add(parser, one, "convert")
 
 
 def add_verbose(group: Any) -> None:

@@ -22,17 +22,11 @@ from streamconv.gguf.reader import GGUFKey, Span, refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.config import Problem, stated_base
 from streamconv.recipe.dims import MAX_LAYERS, Equation, parse_extent, parse_shape, solve_dims, stated_dims
-from streamconv.recipe.language import (
-    EMBEDDING,
-    Model,
-    Output,
-    Recipe,
-    all_recipes,
-    recipe_of,
-)
+from streamconv.recipe.language import EMBEDDING, Model, Output, Recipe
 from streamconv.recipe.names import MAIN_STACK, NONE, Found, fill, has_experts, stack_of
 from streamconv.recipe.ops import Op
 from streamconv.recipe.recognise import bound, open_checkpoint, recognise_architecture
+from streamconv.recipe.registry import recipe_of, supported_hint
 from streamconv.recipe.words import Key, PerLayer, Tensor
 
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
@@ -261,11 +255,10 @@ class _GGUFFacts:
         arch = self._value("general.architecture")
         recipe = recipe_of(arch, tensors) if isinstance(arch, str) else None
         if recipe is None:
-            supported = ", ".join(one.arch for one in all_recipes())
             raise SourceError(
                 f"architecture {arch!r} is not supported",
                 file=path,
-                hint=f"supported: {supported}",
+                hint=supported_hint([str(arch)]),
                 code="architecture-unsupported",
             )
         self.recipe = recipe

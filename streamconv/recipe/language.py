@@ -1,18 +1,14 @@
 """An architecture as a value (`Recipe`, and an `Output` for each further file), and what it becomes with a checkpoint.
 
 A recipe is data: all that it says of a tensor stands in one row, in the words of words.py and ops.py, and is checked
-when it is loaded. bind makes a `Model` of it and a checkpoint. The recipes are the files of architectures/, found by
-being there.
+when it is loaded. bind makes a `Model` of it and a checkpoint; registry finds the recipe of a checkpoint.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from types import MappingProxyType
 from typing import Protocol
 
@@ -20,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.modules import NO_MODULES, Modules
-from streamconv.errors import RunWarning, SourceError
+from streamconv.errors import RunWarning
 from streamconv.ggml.policy import TensorRole
 from streamconv.gguf.format import KeyValue, PackedArray, Scalar
 from streamconv.lazy.node import LazyTensor
@@ -152,6 +148,8 @@ class Recipe(Output):
             no such guess.
         special_tokens: What the models mean by special tokens, beside the tokenizer's files.
         description: For `streamconv architectures`.
+        origin: Where it comes from, for the identity of a run: "" of architectures/, else file and digest, or package
+            and version; set by what loads it.
     """
 
     hf_names: tuple[str, ...]
@@ -161,6 +159,7 @@ class Recipe(Output):
     default_pre: str | None = None
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
     description: str = ""
+    origin: str = field(default="", compare=False)
     head: str = "lm_head.weight"
 
     def __post_init__(self) -> None:
@@ -288,59 +287,3 @@ class Model:
         if self.modules.pooling_type is not None:  # which llama.cpp reads of every architecture
             result.append(KeyValue.u32(f"{self.recipe.arch}.pooling_type", self.modules.pooling_type))
         return result
-
-
-# ---------------------------------------------------------------- finding a recipe
-
-
-def _module_names() -> list[str]:
-    """Every file of architectures/; those that begin with an underscore are parts of others."""
-    package = importlib.import_module("streamconv.architectures")
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    return [name for name in names if not name.startswith("_")]
-
-
-def _recipe_in(module_name: str) -> Recipe:
-    recipe: Recipe = importlib.import_module(f"streamconv.architectures.{module_name}").RECIPE
-    return recipe
-
-
-@cache
-def all_recipes() -> tuple[Recipe, ...]:
-    """The recipes of all files of architectures/, by the files' names."""
-    return tuple(map(_recipe_in, _module_names()))
-
-
-def _recipes(config: Config) -> Iterator[Recipe]:
-    """All recipes; first the one whose file has the name of the config's model type, so that few others are loaded."""
-    model_type = config.text("model_type") or ""
-    names = (model_type, model_type.replace("_", "").replace("-", ""))
-    yield from (_recipe_in(name) for name in _module_names() if name in names)
-    yield from all_recipes()
-
-
-def find_recipe(config: Config) -> Recipe:
-    """The recipe for a config.json; SourceError, saying what is supported, where there is none."""
-    names = config.list_of("architectures", str) or []
-    for recipe in _recipes(config):
-        if set(names) & {*recipe.hf_names, *recipe.bodies} or (
-            not names and config.text("model_type") == recipe.model_type
-        ):
-            return recipe
-    what = f"{', '.join(names) or 'a model without a name'} is not supported"
-    wrapped = [key for key in ("text_config", "vision_config", "audio_config") if key in config.raw]
-    if wrapped:
-        what += f" (a wrapper with {', '.join(wrapped)}: convert the text model's own checkpoint)"
-    supported = ", ".join(name for recipe in all_recipes() for name in recipe.hf_names)
-    raise SourceError(what, file=config.file, hint=f"supported: {supported}", code="architecture-unsupported")
-
-
-def recipe_of(arch: str, tensors: Collection[str] = ()) -> Recipe | None:
-    """The recipe of a GGUF architecture name; of several, the one that makes most of the file's `tensors`."""
-    recipes = [recipe for recipe in all_recipes() if recipe.arch == arch]
-
-    def n_known(recipe: Recipe) -> int:
-        table = NameTable(row.target for row in recipe.tensors)
-        return sum(table.find(name) is not None for name in tensors)
-
-    return max(recipes, key=n_known, default=None)

@@ -22,11 +22,10 @@ from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.recipe.bind import bind
 from streamconv.recipe.dims import stated_dims
-from streamconv.recipe.language import Model, Recipe, Stored, all_recipes, find_recipe
+from streamconv.recipe.language import Model, Recipe, Stored
 from streamconv.recipe.names import match_name
+from streamconv.recipe.registry import PAGE, all_recipes, find_recipe
 from streamconv.recipe.spelling import Spelled, Speller, spell
-
-PAGE = "docs/adding-an-architecture.md"
 
 # What PEFT's layers and mlx-lm's keep beside the weight that they change.
 _ADAPTER = re.compile(
@@ -109,7 +108,7 @@ def recognise_architecture(config: Config, names: Collection[str] = ()) -> Recip
             raise
         _refuse_heads_of_known(config, names)
         nearest = _nearest(names, config)
-        hint = f"{PAGE} says how one is added; streamconv draft FOLDER writes its first draft. {error.hint}"
+        hint = f"{error.hint}; {PAGE} says how one is added, streamconv draft FOLDER writes a first draft"
         what = f"{error.message}{nearest}"
         raise SourceError(what, file=error.file, hint=hint, code="architecture-unsupported") from None
     return recipe

@@ -31,7 +31,7 @@ from streamconv.output.destination import resolve
 from streamconv.output.sink import Sink
 from streamconv.recipe.bind import bind
 from streamconv.recipe.draft import draft
-from streamconv.recipe.language import find_recipe
+from streamconv.recipe.registry import find_recipe
 
 LIMIT_NBYTES = 64 * MIB
 N_VOCAB = 64

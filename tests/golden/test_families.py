@@ -17,7 +17,7 @@ import pytest
 
 import streamconv
 from streamconv.ggml.outtypes import OUTTYPES
-from streamconv.recipe.language import all_recipes
+from streamconv.recipe.registry import all_recipes
 from tests import cases, families
 from tests.extras import tokenizers
 from tests.families.table import FAMILIES

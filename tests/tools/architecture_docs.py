@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from streamconv.recipe.language import all_recipes
+from streamconv.recipe.registry import all_recipes
 
 PATH = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = """# Supported architectures

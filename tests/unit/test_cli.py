@@ -24,7 +24,7 @@ import streamconv
 from streamconv import cli
 from streamconv.cli.output import _is_ascii, next_command
 from streamconv.cli.parser import build_parser
-from streamconv.recipe.language import all_recipes
+from streamconv.recipe.registry import all_recipes
 from streamconv.report import Output, Report
 from tests import tiny
 from tests.tools import cli_docs
@@ -268,7 +268,7 @@ def test_a_bug_of_ours_is_one_line_and_with_v_a_traceback(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr("streamconv.recipe.language.all_recipes", broken)
+    monkeypatch.setattr("streamconv.recipe.registry.all_recipes", broken)
     assert cli.main(["architectures"]) == 1
     expected = "streamconv: internal error: ZeroDivisionError: a b (please report it, with what -v shows)\n"
     assert capsys.readouterr().err == expected

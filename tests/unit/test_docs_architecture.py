@@ -15,23 +15,28 @@ import pytest
 
 import streamconv.architectures
 from streamconv import cli
-from streamconv.recipe.language import all_recipes
+from streamconv.recipe.registry import own_recipes
 from tests.cases import GOLDENS
 from tests.oracles import runtime
 from tests.tools import arcee
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
 BLOCKS = re.findall(r"^```(\w[^\n]*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-MODULE = "# streamconv/architectures/arcee.py\n"
+MODULE = "# arcee.py\n"
+RECIPE = ["--recipe", "arcee.py"]
 LOGITS = GOLDENS / "arcee.logits.npy"
 
 
 class Reader:
-    """Somebody who follows the page in an empty folder."""
+    """Somebody who follows the page in an empty folder.
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.recipes = folder / "recipes"
-        self.recipes.mkdir()
+    has_checkout: whether the recipe is put where streamconv's own are, and not named.
+    """
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], *, has_checkout: bool) -> None:
+        self.has_checkout = has_checkout
+        self.recipes = folder / "recipes" if has_checkout else folder
+        self.recipes.mkdir(exist_ok=True)
         self.capsys = capsys
         self.scope: dict[str, Any] = {}
 
@@ -54,6 +59,8 @@ class Reader:
         if words[:3] == ["python", "-m", "tests.tools.arcee"]:
             return f"{arcee.build(Path(words[3]))}\n"
         assert words[0] == "streamconv"
+        if self.has_checkout:
+            words = [word for word in words if word not in RECIPE]
         self.capsys.readouterr()
         cli.main(words[1:])
         return "".join(self.capsys.readouterr())
@@ -61,7 +68,7 @@ class Reader:
     def install(self, text: str) -> None:
         (self.recipes / "arcee.py").write_text(text, encoding="utf-8")
         sys.modules.pop("streamconv.architectures.arcee", None)
-        all_recipes.cache_clear()
+        own_recipes.cache_clear()
 
 
 def assert_shows(printed: str, shown: str) -> None:
@@ -73,14 +80,18 @@ def assert_shows(printed: str, shown: str) -> None:
             assert any(one.startswith(start) if dots else one == line for one in lines), f"not printed: {line}"
 
 
-@pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Reader]:
+@pytest.fixture(params=["installed", "checkout"])
+def reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> Iterator[Reader]:
     monkeypatch.chdir(tmp_path)
-    one = Reader(tmp_path, capsys)
-    monkeypatch.setattr(streamconv.architectures, "__path__", [*streamconv.architectures.__path__, str(one.recipes)])
+    one = Reader(tmp_path, capsys, has_checkout=request.param == "checkout")
+    if one.has_checkout:
+        folders = [*streamconv.architectures.__path__, str(one.recipes)]
+        monkeypatch.setattr(streamconv.architectures, "__path__", folders)
     yield one
     sys.modules.pop("streamconv.architectures.arcee", None)
-    all_recipes.cache_clear()
+    own_recipes.cache_clear()
 
 
 def recipe_text() -> str:
@@ -91,8 +102,8 @@ def recipe_text() -> str:
 def distance(reader: Reader, text: str, *options: str) -> float:
     """KL at runtime of the tiny model, converted with this recipe."""
     reader.install(text)
-    command = ["convert", "Arcee-tiny", "-o", "other.gguf", "--outtype", "f32", "--quiet", "--force"]
-    assert cli.main([*command, *options]) == 0
+    command = ["convert", "Arcee-tiny", "-o", "other.gguf", "--outtype", "f32", "--quiet", "--force", *RECIPE]
+    assert reader.run(shlex.join(["streamconv", *command, *options])) == ""
     ids = [1, 33, 120, 7, 300, 201, 64, 90]
     return runtime.kl(np.load(LOGITS), runtime.next_token_logprobs("other.gguf", ids))
 
@@ -101,14 +112,14 @@ def test_the_page_can_be_followed(reader: Reader) -> None:
     for kind, body in BLOCKS:
         reader.follow(kind, body)
     assert reader.scope["distance"] < 1e-8
-    assert {kind for kind, _ in BLOCKS} == {"console", "python", "python torch", "text"}
+    assert {kind for kind, _ in BLOCKS} == {"console", "python", "python torch", "text", "toml"}
 
 
 def test_its_error_is_what_a_wrong_shape_gives(reader: Reader) -> None:
     arcee.build(Path("Arcee-tiny"))
     reader.install(recipe_text().replace('"ffn_up.weight", "F H"', '"ffn_up.weight", "H F"'))
     (shown,) = (body for kind, body in BLOCKS if kind == "text")
-    assert reader.run("streamconv convert Arcee-tiny") == shown
+    assert reader.run("streamconv convert Arcee-tiny --recipe arcee.py") == shown
 
 
 @pytest.mark.parametrize(
@@ -142,4 +153,5 @@ def test_the_draft_converts_and_is_right_once_its_todo_is_settled(reader: Reader
 def test_the_recipe_refuses_by_name(reader: Reader, flag: str) -> None:
     arcee.build(Path("Arcee-tiny"), **{flag: True})
     reader.install(recipe_text())
-    assert f"{flag} is true, and the runtime has no place for it" in reader.run("streamconv convert Arcee-tiny")
+    said = reader.run("streamconv convert Arcee-tiny --recipe arcee.py")
+    assert f"{flag} is true, and the runtime has no place for it" in said

@@ -11,7 +11,8 @@ import pytest
 from streamconv import cli
 from streamconv.errors import SourceError
 from streamconv.recipe.draft import draft
-from streamconv.recipe.language import Model, Recipe, all_recipes, find_recipe
+from streamconv.recipe.language import Model, Recipe
+from streamconv.recipe.registry import all_recipes, find_recipe
 from tests import cases, inmemory, tiny
 from tests.inmemory import bound
 

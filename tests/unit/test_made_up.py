@@ -13,7 +13,7 @@ import streamconv
 import streamconv.architectures
 from streamconv.api.inspect_file import inspect
 from streamconv.errors import DestinationError, Interrupted, SourceError, UsageError, VerifyError
-from streamconv.recipe.language import all_recipes
+from streamconv.recipe.registry import all_recipes, own_recipes
 from tests import loras, made_up, tiny
 from tests.oracles import deltas, ggufs
 
@@ -26,10 +26,10 @@ def architecture(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     folder = tmp_path_factory.mktemp("architectures")
     (folder / "made_up.py").write_text(made_up.MODULE, encoding="utf-8")
     monkeypatch.setattr(streamconv.architectures, "__path__", [*streamconv.architectures.__path__, str(folder)])
-    all_recipes.cache_clear()
+    own_recipes.cache_clear()
     yield
     sys.modules.pop("streamconv.architectures.made_up", None)
-    all_recipes.cache_clear()
+    own_recipes.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,8 @@ def test_a_jobs_file_takes_every_option_that_has_a_key(tmp_path: Path) -> None:
         entry |= {"base": "b"} if command == "lora" else {}
         (tmp_path / "jobs.jsonl").write_text(json.dumps(entry))
         (job,) = read_jobs(tmp_path / "jobs.jsonl")
-        expected = str(tmp_path / value) if key in ("adapter", "imatrix") else value
+        expected = str(tmp_path / value) if key in ("adapter", "imatrix", "recipe") else value
+        expected = (expected,) if key == "recipe" else expected
         assert job.given()[key] == expected, key
         assert JobSpec.from_json(json.loads(json.dumps(job.to_json()))) == job
         assert one.name in options.arguments(command, {one.name: value}) or one.of is options.SplitOptions

@@ -16,7 +16,8 @@ from streamconv.ggml.mixes import MIXES, MixOptions, ModelFacts, parse_override
 from streamconv.ggml.outtypes import OUTTYPES, WORDS, Outtype
 from streamconv.ggml.policy import MixPolicy, OuttypePolicy, TensorRole, facts_of, file_type_of, settled
 from streamconv.gguf.format import KeyValue, PackedArray
-from streamconv.recipe.language import Recipe, all_recipes
+from streamconv.recipe.language import Recipe
+from streamconv.recipe.registry import all_recipes
 
 FACTS = ModelFacts()
 # What llama.cpp's converter keeps F32 by name, beside vectors, norms and what is not a ".weight": prepare_tensors in

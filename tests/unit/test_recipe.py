@@ -26,9 +26,10 @@ from streamconv.recipe import (
     Split,
     Tensor,
     Transpose,
-    language,
+    registry,
 )
-from streamconv.recipe.language import Model, Recipe, all_recipes, find_recipe, recipe_of
+from streamconv.recipe.language import Model, Recipe
+from streamconv.recipe.registry import all_recipes, find_recipe, recipe_of
 from tests.raising import raises
 
 FILE = Path("model") / "config.json"
@@ -75,11 +76,14 @@ def test_what_is_not_supported_is_said(raw: dict[str, Any], message: str) -> Non
     assert caught.value.file == str(FILE)
 
 
-def test_the_supported_names_are_in_the_hint() -> None:
+def test_the_nearest_names_are_in_the_hint() -> None:
     with pytest.raises(SourceError) as caught:
         find_recipe(config(architectures=["Unknown"]))
-    names = [name for recipe in all_recipes() for name in recipe.hf_names]
-    assert caught.value.hint == f"supported: {', '.join(names)}"
+    assert caught.value.hint == "streamconv architectures lists what is"
+    with pytest.raises(SourceError) as caught:
+        find_recipe(config(architectures=["Qwen33ForCausalLM"]))
+    assert "Qwen3ForCausalLM" in str(caught.value.hint)
+    assert len(str(caught.value)) < 300
 
 
 def test_a_gguf_architecture_has_its_recipe() -> None:
@@ -94,7 +98,7 @@ def test_of_two_recipes_of_one_architecture_the_files_tensors_decide(monkeypatch
         tensors=(Tensor("layers.{i}.x.{e}.w", "blk.{i}.ffn_up_exps.weight", "H"),),
         dims={"L": Dim("l"), "V": Dim("v"), "H": Dim("h"), "E": Dim("e")},
     )
-    monkeypatch.setattr(language, "all_recipes", lambda: (dense, experts))
+    monkeypatch.setattr(registry, "own_recipes", lambda: (dense, experts))
     assert recipe_of("made-up", ["blk.0.ffn_up.weight"]) is dense
     assert recipe_of("made-up", ["blk.0.ffn_up_exps.weight"]) is experts
 

@@ -9,7 +9,7 @@ from typing import Any
 from gguf.constants import MODEL_TENSOR
 
 from streamconv.recipe.draft.sources import Source
-from streamconv.recipe.language import all_recipes
+from streamconv.recipe.registry import all_recipes
 
 TODO = "TODO"
 FUSED = (2, 3, 4)  # parts that one tensor holds: gate and up, the three of a short convolution, and the like

@@ -12,7 +12,7 @@ from gguf.constants import MODEL_ARCH_NAMES, MODEL_TENSOR, TENSOR_NAMES
 
 from streamconv.recipe.draft.dims import TODO, DraftDims
 from streamconv.recipe.draft.sources import Source
-from streamconv.recipe.language import all_recipes
+from streamconv.recipe.registry import all_recipes
 
 ROTATED = (MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K)
 
