@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,39 @@ def write_bpe(
     _write_companions(directory, SPECIALS[1], SPECIALS[2], SPECIALS[0], bos)
 
 
+def write_tekken(directory: Path, *, n_special: int = 20, n_unused: int = 3, **changes: Any) -> list[bytes]:
+    """tekken.json alone, as Mistral writes it: bytes, and what merges make of them, the last `n_unused` left out.
+
+    changes: fields of the file. Returns the tokens in use, without the special ones.
+    """
+    byte_of = {letter: byte for byte in range(256) for letter in _letters_of(bytes([byte]))}
+    made = list(dict.fromkeys(left + right for left, right in _bpe_merges(1 << 16)))
+    tokens = [*(bytes([byte]) for byte in range(256)), *(bytes(byte_of[letter] for letter in text) for text in made)]
+    vocab = [
+        {"rank": rank, "token_bytes": b64encode(raw).decode(), "token_str": _text_or_none(raw)}
+        for rank, raw in enumerate(tokens)
+    ]
+    pattern = PRE_TOKENIZERS["tekken"]["pretokenizers"][0]["pattern"]["Regex"]
+    config = {
+        "pattern": pattern,
+        "num_vocab_tokens": len(tokens),
+        "default_vocab_size": n_special + len(tokens) - n_unused,
+        "default_num_special_tokens": n_special,
+        "version": "v3",
+    }
+    value = {"config": config, "vocab": vocab} | changes
+    value["config"] = config | changes.get("config", {})
+    _write_json(directory / "tekken.json", value)
+    return tokens[: len(tokens) - n_unused]
+
+
+def _text_or_none(raw: bytes) -> str | None:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
 def write_spm(
     directory: Path,
     *,
@@ -176,10 +210,14 @@ _BYTE_CHARS = _byte_chars()
 
 
 def _letters(text: str) -> list[str]:
+    return _letters_of(text.encode("utf-8"))
+
+
+def _letters_of(raw: bytes) -> list[str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     order = printable + [value for value in range(256) if value not in printable]
     letter = {value: _BYTE_CHARS[index] for index, value in enumerate(order)}
-    return [letter[value] for value in text.encode("utf-8")]
+    return [letter[value] for value in raw]
 
 
 def _bpe_merges(limit: int) -> list[tuple[str, str]]:

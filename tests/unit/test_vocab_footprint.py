@@ -133,6 +133,31 @@ def sentencepiece_model(directory: Path) -> int:
     return n_pieces + 500
 
 
+def tekken(directory: Path) -> int:
+    return 20 + len(tiny.write_tekken(directory))
+
+
+def tekken_of_fillers(directory: Path) -> int:
+    """Special tokens that the file does not list take rows, and no bytes of it."""
+    return 40_000 + len(tiny.write_tekken(directory, n_special=40_000))
+
+
+def tekken_of_one_letter(directory: Path) -> int:
+    """Nearly as many merges as a file may have for its size."""
+    tiny.write_tekken(directory)
+
+    def change(value: Any) -> None:
+        lengths = range(2, 60)
+        longer = [
+            {"rank": 254 + n, "token_bytes": tiny.b64encode(b"a" * n).decode(), "x": "y" * 2_000} for n in lengths
+        ]
+        value["vocab"] = value["vocab"][:256] + longer
+        value["config"]["default_vocab_size"] = 20 + len(value["vocab"])
+
+    edit(directory / "tekken.json", change)
+    return 500
+
+
 SHAPES: dict[str, Callable[[Path], int]] = {
     "indented": lambda directory: write_large(directory, 6000, indent=2) + 3000,
     "compact": lambda directory: write_large(directory, 6000, separators=(",", ":")),
@@ -147,6 +172,9 @@ SHAPES: dict[str, Callable[[Path], int]] = {
     "deep companions": deep_companions,
     "large parts": large_parts,
     "tokenizer.model": sentencepiece_model,
+    "tekken.json": tekken,
+    "tekken.json of fillers": tekken_of_fillers,
+    "tekken.json of one letter": tekken_of_one_letter,
     "rows without tokens": lambda directory: (tiny.write_bpe(directory, pre="llama-bpe"), 40_000)[1],
 }
 

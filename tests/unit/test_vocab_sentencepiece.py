@@ -148,10 +148,3 @@ def test_added_tokens_json(tmp_path: Path) -> None:
         path.write_text(bad)
         with pytest.raises(SourceError):
             vocab_keys.read(tmp_path, 4)
-
-
-def test_tekken_alone_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tekken.json").write_text("{}")
-    with pytest.raises(SourceError) as refused:
-        vocab_keys.read(tmp_path, 10)
-    assert refused.value.code == "tokenizer-tekken"

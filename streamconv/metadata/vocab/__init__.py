@@ -7,7 +7,7 @@ embedding. A tokenizer that llama.cpp cannot run is a SourceError; one that it r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from streamconv.metadata.vocab.pretokenizers import check_name, identify, is_byt
 from streamconv.metadata.vocab.sentencepiece_model import read_sentencepiece_model
 from streamconv.metadata.vocab.special_tokens import ADD_KEYS, ID_KEYS, NO_SPECIAL_TOKENS, Tokens, find_ids, find_roles
 from streamconv.metadata.vocab.spm_tokens import sentencepiece_tokens
+from streamconv.metadata.vocab.tekken import TEKKEN_ROLES, read_tekken
 from streamconv.metadata.vocab.token_list import TokenList
 from streamconv.metadata.vocab.tokenizer_json import Merges, TokenizerJson, read_tokenizer_json, shown
 from streamconv.recipe import SpecialTokens
@@ -65,7 +66,7 @@ def read_vocabulary(
     tokens = source.tokens
     name = _pre_tokenizer(source, default_pre, pre) if source.model == "gpt2" else pre or "default"
     keys = [KeyValue.string(Keys.Tokenizer.MODEL, source.model), KeyValue.string(Keys.Tokenizer.PRE, name)]
-    ids = _special_keys(source, companions, n_vocab, special)
+    ids = _special_keys(source, companions, n_vocab, replace(special, texts={**source.roles.texts, **special.texts}))
     texts, types, scores = tokens.packed()
     keys.append(KeyValue.array(Keys.Tokenizer.LIST, texts))
     if scores is not None:
@@ -85,6 +86,7 @@ class _Source:
     tokens: TokenList
     tokenizer: TokenizerJson | None
     add_space_prefix: bool = True
+    roles: SpecialTokens = NO_SPECIAL_TOKENS  # of tokens that the kind of file names itself
 
     @property
     def merges(self) -> Merges | None:
@@ -95,6 +97,8 @@ def _read_source(companions: Companions, n_vocab: int) -> _Source:
     files = companions.files
     path, model_path = files.find(TOKENIZER_JSON), files.find(SENTENCEPIECE_MODEL)
     tokenizer = None
+    if not path.exists() and files.find(TEKKEN).exists():  # before a tokenizer.model, as for mistral-common
+        return _read_tekken(files.find(TEKKEN), companions, n_vocab)
     if model_path.exists():
         # A byte-level tokenizer beside a tokenizer.model is Llama 3's, whose tokenizer.model is not SentencePiece.
         tokenizer = read_tokenizer_json(path, n_vocab, tokens=False) if path.exists() else None
@@ -109,16 +113,17 @@ def _read_source(companions: Companions, n_vocab: int) -> _Source:
             del model, tokens
             return _read_fast(path, companions, n_vocab, difference)
     if not path.exists():
-        if files.find(TEKKEN).exists():
-            problem = f"{TEKKEN} alone, a format of Mistral's own that is not read here"
-            hint = (
-                f"put {TOKENIZER_JSON} beside it: the model's page has it, or save_pretrained of transformers makes it"
-            )
-            raise SourceError(problem, file=files.folder, hint=hint, code="tokenizer-tekken")
-        problem = f"no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL}"
+        problem = f"no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL} nor {TEKKEN}"
         hint = "download the tokenizer's files too; a slow tokenizer's become tokenizer.json by save_pretrained"
         raise SourceError(problem, file=files.folder, hint=hint, code="tokenizer-missing")
     return _read_fast(path, companions, n_vocab)
+
+
+def _read_tekken(path: Place, companions: Companions, n_vocab: int) -> _Source:
+    tokenizer = read_tekken(path, n_vocab)
+    tokens = byte_level_tokens(tokenizer, companions, n_vocab)
+    tokens.scores = np.zeros(n_vocab, dtype=np.float32)  # which llama.cpp's converter writes, and no loader needs
+    return _Source("gpt2", tokens, tokenizer, roles=TEKKEN_ROLES)
 
 
 def _read_fast(path: Place, companions: Companions, n_vocab: int, difference: str | None = None) -> _Source:

@@ -146,6 +146,11 @@ class _Placement:
             raise SourceError(problem, file=self.tokens.file, code="token-ids")
 
 
+def spelled(raw: bytes) -> bytes:
+    """The letters that stand for these bytes in byte-level BPE."""
+    return raw.decode("latin-1").translate(_LETTER_OF_BYTE).encode("utf-8")
+
+
 def _decoded(text: bytes) -> bytes:
     """What a byte-level decoder makes of a token; the token itself where that is not text."""
     try:
@@ -164,6 +169,7 @@ def _byte_letters() -> dict[str, int]:
 
 
 _BYTE_OF_LETTER = _byte_letters()
+_LETTER_OF_BYTE = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
 
 
 def _n_splits(text: bytes, ids: Mapping[bytes, int]) -> int:

@@ -12,7 +12,7 @@ from streamconv.files.local import file_nbytes, open_blob
 from streamconv.files.store import Place
 from streamconv.files.strict_json import OBJECT_NBYTES_PER_BYTE, objects_nbytes
 from streamconv.metadata.vocab.companions import FILE_NAMES
-from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TOKENIZER_JSON, TokenizerFiles, template_files
+from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TEKKEN, TOKENIZER_JSON, TokenizerFiles, template_files
 from streamconv.metadata.vocab.json_stream import MAX_STRING_NBYTES
 from streamconv.metadata.vocab.tokenizer_json import (
     FIELDS,
@@ -51,6 +51,8 @@ def vocabulary_nbytes(directory: Place, n_vocab: int, over: Place | None = None)
     files = TokenizerFiles(directory, over)
     tokenizer_json, model = file_nbytes(files.find(TOKENIZER_JSON)), file_nbytes(files.find(SENTENCEPIECE_MODEL))
     lengths, texts = _strings_nbytes(files.find(TOKENIZER_JSON))
+    tekken = 0 if tokenizer_json else file_nbytes(files.find(TEKKEN))
+    texts += tekken  # which its reader holds tokens and merges to
     companions = [path for folder in files.folders for name in FILE_NAMES if file_nbytes(path := folder / name)]
     n_companions = sum(map(file_nbytes, companions))
     templates = sum(file_nbytes(path) for folder in files.folders for path in template_files(folder))
@@ -60,7 +62,8 @@ def vocabulary_nbytes(directory: Place, n_vocab: int, over: Place | None = None)
     extra += max(texts, model // 6) + 2 * model + 8 * templates + _WORKING_NBYTES
     extra += sum(objects_nbytes(_pieces(path)) for path in companions) + n_companions * (1 + _ADDED_PER_BYTE)
     extra += min(tokenizer_json * OBJECT_NBYTES_PER_BYTE, len(PARTS) * MAX_PART_NBYTES + len(FIELDS) * MAX_FIELD_NBYTES)
-    return kept, extra + 2 * min(tokenizer_json, MAX_ADDED_NBYTES) + 4 * min(tokenizer_json, MAX_STRING_NBYTES)
+    added = MAX_ADDED_NBYTES if tekken else min(tokenizer_json, MAX_ADDED_NBYTES)
+    return kept, extra + 2 * added + 4 * min(tokenizer_json, MAX_STRING_NBYTES)
 
 
 def _strings_nbytes(path: Place) -> tuple[int, int]:
