@@ -53,8 +53,7 @@ class Family:
         task_type: PEFT's, of the adapter.
         without_llama_cpp: Why llama.cpp's converter is not the reference of the tensors; None where it is.
         wrong_keys: Keys that llama.cpp's converter gets wrong or leaves out, with the reason. Ours are held by the
-            distribution alone, and that by `floor`, not by what llama.cpp's own file reaches.
-        floor: The KL divergence that a right file reaches where llama.cpp's does not show it.
+            distribution alone, and where they decide it, that by 1e-8, not by what llama.cpp's own file reaches.
         note: What a reader of the table must know.
         vectors: Of a retrieval model, what follows it: vectors are then compared in place of distributions, and the
             KL divergences here are cosine distances.
@@ -75,7 +74,6 @@ class Family:
     task_type: str = "CAUSAL_LM"
     without_llama_cpp: str | None = None
     wrong_keys: Mapping[str, str] = field(default_factory=dict)
-    floor: float = 1e-8
     note: str = ""
     vectors: Vectors | None = None
 
@@ -633,26 +631,43 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": Family(
         "GemmaForCausalLM",
-        dense(),
+        dense(rope_parameters=rope(10_000.0)),
         tokenizer="gemma",
         seed=30,
         norm_mean=0.0,
         ends_gain=0.5,
+        wrong_keys={"tokenizer.ggml.eot_token_id": "107, whichever token that is"},
+    ),
+    "gemma-base": Family(
+        "GemmaForCausalLM",
+        dense(num_hidden_layers=2),
+        tokenizer="gemma",
+        seed=70,
+        norm_mean=0.0,
+        ends_gain=0.2,
         wrong_keys={
             "gemma.rope.freq_base": "not written, so the runtime uses 10000",
             "tokenizer.ggml.eot_token_id": "107, whichever token that is",
         },
-        floor=2e-8,
+        note="Another base of RoPE than the one of published models.",
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        dense(num_hidden_layers=4, sliding_window=6, query_pre_attn_scalar=64),
+        dense(num_hidden_layers=4, sliding_window=6, query_pre_attn_scalar=64, rope_parameters=rope(10_000.0)),
         tokenizer="gemma",
         seed=31,
         norm_mean=0.0,
         ends_gain=0.5,
+    ),
+    "gemma2-base": Family(
+        "Gemma2ForCausalLM",
+        dense(num_hidden_layers=2, sliding_window=6, query_pre_attn_scalar=64),
+        tokenizer="gemma",
+        seed=71,
+        norm_mean=0.0,
+        ends_gain=0.2,
         wrong_keys={"gemma2.rope.freq_base": "not written, so the runtime uses 10000"},
-        floor=3e-8,
+        note="Another base of RoPE than the one of published models.",
     ),
     "gemma3": Family(
         "Gemma3ForCausalLM",
