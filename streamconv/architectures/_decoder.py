@@ -128,8 +128,17 @@ DROPS = (
 # ---------------------------------------------------------------- keys
 
 
-def keys(rope: Rope, epsilon: float, *, epsilon_key: str = "rms_norm_eps", layer_norm: bool = False) -> tuple[Key, ...]:
-    """The keys of any decoder. epsilon: transformers' default for `epsilon_key`; layer_norm: it is a LayerNorm's."""
+def keys(
+    rope: Rope, epsilon: float, *, epsilon_keys: tuple[str, ...] = ("rms_norm_eps",), layer_norm: bool = False
+) -> tuple[Key, ...]:
+    """The keys of any decoder. epsilon: transformers' where the config has none of `epsilon_keys`; layer_norm: it is a
+
+    LayerNorm's.
+    """
+
+    def stated(model: Model) -> float:
+        return next((value for key in epsilon_keys if (value := model.config.positive(key))), epsilon)
+
     name = "layer_norm_epsilon" if layer_norm else "layer_norm_rms_epsilon"
     return (
         Key("{arch}.vocab_size", "V"),
@@ -140,7 +149,7 @@ def keys(rope: Rope, epsilon: float, *, epsilon_key: str = "rms_norm_eps", layer
         Key("{arch}.attention.head_count_kv", "K"),
         Key("{arch}.attention.key_length", "D"),
         Key("{arch}.attention.value_length", "D"),
-        Key(f"{{arch}}.attention.{name}", lambda m: m.config.positive(epsilon_key) or epsilon, F32),
+        Key(f"{{arch}}.attention.{name}", stated, F32),
         *rope.keys(),
     )
 

@@ -97,6 +97,7 @@ class Rope:
         """The elements of each head that are rotated."""
         config = model.config
         share = self.of(config).positive("partial_rotary_factor") or config.positive("partial_rotary_factor")
+        share = share or config.positive("rope_pct")  # its name before transformers had these models
         return int(model.dims["D"] * (share or self.partial or 1.0))
 
     def llama3_factors(self, model: Model) -> NDArray[np.float32] | None:

@@ -42,7 +42,7 @@ RECIPE = Recipe(
     ),
     drops=decoder.DROPS,
     keys=(
-        *decoder.keys(ROPE, epsilon=1e-5, epsilon_key="layer_norm_eps", layer_norm=True),
+        *decoder.keys(ROPE, epsilon=1e-5, epsilon_keys=("layer_norm_eps",), layer_norm=True),
         Key("{arch}.attention.sliding_window", lambda model: model.config.integer("sliding_window") or WINDOW),
         Key("{arch}.attention.sliding_window_pattern", pattern, BOOL),
         Key("{arch}.logit_scale", lambda model: model.config.positive("logit_scale") or LOGIT_SCALE, F32),

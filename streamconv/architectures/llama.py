@@ -1,4 +1,4 @@
-"""Llama base models, and what uses their architecture under the same name (SmolLM2, TinyLlama).
+"""Llama base models, and what uses their architecture under this name (SmolLM2, TinyLlama) or another (IQuest-Coder).
 
 Sources: transformers' LlamaConfig and modeling_llama.py; LlamaModel in llama.cpp's conversion/llama.py, and llama.cpp.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from streamconv.architectures import _decoder as decoder
 from streamconv.architectures._rope import LLAMA3_FACTORS, Rope
-from streamconv.recipe import Computed, Recipe
+from streamconv.recipe import Computed, Recipe, Refusal
 
 # transformers' defaults; 10000 is also what llama.cpp takes where the key is missing.
 ROPE = Rope(theta=10_000.0, context=2048, scalings=("linear", "yarn", "llama3"))
@@ -15,8 +15,8 @@ ROPE = Rope(theta=10_000.0, context=2048, scalings=("linear", "yarn", "llama3"))
 RECIPE = Recipe(
     arch="llama",
     description="Llama, SmolLM2, TinyLlama and others of this architecture",
-    hf_names=("LlamaForCausalLM", "LLaMAForCausalLM"),
-    bodies=("LlamaModel",),
+    hf_names=("LlamaForCausalLM", "LLaMAForCausalLM", "IQuestCoderForCausalLM"),
+    bodies=("LlamaModel", "IQuestCoderModel"),
     model_type="llama",
     dims=decoder.dims(),
     tensors=(
@@ -31,6 +31,15 @@ RECIPE = Recipe(
     computed=(Computed(LLAMA3_FACTORS, ROPE.llama3_factors),),
     drops=decoder.DROPS,
     keys=decoder.keys(ROPE, epsilon=1e-6),
-    refusals=decoder.refusals(ROPE, decoder.SILU),
+    refusals=decoder.refusals(
+        ROPE,
+        decoder.SILU,
+        # Keys of IQuest-Coder's config, which Llama's does not have.
+        decoder.NO_WINDOW,
+        Refusal(
+            "clip_qkv is {clip_qkv}, and the runtime clips nothing in this architecture",
+            lambda m: m.config.positive("clip_qkv") is not None,
+        ),
+    ),
     flags={"attention_bias": False, "mlp_bias": False},
 )

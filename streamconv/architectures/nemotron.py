@@ -44,7 +44,7 @@ RECIPE = Recipe(
     ),
     drops=decoder.DROPS,
     keys=(
-        *decoder.keys(ROPE, epsilon=1e-5, epsilon_key="norm_eps", layer_norm=True),
+        *decoder.keys(ROPE, epsilon=1e-5, epsilon_keys=("norm_eps",), layer_norm=True),
         Key("{arch}.attention.layer_norm_rms_epsilon", lambda m: m.config.positive("norm_eps") or 1e-5, F32),
         Key("{arch}.rope.scaling.type", unscaled, STRING),
     ),

@@ -1,5 +1,8 @@
 """StableLM 2 (1.6B, Zephyr) and StableLM 3B: LayerNorms, RoPE of a part of each head.
 
+The first of them call themselves StableLMEpoch, with `norm_eps` and `rope_pct` for what is `layer_norm_eps` and
+`partial_rotary_factor` now.
+
 Sources: transformers' StableLmConfig and modeling_stablelm.py; StableLMModel in llama.cpp's conversion/stablelm.py,
 which leaves out the base of RoPE, and stablelm.cpp, which reads it.
 """
@@ -15,8 +18,8 @@ ROPE = Rope(theta=10_000.0, context=4096, partial=0.25)
 RECIPE = Recipe(
     arch="stablelm",
     description="StableLM 2 and StableLM 3B",
-    hf_names=("StableLmForCausalLM",),
-    bodies=("StableLmModel",),
+    hf_names=("StableLmForCausalLM", "StableLMEpochForCausalLM"),
+    bodies=("StableLmModel", "StableLMEpochModel"),
     model_type="stablelm",
     dims=decoder.dims(),
     tensors=(
@@ -31,7 +34,7 @@ RECIPE = Recipe(
     ),
     drops=decoder.DROPS,
     keys=(
-        *decoder.keys(ROPE, epsilon=1e-5, epsilon_key="layer_norm_eps", layer_norm=True),
+        *decoder.keys(ROPE, epsilon=1e-5, epsilon_keys=("layer_norm_eps", "norm_eps"), layer_norm=True),
         Key("{arch}.use_parallel_residual", lambda model: False, BOOL),
     ),
     refusals=decoder.refusals(

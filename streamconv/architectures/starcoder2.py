@@ -37,7 +37,7 @@ RECIPE = Recipe(
         decoder.HEAD,
     ),
     drops=decoder.DROPS,
-    keys=decoder.keys(ROPE, epsilon=1e-5, epsilon_key="norm_epsilon", layer_norm=True),
+    keys=decoder.keys(ROPE, epsilon=1e-5, epsilon_keys=("norm_epsilon",), layer_norm=True),
     refusals=decoder.refusals(
         ROPE,
         decoder.FULL_WIDTH,

@@ -135,6 +135,25 @@ FAMILIES: dict[str, Family] = {
         pre="llama-bpe",
         seed=50,
     ),
+    "internlm3": Family(
+        "LlamaForCausalLM",
+        dense(attention_bias=True, mlp_bias=True, rope_parameters=rope(rope_type="dynamic", factor=6.0)),
+        tokenizer="spm",
+        seed=72,
+        saved_as="InternLM3ForCausalLM",
+        settings={"model_type": "internlm3", "qkv_bias": True, "bias": True},
+        note="The publisher's own class; its layers are Llama's.",
+    ),
+    "iquest-coder": Family(
+        "LlamaForCausalLM",
+        dense(num_hidden_layers=2),
+        tokenizer="llama-bpe",
+        pre="llama-bpe",
+        seed=73,
+        saved_as="IQuestCoderForCausalLM",
+        settings={"model_type": "iquestcoder", "clip_qkv": None, "use_sliding_window": False},
+        note="The publisher's own class; its layers are Llama's.",
+    ),
     "lfm2": Family(
         "Lfm2ForCausalLM",
         narrow(
@@ -323,6 +342,17 @@ FAMILIES: dict[str, Family] = {
         seed=16,
         dtype="float16",
         wrong_keys={"stablelm.rope.freq_base": "not written, so the runtime uses 10000"},
+    ),
+    "stablelm-epoch": Family(
+        "StableLmForCausalLM",
+        narrow(num_hidden_layers=2, rope_parameters=rope(10_000.0, partial_rotary_factor=0.5)),
+        tokenizer="qwen2",
+        pre="stablelm2",
+        seed=74,
+        saved_as="StableLMEpochForCausalLM",
+        settings={"model_type": "stablelm_epoch", "norm_eps": 1e-5, "rope_pct": 0.5},
+        wrong_keys={"stablelm.rope.freq_base": "not written, so the runtime uses 10000"},
+        note="The name of the first of them.",
     ),
     "exaone4": Family(
         "Exaone4ForCausalLM",

@@ -46,6 +46,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}}, "llama3"),
     ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "beta_fast"),
     ("qwen2", {"rope_parameters": YARN | {"truncate": False}}, "truncate"),
+    ("iquest-coder", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+    ("iquest-coder", {"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
+    ("internlm3", {"hidden_act": "gelu"}, "hidden_act"),
+    ("stablelm-epoch", {"use_parallel_residual": True}, "use_parallel_residual is true"),
     ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob is true"),
     ("qwen2moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
     ("qwen2moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
@@ -211,6 +215,13 @@ def test_other_layers_with_a_window_are_listed(name: str) -> None:
     model = bound(name, layer_types=other)
     (listed,) = (entry.value for entry in list(model.keys()) if entry.key.endswith("sliding_window_pattern"))
     assert np.frombuffer(listed.payload, "?").tolist() == [False, *[True] * (n_layers - 1)]
+
+
+def test_stablelm_in_its_first_spelling() -> None:
+    old = {"rope_parameters": ABSENT, "layer_norm_eps": ABSENT, "rope_theta": 3e4, "rope_pct": 0.75, "norm_eps": 3e-5}
+    keys = inmemory.keys(bound("stablelm-epoch", **old))
+    assert (keys["rope.dimension_count"], keys["rope.freq_base"]) == (24, 3e4)
+    assert keys["attention.layer_norm_epsilon"] == pytest.approx(3e-5)
 
 
 def test_cohere2_has_no_head_of_its_own() -> None:
