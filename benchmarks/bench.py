@@ -22,6 +22,7 @@ from benchmarks.shapes import SHAPES, checkpoint, shard_paths
 
 WARM_FRACTION: Final = 0.99
 N_WARMINGS: Final = 3
+CACHES: Final = ("warm", "cold")
 Cache = Literal["warm", "cold", "any"]  # any: left as it is, for holes, which have no pages to warm
 
 
@@ -33,6 +34,8 @@ class Settings:
     sparse: frozenset[str]  # models made with holes: measured for memory, not against cp, which skips holes
     cache: Path
     peer: Converter | None
+    earlier: Converter | None = None  # another version of streamconv
+    caches: tuple[str, ...] = CACHES  # states of the page cache in which sources are converted
     startup_model: str = "8b-a1b"  # 2,302 tensors
     vocabulary_model: str = "350m-128k"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -18,7 +18,7 @@ class Converter:
 
 
 def streamconv(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "streamconv", *arguments]
+    return [sys.executable, "-P", "-m", "streamconv", *arguments]
 
 
 def _convert(src: Path, dst: Path, outtype: str) -> list[str]:
@@ -27,6 +27,15 @@ def _convert(src: Path, dst: Path, outtype: str) -> list[str]:
 
 def _with_io(io: str) -> Callable[[Path, Path, str], list[str]]:
     return lambda src, dst, outtype: [*_convert(src, dst, outtype), "--io", io]
+
+
+def planning(version: Converter) -> Converter:
+    """A dry run of the same version, whatever type is asked for."""
+
+    def command(src: Path, dst: Path, outtype: str) -> list[str]:
+        return [*version.command(src, dst, "bf16"), "--dry-run"]
+
+    return replace(version, command=command)
 
 
 STREAMCONV = Converter("streamconv", _convert)

@@ -2,7 +2,7 @@
 
 However the run ends, its measurements are kept. Options take their defaults from the environment, where
 `make bench MODELS="350m 1.2b"` puts them: MODELS, OUTTYPES, PAIRS, SPARSE, CASES, BENCH_HOST, BENCH_CACHE, LLAMA_CPP,
-LLAMA_CPP_PYTHON.
+LLAMA_CPP_PYTHON, EARLIER, CACHES.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import machine, plots, summary
-from benchmarks.baselines import llama_cpp
-from benchmarks.bench import Bench, BenchError, Settings
+from benchmarks.baselines import earlier, llama_cpp
+from benchmarks.bench import CACHES, Bench, BenchError, Settings
 from benchmarks.cases import CASES, rows
 from benchmarks.shapes import SHAPES, cache_folder
 from benchmarks.summary import Table
@@ -97,6 +97,7 @@ def _environment(options: argparse.Namespace, settings: Settings) -> dict[str, A
         "pairs": settings.n_pairs,
         "sparse": sorted(settings.sparse.intersection(settings.models)),
         "cases": options.cases,
+        "caches": settings.caches,
     }
     peer_python = llama_cpp.python() if settings.peer else None
     return {"host": options.host, "settings": asked, **machine.environment(settings.cache, peer_python)}
@@ -110,6 +111,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         sparse=frozenset(options.sparse),
         cache=options.cache,
         peer=options.peer,
+        earlier=options.earlier,
+        caches=options.caches,
     )
     if options.smoke:
         return replace(settings, models=("tiny",), n_pairs=1, vocabulary_model="tiny-128k")
@@ -134,6 +137,7 @@ def _options() -> argparse.Namespace:
         "--sparse", type=_names(SHAPES), default=os.environ.get("SPARSE", "8b-a1b"), help="made with holes: memory only"
     )
     add("--cases", type=_names([case.NAME for case in CASES]), default=os.environ.get("CASES", ""), help="only these")
+    add("--caches", type=_some_names(CACHES), default=os.environ.get("CACHES", "warm cold"), help="warm, cold or both")
     add("--host", default=os.environ.get("BENCH_HOST", machine.default_host()), help="what the run calls this machine")
     add("--cache", type=Path, default=cache_folder(), help="checkpoints (BENCH_CACHE)")
     add("--out", type=Path, help="the run's folder in place of benchmarks/runs/DATE-HOST")
@@ -142,6 +146,7 @@ def _options() -> argparse.Namespace:
     try:
         options.cache.mkdir(parents=True, exist_ok=True)
         options.peer = llama_cpp.converter()
+        options.earlier = earlier.converter()
     except OSError as error:
         parser.error(str(error))
     options.cases = options.cases or tuple(case.NAME for case in CASES)

@@ -35,7 +35,7 @@ def measure(bench: Bench) -> None:
     for model in settings.dense:
         src = bench.source(model)
         for outtype in settings.outtypes:
-            for cache in caches:
+            for cache in (cache for cache in caches if cache in settings.caches):
                 try:
                     for pair in range(settings.n_pairs):
                         for converter in bench.in_turn([STREAMCONV_MAPPED, STREAMCONV_POSITIONED]):

@@ -23,7 +23,7 @@ from benchmarks import cases, machine, plots, run, summary, vocabulary
 from benchmarks import sample as sample_module
 from benchmarks.baselines import llama_cpp
 from benchmarks.bench import Bench, BenchError, Sample, Settings
-from benchmarks.cases import cgroup, convert, memory, merge, per_tensor, reads, startup
+from benchmarks.cases import cgroup, convert, earlier, memory, merge, per_tensor, reads, startup
 from benchmarks.converters import Converter
 from benchmarks.sample import Point, measure
 from benchmarks.shapes import SHAPES, checkpoint, shard_paths, tensors_of
@@ -32,7 +32,18 @@ from tests.extras import tokenizers
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MODELS", "OUTTYPES", "PAIRS", "SPARSE", "CASES", "LLAMA_CPP", "LLAMA_CPP_PYTHON", "BENCH_CACHE"):
+    for name in (
+        "MODELS",
+        "OUTTYPES",
+        "PAIRS",
+        "SPARSE",
+        "CASES",
+        "LLAMA_CPP",
+        "LLAMA_CPP_PYTHON",
+        "BENCH_CACHE",
+        "EARLIER",
+        "CACHES",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -49,6 +60,7 @@ def whole_run(case: str) -> list[Sample]:
     models = {per_tensor.NAME: (per_tensor.FEW, per_tensor.MANY), cgroup.NAME: ("1.2b",), startup.NAME: ("",)}
     converters = {
         convert.NAME: ("cp", "streamconv-numpy", "streamconv", "llama.cpp"),
+        earlier.NAME: ("streamconv", earlier.OTHER),
         merge.NAME: (merge.MERGING, "streamconv"),
         memory.NAME: ("streamconv", "streamconv-numpy", "llama.cpp"),
         reads.NAME: ("streamconv-mapped", "streamconv-positioned"),
@@ -194,6 +206,29 @@ def test_the_cost_of_a_tensor_is_a_difference_within_pairs() -> None:
         for model, wall in ((per_tensor.FEW, few), (per_tensor.MANY, many))
     ]
     assert per_tensor.rows(samples)[0].value == pytest.approx(2.0)
+
+
+def test_versions_are_compared_within_pairs() -> None:
+    seconds = {("streamconv", 0): (1.0, 2.0), ("earlier", 0): (2.0, 1.0), ("streamconv", 1): (6.0, 9.0)}
+    seconds[("earlier", 1)] = (2.0, 3.0)
+    samples = [
+        sample(version, pair, wall, case=earlier.NAME, user_seconds=processor, system_seconds=0.0)
+        for (version, pair), (wall, processor) in seconds.items()
+    ]
+    figures = {row.figure: (row.value, row.low, row.high) for row in earlier.rows(samples)}
+    assert figures["wall / earlier"] == (1.75, 0.5, 3.0) and figures["CPU / earlier"] == (2.5, 2.0, 3.0)
+
+
+def test_only_the_states_of_the_cache_that_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bench(tmp_path)
+    made.settings = replace(made.settings, caches=("warm",), earlier=script("earlier", ""))
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(Bench, "convert", lambda *words: seen.append((words[1], words[6])))
+    monkeypatch.setattr(Bench, "source", lambda *words: tmp_path)
+    for case in (convert, reads, earlier):
+        case.measure(made)
+    assert {name for name, _ in seen} == {convert.NAME, reads.NAME, earlier.NAME}
+    assert {cache for _, cache in seen} == {"warm"}
 
 
 def test_the_peak_of_a_command_is_its_own_even_after_it_has_freed_it(tmp_path: Path) -> None:
@@ -476,6 +511,8 @@ def test_the_summary_names_the_settings_and_models_with_holes(tmp_path: Path, mo
         ("MODELS", "", "argument --models: none is named; there are tiny, 350m"),
         ("OUTTYPES", " ", "argument --outtypes: none is named; there are f32, bf16, f16, q8_0"),
         ("BENCH_CACHE", __file__, f"File exists: '{__file__}'"),
+        ("EARLIER", "~/nowhere", "EARLIER=~/nowhere is no program: name the Python of its environment"),
+        ("CACHES", "hot", "argument --caches: no hot; there are warm, cold"),
         ("LLAMA_CPP", "~/nowhere", "LLAMA_CPP=~/nowhere holds no convert_hf_to_gguf.py"),
     ],
 )
