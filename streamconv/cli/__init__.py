@@ -7,6 +7,7 @@ is imported before the command is known, so that --help is instant.
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = _asked(list(sys.argv[1:] if arguments is None else arguments))
     as_json, started = "--json" in arguments, time.monotonic()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's products are small here; threads for them cost 40 ms
+    gc.set_threshold(10_000, 20, 20)  # modules and vocabularies stay; looking through them for cycles takes 10 ms
     hint = RESUME if RESUMED & set(arguments[:1]) else None
     _keep_standard_streams()
     _print_any_character()

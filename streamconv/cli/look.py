@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +193,8 @@ def _draft(options: argparse.Namespace) -> int:
 
 def environment() -> Iterator[str]:
     """What decides the speed, and what a report of a fault should name."""
+    from importlib.metadata import PackageNotFoundError, version
+
     from streamconv.ggml import blocks, encode
 
     kernels = {"floats": encode.best_kernel().name, "blocks": blocks.best_kernel().name}

@@ -19,7 +19,7 @@ from streamconv.engine.layout import CHUNK_NBYTES, Io, Layout, MemoryProof, Step
 from streamconv.errors import SourceError, StreamconvError
 from streamconv.files.window import Window
 from streamconv.ggml import encode as codecs
-from streamconv.lazy.node import Readable, Workspace, read
+from streamconv.lazy.node import Readable, Workspace, read, read_lent
 from streamconv.lazy.scratch import Scratch, aligned_buffer
 from streamconv.threads import start_threads
 from streamconv.timing import Stopwatch
@@ -73,11 +73,19 @@ def _fill_step(step: Step, first: int, out: NDArray[np.uint8], work: Workspace) 
                 work.counting = True
                 out[filled : filled + n] = whole[cut : cut + n]
         else:
-            n_rows = min(step.slab_rows, (out.nbytes - filled) // width)
-            n_rows = step.tensor.lendable(range(row, row + n_rows), work)
-            n = n_rows * width
-            _read(step, range(row, row + n_rows), out[filled : filled + n], work)
+            n = width * _fill_rows(step, range(row, row + (out.nbytes - filled) // width), out[filled:], work)
         filled += n
+
+
+def _fill_rows(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> int:
+    """How many of `rows`, from the first on, were made at the beginning of `out`: what one loan gives, or a slab."""
+    width = step.tensor.spec.row_nbytes
+    lendable = step.tensor.lendable(rows, work)
+    if lendable and read_lent(step.tensor, rows[:lendable], out[: lendable * width], work):
+        return lendable
+    n_rows = min(step.slab_rows, lendable or len(rows))
+    _read(step, rows[:n_rows], out[: n_rows * width], work)
+    return n_rows
 
 
 def _read(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> None:

@@ -84,6 +84,10 @@ class Window:
         self._mapped: Mapped | None = None
         self._first = self._end = 0
 
+    def maps(self, blob: Mappable) -> bool:
+        """Whether it maps such a file at all."""
+        return blob.is_mapped or self._maps_all
+
     @contextmanager
     def lend(self, blob: Mappable, offset: int, nbytes: int) -> Iterator[NDArray[np.uint8] | None]:
         """The bytes where they lie, valid inside the `with`; None where they must be read, as across two windows.
@@ -122,7 +126,7 @@ class Window:
             return self._mapped
         first = offset // WINDOW_NBYTES * WINDOW_NBYTES
         end = min(first + WINDOW_NBYTES, blob.nbytes)
-        if offset + nbytes > end or not (blob.is_mapped or self._maps_all):
+        if offset + nbytes > end or not self.maps(blob):
             return None
         self.close()  # before another is mapped: the budget counts one
         try:

@@ -16,6 +16,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Final
 
@@ -82,6 +83,7 @@ class Kernel:
 REFERENCE: Final = Kernel("numpy", reference.encode, reference.add_product, blocks.REFERENCE)
 
 
+@cache
 def compiled_kernel(module: ModuleType) -> Kernel:
     """The kernel of a compiled extension, which needs no scratch."""
     return Kernel(

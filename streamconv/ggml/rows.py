@@ -43,7 +43,7 @@ class Encode(LazyTensor):
         return work.kernel.borrows and self.parents[0].spec.dtype in FLOATS
 
     def lendable(self, rows: range, work: Workspace) -> int:
-        return self.parents[0].lendable(rows, work) if self.borrows(work) else len(rows)
+        return self.parents[0].lendable(rows, work) if self.borrows(work) else 0
 
     def needs(self, rows: range) -> Iterator[Step]:
         parent, *weights = self.parents

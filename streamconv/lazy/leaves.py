@@ -42,8 +42,8 @@ class Source(Leaf):
         return work.window.lend(self.file, self.offset + rows.start * width, len(rows) * width)
 
     def lendable(self, rows: range, work: Workspace) -> int:
-        if work.window is None:
-            return len(rows)
+        if work.window is None or not work.window.maps(self.file):
+            return 0
         width = self.spec.row_nbytes
         return work.window.rows_before_border(self.offset + rows.start * width, width, len(rows))
 
@@ -74,7 +74,7 @@ class SourceColumns(Source):
         return nullcontext()
 
     def lendable(self, rows: range, work: Workspace) -> int:
-        return len(rows)
+        return 0
 
     def columns(self, columns: range) -> LazyTensor | None:
         return None

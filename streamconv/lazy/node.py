@@ -80,6 +80,7 @@ class Lender(Protocol):
     """What gives the bytes of a file where they lie (files.window.Window)."""
 
     def lend(self, file: Readable, offset: int, nbytes: int, /) -> AbstractContextManager[Bytes | None]: ...
+    def maps(self, file: Readable, /) -> bool: ...
     def rows_before_border(self, offset: int, row_nbytes: int, n_rows: int, /) -> int: ...
 
 
@@ -182,8 +183,8 @@ class LazyTensor(ABC):
         return nullcontext()
 
     def lendable(self, rows: range, work: Workspace) -> int:
-        """How many of `rows`, from the first on, are best made at a time, so that they can be lent."""
-        return len(rows)
+        """How many of `rows`, from the first on, can be made of one loan; 0 where they are not lent."""
+        return 0
 
     def columns(self, columns: range) -> LazyTensor | None:
         """Only these columns, without reading the others; None where this tensor's rows must be made whole for them."""
@@ -217,6 +218,25 @@ def read(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> None:
         except Unread:
             work.tally = tally
             _make(tensor, rows, step, part, work, borrows=False)
+
+
+def read_lent(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> bool:
+    """Whether `out` was filled with `rows` of `tensor`, made of what its first parent lends and nothing else.
+
+    `rows` are `lendable`. They take no scratch that grows with them, so they may be more than a slab has.
+    """
+    tally = dict(work.tally)
+    try:
+        for step in tensor.needs(rows):
+            with work.scratch.frame(), step[0].parent.lend(step[0].rows, work) as lent:
+                if lent is None:
+                    raise Unread
+                others = [_slab(tensor, number, piece, out, work, None) for number, piece in enumerate(step[1:], 1)]
+                tensor.apply(rows, step, [lent, *others], out, work)
+    except Unread:
+        work.tally = tally
+        return False
+    return True
 
 
 def _make(tensor: LazyTensor, rows: range, step: Step, part: Bytes, work: Workspace, *, borrows: bool) -> None:

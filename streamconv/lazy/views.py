@@ -52,7 +52,7 @@ class View(LazyTensor):
 
     def lendable(self, rows: range, work: Workspace) -> int:
         steps = list(self.needs(rows)) if work.window is not None else []
-        return steps[0][0].parent.lendable(steps[0][0].rows, work) if len(steps) == 1 else len(rows)
+        return steps[0][0].parent.lendable(steps[0][0].rows, work) if len(steps) == 1 else 0
 
     def describe(self) -> str:
         return ""

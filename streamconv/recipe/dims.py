@@ -10,7 +10,6 @@ import ast
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from streamconv.recipe.language import Output
 
 MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
@@ -55,16 +56,22 @@ class Extent:
         slope = at[1] - at[0]
         if not slope or at[2] - at[1] != slope:
             return None
-        value = 1 + (extent - at[0]) / slope
+        value = 1 + _quotient(extent - at[0], slope)
         return (name, int(value)) if value.denominator == 1 and value > 0 else None
 
 
-def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> Fraction:
+def _quotient(dividend: int | Fraction, divisor: int | Fraction) -> Fraction:
+    from fractions import Fraction  # 1 ms, and few shapes divide
+
+    return Fraction(dividend) / divisor
+
+
+def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> int | Fraction:
     match node:
         case ast.Constant(value=int(number)) if number is not True and number is not False:
-            return Fraction(number)
+            return number
         case ast.Name(id=name):
-            return Fraction(dims[name])
+            return dims[name]
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return _evaluate(left, dims) + _evaluate(right, dims)
         case ast.BinOp(left=left, op=ast.Sub(), right=right):
@@ -72,7 +79,7 @@ def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> Fraction:
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             return _evaluate(left, dims) * _evaluate(right, dims)
         case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _evaluate(left, dims) / _evaluate(right, dims)
+            return _quotient(_evaluate(left, dims), _evaluate(right, dims))
     raise ValueError("only +, -, *, / of dims and whole numbers")
 
 

@@ -35,7 +35,7 @@ from streamconv.lazy.arithmetic import (
 )
 from streamconv.lazy.dtype import BF16, F16, F32, F64, I32, U8, Dtype
 from streamconv.lazy.leaves import Generated, Resident, Source, SourceColumns, Zeros
-from streamconv.lazy.node import Bytes, LazyTensor, TensorSpec, Workspace, description, peak_nbytes, read
+from streamconv.lazy.node import Bytes, LazyTensor, TensorSpec, Workspace, description, peak_nbytes, read, read_lent
 from streamconv.lazy.scratch import Scratch
 from streamconv.lazy.views import (
     Concatenate,
@@ -97,6 +97,9 @@ class Lender:
 
     def lend(self, file: File, offset: int, nbytes: int) -> AbstractContextManager[Bytes | None]:
         return file.lend(offset, nbytes)
+
+    def maps(self, file: File) -> bool:
+        return file.lends
 
     def rows_before_border(self, offset: int, row_nbytes: int, n_rows: int) -> int:
         return n_rows
@@ -487,6 +490,12 @@ def test_what_a_source_lends_is_not_read(maker: Callable[[Draw], Made], data: Dr
         assert np.array_equal(made, expected.reshape(encoded.spec.n_rows, -1)[row])
     assert best_kernel().borrows
     assert sum(file.n_lent for file in files) == n_read and not any(file.n_read for file in files)
+    work = Workspace(Scratch(0), best_kernel(), window=Lender())
+    whole = range(encoded.spec.n_rows)
+    if lendable := encoded.lendable(whole, work):
+        out = np.empty(lendable * encoded.spec.row_nbytes, dtype=np.uint8)
+        assert read_lent(encoded, whole[:lendable], out, work)
+        assert out.tobytes() == expected[: out.nbytes].tobytes()
     for file in files:
         file.n_lent = 0
     rows_of(

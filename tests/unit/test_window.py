@@ -17,8 +17,8 @@ from gguf.constants import GGMLQuantizationType
 import streamconv
 from streamconv.budget import Budget, resident_nbytes
 from streamconv.engine.layout import CHUNK_NBYTES, CHUNKS_WRITING, Io, PlacedTensor, make_layout, prove_memory
-from streamconv.engine.pool import fill_chunk
-from streamconv.errors import UsageError
+from streamconv.engine.pool import _fill_step, fill_chunk
+from streamconv.errors import SourceError, UsageError
 from streamconv.files import local, window
 from streamconv.files.local import LocalBlob
 from streamconv.files.window import WINDOW_NBYTES, Unread, Window, mapping_module
@@ -207,6 +207,35 @@ def test_a_value_that_does_not_fit_is_looked_for_in_memory_of_our_own(tmp_path: 
     assert reads == [0]
 
 
+def test_one_loan_fills_all_rows_before_a_border(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call of the encoder; a file that is cut meanwhile is read, a value that does not fit is named as read."""
+    shape = (3000, 512)
+    path = tmp_path / "weights"
+    values = RNG.integers(0, 0x3F80, shape, dtype=np.uint16)
+    path.write_bytes(values.tobytes())
+    with LocalBlob(path) as opened:
+        source = Source("made", opened, 0, TensorSpec(shape, BF16))
+        (step,) = make_layout([], [PlacedTensor("made", source, ("made",), T.F16)]).steps
+        lengths: list[int] = []
+        real = Encode.apply
+        monkeypatch.setattr(
+            Encode, "apply", lambda self, rows, *words: (lengths.append(len(rows)), real(self, rows, *words))[1]
+        )
+        work = Workspace(Scratch(step.scratch_nbytes), window=Window())
+        out = np.empty(step.nbytes, dtype=np.uint8)
+        _fill_step(step, 0, out, work)
+        assert lengths == [3000] and step.slab_rows == 512
+        wide = (values.astype(np.uint32) << 16).view(np.float32)
+        assert out.tobytes() == wide.astype(np.float16).tobytes()
+    values[2000, 5] = 0x7F00
+    path.write_bytes(values.tobytes())
+    with LocalBlob(path) as opened:
+        step.tensor.parents[0].file = opened  # type: ignore[attr-defined]
+        with pytest.raises(SourceError) as caught:
+            _fill_step(step, 0, out, Workspace(Scratch(step.scratch_nbytes), window=Window()))
+        assert caught.value.code == "value-range" and caught.value.tensor == "made"
+
+
 # ---------------------------------------------------------------- the signal
 
 
@@ -261,7 +290,7 @@ KINDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("outtype", ["auto", "f32", "f16", "q8_0"])
+@pytest.mark.parametrize("outtype", ["auto", "f32", "f16", "q8_0", "q4_k_m", "iq4_nl", "tq2_0"])
 def test_both_ways_give_the_same_bytes(tmp_path: Path, kind: str, outtype: str) -> None:
     source = KINDS[kind](tmp_path / "Some-Model")
     made = {}
