@@ -17,13 +17,13 @@ from typing import TypedDict
 from streamconv.api.convert_lora import open_adapter_job
 from streamconv.api.convert_model import open_imatrix, open_model_job
 from streamconv.api.quantize_file import plan_quantized
-from streamconv.budget import Budget, resident_nbytes
+from streamconv.budget import Budget, in_words, resident_nbytes
 from streamconv.check.errors import measure_errors, measurer_nbytes
 from streamconv.check.picture import PICTURE_NBYTES, draw_errors, require_matplotlib
 from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job
 from streamconv.engine.layout import memory_failures
-from streamconv.errors import UsageError
+from streamconv.errors import Interrupted, UsageError
 from streamconv.files.hub import Source, find_source
 from streamconv.files.local import noting_files
 from streamconv.ggml.blocks import BLOCK_TYPES
@@ -92,6 +92,7 @@ def verify(
     as_made = replace(stored, types={}) if measures else stored  # as numbers, F32
     with (
         using_recipes(recipes),
+        _counted(options.progress) as progress,
         _open_job(source, base, out, wanted, budget, adapters, scale, as_made) as whole,
     ):
         job = _of_file(whole, architecture)
@@ -101,7 +102,7 @@ def verify(
         proof = prove_comparison(
             steps, budget, threads=options.n_threads, comparer=measurer_nbytes(steps) if measures else None
         )
-        how: _How = {"threads": proof.workers, "progress": options.progress, "cancelled": options.cancelled}
+        how: _How = {"threads": proof.workers, "progress": progress, "cancelled": options.cancelled}
         report = replace(job, companions=()).report()
         if measures:
             report.errors = measure_errors(job, paths, **how)
@@ -165,6 +166,24 @@ def _totals(errors: RelativeErrors) -> dict[str, TypeTotal]:
         n_tensors, nbytes = astuple(found.get(one.type, TypeTotal(0, 0)))
         found[one.type] = TypeTotal(n_tensors + 1, nbytes + one.nbytes)
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def _counted(progress: Callable[[int, int], None] | None) -> Iterator[Callable[[int, int], None]]:
+    """What passes progress on; an interrupt gets a note of how far the comparison was."""
+    reached = (0, 0)
+
+    def count(done: int, total: int) -> None:
+        nonlocal reached
+        reached = (done, total)
+        if progress is not None:
+            progress(done, total)
+
+    try:
+        yield count
+    except (Interrupted, KeyboardInterrupt) as error:
+        error.add_note(f"{in_words(reached[0])} of {in_words(reached[1])} were compared")
+        raise
 
 
 def _read(

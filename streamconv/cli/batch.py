@@ -33,7 +33,8 @@ EPILOG = """example of JOBS:
   source = "models/*"
 
 exit codes:
-  0 all done or up to date   7 some failed   8 none succeeded   130/143 interrupted   2 the file is wrong"""
+  0 all done or up to date    7 some failed          8 none succeeded
+  2 the file is wrong         130/143 interrupted"""
 
 
 def add_batch(commands: Any) -> None:

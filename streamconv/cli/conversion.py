@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_options, src_path
-from streamconv.cli.output import error_lines, progress_of, say, show_report, shown_progress, tell_warnings
+from streamconv.cli.output import MIB, error_lines, progress_of, say, show_report, shown_progress, tell_warnings
 from streamconv.errors import DestinationError
 from streamconv.options import arguments
 
@@ -68,8 +68,7 @@ def add_quantize(commands: Any) -> None:
         "quantize",
         help="a GGUF file becomes one of another type",
         description="Write a GGUF file, or a split set, in a type of llama-quantize's.",
-        epilog="example:\n  streamconv quantize LFM2-1.2B-BF16.gguf -o LFM2-1.2B-Q4_K_M.gguf --outtype q4_k_m\n\n"
-        + EXIT_CODES,
+        epilog="example:\n  streamconv quantize LFM2-1.2B-BF16.gguf --outtype q4_k_m\n\n" + EXIT_CODES,
     )
     parser.add_argument("src", metavar="IN", type=src_path, help="the GGUF file, or the first of a split")
     add_options(parser, "quantize", output="Name-Q4_K_M.gguf of Name-BF16.gguf")
@@ -81,7 +80,8 @@ def add_verify(commands: Any) -> None:
         commands,
         "verify",
         help="compare a GGUF file, by whatever tool, with its source",
-        description="Make every tensor again from its source and compare; exit 6 names the first difference. "
+        description="Make every tensor again from its source and compare. What changes a result is an error, exit 6 "
+        "with the first difference; other differences of keys, such as the chat template, are warnings. "
         "With --error, measure how far the file is from its source instead, to choose a type.",
         epilog="example:\n  streamconv verify LFM2-1.2B-Q8_0.gguf --source LFM2-1.2B\n\n" + EXIT_CODES,
     )
@@ -132,7 +132,11 @@ def _verify(options: argparse.Namespace) -> int:
         for path in report.beside:
             say(f"wrote {path}")
     else:
-        say(f"{report.output}: all {report.n_tensors} tensors are what {options.source} says ({report.seconds:.1f} s)")
+        n = f"{report.n_tensors} of {report.n_tensors}"
+        told = f", {len(report.warnings)} warnings" if report.warnings else ""
+        merged = f" with {' and '.join(report.adapters)} merged" if report.adapters else ""
+        say(f"verified {report.output}: {n} tensors are what {options.source} says{merged}{told}")
+        say(f"{report.seconds:.1f} s, peak resident memory {report.peak_rss_nbytes / MIB:.1f} MiB")
     return 0
 
 

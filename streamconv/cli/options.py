@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ EXIT_CODES = """exit codes:
   4 memory bound too small   5 something wrong with the destination
   6 verification mismatch    130/143 interrupted    1 internal error"""
 OUTPUT_FLAGS = ("-o", "--output", "--outfile")  # the last is that of llama.cpp's converters
+HELP_WIDTH = 78
+MAX_SHOWN_CHOICES = 6  # in the place of a value; more are listed in the help
 PROGRESS = ("bar", "plain", "none")
 SUGGESTION_CUTOFF = 0.6  # difflib's ratio, above which a word may have been meant
 
@@ -69,7 +72,7 @@ def add_command(commands: Any, name: str, *, help: str, description: str, epilog
     parser: Parser = commands.add_parser(
         name,
         help=help,
-        description=description,
+        description=textwrap.fill(description, HELP_WIDTH),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -111,6 +114,8 @@ def _add(group: Any, one: declared.Declared, command: str) -> None:
         return
     if kind is Kind.WORD:
         words["choices"] = [word for word in one.option.choices_for(command) if word not in one.option.hidden]
+        if len(words["choices"]) > MAX_SHOWN_CHOICES:
+            words |= {"metavar": "TYPE", "help": f"{words['help']}; one of {', '.join(words['choices'])}"}
     else:
         words["metavar"] = one.option.metavar
     if kind in (Kind.ADAPTERS, Kind.TEXTS, Kind.FILES):

@@ -479,3 +479,32 @@ def test_completion_for_a_shell(shell: str) -> None:
     if shell == "bash":
         assert subprocess.run(["bash", "-n"], input=done.stdout, check=False).returncode == 0
     assert run("completion", "none").returncode == 2
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns(command: str) -> None:
+    done = run(*command.split(), "--help", COLUMNS="80")
+    assert [line for line in done.stdout.decode().splitlines() if len(line) > 80] == []
+
+
+def test_the_last_lines_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny.llama(tmp_path / "src"), tmp_path / "m.gguf"
+    adapter = tiny.peft_adapter(tmp_path / "french", source)
+    assert cli.main(["convert", str(source), "--adapter", str(adapter), "-o", str(out), "--quiet"]) == 0
+    assert cli.main(["verify", str(out), "--source", str(source), "--adapter", str(adapter)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"verified {out}: 20 of 20 tensors are what {source} says with {adapter} merged"
+    assert second.endswith(" MiB")
+
+
+def test_an_interrupted_comparison_says_how_far_it_was(tmp_path: Path) -> None:
+    source, out = tiny.llama(tmp_path / "src"), tmp_path / "m.gguf"
+    streamconv.convert(source, out)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        streamconv.verify(out, source, progress=stop)
+    (note,) = caught.value.__notes__
+    assert note.endswith(" were compared") and not note.startswith("0 bytes of 0")

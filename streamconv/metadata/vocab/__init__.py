@@ -24,7 +24,15 @@ from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TEKKEN, TOKENIZ
 from streamconv.metadata.vocab.footprint import vocabulary_nbytes
 from streamconv.metadata.vocab.pretokenizers import check_name, identify, is_byte_level, space_fault, space_prefix
 from streamconv.metadata.vocab.sentencepiece_model import read_sentencepiece_model
-from streamconv.metadata.vocab.special_tokens import ADD_KEYS, ID_KEYS, NO_SPECIAL_TOKENS, Tokens, find_ids, find_roles
+from streamconv.metadata.vocab.special_tokens import (
+    ADD_KEYS,
+    END_TEXTS,
+    ID_KEYS,
+    NO_SPECIAL_TOKENS,
+    Tokens,
+    find_ids,
+    find_roles,
+)
 from streamconv.metadata.vocab.spm_tokens import sentencepiece_tokens
 from streamconv.metadata.vocab.tekken import TEKKEN_ROLES, read_tekken
 from streamconv.metadata.vocab.token_list import TokenList
@@ -228,7 +236,7 @@ def _pre_tokenizer(source: _Source, default_pre: str | None, pre: str | None) ->
 def _special_keys(source: _Source, companions: Companions, n_vocab: int, special: SpecialTokens) -> list[KeyValue]:
     tokens, tokenizer = source.tokens, source.tokenizer
     roles = find_roles(companions, tokenizer.parts["post_processor"] if tokenizer else None)
-    wanted = {_encoded(text) for text in (*roles.texts.values(), *special.texts.values())}
+    wanted = {_encoded(text) for text in (*roles.texts.values(), *special.texts.values(), *END_TEXTS)}
     added = {token.text: token.id for token in tokenizer.added if token.text in wanted} if tokenizer else {}
 
     def find_any(text: str) -> int | None:

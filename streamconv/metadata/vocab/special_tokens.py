@@ -40,6 +40,13 @@ _BY_TEXT = {"eot": "▁<EOT>"}  # Code Llama's end of an infilled part, which no
 # Roles without whose token a model is used otherwise, and what to say of that.
 _IN_VAIN = {"bos": "", "eos": ": the model cannot stop by it"}
 
+# Where llama.cpp ends an answer whatever eos is (llama-vocab.cpp, special_eog_ids, in llama-cpp-python 0.3.36).
+END_TEXTS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>",
+)  # fmt: skip
+
 Lookup = Callable[[str], int | None]
 
 
@@ -234,4 +241,14 @@ def _disagreement(role: str, source: str, chosen: int, companions: Companions, t
         first = token_id(value)
         if first is not None and first < tokens.n_rows and tokens.has(first) and chosen not in named:
             message = f"{role} is token {chosen} by {source} and {shown(value)} by {name}; {chosen} is written"
+            if role == "eos":
+                message += _whether_to_act([id_ for id_ in named if isinstance(id_, int)], tokens)
             yield RunWarning("special-token-disagreement", message)
+
+
+def _whether_to_act(others: Sequence[int], tokens: Tokens) -> str:
+    """What the user should do about an end token that is not written."""
+    ends = {tokens.added(text) for text in END_TEXTS} | {tokens.any(text) for text in END_TEXTS}
+    if ends.issuperset(others):
+        return "; nothing to do, llama.cpp ends an answer at either"
+    return "; act only if answers do not end: correct eos_token in tokenizer_config.json, and convert again"
