@@ -132,7 +132,7 @@ def test_an_outtype_of_llama_cpp_alone_is_told_the_way(capsys: pytest.CaptureFix
     assert cli.main(["convert", "x", "--outtype", word]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"streamconv: argument --outtype: {word!r} is none of auto, f32, f16, bf16, q8_0, ")
-    assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} of a converted model)\n")
+    assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} from a converted file)\n")
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
         ("job = 3\n", "job is not a list of tables"),
         ("defaults = 3\n", "defaults is not a table"),
         ("[[job]\n", "not TOML"),
-        ("", "no job in it"),
+        ("", "it contains no jobs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
@@ -171,7 +171,7 @@ def test_the_way_out_of_an_unknown_outtype(tmp_path: Path, word: str, hint: str 
     [
         ("[1]\n", "line 1 is not a JSON object"),
         ('{"source": "a"}\n{"source\n', "line 2 is not JSON"),
-        ("\n", "no job in it"),
+        ("\n", "it contains no jobs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_json_lines(tmp_path: Path, text: str, message: str) -> None:

@@ -469,14 +469,14 @@ def test_an_adapter_has_a_name(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ("some-adapter", "'some-adapter' is not a list of adapters (put it into one, [path] or [(path, weight)])"),
+        ("some-adapter", "'some-adapter' is not a list of adapters (pass a list: [path] or [(path, weight)])"),
         (
             Path("some/adapter"),
-            "'some/adapter' is not a list of adapters (put it into one, [path] or [(path, weight)])",
+            "'some/adapter' is not a list of adapters (pass a list: [path] or [(path, weight)])",
         ),
-        ([0.5], "0.5 is not an adapter (name its folder, or the pair of that and a weight)"),
-        ([("a", 0.5, 2)], "('a', 0.5, 2) is not an adapter (name its folder, or the pair of that and a weight)"),
-        ([("a", "0.5")], "('a', '0.5') is not an adapter (name its folder, or the pair of that and a weight)"),
+        ([0.5], "0.5 is not an adapter (give its folder, or a pair (folder, weight))"),
+        ([("a", 0.5, 2)], "('a', 0.5, 2) is not an adapter (give its folder, or a pair (folder, weight))"),
+        ([("a", "0.5")], "('a', '0.5') is not an adapter (give its folder, or a pair (folder, weight))"),
     ],
 )
 def test_adapters_are_a_list(llama: Path, tmp_path: Path, adapters: Any, message: str) -> None:
