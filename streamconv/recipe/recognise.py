@@ -176,12 +176,8 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
     _refuse_heads(unknown, folder)
     empty = list(_empty(spelled.tensors))
     if empty:
-        what = (
-            f"{len(empty)} of {len(spelled.tensors)} tensors are empty, such as {empty[0]}, since ZeRO-3 or FSDP"
-        )
-        hint = (
-            "gather them when saving (stage3_gather_16bit_weights_on_model_save), or run DeepSpeed's zero_to_fp32.py"
-        )
+        what = f"{len(empty)} of {len(spelled.tensors)} tensors are empty, such as {empty[0]}, since ZeRO-3 or FSDP"
+        hint = "gather them when saving (stage3_gather_16bit_weights_on_model_save), or run DeepSpeed's zero_to_fp32.py"
         raise SourceError(f"{what} had partitioned them", file=folder, hint=hint, code="empty-tensors")
 
 

@@ -96,12 +96,18 @@ def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
         ("draft _", "SRC: is empty; the current folder is ."),
         ("batch _", "JOBS: is empty; the current folder is ."),
         ("convert . -o _", "-o/--output/--outfile: is empty; name a file"),
-        ("convert . -o -", "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-"),
+        (
+            "convert . -o -",
+            "-o/--output/--outfile: an output cannot be written to standard output; for a file named -, write ./-",
+        ),
         (
             "lora . --base . -o -",
-            "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-",
+            "-o/--output/--outfile: an output cannot be written to standard output; for a file named -, write ./-",
         ),
-        ("convert . --profile -", "--profile: - does not mean standard output here; a file of that name is ./-"),
+        (
+            "convert . --profile -",
+            "--profile: an output cannot be written to standard output; for a file named -, write ./-",
+        ),
     ],
 )
 def test_a_name_that_is_nothing_or_a_dash(

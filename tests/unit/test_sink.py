@@ -654,7 +654,7 @@ def test_only_the_file_that_was_written_becomes_the_destination(dst: Path, data:
     dst.write_bytes(OLD)
     part = dst.with_name("out.gguf.part")
     with (
-        pytest.raises(DestinationError, match="removed or replaced by something else"),
+        pytest.raises(DestinationError, match="removed or replaced by another program"),
         create(dst, force=True) as sink,
     ):
         write(sink, data, 0, NBYTES)
