@@ -37,6 +37,7 @@ ALL: Final = (*MAKE, "verify")
 DIALECTS: Final = ("llama.cpp", "ollama-legacy")
 TOKENIZERS: Final = ("auto", "base", "adapter")
 IO: Final = ("mapped", "positioned")
+MMPROJ_OUTTYPES: Final = ("f32", "f16", "bf16", "q8_0")  # of a projector
 MAX_DEFAULT_WORKERS: Final = 4
 
 
@@ -359,9 +360,31 @@ class OutputOptions(_Options):
         group="types",
         key=None,  # a batch has no such jobs
     )
+    mmproj: str | Path | None = option(
+        None,
+        "where a vision model's projector goes; default: mmproj- before OUT's name, beside it",
+        kind=Kind.DESTINATION,
+        commands=("convert",),
+        group="projector",
+        metavar="PATH",
+        key=None,  # a batch names it after each output
+    )
+    mmproj_outtype: str | None = option(
+        None,
+        "the projector's type; default: the outtype where that is one of these, else f16",
+        kind=Kind.WORD,
+        commands=("convert",),
+        group="projector",
+        choices=MMPROJ_OUTTYPES,
+    )
+    no_mmproj: bool = option(False, "the text model alone", commands=("convert",), group="projector")
     split: SplitOptions | None = None
 
     def __post_init__(self) -> None:
+        if self.mmproj_outtype is not None:
+            object.__setattr__(self, "mmproj_outtype", canonical(str(self.mmproj_outtype)))
+        if self.no_mmproj and self.asks_for_mmproj:
+            raise UsageError("--no-mmproj writes no projector", hint="leave it out", code="option-conflict")
         object.__setattr__(self, "outtype", canonical(str(self.outtype or AUTO)))
         if isinstance(self.tensor_type, str):
             raise UsageError(
@@ -371,6 +394,11 @@ class OutputOptions(_Options):
         for text in (self.name, self.pre):
             if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
                 raise UsageError(f"{text!r} is not UTF-8, as all text in a GGUF file is", code="not-utf8")
+
+    @property
+    def asks_for_mmproj(self) -> bool:
+        """Whether an option is about a projector that is written."""
+        return self.mmproj is not None or self.mmproj_outtype is not None
 
     @property
     def mix(self) -> MixOptions:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf.constants import Keys
+
 from streamconv.api.run import run
 from streamconv.budget import Budget, too_small
 from streamconv.check.tensors import comparer_nbytes, listed_nbytes
@@ -27,7 +29,7 @@ from streamconv.ggml.imatrix import ImportanceMatrix
 from streamconv.ggml.mixes import MIXES, MixOptions, requires_importance
 from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.ggml.policy import MixPolicy, OuttypePolicy, StoredTypes, TypePolicy, facts_of, resolve_auto
-from streamconv.gguf.format import KeyValue
+from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import written_name
 from streamconv.lazy import dtype
 from streamconv.lazy.leaves import sources
@@ -35,7 +37,7 @@ from streamconv.lora.specs import Adapter, AdapterSpec, Merged, open_adapters
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 from streamconv.metadata.vocab.choice import Tokenizers, choose_vocabulary
-from streamconv.options import OutputOptions, RunOptions, SplitOptions, documented
+from streamconv.options import MMPROJ_OUTTYPES, OutputOptions, RunOptions, SplitOptions, documented
 from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind_outputs
 from streamconv.recipe.language import Model, Recipe
@@ -44,10 +46,7 @@ from streamconv.recipe.registry import RecipeSource, identity_of, using_recipes
 from streamconv.report import Report
 from streamconv.timing import Profile
 
-# Types that a further output, such as a projector, has with the model; beside others it is F16.
 MIN_PART_NBYTES = 1_000_000  # a limit below it is rather a number without its unit
-COMPANION_OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-
 
 # What a stored tensor takes as a node, and an output's tensor with its nodes, names and place. Measured: 340 and 750.
 SOURCE_NBYTES = 400
@@ -75,6 +74,9 @@ def convert(
     token_embedding_type: str | None = None,
     leave_output_tensor: bool = False,
     pure: bool = False,
+    mmproj: str | Path | None = None,
+    mmproj_outtype: str | None = None,
+    no_mmproj: bool = False,
     split: SplitOptions | None = None,
     force: bool = False,
     modelfile: bool = False,
@@ -176,6 +178,8 @@ def plan_model(
     outtype = auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype
     policy = stored or policy_of(model, outtype, wanted.mix, has_importance=imatrix is not None)
     tensors = _place(model, wanted.dialect, policy, imatrix)
+    others = _further_outputs(checkpoint, recipe, model, bound, wanted)
+    budget.reserve("plan", TARGET_NBYTES * sum(len(other.targets) for other in others), file=checkpoint.directory)
     told = imatrix.check({target.name: target.tensor.spec.shape for target in model.targets}) if imatrix else []
     if stored is None:
         require_importance(policy.outtype, tensors)
@@ -192,19 +196,18 @@ def plan_model(
     path = output_path(
         dst, general.file_name(policy.outtype), name=model_name(checkpoint.directory), outtype=policy.outtype
     )
-    companion_policy = OuttypePolicy(policy.outtype if policy.outtype in COMPANION_OUTTYPES else "f16")
+    beside = stored or OuttypePolicy(
+        wanted.mmproj_outtype or (policy.outtype if policy.outtype in MMPROJ_OUTTYPES else "f16")
+    )
+    # Where the caller named neither, by GGUF's naming convention as the model's own file.
+    named = path if dst else Path(general.file_name(beside.outtype))
     parts = make_parts(path, keys, tensors, wanted.parts)
-    is_whole = wanted.parts.only_part in (None, 1)
-    others = bind_outputs(recipe, model, bound.stored) if is_whole else []
     return Job(
         command="convert",
         keys=keys,
         parts=parts,
         role=recipe.role,
-        companions=[
-            _plan_companion(checkpoint, other, path if dst else None, wanted, stored or companion_policy)
-            for other in others
-        ],
+        companions=[_plan_companion(checkpoint, other, named, wanted, beside) for other in others],
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
         outtype=policy.outtype,
@@ -225,6 +228,7 @@ def plan_model(
             *merged.warnings,
             *general.warnings,
             *vocabulary.warnings,
+            *_missing_tokens(others, vocabulary),
             *told,
             *_small_parts(wanted.parts, len(parts)),
         ],
@@ -232,10 +236,29 @@ def plan_model(
     )
 
 
+def _further_outputs(
+    checkpoint: Checkpoint, recipe: Recipe, model: Model, bound: Model, wanted: OutputOptions
+) -> list[Model]:
+    """The files that are written beside the model's. UsageError where one is asked for, and nothing is there for it."""
+    if wanted.no_mmproj or wanted.parts.only_part not in (None, 1):
+        return []
+    others = bind_outputs(recipe, model, bound.stored)
+    if not others and wanted.asks_for_mmproj:
+        what = f"the checkpoint ({recipe.arch}) has no tensors of a projector"
+        raise UsageError(
+            what, file=checkpoint.directory, hint="leave out --mmproj and --mmproj-outtype", code="mmproj-none"
+        )
+    for output in recipe.outputs:
+        if all(other.recipe is not output for other in others):
+            what = f"no {output.role} is written: the checkpoint has no tensors of one"
+            model.warnings.append(RunWarning("mmproj-none", what))
+    return others
+
+
 def _plan_companion(
-    checkpoint: Checkpoint, model: Model, beside: Path | None, wanted: OutputOptions, policy: TypePolicy
+    checkpoint: Checkpoint, model: Model, beside: Path, wanted: OutputOptions, policy: TypePolicy
 ) -> Job:
-    """The job of a further output; `beside`: the model's path, where the caller named it."""
+    """The job of a further output, named after the file `beside` where the caller did not name its path."""
     output = model.recipe
     tensors = _place(model, wanted.dialect, policy)
     specs = [(target.name, target.tensor.spec) for target in model.targets]
@@ -243,8 +266,9 @@ def _plan_companion(
         checkpoint.directory, arch=output.arch, name=wanted.name, specs=specs, kind=output.general_type
     )
     keys = [*general.keys, KeyValue.u32("general.file_type", policy.file_type), *model.keys()]
-    default = Path(f"{output.role}-{general.file_name(policy.outtype)}")
-    path = default if beside is None else beside.with_name(f"{output.role}-{beside.name}")
+    path = beside.with_name(f"{output.role}-{beside.name}")
+    if wanted.mmproj is not None:
+        path = output_path(wanted.mmproj, "", name=model_name(checkpoint.directory), outtype=policy.outtype)
     return Job(
         command="convert",
         keys=keys,
@@ -259,6 +283,18 @@ def _plan_companion(
         warnings=model.warnings,
         role=output.role,
     )
+
+
+def _missing_tokens(others: Sequence[Model], vocabulary: Vocabulary) -> Iterator[RunWarning]:
+    """What the runtime looks for in the vocabulary when it uses another output."""
+    tokens = next((entry.value for entry in vocabulary.keys if entry.key == Keys.Tokenizer.LIST), None)
+    for other in others:
+        missing = [
+            text for text in other.recipe.tokens if isinstance(tokens, PackedArray) and not tokens.has_string(text)
+        ]
+        if missing:
+            what = f"the vocabulary has no {', '.join(missing)}, which the runtime puts around"
+            yield RunWarning("tokens-missing", f"{what} the vectors of the {other.recipe.role}")
 
 
 def _small_parts(options: SplitOptions, count: int) -> Iterator[RunWarning]:
@@ -296,7 +332,7 @@ def require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
     mix = MIXES.get(outtype)
     for one in tensors if mix else ():
         if mix and one.weights is None and requires_importance(mix, one.target, one.type):
-            what = f"{one.type.name} of a {outtype} file needs an importance matrix"
+            what = f"{one.type.name} of a {outtype} file is made with an importance matrix"
             raise UsageError(
                 what, tensor=one.target, hint="give --imatrix FILE, or --outtype q2_k", code="imatrix-missing"
             )

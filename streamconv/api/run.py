@@ -15,7 +15,7 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import Io, MemoryProof, prove_memory
 from streamconv.engine.pool import state_of, stream
 from streamconv.engine.split import Part
-from streamconv.errors import DestinationError, Interrupted, RunWarning, UsageError
+from streamconv.errors import DestinationError, Interrupted, RunWarning, SourceError, UsageError
 from streamconv.files.window import mapping_module
 from streamconv.ggml import encode as codecs
 from streamconv.options import RunOptions
@@ -93,7 +93,7 @@ def run(job: Job, options: RunOptions, budget: Budget) -> Report:
     report.memory = proof.memory
     places = _Places.claim(job, options)
     if places.modelfile and not places.modelfile.has_prompt:
-        message = f"{places.modelfile.path} has no TEMPLATE: its chat template is not one of the known ones"
+        message = f"{places.modelfile.path} has no TEMPLATE: the chat template is none of those with a known form"
         report.warnings.append(RunWarning("modelfile-template", f"{message}; Ollama derives one, or add it by hand"))
     if options.dry_run:
         report.plan = [row for output in job.outputs for row in _plan(output)]
@@ -205,19 +205,31 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
         report.resumed |= sink.resumed_nbytes > 0
         report.resumed_nbytes += sink.resumed_nbytes
         report.warnings += sink.notes
-        counts = stream(
-            part.layout,
-            sink,
-            proof,
-            advance=advance,
-            cancelled=options.cancelled,
-            stopwatch=options.stopwatch,
-        )
+        with _naming_option(output):
+            counts = stream(
+                part.layout,
+                sink,
+                proof,
+                advance=advance,
+                cancelled=options.cancelled,
+                stopwatch=options.stopwatch,
+            )
         with options.stopwatch.time("sync"):
             sink.complete(state_of(counts))
         report.warnings += _non_finite(output, part, counts)
     for shard in job.shards:  # chunks checked what they read; something may have been read before
         shard.check_unchanged()
+
+
+@contextmanager
+def _naming_option(output: Job) -> Iterator[None]:
+    """What is said of the outtype as a way out is said of this output's own."""
+    try:
+        yield
+    except SourceError as error:
+        if output.role == "mmproj" and error.hint:
+            error.hint = error.hint.replace("--outtype", "--mmproj-outtype")
+        raise
 
 
 def _publish(sinks: Sequence[Sink]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from streamconv.errors import SourceError
 from streamconv.files.store import Place
+from streamconv.files.strict_json import load_object_if_present
 
 MAX_INTEGER = (1 << 31) - 1
 MAX_NUMBER = 3.4e38  # of float32, which is what GGUF's keys hold
@@ -64,6 +65,16 @@ class Config:
             raise self.wrong(key, f"a list of {kind.__name__}")
         return value
 
+    def numbers(self, key: str, n: int) -> list[float] | None:
+        """A list of `n` numbers that float32 can hold."""
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        is_right = isinstance(value, list) and len(value) == n
+        if not is_right or not all(type(one) in (int, float) and -MAX_NUMBER <= one <= MAX_NUMBER for one in value):
+            raise self.wrong(key, f"a list of {n} numbers")
+        return [float(one) for one in value]
+
     def section(self, key: str) -> Config | None:
         """The object under `key`; None also where it is empty."""
         value = self.raw.get(key)
@@ -77,6 +88,11 @@ class Config:
     def whole(self) -> Config:
         """The whole file's config, of which this may be a section."""
         return self if self.parent is None else self.parent.whole
+
+    def beside(self, name: str) -> Config:
+        """The JSON object of another file in the same folder; empty where there is no such file."""
+        file = self.file.parent / name
+        return Config(load_object_if_present(file), file)
 
     def alone(self, key: str) -> Config:
         """The section `key` by itself, this config being its parent; empty where there is none."""

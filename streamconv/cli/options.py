@@ -18,6 +18,7 @@ from streamconv.options import Kind
 HEADINGS = {
     "output": "output",
     "types": "types of tensors, as in llama-quantize",
+    "projector": "the projector of a vision model, a second file",
     "split": "several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first",
     "run": "run",
 }
@@ -198,9 +199,7 @@ def dst_name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file")
     if text == "-":
-        raise argparse.ArgumentTypeError(
-            "an output cannot be written to standard output; for a file named -, write ./-"
-        )
+        raise argparse.ArgumentTypeError("- does not mean standard output here; a file of that name is ./-")
     return text
 
 

@@ -40,7 +40,7 @@ def outtype_hint(word: str) -> str | None:
     if canonical(word) in (AUTO, *OUTTYPES):
         return f"write {canonical(word)}"
     if word.upper() in _QUANTIZED:
-        return f"llama.cpp's llama-quantize makes {word.upper()} from a converted file"
+        return f"llama.cpp's llama-quantize makes {word.upper()} of a converted model"
     return None
 
 
@@ -66,13 +66,15 @@ class TensorRole:
     Attributes:
         name: What llama.cpp calls it.
         shape: Row-major.
-        is_f32: Whether its architecture keeps it F32 in files of every type.
+        is_f32: Whether its architecture keeps it F32 in files of every type ...
+        or_f16: ... but those of F16, where it is F16.
         loss: What of the model a type would round beyond the source's own numbers, as a phrase; None where nothing.
     """
 
     name: str
     shape: tuple[int, ...]
     is_f32: bool = False
+    or_f16: bool = False
     loss: Callable[[T], str | None] = _loses_nothing
 
     @property
@@ -201,6 +203,8 @@ def file_type_of(outtype: Outtype) -> LlamaFileType:
 
 def settled(role: TensorRole, type_: T) -> T:
     """`type_`, or what it falls back to; F32 of a tensor that is always that."""
+    if role.or_f16 and type_ == T.F16:
+        return type_
     if not role.is_weight:
         return T.F32
     return divisible(type_, role.shape[-1])

@@ -66,6 +66,11 @@ class PackedArray:
         dtype = np.dtype(SCALAR_FORMATS[element])
         return cls(element, len(values), np.asarray(values, dtype=dtype).tobytes())
 
+    def has_string(self, text: str) -> bool:
+        """Whether a string is among them; found in the bytes, with its length before it."""
+        payload = self.payload if isinstance(self.payload, bytes | bytearray) else bytes(self.payload)
+        return encode_string(text) in payload
+
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:

@@ -85,7 +85,7 @@ def open_adapters(specs: Sequence[AdapterSpec], budget: Budget) -> Iterator[tupl
     if not isinstance(specs, Sequence) or isinstance(specs, str):
         raise UsageError(
             f"{str(specs)!r} is not a list of adapters",
-            hint="pass a list: [path] or [(path, weight)]",
+            hint="put it into one, [path] or [(path, weight)]",
             code="adapters-not-list",
         )
     with ExitStack() as stack:
@@ -101,10 +101,10 @@ def _source_and_weight(spec: AdapterSpec) -> tuple[Source, float]:
     source, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
     if not (isinstance(source, str | Path | Store | StorePath) and isinstance(weight, Real)):
         raise UsageError(
-            f"{spec!r} is not an adapter", hint="give its folder, or a pair (folder, weight)", code="adapter-spec"
+            f"{spec!r} is not an adapter", hint="name its folder, or the pair of that and a weight", code="adapter-spec"
         )
     if not str(source):
-        raise UsageError("the path of an adapter is empty", hint="give its folder", code="adapter-spec")
+        raise UsageError("an adapter without a name", hint="name its folder", code="adapter-spec")
     if not math.isfinite(weight):
-        raise UsageError(f"{weight} is not a valid weight of an adapter", code="adapter-spec")
+        raise UsageError(f"{weight} is not a weight of an adapter", code="adapter-spec")
     return source, float(weight)

@@ -53,6 +53,7 @@ class Output:
         tie_keys: The config's flags for a head that is the embedding; the first that is stated counts.
         head: The head's source; "" where there is none.
         aliases: What other programs call its sources, or in which shape they store them.
+        tokens: What the runtime looks for, beside this file, as single tokens of the model's vocabulary.
         is_required: Whether a checkpoint without any of its tensors is incomplete. (A fine-tune of a model's text half
             may have been saved alone.)
     """
@@ -77,6 +78,7 @@ class Output:
     tie_keys: tuple[str, ...] = ("tie_word_embeddings",)
     tied_by_default: bool = False
     head: str = ""
+    tokens: tuple[str, ...] = ()
     is_required: bool = False
     names: NameTable = field(init=False, repr=False, compare=False)  # of all sources
     alias_names: NameTable = field(init=False, repr=False, compare=False)
@@ -143,6 +145,8 @@ class Recipe(Output):
         hf_names: As "architectures" of a config.json has them.
         model_type: As a config.json without them has it.
         bodies: What transformers calls the models without their head, as AutoModel saves them.
+        text_types: Of a wrapper, the model types of its text section, which is what `config_root` names; "" is that of
+            a section that does not say. Several recipes may be for one class, with other text models.
         outputs: Further files, as a projector; the tensors of each are its own.
         default_pre: The pre-tokenizer of a model whose byte-level tokenizer has an unknown structure; None: there is
             no such guess.
@@ -155,6 +159,7 @@ class Recipe(Output):
     hf_names: tuple[str, ...]
     model_type: str
     bodies: tuple[str, ...] = ()
+    text_types: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
     default_pre: str | None = None
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
@@ -170,6 +175,20 @@ class Recipe(Output):
 
     def config_of(self, config: Config) -> Config:
         return config.within(self.config_root)
+
+    def is_for(self, config: Config) -> bool:
+        """Whether this is the recipe of a config.json."""
+        names = config.list_of("architectures", str) or []
+        model_type = (config.text("model_type") or "").replace("-", "_")  # mlx-vlm has lfm2-vl
+        is_named = not set(names).isdisjoint((*self.hf_names, *self.bodies))
+        return (is_named or (not names and model_type == self.model_type)) and (
+            not self.text_types or self.text_type(config) in self.text_types
+        )
+
+    def text_type(self, config: Config) -> str:
+        """The model type of the config's section of this recipe; "" where it has none."""
+        section = config.section(self.config_root)
+        return (section.text("model_type") if section else None) or ""
 
     def is_of_another(self, name: str) -> bool:
         return any(output.find(name) or output.drop_of(name, {}) for output in self.outputs)
@@ -260,7 +279,7 @@ class Model:
         def lost(type_: GGMLQuantizationType) -> str | None:
             return loss(target.row.ops, type_, self)
 
-        return TensorRole(target.name, target.tensor.spec.shape, target.row.f32, lost)
+        return TensorRole(target.name, target.tensor.spec.shape, target.row.f32, target.row.or_f16, lost)
 
     def defaults(self) -> dict[str, tuple[Scalar, ...]]:
         """By key, the values that mean the same as its absence does to llama.cpp, its default first."""

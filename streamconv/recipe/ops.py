@@ -40,8 +40,6 @@ F16, F32, BF16, Q8_0 = (
 LEAST_F16_FACTOR = 2.0**-4
 
 Index = NDArray[np.int64]
-Extents = tuple[str, ...]  # a shape as rows have it, in dims
-N_EXPERTS = "E"  # as the first extent of a row's shape: what follows is stacked
 
 
 class CannotAdapt(Exception):
@@ -101,14 +99,6 @@ class Op(ABC):
         """The dims that the op is written in."""
         return ()
 
-    def extents(self, shape: Extents) -> Extents:
-        """The shape after the op, as far as a recipe alone tells: parts that are taken are "?".
-
-        Raises:
-            ValueError: The op means nothing for a tensor of that shape, whatever the dims are.
-        """
-        return shape
-
 
 class Blank(Leaf):
     """A tensor of some shape and without rows, to try operations on."""
@@ -157,23 +147,6 @@ def total_factor(ops: Sequence[Op], model: Model) -> float:
     return math.prod(op.factor(model) for op in ops)
 
 
-def _axis_of_rows(shape: Extents, what: str) -> int:
-    """Where the rows of each matrix are, or the elements of a vector. ValueError where experts are."""
-    if len(shape) == 2 and shape[0] == N_EXPERTS:
-        raise ValueError(f"the rows of {' '.join(shape)} are experts, which have no {what}")
-    return max(0, len(shape) - 2)
-
-
-def _axis_of_columns(shape: Extents) -> int:
-    if len(shape) < 2:
-        raise ValueError("a vector has no columns")
-    return len(shape) - 1
-
-
-def _with_part(shape: Extents, axis: int) -> Extents:
-    return (*shape[:axis], "?", *shape[axis + 1 :])
-
-
 def _size(text: str, model: Model) -> int:
     value = parse_extent(text).value(model.dims)
     if value is None:
@@ -210,12 +183,6 @@ class Permute(Op):
     def dims(self) -> Iterable[str]:
         return parse_extent(self.heads).names
 
-    def extents(self, shape: Extents) -> Extents:
-        _axis_of_rows(shape, "heads")
-        if len(shape) > 2:
-            raise ValueError(f"heads are rows of a matrix, and {' '.join(shape)} is a stack of them")
-        return shape
-
 
 @dataclass(frozen=True, slots=True)
 class _Indexed(Op):
@@ -238,9 +205,6 @@ class Rows(_Indexed):
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
         return self.node(b, model)
 
-    def extents(self, shape: Extents) -> Extents:
-        return _with_part(shape, max(0, len(shape) - 2))
-
 
 @dataclass(frozen=True, slots=True)
 class Columns(_Indexed):
@@ -252,9 +216,6 @@ class Columns(_Indexed):
 
     def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
         return self.node(a, model)
-
-    def extents(self, shape: Extents) -> Extents:
-        return _with_part(shape, _axis_of_columns(shape))
 
 
 # ---------------------------------------------------------------- one tensor of a fused one
@@ -308,9 +269,6 @@ class Split(Op):
     def dims(self) -> Iterable[str]:
         return () if isinstance(self.sizes, int) else _names(self.sizes)
 
-    def extents(self, shape: Extents) -> Extents:
-        return _with_part(shape, _axis_of_parts(shape, self.of_columns))
-
 
 @dataclass(frozen=True, slots=True)
 class Interleaved(Op):
@@ -341,15 +299,6 @@ class Interleaved(Op):
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
         return b if self.of_columns else self.node(b, model)
 
-    def extents(self, shape: Extents) -> Extents:
-        return _with_part(shape, _axis_of_parts(shape, self.of_columns))
-
-
-def _axis_of_parts(shape: Extents, of_columns: bool) -> int:
-    if of_columns:
-        return _axis_of_columns(shape)
-    return _axis_of_rows(shape, "parts: of_columns=True takes them of each expert's vector")
-
 
 # ---------------------------------------------------------------- shapes
 
@@ -362,9 +311,6 @@ class Squeeze(Op):
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         return reshaped(parent, tuple(extent for extent in parent.spec.shape if extent != 1) or (1,))
-
-    def extents(self, shape: Extents) -> Extents:
-        return tuple(extent for extent in shape if extent != "1") or ("1",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,9 +326,6 @@ class Reshape(Op):
     def dims(self) -> Iterable[str]:
         return _names(self.to)
 
-    def extents(self, shape: Extents) -> Extents:
-        return tuple(self.to.split())
-
 
 @dataclass(frozen=True, slots=True)
 class Transpose(Op):
@@ -393,10 +336,6 @@ class Transpose(Op):
 
     def on_factors(self, a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
         return self.node(b, model), self.node(a, model)
-
-    def extents(self, shape: Extents) -> Extents:
-        last = _axis_of_columns(shape)
-        return (*shape[: last - 1], shape[last], shape[last - 1])
 
 
 def reshaped(parent: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:

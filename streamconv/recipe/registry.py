@@ -176,16 +176,10 @@ def find_recipe(config: Config) -> Recipe:
         SourceError: There is none (`architecture-unsupported`), or several packages have one (`recipe-ambiguous`).
     """
     names = config.list_of("architectures", str) or []
-
-    def fits(recipe: Recipe) -> bool:
-        return bool(set(names) & {*recipe.hf_names, *recipe.bodies}) or (
-            not names and config.text("model_type") == recipe.model_type
-        )
-
     for recipe in _recipes(config):
-        if fits(recipe):
+        if recipe.is_for(config):
             return recipe
-    found = [recipe for recipe in installed_recipes().recipes if fits(recipe)]
+    found = [recipe for recipe in installed_recipes().recipes if recipe.is_for(config)]
     if len(found) > 1:
         origins = " and ".join(recipe.origin for recipe in found)
         what = f"{', '.join(names)} is an architecture of several packages: {origins}"
@@ -193,6 +187,8 @@ def find_recipe(config: Config) -> Recipe:
     if found:
         return found[0]
     what = f"{', '.join(names) or 'a model without a name'} is not supported"
+    if others := [recipe for recipe in own_recipes() if recipe.text_types and set(names) & set(recipe.hf_names)]:
+        what = f"{what} with a text model of type {others[0].text_type(config)!r}"
     wrapped = [key for key in ("text_config", "vision_config", "audio_config") if key in config.raw]
     if wrapped:
         what += f" (a wrapper with {', '.join(wrapped)}: convert the text model's own checkpoint)"

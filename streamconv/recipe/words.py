@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from gguf.constants import GGUFValueType
@@ -64,10 +64,12 @@ class Tensor:
 
     `ops` are applied in their order, for a source with {e} to the stack of all experts [E, ...]. `only` ("axis=kind")
     limits the row to the layers of that kind. `required` may name a flag of the config: the tensor is then stored just
-    where the flag is true, and either way where the config does not say (Recipe.flags). Rows with the same target are
-    alternatives; rows with the same source take parts of it.
+    where the flag is true, and either way where the config does not say (Recipe.flags). It may be a rule over the
+    config: where that says no, the tensor is not part of the model, and is left out with a warning where it is stored.
+    Rows with the same target are alternatives; rows with the same source take parts of it.
 
-    `f32`: it stays F32 in every outtype, as llama.cpp keeps it. `no_adapter`: why no adapter can change it although it
+    `f32`: it stays F32 in every outtype, as llama.cpp keeps it; with `or_f16` in all but F16, where it is F16, too.
+    `no_adapter`: why no adapter can change it although it
     is a matrix, as "it is a table of positions, for which llama.cpp asks no adapter".
     """
 
@@ -76,8 +78,9 @@ class Tensor:
     shape: str
     ops: tuple[Op, ...] = ()
     only: str = ""
-    required: bool | str = True
+    required: bool | str | Callable[[Config], bool] = True
     f32: bool = False
+    or_f16: bool = False
     no_adapter: str = ""
 
 
@@ -89,6 +92,7 @@ class Computed:
     value: Callable[[Model], NDArray[np.float32] | None]
     only: str = ""
     f32: bool = True
+    or_f16: ClassVar[bool] = False
 
     @property
     def ops(self) -> tuple[Op, ...]:

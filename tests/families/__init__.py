@@ -9,10 +9,13 @@ from tests.families.build import (
     checkpoint,
     distance,
     golden,
+    image_logprobs,
     logits,
     predictions,
+    projector,
     record,
     run,
+    see,
     texts,
 )
 from tests.families.table import FAMILIES, Family
@@ -28,9 +31,12 @@ __all__ = [
     "checkpoint",
     "distance",
     "golden",
+    "image_logprobs",
     "logits",
     "predictions",
+    "projector",
     "record",
     "run",
+    "see",
     "texts",
 ]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests import tiny
-from tests.families import tokenizers
+from tests.families import images, tokenizers
 from tests.families.table import FAMILIES, Family
 from tests.oracles import ggufs, runtime
 
@@ -58,6 +58,8 @@ def write_checkpoint(name: str, directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizers.write(family.tokenizer, directory)
     shutil.copy(DATA / name / "config.json", directory)
+    for file, content in family.files.items():
+        tiny.write_json(directory / file, content)
     tensors = {
         tensor: tiny.Tensor.of(values(family, tensor, tuple(shape)), dtype)
         for tensor, (dtype, *shape) in spec(name)["tensors"].items()
@@ -130,6 +132,11 @@ def golden(name: str, outtype: str) -> dict[str, Any]:
     return {"tensors": {t: {"ne": e["ne"], "sha256": made[t][1], "type": made[t][0]} for t, e in plain.items()}}
 
 
+def projector(name: str, outtype: str) -> dict[str, Any]:
+    """llama.cpp's projector file of a family, as `golden`; with those of `general.*` that are not the folder's."""
+    return ggufs.unpacked(record(name)["mmproj"], outtype)
+
+
 def logits(name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What transformers makes of IDS, float32: of the model, and with its adapter.
 
@@ -137,6 +144,19 @@ def logits(name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """
     base, adapted = np.load(DATA / name / "logits.npy")
     return base, adapted
+
+
+def image_logprobs(name: str) -> NDArray[np.float64]:
+    """What llama.cpp predicts from its own two files after each image: log-probabilities [images, vocab]."""
+    found: NDArray[np.float64] = np.load(DATA / name / "images.npy").astype(np.float64)
+    return found
+
+
+def see(gguf: Path, mmproj: Path) -> NDArray[np.float64]:
+    """What llama.cpp predicts from two files after each image: log-probabilities [images, vocab]."""
+    with runtime.Runtime(gguf, mmproj=mmproj, n_ctx=N_CTX) as model:
+        shown = [images.png(images.pixels(*size)) for size in images.SIZES]
+        return np.stack([model.logprobs_after_media(images.BEFORE, one, images.AFTER) for one in shown])
 
 
 def texts(family: Family) -> list[tuple[int, ...]]:

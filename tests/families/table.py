@@ -48,6 +48,9 @@ class Family:
         ends_gain: As `gain`, of the embedding and the head.
         gain: What matrices' standard deviation is, times the square root of their rows' length.
         targets: The modules that the adapter changes: last names, or one regular expression of whole names.
+        files: Further JSON files of the folder, by name.
+        spelled: Beginnings of tensors' names as publishers have them, by that of transformers 5.
+        has_projector: Whether it is a vision model: llama.cpp's converter then makes a second file.
         saved_as: A name in `architectures` other than `hf_name`, for models that publishers save under it.
         settings: Keys of config.json that publishers write and transformers 5 does not (see `note`).
         task_type: PEFT's, of the adapter.
@@ -70,6 +73,9 @@ class Family:
     ends_gain: float = 2.0
     targets: tuple[str, ...] | str = (*ATTENTION, *GATED)
     saved_as: str | None = None
+    files: Mapping[str, Any] = field(default_factory=dict)
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    has_projector: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     task_type: str = "CAUSAL_LM"
     without_llama_cpp: str | None = None
@@ -106,6 +112,16 @@ def experts(**settings: Any) -> dict[str, Any]:
 def rope(theta: float = 50_000.0, **settings: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta} | settings
 
+
+def eyes(**settings: Any) -> dict[str, Any]:
+    """The vision tower of an LFM2-VL, with some rows of no whole blocks of 32. llama.cpp needs three layers or more."""
+    base = {"hidden_size": 96, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 3}
+    return {"model_type": "siglip2_vision_model", "patch_size": 16, "vision_use_head": False} | base | settings
+
+
+# How Liquid writes the names of its vision tower; llama.cpp's converter knows them so alone.
+LIQUID = {"model.vision_tower.": "model.vision_tower.vision_model."}
+LFM2_VL_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|out_proj|in_proj|w1|w2|w3)"
 
 ABSENT = object()  # as a value: the key is left to the config class
 
@@ -227,6 +243,85 @@ FAMILIES: dict[str, Family] = {
         task_type="FEATURE_EXTRACTION",
         vectors=Vectors("mean", ((96, True),)),
         without_llama_cpp="ignores the bias of a dense layer, and every dense layer that is not in `1_Dense`",
+    ),
+    "lfm2-vl": Family(
+        "Lfm2VlForConditionalGeneration",
+        {
+            "text_config": narrow(
+                architectures=["Lfm2ForCausalLM"],
+                model_type="lfm2",
+                vocab_size=416,
+                block_auto_adjust_ff_dim=False,
+                layer_types=["conv", "full_attention", "conv"],
+            ),
+            "vision_config": eyes(num_patches=256),
+            "projector_hidden_size": 192,
+            "image_token_id": 340,
+        },
+        files={"preprocessor_config.json": {"image_mean": [0.4, 0.45, 0.5], "image_std": [0.25, 0.5, 0.3]}},
+        spelled=LIQUID,
+        has_projector=True,
+        tokenizer="lfm2-vl",
+        pre="lfm2",
+        seed=170,
+        targets=LFM2_VL_TARGETS,
+        note="As published: with `vision_model.` in the names, and without a word on the projector's norm.",
+    ),
+    "lfm2_5-vl": Family(
+        "Lfm2VlForConditionalGeneration",
+        {
+            "text_config": narrow(
+                architectures=["Lfm2ForCausalLM"],
+                model_type="lfm2",
+                vocab_size=416,
+                block_auto_adjust_ff_dim=False,
+                layer_types=["conv", "full_attention", "conv"],
+            ),
+            "vision_config": eyes(num_patches=81, num_hidden_layers=4),
+            "projector_hidden_size": 160,
+            "projector_use_layernorm": False,
+            "image_token_id": 340,
+        },
+        files={
+            "preprocessor_config.json": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.2, 0.4, 0.6]},
+            "processor_config.json": {"image_mean": [0.9] * 3, "image_processor": {"image_mean": [0.5, 0.55, 0.6]}},
+        },
+        spelled=LIQUID,
+        has_projector=True,
+        tokenizer="lfm2-vl",
+        pre="lfm2",
+        seed=171,
+        dtype="float16",
+        targets=LFM2_VL_TARGETS,
+        wrong_keys={"clip.vision.image_size": "256, whatever the number of positions"},
+        note="Without the projector's norm, and with positions that the runtime resizes.",
+    ),
+    "lfm2-vl-moe": Family(
+        "Lfm2VlForConditionalGeneration",
+        {
+            "text_config": narrow(
+                architectures=["Lfm2MoeForCausalLM"],
+                model_type="lfm2_moe",
+                vocab_size=416,
+                num_experts_per_tok=2,
+                num_experts=5,
+                moe_intermediate_size=512,
+                num_dense_layers=1,
+                layer_types=["conv", "full_attention", "conv"],
+                norm_topk_prob=True,
+                use_expert_bias=True,
+            ),
+            "vision_config": eyes(num_patches=256),
+            "projector_hidden_size": 224,
+            "image_token_id": 340,
+        },
+        files={"processor_config.json": {"image_processor": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}}},
+        spelled=LIQUID,
+        has_projector=True,
+        tokenizer="lfm2-vl",
+        pre="lfm2",
+        seed=172,
+        targets=r".*language_model.*\.(q_proj|k_proj|v_proj|out_proj|in_proj)",
     ),
     "qwen2": Family("Qwen2ForCausalLM", narrow(), tokenizer="qwen2", pre="qwen2", seed=2),
     "qwen2-tied": Family(

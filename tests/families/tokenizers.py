@@ -38,6 +38,20 @@ def _without_bos(directory: Path, pre: str) -> None:
     tiny.write_bpe(directory, pre=pre, bos=False)
 
 
+# What the runtime looks for around images and their tiles, as single tokens.
+_IMAGE = ("<image>", "<|image_start|>", "<|image_end|>", "<|img_row_1_col_1|>", "<|img_thumbnail|>")
+
+
+def _lfm2_vl(directory: Path) -> None:
+    tiny.write_bpe(directory, pre="lfm2")
+    path = directory / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    first = 1 + max(max(value["model"]["vocab"].values()), *(token["id"] for token in value["added_tokens"]))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    value["added_tokens"] += [{"id": first + n, "content": text, **flags} for n, text in enumerate(_IMAGE)]
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
 def _gemma(directory: Path) -> None:
     """No space before a text, and pieces that are found before any merge: turns, newlines and indentation.
 
@@ -95,6 +109,7 @@ _GLM = {
 
 KINDS: dict[str, Callable[[Path], None]] = {
     "lfm2": partial(tiny.write_bpe, pre="lfm2"),
+    "lfm2-vl": _lfm2_vl,
     "llama-bpe": partial(tiny.write_bpe, pre="llama-bpe"),
     "dbrx": partial(tiny.write_bpe, pre="dbrx"),
     "deepseek-v3": partial(tiny.write_bpe, pre="deepseek-v3"),

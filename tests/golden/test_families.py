@@ -82,7 +82,7 @@ def test_tensors_are_llama_cpps(workshop: Workshop, name: str, outtype: str) -> 
 @pytest.mark.parametrize("name", COMPARED)
 def test_every_key_of_llama_cpps_has_its_value(workshop: Workshop, name: str) -> None:
     ours, golden = ggufs.read(workshop.gguf(name)), families.golden(name, "f32")
-    for key in FAMILIES[name].wrong_keys:
+    for key in (key for key in FAMILIES[name].wrong_keys if not key.startswith("clip.")):  # a projector's
         golden["kv"].pop(key, None)
         assert key in ours.keys
     assert golden["kv"].keys() - ours.keys.keys() == set()

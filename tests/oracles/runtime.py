@@ -7,12 +7,13 @@ are renormalised in float64, as the server sums them in float32 (1e-7).
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,11 +41,15 @@ class Runtime:
         gguf: Path | str,
         adapters: Adapters = (),
         *,
+        mmproj: Path | str | None = None,
         n_ctx: int = 512,
         verbosity: int = -1,
         embeds: bool = False,
     ) -> None:
         params = xllamacpp.CommonParams()
+        if mmproj is not None:
+            params.mmproj.path = str(mmproj)
+            params.mmproj_use_gpu = False
         params.model.path = str(gguf)
         params.n_ctx = n_ctx
         params.n_parallel = 1
@@ -63,7 +68,7 @@ class Runtime:
         if embeds:
             self.vectors([0, 1])
         else:
-            self._top([0], 1)
+            self._post("completion", self._request("A", 1))
 
     def __enter__(self) -> Runtime:
         return self
@@ -89,19 +94,24 @@ class Runtime:
         results = self._post("rerank", {"query": query, "documents": list(documents)})["results"]
         return [entry["relevance_score"] for entry in sorted(results, key=lambda entry: entry["index"])]
 
-    def _post(self, route: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            f"{self._server.listening_address}/{route}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with self._opener.open(request) as response:
+    def _get(self, route: str, data: bytes | None = None) -> Any:
+        address = f"{self._server.listening_address}/{route}"
+        with self._opener.open(urllib.request.Request(address, data, {"Content-Type": "application/json"})) as response:
             return json.load(response)
+
+    def _post(self, route: str, body: dict[str, Any]) -> Any:
+        return self._get(route, json.dumps(body).encode())
+
+    def logprobs_after_media(self, before: str, media: bytes, after: str) -> NDArray[np.float64]:
+        """Natural log-probabilities [vocab] of the token after a text with an image (PNG) or a sound (WAV) in it."""
+        marker = self._get("props")["media_marker"]
+        prompt = {"prompt_string": before + marker + after, "multimodal_data": [base64.b64encode(media).decode()]}
+        answer = self._post("completion", self._request(prompt, ALL_TOKENS))
+        return _by_id(answer["completion_probabilities"][0]["top_logprobs"])
 
     def next_logprobs(self, ids: Sequence[int]) -> NDArray[np.float64]:
         """Natural log-probabilities [vocab] of the token after `ids`."""
-        top = self._top(ids, ALL_TOKENS)
-        logprobs = np.full(len(top), -np.inf)
-        logprobs[[entry["id"] for entry in top]] = [entry["logprob"] for entry in top]
-        return normalized(logprobs)
+        return _by_id(self._top(ids, ALL_TOKENS))
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The `n` tokens that follow `ids` when the likeliest is taken each time."""
@@ -111,18 +121,26 @@ class Runtime:
         return sequence[len(ids) :]
 
     def _top(self, ids: Sequence[int], n_probs: int) -> list[dict[str, Any]]:
-        answer = self._server.handle_completions(
-            {
-                "prompt": [list(ids)],
-                "n_predict": 1,
-                "n_probs": n_probs,
-                "temperature": 0.0,
-                "cache_prompt": False,
-                "logit_bias": [[self._forced, FORCING]],
-            }
-        )
+        answer = self._server.handle_completions(self._request([list(ids)], n_probs))
         top: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return top
+
+    def _request(self, prompt: Any, n_probs: int) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "n_predict": 1,
+            "n_probs": n_probs,
+            "temperature": 0.0,
+            "cache_prompt": False,
+            "logit_bias": [[self._forced, FORCING]],
+        }
+
+
+def _by_id(top: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+    """Natural log-probabilities [vocab] of an answer that lists all tokens."""
+    logprobs = np.full(len(top), -np.inf)
+    logprobs[[entry["id"] for entry in top]] = [entry["logprob"] for entry in top]
+    return normalized(logprobs)
 
 
 def next_token_logprobs(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ import numpy as np
 import peft
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from tests import cases, families, tiny
-from tests.families import Family, build, tokenizers
+from tests.families import Family, build, images, tokenizers
 from tests.oracles import ggufs, reference, runtime
 from tests.tools import llama_cpp, vectors
 from tests.tools import quantize as quantizer
 
 # What adapter_config.json says of the machine that made it.
+_BOS = 1  # of every family's tokenizer
+_OF_TYPE = ("general.architecture", "general.type", "general.file_type", "general.quantization_version")
 _MACHINE = ("base_model_name_or_path", "auto_mapping", "revision")
 
 
@@ -63,11 +66,13 @@ def make(name: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         _save_shapes(name, folder, Path(scratch))
     with tempfile.TemporaryDirectory() as scratch:
-        record, logits = _references(name, Path(scratch))
+        record, logits, seen = _references(name, Path(scratch))
     if (folder / "golden.json").exists() and _tensors(families.record(name)) == _tensors(record):
         record |= {key: value for key, value in families.record(name).items() if key == "q4_k_m"}
     (folder / "golden.json").write_text(ggufs.compact(record), encoding="utf-8")
     np.save(folder / "logits.npy", logits)
+    if seen is not None:
+        np.save(folder / "images.npy", seen)
     families.record.cache_clear()
     return _line(record)
 
@@ -92,12 +97,13 @@ def quantize(name: str, python: str) -> str:
 def check(name: str) -> str:
     """The same, compared with what is committed; AssertionError where they differ."""
     with tempfile.TemporaryDirectory() as scratch:
-        record, logits = _references(name, Path(scratch))
+        record, logits, seen = _references(name, Path(scratch))
     committed = families.record(name)
-    for key in ("digest", "adapter_digest", "llamacpp"):
-        assert record[key] == committed[key], key
+    for key in ("digest", "adapter_digest", "llamacpp", "mmproj"):
+        assert record.get(key) == committed.get(key), key
     distance = max(_between(name, a, b) for a, b in zip(families.logits(name), logits, strict=True))
     assert distance < 1e-9, distance
+    assert seen is None or runtime.kl(families.image_logprobs(name), seen) < 1e-9
     return _line(record)
 
 
@@ -106,7 +112,7 @@ def _save_shapes(name: str, folder: Path, scratch: Path) -> None:
     family = families.FAMILIES[name]
     kind: Any = reference.class_of(family.hf_name)
     settings = {
-        "bos_token_id": 1,
+        "bos_token_id": _BOS,
         "eos_token_id": 2,
         "pad_token_id": 0,
         "vocab_size": tokenizers.n_vocab(family.tokenizer),
@@ -126,7 +132,7 @@ def _save_shapes(name: str, folder: Path, scratch: Path) -> None:
     if isinstance(adapter["target_modules"], list):
         adapter["target_modules"].sort()  # PEFT has a set
     tiny.write_json(folder / "adapter_config.json", adapter | dict.fromkeys(_MACHINE))
-    spec = {"tensors": _shapes(scratch / "model"), "adapter": _shapes(scratch / "adapter")}
+    spec = {"tensors": _spelled(family, _shapes(scratch / "model")), "adapter": _shapes(scratch / "adapter")}
     if family.vectors is not None:
         vectors.save(family.vectors, model.config.hidden_size, getattr(torch, family.dtype), scratch / "model")
         spec["modules"] = vectors.keep(scratch / "model", folder)
@@ -134,11 +140,57 @@ def _save_shapes(name: str, folder: Path, scratch: Path) -> None:
     (folder / "spec.json").write_text(text, encoding="utf-8")
 
 
+def _image_logits(src: Path, kind: Any) -> NDArray[np.float32]:
+    """transformers' logits [images, vocab] after each of the images, its patches cut by hand, in a text."""
+    model = reference.load(src, kind=kind)
+    config = json.loads((src / "config.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(str(src / "tokenizer.json"))
+    texts = (f"{images.BEFORE}<|image_start|>", f"<|image_end|>{images.AFTER}")
+    before, after = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    size, factor = config["vision_config"]["patch_size"], config["downsample_factor"]
+    found = []
+    for height, width in images.SIZES:
+        shape = (height // size, width // size)
+        mean, std = (np.array(one, dtype=np.float32) for one in _normalisation(src))
+        values = (images.pixels(height, width).astype(np.float32) / 255 - mean) / std
+        patches = values.reshape(shape[0], size, shape[1], size, 3).swapaxes(1, 2).reshape(1, shape[0] * shape[1], -1)
+        n_tokens = shape[0] * shape[1] // factor**2
+        ids = [_BOS, *before, *[config["image_token_id"]] * n_tokens, *after]
+        with torch.inference_mode():
+            logits = model(
+                input_ids=torch.tensor([ids]),
+                pixel_values=torch.from_numpy(np.ascontiguousarray(patches)),
+                spatial_shapes=torch.tensor([shape]),
+                pixel_attention_mask=torch.ones(1, patches.shape[1], dtype=torch.long),
+            ).logits
+        found.append(logits[0, -1].float().numpy())
+    return np.stack(found)
+
+
+def _normalisation(src: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the channels, as the processor of a checkpoint has them."""
+    said: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (src / name).exists():
+            read = json.loads((src / name).read_text(encoding="utf-8"))
+            said |= read | read.get("image_processor", {})
+    return said["image_mean"], said["image_std"]
+
+
+def _spelled(family: families.Family, shapes: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """By the names that a publisher has for the tensors."""
+    found = {}
+    for name, shape in shapes.items():
+        old = next((beginning for beginning in family.spelled if name.startswith(beginning)), "")
+        found[family.spelled.get(old, "") + name.removeprefix(old)] = shape
+    return found
+
+
 def _shapes(directory: Path) -> dict[str, list[Any]]:
     return {name: [tensor.dtype, *tensor.shape] for name, tensor in sorted(tiny.tensors_of(directory).items())}
 
 
-def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.float32]]:
+def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.float32], NDArray[Any] | None]:
     """What llama.cpp's converter, its runtime, transformers and PEFT make of a family's checkpoint and adapter."""
     family = families.FAMILIES[name]
     src = build.write_checkpoint(name, scratch / name)
@@ -156,8 +208,15 @@ def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.fl
         "llamacpp": ggufs.packed({outtype: _golden(file) for outtype, file in made.items()}),
         "kl": _distance(name, kept[0], made["f32"]),
     }
+    seen = None
+    if family.has_projector:
+        (scratch / "projectors").mkdir()
+        files = llama_cpp.convert_all(src, scratch / "projectors", cases.OUTTYPES, mmproj=True)
+        record["mmproj"] = ggufs.packed({outtype: _golden(file, kept=_OF_TYPE) for outtype, file in files.items()})
+        seen = families.see(Path(made["f32"]), Path(files["f32"]))
+        record["image_kl"] = runtime.kl(_image_logits(src, reference.class_of(family.hf_name)), seen)
     record["adapter_kl"] = _adapter_distance(name, kept[1], made["f32"], adapter, src, scratch)
-    return record, kept
+    return record, kept, seen
 
 
 def _outputs(family: Family, src: Path, adapter: Path | None, *, merge: bool = False) -> NDArray[np.float32]:
@@ -175,11 +234,11 @@ def _between(name: str, one: NDArray[np.float32], other: NDArray[np.float32]) ->
     return families.distance(name, one, runtime.normalized(other) if is_text else np.asarray(other, np.float64))
 
 
-def _golden(made: Path | str) -> dict[str, Any]:
+def _golden(made: Path | str, kept: Collection[str] = ()) -> dict[str, Any]:
     if isinstance(made, str):
         return {"error": made}
     golden = ggufs.read(made).golden()
-    golden["kv"] = {key: entry for key, entry in golden["kv"].items() if not key.startswith("general.")}
+    golden["kv"] = {key: entry for key, entry in golden["kv"].items() if key in kept or not key.startswith("general.")}
     return golden
 
 
@@ -216,6 +275,7 @@ def _line(record: Mapping[str, Any]) -> str:
         f"{key}={record[key]:.1e}" if isinstance(record[key], float) else f"{key}: {record[key]}"
         for key in ("kl", "adapter_kl")
     ]
+    shown += [f"image_kl={record['image_kl']:.1e}"] if "image_kl" in record else []
     return "; ".join([*shown, *dict.fromkeys(f"{outtype}: {error}" for outtype, error in errors.items())])
 
 

@@ -52,12 +52,17 @@ def convert(src: Path, dst: Path, outtype: str = "auto", *, pre: str | None = No
     return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--outtype", outtype])
 
 
-def convert_all(src: Path, folder: Path, outtypes: Sequence[str], *, pre: str | None = None) -> dict[str, Path | str]:
+def convert_all(
+    src: Path, folder: Path, outtypes: Sequence[str], *, pre: str | None = None, mmproj: bool = False
+) -> dict[str, Path | str]:
     """OUTTYPE.gguf in `folder` for each outtype, or the last line of the error; all in one process, as torch is slow.
 
-    `pre` as in `convert`.
+    `pre` as in `convert`. mmproj: the projector of a vision model instead of its text half.
     """
-    runs = [[str(src), "--outtype", outtype, "--outfile", str(folder / f"{outtype}.gguf")] for outtype in outtypes]
+    flags = ["--mmproj"] if mmproj else []
+    runs = [
+        [str(src), *flags, "--outtype", outtype, "--outfile", str(folder / f"{outtype}.gguf")] for outtype in outtypes
+    ]
     command = [sys.executable, __file__, "--each", str(source()), "convert_hf_to_gguf.py", pre or "", json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | _OFFLINE)
     if done.returncode:

@@ -96,18 +96,12 @@ def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
         ("draft _", "SRC: is empty; the current folder is ."),
         ("batch _", "JOBS: is empty; the current folder is ."),
         ("convert . -o _", "-o/--output/--outfile: is empty; name a file"),
-        (
-            "convert . -o -",
-            "-o/--output/--outfile: an output cannot be written to standard output; for a file named -, write ./-",
-        ),
+        ("convert . -o -", "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-"),
         (
             "lora . --base . -o -",
-            "-o/--output/--outfile: an output cannot be written to standard output; for a file named -, write ./-",
+            "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-",
         ),
-        (
-            "convert . --profile -",
-            "--profile: an output cannot be written to standard output; for a file named -, write ./-",
-        ),
+        ("convert . --profile -", "--profile: - does not mean standard output here; a file of that name is ./-"),
     ],
 )
 def test_a_name_that_is_nothing_or_a_dash(
@@ -138,7 +132,7 @@ def test_an_outtype_of_llama_cpp_alone_is_told_the_way(capsys: pytest.CaptureFix
     assert cli.main(["convert", "x", "--outtype", word]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"streamconv: argument --outtype: {word!r} is none of auto, f32, f16, bf16, q8_0, ")
-    assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} from a converted file)\n")
+    assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} of a converted model)\n")
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +443,7 @@ def test_the_version_and_what_decides_speed() -> None:
 
 def test_architectures_for_programs() -> None:
     found = json.loads(run("architectures", "--json").stdout)
-    rows = {row["architecture"]: row for row in found["architectures"]}
+    rows = {row["architecture"]: row for row in reversed(found["architectures"])}  # the first of each
     assert found["schema"] == 1
     assert {row.arch for row in all_recipes()} == set(rows)
     assert rows["lfm2"]["group"] == "dense" and rows["lfm2moe"]["group"] == "mixture of experts"

@@ -469,14 +469,14 @@ def test_an_adapter_has_a_name(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ("some-adapter", "'some-adapter' is not a list of adapters (pass a list: [path] or [(path, weight)])"),
+        ("some-adapter", "'some-adapter' is not a list of adapters (put it into one, [path] or [(path, weight)])"),
         (
             Path("some/adapter"),
-            "'some/adapter' is not a list of adapters (pass a list: [path] or [(path, weight)])",
+            "'some/adapter' is not a list of adapters (put it into one, [path] or [(path, weight)])",
         ),
-        ([0.5], "0.5 is not an adapter (give its folder, or a pair (folder, weight))"),
-        ([("a", 0.5, 2)], "('a', 0.5, 2) is not an adapter (give its folder, or a pair (folder, weight))"),
-        ([("a", "0.5")], "('a', '0.5') is not an adapter (give its folder, or a pair (folder, weight))"),
+        ([0.5], "0.5 is not an adapter (name its folder, or the pair of that and a weight)"),
+        ([("a", 0.5, 2)], "('a', 0.5, 2) is not an adapter (name its folder, or the pair of that and a weight)"),
+        ([("a", "0.5")], "('a', '0.5') is not an adapter (name its folder, or the pair of that and a weight)"),
     ],
 )
 def test_adapters_are_a_list(llama: Path, tmp_path: Path, adapters: Any, message: str) -> None:
@@ -486,7 +486,7 @@ def test_adapters_are_a_list(llama: Path, tmp_path: Path, adapters: Any, message
 
 
 def test_a_weight_is_finite_and_an_adapter_exists(llama: Path, tmp_path: Path) -> None:
-    assert "nan is not a valid weight" in refusal(llama, tmp_path, (tmp_path, float("nan")))
+    assert "nan is not a weight" in refusal(llama, tmp_path, (tmp_path, float("nan")))
     assert "no such adapter" in refusal(llama, tmp_path, tmp_path / "nothing")
 
 

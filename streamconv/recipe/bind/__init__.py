@@ -19,7 +19,7 @@ from streamconv.errors import RunWarning
 from streamconv.lazy.arithmetic import widened
 from streamconv.lazy.leaves import Resident
 from streamconv.lazy.views import Stack
-from streamconv.recipe.bind.choices import Choice, check_choices, check_head, choose, missing_flags
+from streamconv.recipe.bind.choices import Choice, check_choices, check_head, choose, ignored_tensors, missing_flags
 from streamconv.recipe.bind.kinds import settle_kinds
 from streamconv.recipe.bind.shapes import check_shapes, find_dims
 from streamconv.recipe.bind.sources import match_names
@@ -70,7 +70,8 @@ def bind(
         sizes = dict.fromkeys(size for misfit in misfits for size in misfit.sizes)
         raise mismatch(recipe.arch, config, problems, [*sizes], refusals)
     targets = [target for choice in choices if (target := _made(model, choice, stored))]
-    return replace(model, targets=targets, warnings=[*warnings, *missing_flags(model, choices), *caveats])
+    said = [*warnings, *ignored_tensors(sources), *missing_flags(model, choices), *caveats]
+    return replace(model, targets=targets, warnings=said)
 
 
 def bind_outputs(recipe: Recipe, model: Model, stored: Mapping[str, Stored]) -> list[Model]:

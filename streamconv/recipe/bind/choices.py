@@ -77,6 +77,8 @@ def _choose(model: Model, sources: Sources, rows: Sequence[Row], i: int | None) 
 
 
 def _is_due(model: Model, row: Tensor) -> bool:
+    if callable(row.required):
+        return row.required(model.config)
     return model.config.flag(row.required) is True if isinstance(row.required, str) else row.required
 
 
@@ -134,6 +136,13 @@ def _by_flag(choices: Sequence[Choice]) -> dict[str, list[str]]:
         if isinstance(one.row, Tensor) and isinstance(one.row.required, str):
             found.setdefault(one.row.required, []).extend(one.sources)
     return found
+
+
+def ignored_tensors(sources: Sources) -> Iterator[RunWarning]:
+    """Tensors that are there, though the config says that the model has none."""
+    if sources.ignored:
+        what = f"the config says that the model has no {listed(sources.ignored)}: left out, as transformers does"
+        yield RunWarning("tensors-ignored", what)
 
 
 def missing_flags(model: Model, choices: Sequence[Choice]) -> Iterator[RunWarning]:

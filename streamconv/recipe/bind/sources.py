@@ -21,13 +21,15 @@ class Sources:
         stored: All of them, by name.
         found: The names by template, layer and expert; a name without such a number has NONE in its place.
         unknown: Names that no row takes.
-        rows: The recipe's rows by their template.
+        rows: The recipe's rows by their template, without those that the config rules out.
+        ignored: Names of those.
     """
 
     stored: Mapping[str, Stored]
     found: Mapping[str, Mapping[int, Mapping[int, str]]]
     unknown: Sequence[str]
     rows: Mapping[str, Sequence[Tensor]]
+    ignored: Sequence[str] = ()
 
     def names(self, template: str) -> Iterator[str]:
         """The names of a template, in the order of the checkpoint."""
@@ -42,11 +44,13 @@ def match_names(recipe: Output, config: Config, stored: Mapping[str, Stored]) ->
     """Every stored tensor under the template that it is of."""
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for row in recipe.tensors:
-        rows[row.source].append(row)
+        if not callable(row.required) or row.required(config):
+            rows[row.source].append(row)
+    ruled_out = {row.source for row in recipe.tensors} - rows.keys()
     stated = stated_dims(recipe, config)
     depths = {stack: stated[dim] for stack, dim in recipe.stacks.items() if dim in stated}
     found: dict[str, dict[int, dict[int, str]]] = {}
-    unknown, problems = [], []
+    unknown, ignored, problems = [], [], []
     for name in stored:
         if recipe.drop_of(name, depths) is not None:
             continue
@@ -59,4 +63,6 @@ def match_names(recipe: Output, config: Config, stored: Mapping[str, Stored]) ->
             other = by_expert.setdefault(place.e, name)
             if other is not name:
                 problems.append(Problem("tensor-twice", f"{other} and {name} are the same tensor"))
-    return Sources(stored, found, unknown, rows), problems
+        elif place.template in ruled_out:
+            ignored.append(name)
+    return Sources(stored, found, unknown, rows, ignored), problems
