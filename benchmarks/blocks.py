@@ -28,7 +28,8 @@ def kernels() -> dict[str, BlockKernel]:
         return {"numpy": REFERENCE}
     from streamconv.ggml import _blocks  # type: ignore[attr-defined]
 
-    return {"c": best, "c-baseline": blocks.compiled_kernel(_blocks, baseline=True), "numpy": REFERENCE}
+    baseline = blocks.compiled_kernel(_blocks, baseline=True)
+    return {"c": best, "c-baseline": baseline, "plain": blocks.plain_kernel(), "numpy": REFERENCE}
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -1,7 +1,8 @@
 """Compare a GGUF file with its source: every tensor is computed again and compared row by row, in bounded memory.
 
 Files of any tool are accepted: tensors are matched by name, in any order, each in the type that it has. The reference
-is computed along the general path, with the numpy kernels, in slabs of rows, and without the writer's code.
+is computed along the general path, with kernels that share nothing with the compiled ones that write (numpy, and plain
+C for block types if it was built), in slabs of rows, and without the writer's code.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def compare(
         visit_slabs(
             list(match(job, files, _pair)),
             _compare_rows,
-            codecs.REFERENCE,
+            codecs.independent_kernel(),
             threads=threads,
             progress=progress or (lambda done, total: None),
             cancelled=cancelled,

@@ -1,7 +1,7 @@
 """ggml's block types in numpy: rows of F32 become the bytes that llama-quantize writes, with any compiler or none.
 
-The reference: compiled kernels are compared with it, and verification uses it. One function a type makes whole blocks
-of a piece, given the weights of its elements where there is an importance matrix.
+The reference: compiled kernels are compared with it, and verification uses it if its twin in plain C was not built. One
+function a type makes whole blocks of a piece, given the weights of its elements where there is an importance matrix.
 Source of every rule: ggml/src/ggml-quants.c and ggml-common.h of llama.cpp, as built for x86-64 without FMA.
 """
 

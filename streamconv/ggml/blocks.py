@@ -154,12 +154,21 @@ def compiled_kernel(module: ModuleType, *, baseline: bool = False) -> BlockKerne
 
 def best_kernel() -> BlockKernel:
     """The compiled kernel where it was built and the environment's STREAMCONV_KERNELS is not 0, else numpy's."""
+    return _compiled("_blocks") or REFERENCE
+
+
+def plain_kernel() -> BlockKernel:
+    """What files are compared with: plain C that shares nothing with the fast kernel, or numpy as above."""
+    return _compiled("_plain") or REFERENCE
+
+
+def _compiled(name: str) -> BlockKernel | None:
     if os.environ.get("STREAMCONV_KERNELS") == "0":
-        return REFERENCE
+        return None
     try:
-        return compiled_kernel(importlib.import_module("streamconv.ggml._blocks"))
-    except ImportError:  # the extension is optional: an install without a compiler has none
-        return REFERENCE
+        return compiled_kernel(importlib.import_module(f"streamconv.ggml.{name}"))
+    except ImportError:  # the extensions are optional: an install without a compiler has none
+        return None
 
 
 def quantize_rows(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Final
@@ -103,6 +103,11 @@ def best_kernel() -> Kernel:
         return compiled_kernel(importlib.import_module("streamconv.ggml._kernels"))
     except ImportError:  # the extension is optional: an install without a compiler has none
         return REFERENCE
+
+
+def independent_kernel() -> Kernel:
+    """What a result is compared with: nothing that the compiled kernel does, in numpy, and block types in plain C."""
+    return replace(REFERENCE, blocks=blocks.plain_kernel())
 
 
 def encode_scratch_nbytes(source: Dtype, target: Dtype, n_rows: int, n_columns: int, kernel: Kernel = REFERENCE) -> int:

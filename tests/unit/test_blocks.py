@@ -12,6 +12,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from streamconv.ggml import blocks, element_types
+from streamconv.ggml import encode as codecs
 from streamconv.ggml.blocks import BLOCK_TYPES, REFERENCE, BlockKernel, Fault, Refusal, Root
 from tests import block_rows, kernels
 from tests.oracles import ggml
@@ -19,7 +20,7 @@ from tests.oracles import ggml
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 TYPES = list(BLOCK_TYPES)
 NAMES = [type_.name for type_ in TYPES]
-KERNELS = ["numpy", *(["c", "c-baseline"] if kernels.FLAGS else [])]
+KERNELS = ["numpy", *(["plain", "c", "c-baseline"] if kernels.FLAGS else [])]
 CASES = [(kind, weights) for kind in block_rows.ROWS for weights in (None, *block_rows.WEIGHTS)]
 GUARD = 0xA5
 
@@ -27,6 +28,8 @@ GUARD = 0xA5
 def named(name: str) -> BlockKernel:
     if name == "numpy":
         return REFERENCE
+    if name == "plain":
+        return blocks.compiled_kernel(kernels.compiled("", "_plain"))
     return blocks.compiled_kernel(kernels.compiled("", "_blocks"), baseline=name == "c-baseline")
 
 
@@ -224,6 +227,17 @@ def test_the_compiled_kernel_needs_little_stack() -> None:
     finally:
         threading.stack_size(before)
     assert done
+
+
+def test_files_are_compared_with_another_kernel_than_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMCONV_KERNELS", "0")
+    assert blocks.plain_kernel() is blocks.best_kernel() is REFERENCE
+    monkeypatch.delenv("STREAMCONV_KERNELS")
+    monkeypatch.setattr(blocks.importlib, "import_module", lambda name: name)
+    monkeypatch.setattr(blocks, "compiled_kernel", lambda module: BlockKernel(module, REFERENCE.quantize))
+    assert blocks.best_kernel().name == "streamconv.ggml._blocks"
+    assert codecs.independent_kernel().blocks.name == "streamconv.ggml._plain"
+    assert codecs.independent_kernel().encode is codecs.REFERENCE.encode
 
 
 def test_the_table_says_what_gguf_says() -> None:

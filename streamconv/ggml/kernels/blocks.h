@@ -48,9 +48,6 @@ typedef struct {
     uint8_t *out;
 } request_t;
 
-extern const block_type_t BLOCK_TYPES[];
-extern const int N_BLOCK_TYPES;
-
 outcome_t quantise_baseline(const request_t *request);
 outcome_t quantise_avx2(const request_t *request);
 
