@@ -133,6 +133,7 @@ def plan_adapter(
         raise UsageError(f"--scale {scale} is not a scale", code="scale-range")
     config = read_lora_config(source.config, scale)
     resolved = resolve(source, base, config)
+    resolved.problems += source.unsaved(base.recipe, is_tied=bool(base.is_tied))
     if wanted.dialect == OLLAMA_LEGACY:
         return _plan_legacy(source, base, resolved, dst, wanted, stored)
     return _plan(source, base, resolved, dst, wanted, stored, config.invocation_tokens)

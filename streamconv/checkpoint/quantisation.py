@@ -79,11 +79,20 @@ def quantised_names(tensors: Mapping[str, SourceTensor]) -> Iterator[str]:
 
 
 def _methods(config: Config) -> Iterator[tuple[str, str]]:
-    """What the config calls the method, by the key; the key itself where it has no name."""
+    """The method's name by the config's key; the key itself where the method is unknown."""
     sections: list[Mapping[str, Any]] = [config.raw]
     sections += [section for section in config.raw.values() if isinstance(section, dict) and "model_type" in section]
     for section in sections:
         for key in KEYS:
             if settings := section.get(key):
-                method = settings.get("quant_method") if isinstance(settings, dict) else None
-                yield key, method if isinstance(method, str) else key
+                yield key, _method(settings) or key
+
+
+def _method(settings: Any) -> str | None:
+    """A method's name; mlx-lm states none, and always both of these (mlx_lm/utils.py, quantize_model)."""
+    if not isinstance(settings, dict):
+        return None
+    method = settings.get("quant_method")
+    if isinstance(method, str):
+        return method
+    return f"MLX, {settings['bits']} bits" if {"bits", "group_size"} <= settings.keys() else None

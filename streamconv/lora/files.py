@@ -6,7 +6,7 @@ Every tensor of the file is accounted for: as a factor, as something without eff
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from streamconv.files.local import local_path
 from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.lora.config import Problem
+from streamconv.recipe.language import Output
 from streamconv.recipe.spelling import has_same_numbers, unwrapped
 
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, MLX's
@@ -64,6 +65,9 @@ _REASONS: Mapping[str, str] = {
     "weight": "a whole trained weight (modules_to_save, a resized vocabulary or a full fine-tune)",
     "unknown": "a tensor of no known kind",
 }
+
+
+_SAVE_AGAIN = "save the adapter again, or leave the name out of its config if it was not trained"
 
 
 @dataclass(slots=True)
@@ -127,6 +131,30 @@ class LoraFile:
         """The tensors of one role, as "dora", by module."""
         named = ((parse_name(name), tensor) for name, tensor in self.shard.tensors.items())
         return {module: tensor for (one, module), tensor in named if one == role}
+
+    def unsaved(self, recipe: Output, *, is_tied: bool) -> list[Problem]:
+        """The modules of `modules_to_save` that the base has and this file has no weight of: it is not complete.
+
+        Names that fit nothing in the base are ignored, as PEFT ignores them. Of a tied head and embedding one counts.
+        """
+        named = self.config.raw.get("modules_to_save")
+        keys = [key for key in (named if isinstance(named, list) else [named]) if isinstance(key, str) and key]
+        here = [f".{parse_name(name)[1]}." for name in self.shard.tensors]
+        modules = [f".{row.source.rpartition('.')[0]}." for row in recipe.tensors]
+        ends = [f".{name.removesuffix('.weight')}." for name in (recipe.embedding, recipe.head)]
+
+        def has(names: Sequence[str], key: str) -> bool:
+            return any(f".{key}." in name for name in names)
+
+        def is_here(key: str) -> bool:
+            is_shared = is_tied and has(ends, key)
+            return has(here, key) or (is_shared and any(has(here, end.strip(".").rpartition(".")[2]) for end in ends))
+
+        return [
+            Problem("module-unsaved", f"modules_to_save names {key}, and its weight is missing: {_SAVE_AGAIN}")
+            for key in keys
+            if has(modules, key) and not is_here(key)
+        ]
 
     def _sort(self) -> None:
         others: dict[str, list[str]] = {}

@@ -86,7 +86,9 @@ def stacked_factors(pairs: Pairs, base: BaseModel, config: LoraConfig, speller: 
     certain = {layout for one in layouts if len(one) == 1 for layout in one}
     is_old = next(iter(certain)) if len(certain) == 1 else _is_old_version(config)
     if any(len(one) > 1 for one in layouts) and not certain and _version(config) is None:
-        what = "the parameters are square and there is no peft_version: taken as PEFT up to 0.18 stored them"
+        stated = config.config.raw.get("peft_version")
+        said = "there is no peft_version" if stated is None else f"peft_version {stated!r} is not a number"
+        what = f"the parameters are square and {said}: taken as PEFT up to 0.18 stored them"
         found.warnings.append(RunWarning("peft-version", what))
     for name, (a, b) in pairs.items():
         fitting = choices[name]

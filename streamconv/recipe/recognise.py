@@ -32,6 +32,8 @@ _ADAPTER = re.compile(
     r"\.(base_layer|original_module|modules_to_save|lora_([ABab]|embedding_[AB]|magnitude_vector)"
     r"|token_adapter|trainable_tokens_\w+|(vera|oft|boft|hada|lokr|ia3|ln_tuning|hra)_\w+)(\.|$)"
 )
+_ANY = re.compile("")
+_FLAT = re.compile(r"(^|\.)(_?flat_param(_\d+)?|_fsdp_wrapped_module)(\.|$)")  # torch.distributed.fsdp
 _VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|summary)(\.|$)")
 _CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
 
@@ -173,6 +175,15 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
             "or save the adapter and give it with --adapter"
         )
         raise SourceError(what, file=folder, hint=hint, code="unmerged-lora")
+    if found := _some(_FLAT, unknown):
+        what = f"the model was saved while FSDP held its tensors flat or wrapped: {found}"
+        hint = "save it whole: FULL_STATE_DICT, or accelerate merge-weights FOLDER OUT"
+        raise SourceError(what, file=folder, hint=hint, code="flat-tensors")
+    packed = [name for name in unknown if name.endswith(".weight") and _is_known(recipe, name.removesuffix(".weight"))]
+    if packed:
+        what = f"packed experts' names end in .weight, and transformers' do not: {_some(_ANY, packed)}"
+        hint = "save the model again with transformers (save_pretrained), or rename the tensors"
+        raise SourceError(what, file=folder, hint=hint, code="packed-experts-name")
     _refuse_heads(unknown, folder)
     empty = list(_empty(spelled.tensors))
     if empty:
@@ -183,6 +194,10 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
             "gather them while saving (stage3_gather_16bit_weights_on_model_save), or run DeepSpeed's zero_to_fp32.py"
         )
         raise SourceError(f"{what} held them apart", file=folder, hint=hint, code="empty-tensors")
+
+
+def _is_known(recipe: Recipe, name: str) -> bool:
+    return bool(recipe.find(name) or recipe.alias_names.find(recipe.canonical(name)))
 
 
 def _refuse_heads(unknown: Sequence[str], folder: Place) -> None:

@@ -578,3 +578,22 @@ def test_the_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([*arguments, "--quiet"]) == 0
     assert main(["verify", str(dst), "--source", str(llama), "--adapter", f"{adapter}=0.5"]) == 0
     assert main(["verify", str(dst), "--source", str(llama)]) == 6
+
+
+def test_an_adapter_that_lost_a_saved_module_is_refused(tmp_path: Path) -> None:
+    """modules_to_save names it, PEFT always saves it, and it is not there: what is left is another model."""
+    base, out = tiny.llama(tmp_path / "base", tied=False), tmp_path / "out.gguf"
+    adapter = tiny.peft_adapter(tmp_path / "adapter", base, targets=("q_proj",), config={"modules_to_save": ["norm"]})
+    for call in (
+        lambda: streamconv.convert(base, out, adapters=[adapter]),
+        lambda: streamconv.convert_adapter(adapter, base, out),
+    ):
+        with raises(SourceError, code="module-unsaved") as caught:
+            call()
+        assert "norm" in str(caught.value)
+    unknown = tiny.peft_adapter(tmp_path / "a", base, targets=("q_proj",), config={"modules_to_save": ["score"]})
+    streamconv.convert(base, out, adapters=[unknown])  # which PEFT ignores as well
+    tied = tiny.llama(tmp_path / "tied")
+    ends = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    one = tiny.peft_adapter(tmp_path / "one", tied, targets=("q_proj",), modules_to_save=("embed_tokens",), config=ends)
+    streamconv.convert(tied, out, adapters=[one], force=True)

@@ -51,6 +51,7 @@ def test_a_left_over_key_is_a_warning(tmp_path: Path, name: str, settings: dict[
     report = streamconv.convert(source, tmp_path / "out.gguf")
     assert [warning.code for warning in report.warnings] == ["quantization-config"]
     assert all(key in report.warnings[0].message for key in settings)
+    assert ("MLX, 4 bits" in report.warnings[0].message) == ("group_size" in str(settings))
     assert ggufs.read(report.output).golden() == ggufs.read(plain.output).golden()
     adapter = tiny.peft_adapter(tmp_path / "adapter", source, targets=("q_proj",))
     assert streamconv.convert_adapter(adapter, source, tmp_path / "lora.gguf").warnings == []
@@ -129,6 +130,8 @@ FOREIGN = [
     (adding("value_head.weight"), "value-head"),
     (adding("score.weight"), "classification-head"),
     (emptied, "empty-tensors"),
+    (adding("_fsdp_wrapped_module.model.layers.0._flat_param"), "flat-tensors"),
+    (adding("model.layers.0._fsdp_wrapped_module._flat_param_1"), "flat-tensors"),
 ]
 
 
@@ -214,3 +217,21 @@ def test_dynamic_rope_is_plain_up_to_the_trained_context(tmp_path: Path, name: s
     report = streamconv.convert(source, tmp_path / "out.gguf")
     assert [warning.code for warning in report.warnings] == ["rope-dynamic"]
     assert ggufs.read(report.output).golden() == ggufs.read(plain.output).golden()
+
+
+def test_packed_experts_under_another_name_are_named(tmp_path: Path) -> None:
+    source = tiny.lfm2moe(tmp_path / "model", stacked=True)
+    ends = ("experts.gate_up_proj", "experts.down_proj")
+    renamed(source, lambda name: f"{name}.weight" if name.endswith(ends) else name)
+    error = refused(source, tmp_path / "out.gguf")
+    assert error.code == "packed-experts-name" and "experts.down_proj.weight and 5 more" in str(error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_json_in_utf_16_is_named(tmp_path: Path, name: str, encoding: str) -> None:
+    """As Windows' PowerShell writes what is redirected into a file."""
+    source = tiny.llama(tmp_path / "model")
+    (source / name).write_bytes(("\ufeff" + (source / name).read_text(encoding="utf-8")).encode(encoding))
+    error = refused(source, tmp_path / "out.gguf")
+    assert "UTF-16" in str(error) and "iconv" in str(error.hint)

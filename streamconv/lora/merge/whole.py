@@ -46,6 +46,8 @@ def replace_whole(weights: Weights, adapter: Adapter) -> Step:
     model, found = weights.model, _whole_weights(weights.model, adapter)
     named = {**found.frozen, **found.trained}
     findings = list(found.findings)
+    unsaved = adapter.file.unsaved(model.recipe, is_tied=model.is_tied)
+    findings += [Finding(adapter, problem) for problem in unsaved]
     if found.trained and adapter.weight != 1:
         what = "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone"
         findings.append(finding(adapter, "weight", what))
