@@ -4,7 +4,8 @@
     report = streamconv.convert("LFM2-1.2B", "LFM2-1.2B-BF16.gguf", outtype="bf16")
     report = streamconv.convert_adapter("my-adapter", base="Llama-3.2-1B.gguf", dst="my-adapter.gguf")
 
-The library prints nothing and raises StreamconvError alone.
+The library prints nothing. It raises StreamconvError and its subclasses, TypeError for a wrong keyword, and lets pass
+KeyboardInterrupt and the exceptions of a caller's own functions.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from streamconv.lora.fold import MAX_SCALE, Pair, fold
 from streamconv.lora.ollama import legacy_adapter, legacy_problems
 from streamconv.lora.resolve import LoraModule, Resolved, refuse, resolve
 from streamconv.metadata.modelcard import read_general
-from streamconv.options import OutputOptions, RunOptions, documented, not_a_choice
+from streamconv.options import OutputOptions, RunOptions, find, not_a_choice, public
 from streamconv.output.destination import output_path
 from streamconv.recipe.registry import RecipeSource, identity_of, using_recipes
 from streamconv.report import Report
@@ -44,7 +44,7 @@ from streamconv.timing import Profile
 FACTOR_NBYTES = 4 << 10  # what a stored factor takes, with its module, its nodes and its place in the file
 
 
-@documented("lora")
+@public("lora")
 @noting_files()
 @memory_failures()
 def convert_adapter(
@@ -89,7 +89,7 @@ def convert_adapter(
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
     if wanted.outtype != AUTO and OUTTYPES[wanted.outtype].is_mix:
-        raise not_a_choice("outtype", outtype, command="lora")
+        raise not_a_choice(find("outtype"), outtype, command="lora")
     _check_legacy(dialect, {"--outtype": None if outtype == "auto" else outtype, "--scale": scale, "--name": name})
     with using_recipes(recipes):
         budget = Budget(options.limit_nbytes, compares=options.verify)

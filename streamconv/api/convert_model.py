@@ -37,7 +37,7 @@ from streamconv.lora.specs import Adapter, AdapterSpec, Merged, open_adapters
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import Vocabulary, read_vocabulary, vocabulary_nbytes
 from streamconv.metadata.vocab.choice import Tokenizers, choose_vocabulary
-from streamconv.options import MMPROJ_OUTTYPES, OutputOptions, RunOptions, SplitOptions, documented
+from streamconv.options import MMPROJ_OUTTYPES, OutputOptions, RunOptions, SplitOptions, public
 from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind_outputs
 from streamconv.recipe.language import Model, Recipe
@@ -54,7 +54,7 @@ TARGET_NBYTES = 900
 FACTOR_NBYTES = 4 << 10  # a stored factor, with its module and its nodes. Measured:
 
 
-@documented("convert")
+@public("convert")
 @noting_files()
 @memory_failures()
 def convert(

@@ -36,6 +36,7 @@ from streamconv.lora.config import PeftConfig, Problem, read_lora_config
 from streamconv.lora.files import WEIGHTS as ADAPTER_WEIGHTS
 from streamconv.lora.files import LoraFile
 from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
+from streamconv.options import public
 from streamconv.recipe.recognise import recognise, recognise_architecture
 from streamconv.recipe.registry import RecipeSource, using_recipes
 
@@ -148,6 +149,7 @@ class Inspection:
         }
 
 
+@public()
 def inspect(source: Source, *, recipes: Sequence[RecipeSource] = ()) -> Inspection:
     """What is at `source`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
     or one .safetensors file.

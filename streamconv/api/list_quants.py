@@ -21,7 +21,7 @@ from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.ggml.policy import facts_of
 from streamconv.gguf.format import align
 from streamconv.lora.specs import AdapterSpec, open_adapters
-from streamconv.options import OutputOptions
+from streamconv.options import OutputOptions, public
 from streamconv.recipe.language import Model
 from streamconv.recipe.registry import RecipeSource, using_recipes
 
@@ -76,6 +76,8 @@ class Quants:
         }
 
 
+@public()
+@public()
 @noting_files()
 @memory_failures()
 def quants(src: Source, *, adapters: Sequence[AdapterSpec] = (), recipes: Sequence[RecipeSource] = ()) -> Quants:

@@ -31,7 +31,7 @@ from streamconv.gguf.splits import GGUFSet
 from streamconv.lazy.dtype import FLOATS
 from streamconv.lazy.leaves import Source as StoredRows
 from streamconv.lazy.node import LazyTensor, TensorSpec
-from streamconv.options import OutputOptions, RunOptions, SplitOptions, documented
+from streamconv.options import OutputOptions, RunOptions, SplitOptions, public
 from streamconv.output.destination import output_path
 from streamconv.report import Report
 from streamconv.timing import Profile
@@ -42,7 +42,7 @@ _TYPE_ENDING = re.compile(rf"[-.](?:{'|'.join(OUTTYPES)})$", re.IGNORECASE)
 _VERSION = 2  # general.quantization_version, GGML_QNT_VERSION
 
 
-@documented("quantize")
+@public("quantize")
 @noting_files()
 @memory_failures()
 def quantize(

@@ -33,13 +33,13 @@ from streamconv.gguf.reader import GGUFFile, refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.base import stated_source_of
 from streamconv.lora.specs import AdapterSpec
-from streamconv.options import OutputOptions, RunOptions, documented
+from streamconv.options import OutputOptions, RunOptions, public
 from streamconv.output.destination import Place, check_folder, resolve, write_bytes
 from streamconv.recipe.registry import RecipeSource, using_recipes
 from streamconv.report import Output, RelativeErrors, Report, TypeTotal
 
 
-@documented("verify")
+@public("verify")
 @noting_files()
 @memory_failures()
 def verify(

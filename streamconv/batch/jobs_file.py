@@ -315,7 +315,7 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
             hint = "a size is as 4G or 96MiB"
             raise UsageError(f"{where}: {key} is {value!r}", file=path, hint=hint, code="jobs-value")
         if kind is Kind.WORD and canonical(value) not in OPTIONS[key].option.choices_for(None):
-            error = not_a_choice(OPTIONS[key].name, value, f"{where}: {key} ")
+            error = not_a_choice(OPTIONS[key], value, f"{where}: {key} ")
             raise UsageError(error.message, file=path, hint=error.hint, code="jobs-value")
     if entry.get("command", "convert") not in get_args(Command):
         what = f"{where}: command {entry['command']!r} is none of {', '.join(get_args(Command))}"

@@ -140,7 +140,7 @@ def _word(one: declared.Declared, command: str, text: str) -> str:
     """The word in small letters; UsageError, with the way to it, on one that has a better name or place."""
     word = canonical(text)
     if word not in one.option.choices_for(command):
-        error = declared.not_a_choice(one.name, text, f"argument {one.option.flag}: ", command)
+        error = declared.not_a_choice(one, text, f"argument {one.option.flag}: ", command)
         if error.hint:
             raise error
     return word

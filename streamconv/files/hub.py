@@ -14,7 +14,7 @@ from streamconv.errors import SourceError
 from streamconv.files.local import local_path, local_place
 from streamconv.files.store import Place, Store, StorePath
 
-Source = str | Store | Place  # what callers name as one
+Source = str | Store | Path | StorePath  # what callers name as one
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # a model's, an adapter's
 
@@ -37,7 +37,7 @@ def source_failures() -> Iterator[None]:
 
 
 @source_failures()
-def find_source(source: Source) -> Place:
+def find_source(source: Source | Place) -> Place:
     """The place that `source` means: a store's own, or what `find_path` finds. SourceError as there."""
     if isinstance(source, Store):
         return StorePath(source)

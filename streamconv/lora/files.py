@@ -90,7 +90,7 @@ class LoraFile:
 
     @classmethod
     @source_failures()
-    def open(cls, source: Source, budget: Budget) -> Self:
+    def open(cls, source: Source | Place, budget: Budget) -> Self:
         """The adapter in the folder `source`, or the one safetensors file `source` with its configuration beside it.
 
         SourceError where a file is missing or malformed.

@@ -193,7 +193,7 @@ def test_a_type_that_needs_importances_is_refused_without(source: Callable[[str]
 def test_options_that_do_not_go_together(source: Callable[[str], Path], tmp_path: Path) -> None:
     for options, code in (
         ({"outtype": "bf16", "leave_output_tensor": True}, "option-conflict"),
-        ({"outtype": "q4_k_m", "tensor_type": "attn=q8_0"}, "tensor-type-syntax"),
+        ({"outtype": "q4_k_m", "tensor_type": "attn=q8_0"}, "argument-type"),
         ({"outtype": "q4_k_m", "tensor_type": ["attn"]}, "tensor-type-syntax"),
         ({"outtype": "q4_k_m", "output_tensor_type": "q9_9"}, "type-unknown"),
         ({"outtype": "q4"}, "word-unknown"),

@@ -466,23 +466,11 @@ def test_an_adapter_has_a_name(llama: Path, tmp_path: Path) -> None:
         streamconv.convert(llama, tmp_path / "merged.gguf", adapters=[""])
 
 
-@pytest.mark.parametrize(
-    ("adapters", "message"),
-    [
-        ("some-adapter", "'some-adapter' is not a list of adapters (put it into one, [path] or [(path, weight)])"),
-        (
-            Path("some/adapter"),
-            "'some/adapter' is not a list of adapters (put it into one, [path] or [(path, weight)])",
-        ),
-        ([0.5], "0.5 is not an adapter (name its folder, or the pair of that and a weight)"),
-        ([("a", 0.5, 2)], "('a', 0.5, 2) is not an adapter (name its folder, or the pair of that and a weight)"),
-        ([("a", "0.5")], "('a', '0.5') is not an adapter (name its folder, or the pair of that and a weight)"),
-    ],
-)
-def test_adapters_are_a_list(llama: Path, tmp_path: Path, adapters: Any, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+@pytest.mark.parametrize("adapters", ["some-adapter", Path("some/adapter"), [0.5], [("a", 0.5, 2)], [("a", "0.5")]])
+def test_adapters_are_a_list(llama: Path, tmp_path: Path, adapters: Any) -> None:
+    with raises(UsageError, code="argument-type") as caught:
         streamconv.convert(llama, tmp_path / "merged.gguf", adapters=adapters)
-    assert str(caught.value) == message
+    assert (caught.value.hint == "put it into a list") == (not isinstance(adapters, list))
 
 
 def test_a_weight_is_finite_and_an_adapter_exists(llama: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import streamconv
@@ -19,10 +20,12 @@ from streamconv import options
 from streamconv.batch import jobs_file
 from streamconv.batch.jobs_file import JobSpec, read_jobs
 from streamconv.cli.parser import build_parser
+from streamconv.errors import SourceError, UsageError
 from streamconv.ggml.outtypes import WORDS
 from streamconv.gguf.names import RENAMES
 from streamconv.metadata.vocab.choice import PREFERENCES
 from tests import tiny
+from tests.raising import raises
 
 DOCS = Path(__file__).parents[2] / "docs"
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -142,6 +145,141 @@ def test_options_of_a_job_reach_the_run(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_wrong_keyword_is_pythons_own_error(name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'thread'"):
         getattr(streamconv, name)("a", "b", thread=2)
+
+
+# Values that no parameter takes, or none of that type: True is an int to isinstance, a text a sequence.
+WRONG: dict[str, list[Any]] = {
+    "bool": [1, "yes", None],
+    "str": [4, b"text", ["text"], None],
+    "str | None": [4, b"text", ["text"]],
+    "int | None": [True, 2.0, "2"],
+    "float | None": [True, "2"],
+    "int | str | None": [True, 1.5],
+    "str | Path": [4, b"out", None],
+    "str | Path | None": [4, b"out"],
+    "Source": [4, b"in", ["in"], None],
+    "Source | None": [4, b"in", ["in"]],
+    "Sequence[str]": [4, "text", [4], None, {"text"}],
+    "Sequence[AdapterSpec]": [4, "path", Path("path"), [4], [("path", 0.5, 2)], [("path", "0.5")], [("path", True)]],
+    "Sequence[RecipeSource]": [4, "recipe.py", Path("recipe.py"), [4]],
+    "SplitOptions | None": [4, {"max_tensors": 2}],
+    "Profile | None": ["profile.json"],
+    "Callable[[int, int], None] | None": [3, "print"],
+    "Callable[[], bool] | None": [False],
+}
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS.values(), streamconv.inspect, streamconv.quants])
+def test_a_wrong_type_is_a_usage_error_that_names_the_parameter(function: Callable[..., Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    right = {one.name: "nothing" for one in parameters if one.default is one.empty}
+    for one in parameters:
+        for value in (object(), *WRONG[one.annotation]):
+            with raises(UsageError, code="argument-type") as caught:
+                function(**right | {one.name: value})
+            assert caught.value.exit_code == 2
+            assert caught.value.message.startswith(f"{one.name} is ")
+            assert "\n" not in str(caught.value)
+
+
+def test_arguments_by_position_are_checked() -> None:
+    with raises(UsageError, code="argument-type") as caught:
+        streamconv.convert("nothing", 4)  # type: ignore[arg-type]
+    assert caught.value.message == "dst is 4, expected str, Path or None"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("adapters", [[], ["a", Path("a"), ("a", 1)], (("a", np.float32(0.5)),)]),
+        ("max_memory", ["100MiB", 1 << 28]),
+        ("progress", [print, None]),
+        ("tensor_type", [["a=q8_0"], ("a=q8_0",)]),
+        ("dst", ["x", Path("x"), None]),
+    ],
+)
+def test_every_declared_type_fits(tmp_path: Path, name: str, values: list[Any]) -> None:
+    """The first fault is then what the source lacks."""
+    for value in values:
+        with raises(SourceError, code="source-missing"):
+            streamconv.convert(tmp_path / "nothing", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"max_tensors": True}, "argument-type"),
+        ({"max_nbytes": "4G"}, "argument-type"),
+        ({"only_part": 1.0}, "argument-type"),
+        ({"max_nbytes": 0}, "split-size"),
+    ],
+)
+def test_splits_are_checked_when_they_are_made(given: dict[str, Any], code: str) -> None:
+    with raises(UsageError, code=code) as caught:
+        options.SplitOptions(**given)
+    assert caught.value.message.startswith(f"{next(iter(given))} is ")
+
+
+# Declares one more option before anything has read the declarations, and prints where it arrives.
+ONE_MORE = """
+import dataclasses, inspect, json, pathlib, sys
+from streamconv import options
+from streamconv.options import commands, language
+
+@dataclasses.dataclass(frozen=True)
+class More(language.Options):
+    colour: str | None = options.option(
+        None, "the colour of the file", kind=options.Kind.TEXT, commands=("convert",), metavar="COLOUR"
+    )
+
+commands.GROUPS = (*commands.GROUPS, More)
+
+import streamconv
+from streamconv.batch import jobs_file
+from streamconv.cli.parser import build_parser
+from tests.tools import cli_docs
+
+@options.public("convert")
+def convert(*, colour: str | None = None):
+    return More.of(locals())
+
+try:
+    convert(colour=4)
+except streamconv.UsageError as error:
+    refused = error.message
+
+(job,) = jobs_file.read_jobs(pathlib.Path(sys.argv[1]))
+given = vars(build_parser().parse_args(["convert", "m", "--colour", "red"]))
+batch_page = (cli_docs.PATH.parent / "batch.md").read_text()
+print(json.dumps({
+    "signature lacks": [*options.parameters("convert").keys() - inspect.signature(streamconv.convert).parameters],
+    "docstring": [line.strip() for line in streamconv.convert.__doc__.splitlines() if "colour" in line],
+    "command line": options.arguments("convert", given)["colour"],
+    "docs/cli.md": [line for line in cli_docs.render().splitlines() if "--colour" in line],
+    "jobs file": options.arguments("convert", job.given())["colour"],
+    "docs/batch.md lacks": [key for key in jobs_file.KEYS if f"`{key}`" not in batch_page],
+    "library": convert(colour="blue").colour,
+    "wrong type": refused,
+}))
+"""
+
+
+def test_one_more_option_is_one_entry(tmp_path: Path) -> None:
+    """One entry reaches the library, the command line, jobs files and docs, or the tests here name what lacks it."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "jobs.jsonl").write_text('{"source": "m", "output": "x.gguf", "colour": "green"}')
+    command = [sys.executable, "-c", ONE_MORE, str(tmp_path / "jobs.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=DOCS.parent)
+    assert json.loads(done.stdout) == {
+        "signature lacks": ["colour"],
+        "docstring": ["colour: the colour of the file."],
+        "command line": "red",
+        "docs/cli.md": ["| `--colour COLOUR` | the colour of the file |"],
+        "jobs file": "green",
+        "docs/batch.md lacks": ["colour"],
+        "library": "blue",
+        "wrong type": "colour is 4, expected str or None",
+    }
 
 
 def test_dir_and_help_show_what_is_public() -> None:

@@ -1,25 +1,17 @@
-"""Every option that a user can give, declared once: a field of one of the classes below.
-
-The field's name, type and default are those of the library's keyword parameter; what `option` adds is its flag and help
-on the command line, its key in a jobs file, and the commands that take it. The command line, jobs files and the pages
-made of them follow from that. What Python cannot derive is the parameter in the signature of each public function
-(type checkers and `help` read it there): tests/unit/test_options.py names the function that lacks one.
-
-Imports nothing heavy, since `streamconv --help` reads it.
-"""
+"""The options that a user can give, one entry each: a field of one of the classes below."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Final
 
 from streamconv.budget import default_limit_nbytes, parse_size
 from streamconv.errors import Interrupted, UsageError
 from streamconv.ggml.outtypes import AUTO, OUTTYPES, WORDS, canonical
+from streamconv.options.checking import check_types
+from streamconv.options.language import MAKE, Kind, Options, option
 from streamconv.timing import Profile, Stopwatch
 
 if TYPE_CHECKING:
@@ -30,10 +22,6 @@ if TYPE_CHECKING:
     from streamconv.lora.specs import AdapterSpec
     from streamconv.recipe.registry import RecipeSource
 
-Command = Literal["convert", "lora", "verify"]
-MAKE: Final = ("convert", "lora", "quantize")  # the commands that write a file
-ALL: Final = (*MAKE, "verify")
-
 DIALECTS: Final = ("llama.cpp", "ollama-legacy")
 TOKENIZERS: Final = ("auto", "base", "adapter")
 IO: Final = ("mapped", "positioned")
@@ -41,114 +29,8 @@ MMPROJ_OUTTYPES: Final = ("f32", "f16", "bf16", "q8_0")  # of a projector
 MAX_DEFAULT_WORKERS: Final = 4
 
 
-class Kind(Enum):
-    """How the value of an option is written."""
-
-    FLAG = auto()
-    TEXT = auto()
-    WORD = auto()  # one of its choices
-    SIZE = auto()  # as 4G or 96MiB
-    COUNT = auto()  # a whole number from 1
-    NUMBER = auto()
-    SOURCE = auto()  # a path, or the id of a repo
-    DESTINATION = auto()  # a path
-    TEXTS = auto()  # any number of them
-    ADAPTERS = auto()  # PATH or PATH=WEIGHT, any number of them
-    FILES = auto()  # paths, any number of them
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a field does not say of itself.
-
-    Attributes:
-        kind: how it is written.
-        help: for `--help` and docs/cli.md, by command where it differs.
-        commands: those that take it.
-        flag: on the command line; None where it exists in the library alone.
-        aliases: further flags, by which other tools have it.
-        group: the heading of `--help` that it is under.
-        metavar: what stands for its value there.
-        choices: of a WORD, by command where they differ.
-        hidden: choices that the command line does not name.
-        key: in a jobs file; None where it has no place there.
-        changes_bytes: whether it decides what an output holds.
-    """
-
-    kind: Kind
-    help: str | Mapping[str, str]
-    commands: tuple[str, ...]
-    flag: str | None
-    aliases: tuple[str, ...]
-    group: str
-    metavar: str | None
-    choices: tuple[str, ...] | Mapping[str, tuple[str, ...]]
-    hidden: tuple[str, ...]
-    key: str | None
-    changes_bytes: bool
-
-    def help_for(self, command: str) -> str:
-        return self.help if isinstance(self.help, str) else self.help[command]
-
-    def choices_for(self, command: str | None) -> tuple[str, ...]:
-        """The choices of a command; of all together for None."""
-        if isinstance(self.choices, tuple):
-            return self.choices
-        if command is not None:
-            return self.choices[command]
-        return tuple(dict.fromkeys(word for words in self.choices.values() for word in words))
-
-
-@dataclass(frozen=True)
-class Declared:
-    """An option with the name and default of its field. `of` is the class that has the field."""
-
-    name: str
-    default: Any
-    option: Option
-    of: type
-
-
-def option(
-    default: Any,
-    help: str | Mapping[str, str],
-    *,
-    kind: Kind = Kind.FLAG,
-    commands: tuple[str, ...] = ALL,
-    flag: str | None = "",
-    aliases: tuple[str, ...] = (),
-    group: str = "",
-    metavar: str | None = None,
-    choices: tuple[str, ...] | Mapping[str, tuple[str, ...]] = (),
-    hidden: tuple[str, ...] = (),
-    key: str | None = "",
-    changes_bytes: bool = True,
-) -> Any:
-    """A field that is an option. flag, key: by default the field's name, in the spelling of either."""
-    declared = Option(kind, help, commands, flag, aliases, group, metavar, choices, hidden, key, changes_bytes)
-    return field(default=default, metadata={"option": declared})
-
-
-class _Options:
-    """A group of options."""
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """The options that are among `values`, which may hold other things as well."""
-        names = [one.name for one in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        return cls(**{name: values[name] for name in names if name in values})
-
-    def _check_words(self) -> None:
-        """UsageError where a word is not among its option's choices."""
-        for one in declared(type(self)):
-            value = getattr(self, one.name)
-            choices = one.option.choices_for(None)
-            if choices and value not in choices and value != one.default:
-                raise not_a_choice(one.name, value)
-
-
 @dataclass(frozen=True, slots=True)
-class SourceOptions(_Options):
+class SourceOptions(Options):
     """What a call converts, or compares with, beside its source."""
 
     adapters: Sequence[AdapterSpec] = option(
@@ -193,7 +75,7 @@ class SourceOptions(_Options):
 
 
 @dataclass(frozen=True, slots=True)
-class SplitOptions(_Options):
+class SplitOptions(Options):
     """One model as several files.
 
     Attributes:
@@ -233,9 +115,10 @@ class SplitOptions(_Options):
     )
 
     def __post_init__(self) -> None:
-        for value in (self.max_nbytes, self.max_tensors, self.only_part):
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise UsageError("a split needs whole numbers of at least 1", code="split-size")
+        check_types(type(self), {one.name: getattr(self, one.name) for one in fields(self)})
+        for one in fields(self):
+            if (value := getattr(self, one.name)) is not None and value < 1:
+                raise UsageError(f"{one.name} is {value}, and must be at least 1", code="split-size")
         if self.only_part is not None and not self.is_split:
             hint = "give --split-max-size or --split-max-tensors too"
             raise UsageError("--only-part is for splits", hint=hint, code="option-conflict")
@@ -246,7 +129,7 @@ class SplitOptions(_Options):
 
 
 @dataclass(frozen=True, slots=True)
-class OutputOptions(_Options):
+class OutputOptions(Options):
     """What decides the bytes of an output. UsageError where a word is not among the choices."""
 
     pre: str | None = option(
@@ -386,11 +269,7 @@ class OutputOptions(_Options):
         if self.no_mmproj and self.asks_for_mmproj:
             raise UsageError("--no-mmproj writes no projector", hint="leave it out", code="option-conflict")
         object.__setattr__(self, "outtype", canonical(str(self.outtype or AUTO)))
-        if isinstance(self.tensor_type, str):
-            raise UsageError(
-                f"tensor_type is {self.tensor_type!r}", hint='a list, ["REGEX=TYPE"]', code="tensor-type-syntax"
-            )
-        self._check_words()
+        self.check_words()
         for text in (self.name, self.pre):
             if text is not None and text != text.encode("utf-8", "replace").decode("utf-8"):
                 raise UsageError(f"{text!r} is not UTF-8, as all text in a GGUF file is", code="not-utf8")
@@ -417,7 +296,7 @@ class OutputOptions(_Options):
 
 
 @dataclass(frozen=True, slots=True)
-class RunOptions(_Options):
+class RunOptions(Options):
     """How a call goes; nothing here changes a byte of an output.
 
     A run goes on with what an earlier one of the same conversion left unfinished; `restart` discards that.
@@ -541,7 +420,7 @@ class RunOptions(_Options):
     )
 
     def __post_init__(self) -> None:
-        self._check_words()
+        self.check_words()
         limit = self.max_memory
         if limit is None:  # settled now: it follows from what is resident before the run
             limit = default_limit_nbytes()
@@ -578,87 +457,6 @@ class RunOptions(_Options):
 
 
 GROUPS: Final = (SourceOptions, OutputOptions, SplitOptions, RunOptions)
-
-
-def declared(*groups: type) -> Iterator[Declared]:
-    """The options of these classes, of all of them by default, in order."""
-    for group in groups or GROUPS:
-        for one in dataclasses.fields(group):
-            if found := one.metadata.get("option"):
-                spelled = {
-                    "flag": f"--{one.name.replace('_', '-')}" if found.flag == "" else found.flag,
-                    "key": one.name if found.key == "" else found.key,
-                }
-                yield Declared(one.name, one.default, dataclasses.replace(found, **spelled), group)
-
-
-def taken_by(command: str) -> list[Declared]:
-    """The options that a command takes."""
-    return [one for one in declared() if command in one.option.commands]
-
-
-def parameters(command: str) -> dict[str, Any]:
-    """The keyword parameters of the command's function with their defaults; the parts of a split are one."""
-    found = {one.name: one.default for one in taken_by(command) if one.of is not SplitOptions}
-    return found | ({"split": None} if any(one.of is SplitOptions for one in taken_by(command)) else {})
-
-
-def arguments(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments for the command's function.
-
-    Args:
-        given: values by the options' names, texts of sizes and of adapters included, None where one was not given.
-    """
-    values = {one.name: given[one.name] for one in taken_by(command) if given.get(one.name) is not None}
-    split = {one.name: values.pop(one.name) for one in declared(SplitOptions) if one.name in values}
-    if split:
-        if isinstance(split.get("max_nbytes"), str):
-            split["max_nbytes"] = parse_size(split["max_nbytes"])
-        values["split"] = SplitOptions(**split)
-    for name in ("tensor_type", "recipes"):
-        if isinstance(values.get(name), str):  # of a jobs file
-            values[name] = [values[name]]
-    if "adapters" in values:
-        from streamconv.lora.specs import parse_adapter
-
-        texts = [values["adapters"]] if isinstance(values["adapters"], str) else values["adapters"]
-        values["adapters"] = [parse_adapter(text) for text in texts]
-    return values
-
-
-def not_a_choice(name: str, value: object, start: str | None = None, command: str | None = None) -> UsageError:
-    """The error for a word that is not among an option's choices, with the way to the one that was meant.
-
-    Args:
-        start: what the message begins with; by default the option's name.
-    """
-    (one,) = (one for one in declared() if one.name == name)
-    hint = None
-    if name == "outtype":
-        from streamconv.ggml.policy import outtype_hint
-
-        hint = outtype_hint(str(value))
-    what = f"{start or f'{name} '}{value!r} is none of {', '.join(one.option.choices_for(command))}"
-    return UsageError(what, hint=hint, code="word-unknown")
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def documented(command: str) -> Callable[[F], F]:
-    """Puts the help of the command's options in place of {options} in a function's docstring."""
-
-    def decorate(function: F) -> F:
-        rows = [
-            f"{one.name}: {one.option.help_for(command)}" for one in taken_by(command) if one.of is not SplitOptions
-        ]
-        if "split" in parameters(command):
-            rows.append("split: several files, named after `dst`")
-        if function.__doc__:  # which python -OO leaves out
-            function.__doc__ = function.__doc__.replace("{options}", "\n        ".join(f"{row}." for row in rows))
-        return function
-
-    return decorate
 
 
 def _n_cores() -> int:
