@@ -383,7 +383,6 @@ def test_an_existing_destination_is_kept_until_force(source: Path, tmp_path: Pat
 def test_words_that_are_none(source: Path, tmp_path: Path) -> None:
     for keywords, hint in (
         ({"outtype": "iq2_xxs"}, "llama-quantize"),
-        ({"outtype": 7}, ""),
         ({"dialect": "lmstudio"}, ""),
         ({"dialect": "F16"}, ""),
     ):
@@ -393,26 +392,22 @@ def test_words_that_are_none(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "message"),
+    ("keywords", "code"),
     [
-        ({"threads": 0}, "threads is 0 (a whole number from 1, or None for the cores)"),
-        ({"threads": -3}, "threads is -3 (a whole number from 1, or None for the cores)"),
-        ({"threads": "2"}, "threads is '2' (a whole number from 1, or None for the cores)"),
-        ({"max_memory": "lots"}, "'lots' is not a size (write 96MiB, 300M or 1.5G)"),
-        ({"max_memory": 2.5e8}, 'max_memory is 250000000.0 (a number of bytes, or a text as "96MiB")'),
+        ({"threads": 0}, "threads-range"),
+        ({"threads": -3}, "threads-range"),
+        ({"max_memory": "lots"}, "size-syntax"),
+        ({"max_memory": 2.5e8}, "argument-type"),
     ],
 )
-def test_a_way_to_run_that_is_none(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keywords: dict[str, Any], message: str
-) -> None:
+def test_a_way_to_run_that_is_none(source: Path, tmp_path: Path, keywords: dict[str, Any], code: str) -> None:
     for work in (
         lambda: streamconv.convert(source, tmp_path / "out.gguf", **keywords),
         lambda: streamconv.convert_adapter(source, source, tmp_path / "out.gguf", **keywords),
         lambda: streamconv.verify(tmp_path / "out.gguf", source, **keywords),
     ):
-        with pytest.raises(UsageError) as caught:
+        with raises(UsageError, code=code):
             work()
-        assert str(caught.value) == message
     assert not list(tmp_path.glob("out*"))
 
 
@@ -427,9 +422,6 @@ def test_a_bound_as_people_write_it(source: Path, text: str, nbytes: int) -> Non
 def test_what_a_call_takes_is_there_without_a_look_into_modules(source: Path, tmp_path: Path) -> None:
     report = streamconv.convert(source, tmp_path / "out.gguf", split=streamconv.SplitOptions(max_tensors=17))
     assert [output.path.name for output in report.outputs] == [f"out-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
-    for options in ({"max_nbytes": "4G"}, {"max_tensors": 0}, {"max_tensors": 3, "only_part": 1.5}):
-        with pytest.raises(UsageError, match="whole numbers of at least 1"):
-            streamconv.SplitOptions(**options)  # type: ignore[arg-type]
 
 
 def test_cancel_stops_and_resume_goes_on(tmp_path: Path) -> None:

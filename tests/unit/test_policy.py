@@ -55,7 +55,7 @@ def test_outtypes_name_types_that_are_made_and_fall_back_to_such() -> None:
         name: mix.file_type for name, mix in MIXES.items()
     }
     assert {name: T[OUTTYPES[name].type] for name in MIXES} == {name: mix.type for name, mix in MIXES.items()}
-    assert options.WORDS is WORDS
+    assert options.find("outtype").option.choices_for("convert") is WORDS
 
 
 def test_file_types() -> None:
