@@ -41,7 +41,7 @@ from streamconv.options import MMPROJ_OUTTYPES, OutputOptions, RunOptions, Split
 from streamconv.output.destination import output_path
 from streamconv.recipe.bind import bind_outputs
 from streamconv.recipe.language import Model, Recipe
-from streamconv.recipe.recognise import open_checkpoint, recognise, recognise_architecture
+from streamconv.recipe.recognise import open_checkpoint, recipe_of_checkpoint, recognise
 from streamconv.recipe.registry import RecipeSource, identity_of, using_recipes
 from streamconv.report import Report
 from streamconv.timing import Profile
@@ -143,7 +143,7 @@ class Prepared:
 @source_failures()
 def prepare(checkpoint: Checkpoint, budget: Budget, adapters: Sequence[Adapter] = ()) -> Prepared:
     """What of a job does not depend on its options; no weight is read."""
-    recipe = recognise_architecture(checkpoint.config, checkpoint.tensors)
+    recipe = recipe_of_checkpoint(checkpoint)
     budget.reserve("plan", SOURCE_NBYTES * len(checkpoint.tensors), file=checkpoint.directory)
     bound = recognise(checkpoint, recipe)
     n_factors = sum(len(adapter.file.shard.tensors) for adapter in adapters)
@@ -395,6 +395,7 @@ def _bounded_vocabulary(
                 default_pre=recipe.default_pre,
                 pre=wanted.pre,
                 special=recipe.special_tokens,
+                templates=recipe.templates,
             )
 
     return choose_vocabulary(merged.tokenizers, wanted.tokenizer, read)

@@ -37,7 +37,7 @@ from streamconv.lora.files import WEIGHTS as ADAPTER_WEIGHTS
 from streamconv.lora.files import LoraFile
 from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
 from streamconv.options import public
-from streamconv.recipe.recognise import recognise, recognise_architecture
+from streamconv.recipe.recognise import recipe_of_checkpoint, recognise, recognise_architecture
 from streamconv.recipe.registry import RecipeSource, using_recipes
 
 SCHEMA: Final = 1
@@ -261,7 +261,7 @@ def _checkpoint(path: Place, budget: Budget) -> Inspection:
 def _add_conversion(found: Inspection, checkpoint: Checkpoint, budget: Budget) -> None:
     """What a conversion makes of the tensors and the tokenizer; SourceError where it would be refused."""
     config = checkpoint.config
-    recipe = recognise_architecture(config, checkpoint.tensors)
+    recipe = recipe_of_checkpoint(checkpoint)
     found.architecture = recipe.arch
     budget.reserve("plan", SOURCE_NBYTES * len(checkpoint.tensors), file=checkpoint.directory)
     model = recognise(checkpoint, recipe)
@@ -286,6 +286,7 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint, budget: Budget) -
                 default_pre=recipe.default_pre,
                 pre=None,
                 special=recipe.special_tokens,
+                templates=recipe.templates,
             )
     except BudgetError:
         found.warnings.append(RunWarning("tokenizer-size", "the tokenizer's files are too large to be read here"))

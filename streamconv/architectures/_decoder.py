@@ -150,8 +150,14 @@ def keys(
         Key("{arch}.attention.key_length", "D"),
         Key("{arch}.attention.value_length", "D"),
         Key(f"{{arch}}.attention.{name}", stated, F32),
+        Key("{arch}.attention.causal", lambda m: False if sees_both_sides(m) else None, BOOL),
         *rope.keys(),
     )
+
+
+def sees_both_sides(model: Model) -> bool:
+    """Whether there is no causal mask: any decoder of transformers 5 without one is an encoder."""
+    return model.config.flag("is_causal") is False
 
 
 def expert_keys(width: str | None = "M") -> tuple[Key, ...]:
@@ -258,5 +264,20 @@ TEXT_HALF = Caveat(
 NO_WINDOW = Refusal("use_sliding_window is true, and the runtime has no window for this architecture", slides)
 
 
+def has_one_sided_window(model: Model) -> bool:
+    """Whether texts may be longer than a window that the runtime ends at earlier tokens alone."""
+    if not sees_both_sides(model):
+        return False
+    rules = [key.value for key in model.recipe.keys if key.name.endswith(".attention.sliding_window")]
+    sizes = [rule(model) for rule in rules if rule is not None and not isinstance(rule, str)]
+    context = model.config.integer("max_position_embeddings")
+    return any(isinstance(size, int) and 0 < size < (context or size + 1) for size in sizes)
+
+
+ONE_SIDED = Refusal(
+    "is_causal is false, and the sliding window of the runtime has no end on the right", has_one_sided_window
+)
+
+
 def refusals(rope: Rope, *more: Refusal) -> tuple[Refusal, ...]:
-    return (*rope.refusals(), SHARED_HEADS, *more)
+    return (*rope.refusals(), SHARED_HEADS, ONE_SIDED, *more)

@@ -5,9 +5,12 @@ Sources: transformers' Qwen3Config and modeling_qwen3.py; Qwen3Model in llama.cp
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streamconv.architectures import _decoder as decoder
 from streamconv.architectures._rope import Rope
-from streamconv.recipe import Recipe
+from streamconv.recipe import STRING, Key, Model, Recipe, Refusal, Rows, Tensor
 
 ROPE = Rope(theta=10_000.0, context=32_768)
 
@@ -23,16 +26,73 @@ ATTENTION = (
     *decoder.norm("post_attention_layernorm", "ffn_norm"),
 )
 
+# What a reranker is asked, which the runtime looks for in the file; of Qwen3-Reranker's model card.
+QUESTION = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
+    "<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+
+
+def answers(model: Model) -> NDArray[np.int64]:
+    """The rows of the head that a reranker needs: of the answers for and against."""
+    return np.array(model.modules.answers, dtype=np.int64)
+
+
+LAYERS = (*ATTENTION, *decoder.gated())
+REFUSALS = decoder.refusals(ROPE, decoder.SILU, decoder.NO_WINDOW, NO_BIAS)
+OF_ANSWERS = (Rows(answers),)
+NO_ADAPTER = "it is rows of the head, for which llama.cpp asks no adapter"
+
+RERANKER = Recipe(
+    arch="qwen3",
+    description="Qwen3-Reranker",
+    hf_names=("Qwen3ForCausalLM",),
+    model_type="qwen3",
+    dims=decoder.dims(head=128),
+    tensors=(
+        decoder.EMBEDDING,
+        *LAYERS,
+        decoder.OUTPUT_NORM,
+        Tensor("lm_head.weight", "cls.output.weight", "V H", OF_ANSWERS, required=False, no_adapter=NO_ADAPTER),
+        Tensor(
+            decoder.EMBEDDING.source,
+            "cls.output.weight",
+            "V H",
+            OF_ANSWERS,
+            no_adapter=NO_ADAPTER,
+            unless="lm_head.weight",
+        ),
+    ),
+    drops=decoder.DROPS,
+    keys=(
+        *decoder.keys(ROPE, epsilon=1e-6),
+        Key("{arch}.classifier.output_labels", lambda model: ("yes", "no"), STRING),
+    ),
+    refusals=(
+        *REFUSALS,
+        Refusal(
+            "the answers are tokens that the model does not have: it has {V}",
+            lambda m: max(m.modules.answers or (0,)) >= m.dims["V"],
+        ),
+    ),
+    default_pre="qwen2",
+    templates={"rerank": QUESTION},
+)
+
 RECIPE = Recipe(
     arch="qwen3",
-    description="Qwen3, dense",
+    description="Qwen3, dense; embedding models and rerankers of it",
     hf_names=("Qwen3ForCausalLM",),
     bodies=("Qwen3Model",),
     model_type="qwen3",
     dims=decoder.dims(head=128),
-    tensors=(decoder.EMBEDDING, *ATTENTION, *decoder.gated(), decoder.OUTPUT_NORM, decoder.HEAD),
+    tensors=(decoder.EMBEDDING, *LAYERS, decoder.OUTPUT_NORM, decoder.HEAD),
     drops=decoder.DROPS,
     keys=decoder.keys(ROPE, epsilon=1e-6),
-    refusals=decoder.refusals(ROPE, decoder.SILU, decoder.NO_WINDOW, NO_BIAS),
+    refusals=REFUSALS,
     default_pre="qwen2",
+    reranker=RERANKER,
 )

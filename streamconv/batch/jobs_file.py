@@ -275,12 +275,12 @@ def _resolved(source: Path, recipes: Sequence[str]) -> str:
     from streamconv.checkpoint.folder import Checkpoint
     from streamconv.errors import StreamconvError
     from streamconv.files.hub import find_source
-    from streamconv.recipe.recognise import recognise, recognise_architecture
+    from streamconv.recipe.recognise import recipe_of_checkpoint, recognise
     from streamconv.recipe.registry import using_recipes
 
     try:
         with using_recipes(recipes), Checkpoint.open(find_source(source)) as checkpoint:
-            recipe = recognise_architecture(checkpoint.config)
+            recipe = recipe_of_checkpoint(checkpoint)
             return auto_outtype(checkpoint, recognise(checkpoint, recipe))
     except (StreamconvError, OSError):
         return "auto"

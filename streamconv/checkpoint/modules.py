@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamconv.budget import Budget
+from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.checkpoint.weight_sets import WHOLE
 from streamconv.errors import RunWarning, SourceError
@@ -29,6 +30,7 @@ DENSE = "dense."  # before the names of dense layers' tensors: dense.0.linear.we
 
 # LLAMA_POOLING_TYPE_* of sentence-transformers' modes.
 POOLING = {"mean": 1, "cls": 2, "lasttoken": 3}
+RANK = 4  # the last token's, given to a classifier
 
 # The flags that stand for modes in files of versions before 5.6; without any, it is the mean.
 _FLAGS = {
@@ -51,6 +53,7 @@ class Modules:
     Attributes:
         is_given: Whether there is such a file: the model then gives vectors, not text.
         pooling: One of POOLING; None where vectors of all tokens remain.
+        answers: The tokens whose logits a reranker compares, for and against; None where there are vectors.
         tensors: Of the dense layers, as dense.0.linear.weight.
         shards: The files that hold them.
         warnings: What of the modules a caller has to do, since no GGUF file says it.
@@ -59,6 +62,7 @@ class Modules:
 
     is_given: bool = False
     pooling: str | None = None
+    answers: tuple[int, int] | None = None
     tensors: dict[str, SourceTensor] = field(default_factory=dict, repr=False)
     shards: tuple[Shard, ...] = ()
     warnings: tuple[RunWarning, ...] = ()
@@ -71,6 +75,8 @@ class Modules:
     @property
     def pooling_type(self) -> int | None:
         """As llama.cpp counts them."""
+        if self.answers is not None:
+            return RANK
         return None if self.pooling is None else POOLING[self.pooling]
 
 
@@ -101,6 +107,7 @@ class _Reader:
         self.directory, self.budget = directory, budget
         self.file = directory / MODULES
         self.pooling: str | None = None
+        self.answers: tuple[int, int] | None = None
         self.shards: list[Shard] = []
         self.tensors: dict[str, SourceTensor] = {}
         self.warnings: list[RunWarning] = []
@@ -126,16 +133,18 @@ class _Reader:
         for kind, full_name, folder in modules[1:]:
             if kind == "Normalize":
                 is_normalized = True  # the runtime's callers do that, or not, as they choose
-            elif kind in ("Pooling", "Dense") and is_normalized:
-                raise self._beyond(f"{kind} after Normalize")
+            elif self.answers or (kind in ("Pooling", "Dense", "LogitScore") and is_normalized):
+                raise self._beyond(f"{kind} after {'LogitScore' if self.answers else 'Normalize'}")
             elif kind == "Pooling":
                 self._read_pooling(folder)
             elif kind == "Dense":
                 self._read_dense(folder, full_name)
+            elif kind == "LogitScore" and not self.pooling and not self.tensors:
+                self._read_answers(folder)
             elif kind not in _OUTSIDE:
                 raise self._beyond(f"a module {kind}")
         self._read_settings()
-        return Modules(True, self.pooling, self.tensors, tuple(self.shards), tuple(self.warnings))
+        return Modules(True, self.pooling, self.answers, self.tensors, tuple(self.shards), tuple(self.warnings))
 
     def _module(self, entry: object) -> tuple[str, str, Place]:
         """Kind, class and folder of an entry of modules.json."""
@@ -162,6 +171,16 @@ class _Reader:
                 "the tokens of a prompt are no part of sentence-transformers' pooling, and of the runtime's they are"
             )
             self.warnings.append(RunWarning("prompt-pooled", message))
+
+    def _read_answers(self, folder: Place) -> None:
+        config = self._config(folder)
+        if config.get("false_token_id") is None:
+            raise self._beyond("a score that is one token's logit", folder, "the runtime compares two tokens")
+        said = Config(config, folder / CONFIG)
+        yes, no = said.integer("true_token_id", 0), said.integer("false_token_id", 0)
+        if yes is None or no is None:
+            raise said.wrong("true_token_id", "a token")
+        self.answers = yes, no
 
     def _read_dense(self, folder: Place, full_name: str) -> None:
         config, number = self._config(folder), sum(name.endswith(".linear.weight") for name in self.tensors)

@@ -25,7 +25,7 @@ from streamconv.recipe.dims import MAX_LAYERS, Equation, parse_extent, parse_sha
 from streamconv.recipe.language import EMBEDDING, Model, Output, Recipe
 from streamconv.recipe.names import MAIN_STACK, NONE, Found, fill, has_experts, stack_of
 from streamconv.recipe.ops import Op
-from streamconv.recipe.recognise import bound, open_checkpoint, recognise_architecture
+from streamconv.recipe.recognise import bound, open_checkpoint, recipe_of_checkpoint, recognise_architecture
 from streamconv.recipe.registry import recipe_of, supported_hint
 from streamconv.recipe.words import Key, PerLayer, Tensor
 
@@ -75,7 +75,8 @@ class BaseModel:
 
     model: its dims and kinds, as far as the base gives them. targets: the names of its tensors in GGUF, None where it
     does not list them all. shapes: of those whose shapes it gives itself; the others follow from dims. is_tied: None
-    where the base does not tell.
+    where the base does not tell. is_merged: whether adapters change it before it is written, so that it does not matter
+    for which tensors llama.cpp asks adapters.
     """
 
     path: Place
@@ -85,6 +86,7 @@ class BaseModel:
     targets: frozenset[str] | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     warnings: list[RunWarning] = field(default_factory=list)
+    is_merged: bool = False
 
     @property
     def recipe(self) -> Output:
@@ -115,7 +117,7 @@ class BaseModel:
         if not rows:
             return Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
         found, row = rows[0][1:]
-        reason = next(filter(None, (_no_matrix(row) for _, _, row in rows)), "")
+        reason = next(filter(None, (_no_matrix(row, is_merged=self.is_merged) for _, _, row in rows)), "")
         if reason:
             return Problem("no-matrix", reason, (module,))
         landings = [Landing(fill(row.target, found.i), (found.i, n, found.e), row.ops) for n, found, row in rows]
@@ -134,7 +136,7 @@ class BaseModel:
         found = self.recipe.find(name)
         if found is not None:
             for number, row in enumerate(self.recipe.tensors):
-                if row.source == found.template and self._has(row, found):
+                if row.source == found.template and row.unless not in self.model.stored and self._has(row, found):
                     yield number, found, row
 
     def _has(self, row: Tensor, found: Found) -> bool:
@@ -163,9 +165,9 @@ def _is_stack(row: Tensor) -> bool:
     return first == N_EXPERTS and len(matrix) == 2
 
 
-def _no_matrix(row: Tensor) -> str:
+def _no_matrix(row: Tensor, *, is_merged: bool) -> str:
     """Why a row of the recipe is nothing that a pair of factors could change; empty where it is."""
-    if row.no_adapter:
+    if row.no_adapter and not is_merged:
         return row.no_adapter
     for ending, what in _IGNORED_TARGETS.items():
         if row.target.endswith(ending):
@@ -366,7 +368,7 @@ def _from_folder(path: Place, budget: Budget) -> BaseModel:
         if any(quantised_names(checkpoint.tensors)):
             # As QLoRA trains on: other shapes on disk; its config.json gives the real ones.
             return _from_config(path, recipe, config)
-        model = bound(checkpoint, recipe)
+        model = bound(checkpoint, recipe_of_checkpoint(checkpoint))
         targets = frozenset(target.name for target in model.targets)
         base = _of_model(path, model, model.is_tied, targets)
         base.warnings += checkpoint.warnings

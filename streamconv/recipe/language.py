@@ -7,12 +7,12 @@ when it is loaded. bind makes a `Model` of it and a checkpoint; registry finds t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, cast
 
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.modules import NO_MODULES, Modules
@@ -154,6 +154,9 @@ class Recipe(Output):
         description: For `streamconv architectures`.
         origin: Where it comes from, for the identity of a run: "" of architectures/, else file and digest, or package
             and version; set by what loads it.
+        templates: Chat templates that the runtime looks for by name and no file has.
+        reranker: The same architecture where it scores texts by the logits of two tokens (`Modules.answers`); None
+            where the runtime does not rank with it.
     """
 
     hf_names: tuple[str, ...]
@@ -165,6 +168,8 @@ class Recipe(Output):
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
     description: str = ""
     origin: str = field(default="", compare=False)
+    templates: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reranker: Recipe | None = None
     head: str = "lm_head.weight"
 
     def __post_init__(self) -> None:
@@ -301,8 +306,10 @@ class Model:
                 continue
             if isinstance(value, str | int | float):
                 result.append(KeyValue(name, key.type, value))
+            elif key.type == GGUFValueType.STRING:
+                result.append(KeyValue.array(name, PackedArray.of_strings([str(one) for one in value])))
             else:
-                result.append(KeyValue.array(name, PackedArray.of_numbers(key.type, value)))
+                result.append(KeyValue.array(name, PackedArray.of_numbers(key.type, cast(Sequence[float], value))))
         if self.modules.pooling_type is not None:  # which llama.cpp reads of every architecture
             result.append(KeyValue.u32(f"{self.recipe.arch}.pooling_type", self.modules.pooling_type))
         return result

@@ -10,14 +10,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from operator import attrgetter
 
 from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
-from streamconv.checkpoint.modules import DENSE
+from streamconv.checkpoint.modules import DENSE, MODULES
 from streamconv.checkpoint.quantisation import check_quantisation
-from streamconv.errors import SourceError
-from streamconv.files.hub import CONFIG
+from streamconv.errors import RunWarning, SourceError
+from streamconv.files.hub import CONFIG, model_name
 from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.recipe.bind import bind
@@ -54,6 +55,22 @@ def open_checkpoint(source: Place, budget: Budget | None = None) -> Checkpoint:
         raise
 
 
+def recipe_of_checkpoint(checkpoint: Checkpoint) -> Recipe:
+    """As `recognise_architecture`; of a model that ranks, its recipe for that.
+
+    Raises:
+        SourceError: llama.cpp does not rank with this architecture (`module-unsupported`).
+    """
+    recipe = recognise_architecture(checkpoint.config, checkpoint.tensors)
+    if checkpoint.modules.answers is None:
+        return recipe
+    if recipe.reranker is None:
+        what = f"a reranker by the logits of two tokens, which llama.cpp does not compute with {recipe.arch}"
+        hint = f"run it with sentence-transformers, or remove {MODULES} to convert it as a text model"
+        raise SourceError(what, file=checkpoint.directory / MODULES, hint=hint, code="module-unsupported")
+    return replace(recipe.reranker, origin=recipe.origin) if recipe.origin else recipe.reranker
+
+
 def recognise(checkpoint: Checkpoint, recipe: Recipe) -> Model:
     """The checkpoint's model, with warnings of what was taken otherwise than it is stored.
 
@@ -74,7 +91,7 @@ def bound(checkpoint: Checkpoint, recipe: Recipe) -> Model:
     _refuse_foreign(recipe, spelled, folder)
     is_body = spelled.is_bare or bool(set(_class_names(config)) & set(recipe.bodies))
     model = bind(recipe, config, spelled.tensors, is_body=is_body, modules=checkpoint.modules)
-    model.warnings[:0] = spelled.warnings
+    model.warnings[:0] = [*spelled.warnings, *_doubts(model, recipe, checkpoint)]
     return replace(model, stored=spelled.tensors)
 
 
@@ -163,6 +180,20 @@ def _refuse_modules(recipe: Recipe, checkpoint: Checkpoint) -> None:
             what = f"a dense layer's {name.removeprefix(DENSE)}, for which llama.cpp has no place in {recipe.arch}"
             hint = "run it with sentence-transformers"
             raise SourceError(what, file=tensor.shard.path, hint=hint, code="module-unsupported")
+
+
+def _doubts(model: Model, recipe: Recipe, checkpoint: Checkpoint) -> Iterator[RunWarning]:
+    """What a retrieval model may be, and its files do not say."""
+    config, modules = checkpoint.config, checkpoint.modules
+    own = config.section("auto_map") if modules.is_given and config.flag("is_causal") is None else None
+    if own is not None and f"{recipe.arch}.attention.causal" not in [*map(attrgetter("key"), model.keys())]:
+        code = own.raw.get("AutoModel") or next(iter(own.raw.values()))
+        what = f"config.json names code of its own ({code!s:.80}), which may be without a causal mask; one is assumed"
+        yield RunWarning("own-code", f"{what}: set is_causal in config.json to false if it is")
+    names = (model_name(checkpoint.directory), config.raw.get("_name_or_path"))
+    if recipe.reranker is not None and not modules.is_given and any("reranker" in str(one).lower() for one in names):
+        what = "a reranker by its name, and without modules.json, which names its answers: converted as a text model"
+        yield RunWarning("reranker-text", f"{what} (download modules.json and 1_LogitScore as well)")
 
 
 def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:

@@ -31,7 +31,7 @@ U32, I32, F32, BOOL, STRING = (
 )
 
 
-Value = Scalar | Sequence[int] | Sequence[float]  # of a key
+Value = Scalar | Sequence[int] | Sequence[float] | Sequence[str]  # of a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ class Tensor:
     config: where that says no, the tensor is not part of the model, and is left out with a warning where it is stored.
     Rows with the same target are alternatives; rows with the same source take parts of it.
 
+    `unless` names a source; where that is stored, the row is not used ("lm_head.weight", for a row of the embedding).
+
     `f32`: it stays F32 in every outtype, as llama.cpp keeps it; with `or_f16` in all but F16, where it is F16, too.
     `no_adapter`: why no adapter can change it although it
     is a matrix, as "it is a table of positions, for which llama.cpp asks no adapter".
@@ -82,6 +84,7 @@ class Tensor:
     f32: bool = False
     or_f16: bool = False
     no_adapter: str = ""
+    unless: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,10 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "families"
 IDS = (1, 33, 120, 7, 300, 201, 64, 90, 259, 311, 18, 77, 145, 233, 9, 280, 101, 56, 330, 12, 190, 45, 270, 88)
 POSITIONS = (2, 11, 23)  # the positions of IDS whose logits are kept
 
+# What a reranker's scores are of.
+QUERY = "How many legs has a spider?"
+DOCUMENTS = ("A spider has eight legs.", "Ants have six legs, and spiders two more.", "Paris is in France.")
+
 N_CTX = 256  # of the runtime; some models compute otherwise beyond a length that they state
 
 RANK, ALPHA = 8, 12  # of each family's adapter
@@ -167,13 +171,26 @@ def texts(family: Family) -> list[tuple[int, ...]]:
 
 def run(name: str, gguf: Path, adapters: Any = ()) -> NDArray[np.float64]:
     """What llama.cpp makes of IDS, adapters applied at runtime: log-probabilities [POSITIONS, vocab], or vectors."""
-    with runtime.Runtime(gguf, adapters, n_ctx=N_CTX, embeds=FAMILIES[name].vectors is not None) as model:
+    with runtime.Runtime(gguf, adapters, n_ctx=n_ctx(name), gives=gives(name)) as model:
         return predictions(name, model)
+
+
+def n_ctx(name: str) -> int:
+    """Of the runtime: enough for a reranker's question."""
+    return 640 if gives(name) == "scores" else N_CTX
+
+
+def gives(name: str) -> str:
+    """What the runtime makes with a family's file, as `runtime.Runtime` calls it."""
+    wanted = FAMILIES[name].vectors
+    return "tokens" if wanted is None else "vectors" if wanted.answers is None else "scores"
 
 
 def predictions(name: str, model: runtime.Runtime) -> NDArray[np.float64]:
     """As `run`, of a model that is loaded."""
-    if FAMILIES[name].vectors is None:
+    if gives(name) == "scores":
+        return np.array(model.scores(QUERY, DOCUMENTS))[:, None]
+    if gives(name) == "tokens":
         return np.stack([model.next_logprobs(IDS[: position + 1]) for position in POSITIONS])
     return np.concatenate([model.vectors(ids) for ids in texts(FAMILIES[name])])
 

@@ -24,6 +24,7 @@ class Vectors:
 
     Attributes:
         pooling: The mode; None for vectors of all tokens.
+        answers: Of a reranker, the tokens whose logits are compared, for and against; the vectors are then its scores.
         dense: Rows and whether there is a bias, of each dense layer.
         by: Who wrote modules.json: PyLate has other names for its classes.
     """
@@ -31,6 +32,7 @@ class Vectors:
     pooling: str | None
     dense: tuple[tuple[int, bool], ...] = ()
     by: str = "sentence_transformers"
+    answers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -349,6 +351,53 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family("Qwen3ForCausalLM", dense(), tokenizer="qwen2", pre="qwen2", seed=5),
     "qwen3-tied": Family("Qwen3ForCausalLM", dense(tie_word_embeddings=True), tokenizer="qwen2", pre="qwen2", seed=6),
+    "qwen3-embedding": Family(
+        "Qwen3Model",
+        dense(tie_word_embeddings=False),
+        saved_as="Qwen3ForCausalLM",
+        tokenizer="qwen2-eos",
+        pre="qwen2",
+        seed=164,
+        task_type="FEATURE_EXTRACTION",
+        vectors=Vectors("lasttoken"),
+        note="As the larger ones are published: untied, and without a head; an end token is put after each text.",
+    ),
+    "qwen3-reranker": Family(
+        "Qwen3ForCausalLM",
+        dense(),
+        tokenizer="qwen3-reranker",
+        pre="qwen2",
+        seed=165,
+        vectors=Vectors(None, answers=(404, 405)),
+    ),
+    "qwen3-reranker-tied": Family(
+        "Qwen3ForCausalLM",
+        dense(tie_word_embeddings=True),
+        tokenizer="qwen3-reranker",
+        pre="qwen2",
+        seed=166,
+        vectors=Vectors(None, answers=(404, 405)),
+    ),
+    "qwen2-embedding": Family(
+        "Qwen2Model",
+        narrow(),
+        tokenizer="qwen2-eos",
+        pre="qwen2",
+        seed=167,
+        task_type="FEATURE_EXTRACTION",
+        vectors=Vectors("lasttoken"),
+    ),
+    "qwen2-bidirectional": Family(
+        "Qwen2Model",
+        narrow(is_causal=False),
+        saved_as="Qwen2ForCausalLM",
+        tokenizer="qwen2-eos",
+        pre="qwen2",
+        seed=168,
+        task_type="FEATURE_EXTRACTION",
+        vectors=Vectors("mean"),
+        note="As gte-Qwen2, whose attention has no mask.",
+    ),
     "qwen3moe": Family(
         "Qwen3MoeForCausalLM",
         dense(**experts(num_experts=5, moe_intermediate_size=1024, norm_topk_prob=True, decoder_sparse_step=1)),

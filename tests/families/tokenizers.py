@@ -52,6 +52,32 @@ def _lfm2_vl(directory: Path) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
+def _with_eos(directory: Path) -> None:
+    """As Qwen's embedding models: an end token is put after a text."""
+    _without_bos(directory, "qwen2")
+    end, template = tiny.tokenizer.SPECIALS[2], {"Sequence": {"id": "A", "type_id": 0}}
+    special = {"SpecialToken": {"id": end, "type_id": 0}}
+    _edit(
+        directory / "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [template, special],
+            "pair": [template, special, {"Sequence": {"id": "B", "type_id": 1}}, special],
+            "special_tokens": {end: {"id": end, "ids": [2], "tokens": [end]}},
+        },
+    )
+
+
+def _with_answers(directory: Path) -> None:
+    """As Qwen's rerankers: "yes" and "no" are tokens."""
+    _without_bos(directory, "qwen2")
+    path = directory / "tokenizer.json"
+    added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    more = [{"id": tiny.N_BPE_TOKENS + i, "content": word, **flags} for i, word in enumerate(("yes", "no"))]
+    _edit(path, added_tokens=[*added, *more])
+
+
 def _gemma(directory: Path) -> None:
     """No space before a text, and pieces that are found before any merge: turns, newlines and indentation.
 
@@ -116,6 +142,8 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "smollm": partial(tiny.write_bpe, pre="smollm"),
     "gpt-2": partial(tiny.write_bpe, pre="gpt-2"),
     "qwen2": partial(_without_bos, pre="qwen2"),
+    "qwen2-eos": _with_eos,
+    "qwen3-reranker": _with_answers,
     "seed-coder": partial(tiny.write_bpe, pre="seed-coder"),
     "gpt-4o": partial(tiny.write_bpe, pre="gpt-4o"),
     "tekken": partial(tiny.write_bpe, pre="tekken"),

@@ -54,8 +54,7 @@ class Workshop:
 
     def _predictions(self, name: str) -> tuple[Any, dict[str, list[int]]]:
         """What the F32 file makes of the prompt, and its tokens of each text."""
-        embeds = FAMILIES[name].vectors is not None
-        with runtime.Runtime(self.gguf(name), n_ctx=families.N_CTX, embeds=embeds) as model:
+        with runtime.Runtime(self.gguf(name), n_ctx=families.n_ctx(name), gives=families.gives(name)) as model:
             return families.predictions(name, model), {text: model.tokenize(text) for text in cases.TEXTS}
 
 
@@ -116,6 +115,15 @@ def test_run_time_tokenizes_as_the_library_does(workshop: Workshop, name: str) -
     reference = tokenizers.Tokenizer.from_file(str(workshop.source(name) / "tokenizer.json"))
     _, tokens = workshop.predictions(name)
     assert tokens == {text: reference.encode(text, add_special_tokens=False).ids for text in tokens}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if FAMILIES[name].tokenizer == "qwen2-eos"])
+def test_run_time_ends_texts_as_the_library_does(workshop: Workshop, name: str) -> None:
+    reference = tokenizers.Tokenizer.from_file(str(workshop.source(name) / "tokenizer.json"))
+    with runtime.Runtime(workshop.gguf(name), gives="vectors") as model:
+        tokens = model.tokenize("How many legs?", add_special=True)
+    assert tokens == reference.encode("How many legs?").ids
+    assert tokens[-1] == reference.token_to_id("<|im_end|>")
 
 
 _CHILD = """

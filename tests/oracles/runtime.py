@@ -33,7 +33,7 @@ FORCING = 1000.0  # a logit bias that decides the sampled token and that reporte
 class Runtime:
     """A model loaded by llama.cpp, adapters applied at runtime; a context manager. RuntimeError if it is refused.
 
-    With `embeds` it gives vectors in place of tokens, by the pooling that the file names.
+    `gives`: "tokens"; or in their place "vectors", by the pooling that the file names; or "scores" of a reranker.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Runtime:
         mmproj: Path | str | None = None,
         n_ctx: int = 512,
         verbosity: int = -1,
-        embeds: bool = False,
+        gives: str = "tokens",
     ) -> None:
         params = xllamacpp.CommonParams()
         if mmproj is not None:
@@ -53,7 +53,9 @@ class Runtime:
         params.model.path = str(gguf)
         params.n_ctx = n_ctx
         params.n_parallel = 1
-        params.embedding = embeds
+        params.embedding = gives != "tokens"
+        if gives == "scores":
+            params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
         params.warmup = False
         params.verbosity = verbosity
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -65,10 +67,13 @@ class Runtime:
         # A sampled token that is no complete UTF-8 comes without probabilities, so an ASCII one is sampled always.
         self._forced = self.tokenize("A")[-1]
         # A server that is dropped before its loop runs waits for it forever; an answer proves that it runs.
-        if embeds:
-            self.vectors([0, 1])
-        else:
-            self._post("completion", self._request("A", 1))
+        match gives:
+            case "tokens":
+                self._post("completion", self._request("A", 1))
+            case "vectors":
+                self.vectors([0, 1])
+            case _:
+                self.scores("A", ["A"])
 
     def __enter__(self) -> Runtime:
         return self
@@ -203,9 +208,9 @@ def distance(reference: ArrayLike, vectors: ArrayLike) -> float:
     return float(np.max(np.sum((p - q) ** 2, axis=-1) / np.sum(p**2, axis=-1))) / 2
 
 
-def load(gguf: Path | str, adapters: Adapters = (), *, embeds: bool = False) -> Outcome:
+def load(gguf: Path | str, adapters: Adapters = (), *, gives: str = "tokens") -> Outcome:
     """Load and run `gguf` in another process, since llama.cpp aborts on some files instead of refusing them."""
-    arguments = ["vectors" if embeds else "tokens", str(gguf), *(f"{path}={scale}" for path, scale in adapters)]
+    arguments = [gives, str(gguf), *(f"{path}={scale}" for path, scale in adapters)]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "tests.oracles.runtime", *arguments],
@@ -218,14 +223,14 @@ def load(gguf: Path | str, adapters: Adapters = (), *, embeds: bool = False) -> 
     return Outcome({0: "loaded", 3: "refused"}.get(done.returncode, "died"), done.stdout + done.stderr)
 
 
-def _main(what: str, gguf: str, *adapters: str) -> int:
+def _main(gives: str, gguf: str, *adapters: str) -> int:
     pairs = [(path, float(scale)) for path, _, scale in (adapter.rpartition("=") for adapter in adapters)]
     try:
-        runtime = Runtime(gguf, pairs, verbosity=1, embeds=what == "vectors")
+        runtime = Runtime(gguf, pairs, verbosity=1, gives=gives)
     except RuntimeError as error:
         print(error)
         return 3
-    if what == "tokens":
+    if gives == "tokens":
         runtime.next_logprobs([0, 1])
     return 0
 

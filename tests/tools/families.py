@@ -134,7 +134,7 @@ def _save_shapes(name: str, folder: Path, scratch: Path) -> None:
     tiny.write_json(folder / "adapter_config.json", adapter | dict.fromkeys(_MACHINE))
     spec = {"tensors": _spelled(family, _shapes(scratch / "model")), "adapter": _shapes(scratch / "adapter")}
     if family.vectors is not None:
-        vectors.save(family.vectors, model.config.hidden_size, getattr(torch, family.dtype), scratch / "model")
+        vectors.save(family.vectors, config.hidden_size, getattr(torch, family.dtype), scratch / "model")
         spec["modules"] = vectors.keep(scratch / "model", folder)
     text = json.dumps(spec, separators=(",", ":")).replace('],"', '],\n"') + "\n"
     (folder / "spec.json").write_text(text, encoding="utf-8")
@@ -225,6 +225,10 @@ def _outputs(family: Family, src: Path, adapter: Path | None, *, merge: bool = F
     if family.vectors is None:
         logits = reference.logits(src, families.IDS, kind=kind, adapter=adapter, merge=merge)
         return np.asarray(logits[list(families.POSITIONS)], np.float32)
+    if family.vectors.answers is not None:
+        texts = vectors.questions(src, families.QUERY, families.DOCUMENTS)
+        lasts = [reference.logits(src, ids, kind=kind, adapter=adapter, merge=merge)[-1] for ids in texts]
+        return vectors.scores(src, np.stack(lasts))
     hidden = (reference.hidden_states(src, ids, adapter, merge=merge, kind=kind) for ids in families.texts(family))
     return np.concatenate([vectors.apply(src, states) for states in hidden])
 
@@ -246,7 +250,7 @@ def _distance(name: str, logits: NDArray[np.float32], made: Path | str, adapters
     """The distance of llama.cpp's own file from transformers, or why there is none."""
     if isinstance(made, str):
         return made
-    outcome = runtime.load(made, adapters, embeds=families.FAMILIES[name].vectors is not None)
+    outcome = runtime.load(made, adapters, gives=families.gives(name))
     if outcome.status != "loaded":
         return f"{outcome.status}: {outcome.log.strip().splitlines()[-1]}"
     found = families.run(name, made, adapters)

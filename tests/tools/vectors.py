@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
 from numpy.typing import NDArray
 
+from streamconv.architectures import qwen3
 from tests import tiny
 from tests.families.table import Vectors
 
@@ -26,9 +29,10 @@ _CLASSES = {
 
 
 def _class(name: str) -> Any:
-    import sentence_transformers.sentence_transformer.modules as modules
+    from sentence_transformers.cross_encoder.modules import LogitScore
+    from sentence_transformers.sentence_transformer import modules
 
-    return getattr(modules, name)
+    return LogitScore if name == "LogitScore" else getattr(modules, name)
 
 
 def save(wanted: Vectors, width: int, dtype: torch.dtype, folder: Path) -> None:
@@ -44,6 +48,8 @@ def save(wanted: Vectors, width: int, dtype: torch.dtype, folder: Path) -> None:
 
     if wanted.pooling is not None:
         add("Pooling", _class("Pooling")(width, wanted.pooling))
+    if wanted.answers is not None:
+        add("LogitScore", _class("LogitScore")(*wanted.answers))
     name = "token_embeddings" if wanted.pooling is None else "sentence_embedding"
     for n_out, has_bias in wanted.dense:
         module = _class("Dense")(width, n_out, has_bias, torch.nn.Identity(), module_input_name=name)
@@ -76,3 +82,18 @@ def apply(folder: Path, states: NDArray[np.float32]) -> NDArray[np.float32]:
             features = module.float().eval()(features)
     made = features.get("sentence_embedding", features["token_embeddings"][0])
     return np.asarray(made.numpy(), np.float32)
+
+
+def questions(folder: Path, query: str, documents: Sequence[str]) -> list[list[int]]:
+    """The tokens of what a reranker is asked of each document."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [qwen3.QUESTION.replace("{query}", query).replace("{document}", text) for text in documents]
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def scores(folder: Path, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How likely the answer for is, [texts, 1], by the logits [texts, vocab] of what follows each."""
+    entry = json.loads((folder / "modules.json").read_text(encoding="utf-8"))[1]
+    module = _class("LogitScore").load(str(folder), subfolder=entry["path"])
+    odds = module({"causal_logits": torch.from_numpy(logits)[:, None]})["scores"]
+    return np.asarray(torch.sigmoid(odds).numpy(), np.float32)

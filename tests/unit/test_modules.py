@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import streamconv
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.errors import SourceError, VerifyError
-from tests import tiny
+from tests import families, tiny
 from tests.oracles import ggufs
-from tests.raising import raises
+from tests.raising import codes_of, raises
 from tests.tiny.variants import as_retrieval, bare, configured, renamed
 
 HIDDEN, WIDTH = 64, 24
@@ -275,3 +276,107 @@ def test_sides_that_the_runtime_sees_otherwise(tmp_path: Path, settings: dict[st
     as_retrieval(renamed(source, bare), pooling("cls"), **{"architectures": ["Lfm2Model"]} | settings)
     with raises(SourceError, code="unrunnable"):
         streamconv.convert(source, tmp_path / "out.gguf")
+
+
+# ---------------------------------------------------------------- rerankers, and both sides of other decoders
+
+
+def reranker(folder: Path, **config: Any) -> Path:
+    source = families.checkpoint("qwen3-reranker", folder / "model")
+    configured(source, "1_LogitScore/config.json", **config)
+    return source
+
+
+def test_a_reranker_has_the_rows_of_its_answers(tmp_path: Path) -> None:
+    source = reranker(tmp_path, true_token_id=7, false_token_id=3)
+    file, codes = converted(source, tmp_path / "out.gguf")
+    head = tiny.tensors_of(source)["lm_head.weight"].float32()
+    assert np.array_equal(file.float64("cls.output.weight"), head[[7, 3]])
+    assert (file["qwen3.pooling_type"], file["qwen3.classifier.output_labels"], codes) == (4, ["yes", "no"], [])
+    assert "output.weight" not in file.tensors
+    assert file["tokenizer.chat_templates"] == ["rerank"]
+    assert streamconv.verify(tmp_path / "out.gguf", source).verified
+    with raises(VerifyError, code="value-differs"):
+        streamconv.verify(tmp_path / "out.gguf", configured(source, "1_LogitScore/config.json", true_token_id=8))
+
+
+def test_a_template_of_the_files_comes_first(tmp_path: Path) -> None:
+    source = reranker(tmp_path)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rerank.jinja").write_text("{query} {document}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    configured(source, "tokenizer_config.json", chat_template=None)
+    file, _ = converted(source, tmp_path / "out.gguf")
+    assert file["tokenizer.chat_template.rerank"] == "{query} {document}"
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"false_token_id": None}, "module-unsupported"),
+        ({"true_token_id": None}, "config-value"),
+        ({"true_token_id": "yes"}, "config-value"),
+        ({"true_token_id": -1}, "config-value"),
+        ({"true_token_id": 416}, "unrunnable"),
+    ],
+)
+def test_answers_that_are_not_tokens(tmp_path: Path, config: dict[str, Any], code: str) -> None:
+    with raises(SourceError, code=code):
+        streamconv.convert(reranker(tmp_path, **config), tmp_path / "out.gguf")
+
+
+def test_an_untied_reranker_without_its_head(tmp_path: Path) -> None:
+    source = renamed(reranker(tmp_path), lambda name: "" if name == "lm_head.weight" else name)
+    with raises(SourceError, code="head-missing"):
+        streamconv.convert(source, tmp_path / "out.gguf")
+
+
+def test_other_architectures_do_not_rank(tmp_path: Path) -> None:
+    answers: Module = ("LogitScore", {"true_token_id": 1, "false_token_id": 2})
+    for builder in (tiny.lfm2, tiny.llama):
+        source = as_retrieval(builder(tmp_path / builder.__name__), answers)
+        with raises(SourceError, code="module-unsupported"):
+            streamconv.convert(source, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "changed"),
+    [
+        ("qwen3-reranker", "lm_head", {"cls.output.weight"}),
+        ("qwen3-reranker-tied", "embed_tokens", {"token_embd.weight"}),  # PEFT changes the embedding, and not the head
+    ],
+)
+def test_a_merge_into_the_ends(tmp_path: Path, name: str, target: str, changed: set[str]) -> None:
+    source = families.checkpoint(name, tmp_path / "model")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", source, targets=(target,))
+    assert streamconv.convert(source, tmp_path / "out.gguf", outtype="f32", adapters=[adapter], verify=True).verified
+    plain, merged = converted(source, tmp_path / "plain.gguf")[0], ggufs.read(tmp_path / "out.gguf")
+    assert {one for one in plain.tensors if merged.tensors[one].sha256 != plain.tensors[one].sha256} == changed
+    with pytest.raises(SourceError) as caught:
+        streamconv.convert_adapter(adapter, source, tmp_path / "adapter.gguf")
+    assert {"no-matrix", "tied"} & codes_of(caught.value)
+
+
+def test_a_decoder_without_a_mask(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "model", config={"is_causal": False})
+    assert converted(source, tmp_path / "out.gguf")[0]["llama.attention.causal"] is False
+    assert "llama.attention.causal" not in converted(configured(source, is_causal=True), tmp_path / "b.gguf")[0].keys
+
+
+@pytest.mark.parametrize("name", ["olmo3", "cohere2", "gemma2", "exaone4-window", "gpt-oss", "phi3-long"])
+def test_a_window_on_one_side(tmp_path: Path, name: str) -> None:
+    source = configured(families.checkpoint(name, tmp_path / "model"), is_causal=False)
+    with raises(SourceError, code="unrunnable"):
+        streamconv.convert(source, tmp_path / "out.gguf")
+    assert streamconv.convert(configured(source, max_position_embeddings=5), tmp_path / "out.gguf", force=True)
+
+
+def test_what_files_leave_open_is_said(tmp_path: Path) -> None:
+    own = {"AutoModel": "modeling_qwen.Qwen2Model"}
+    source = as_retrieval(tiny.llama(tmp_path / "model"), pooling("lasttoken"), auto_map=own)
+    assert converted(source, tmp_path / "out.gguf")[1] == ["own-code"]
+    assert converted(configured(source, is_causal=False), tmp_path / "out.gguf")[1] == []
+    assert converted(model(tmp_path / "lfm2", pooling("cls"), auto_map=own, **BOTH_SIDES), tmp_path / "b.gguf")[1] == []
+    text = families.checkpoint("qwen3-reranker", tmp_path / "Qwen3-Reranker-0.6B")
+    (text / "modules.json").unlink()
+    assert converted(text, tmp_path / "out.gguf")[1] == ["reranker-text"]

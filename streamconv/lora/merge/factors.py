@@ -56,6 +56,7 @@ def base_of(directory: Place, weights: Weights) -> BaseModel:
         is_tied=False,
         keys=(),
         targets=frozenset(head | {target.name for target in model.targets}),
+        is_merged=True,
     )
 
 

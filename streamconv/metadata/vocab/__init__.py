@@ -18,7 +18,7 @@ from streamconv.files.store import Place
 from streamconv.gguf.format import KeyValue
 from streamconv.metadata.vocab.agreement import FastTokens
 from streamconv.metadata.vocab.bpe_tokens import byte_fallback_tokens, byte_level_tokens
-from streamconv.metadata.vocab.chat_templates import chat_template_keys
+from streamconv.metadata.vocab.chat_templates import NO_TEMPLATES, chat_template_keys
 from streamconv.metadata.vocab.companions import Companions
 from streamconv.metadata.vocab.files import SENTENCEPIECE_MODEL, TEKKEN, TOKENIZER_JSON, TokenizerFiles
 from streamconv.metadata.vocab.footprint import vocabulary_nbytes
@@ -59,12 +59,14 @@ def read_vocabulary(
     pre: str | None,
     over: Place | None = None,
     special: SpecialTokens = NO_SPECIAL_TOKENS,
+    templates: Mapping[str, str] = NO_TEMPLATES,
 ) -> Vocabulary:
     """The tokenizer in `directory` as keys, with `n_vocab` tokens, the embedding's rows.
 
     `over` is a folder whose files count before those of `directory`, as an adapter's before its base's. `default_pre`
     names the pre-tokenizer of an unknown structure (a warning), None makes that an error; `pre` is the user's own
-    name for it; `special` is what the architecture says of special tokens. SourceError on anything missing, malformed
+    name for it; `special` is what the architecture says of special tokens, `templates`
+    what it adds to those of the files. SourceError on anything missing, malformed
     or unsupported, UsageError on a `pre` that llama.cpp does not know.
     """
     if pre is not None:
@@ -82,8 +84,8 @@ def read_vocabulary(
     keys.append(KeyValue.array(Keys.Tokenizer.TOKEN_TYPE, types))
     if source.model == "gpt2" and source.merges is not None:
         keys.append(KeyValue.array(Keys.Tokenizer.MERGES, source.merges.lines))
-    templates, warnings = chat_template_keys(companions)
-    return Vocabulary((*keys, *ids, *templates), (*tokens.warnings, *warnings))
+    of_chat, warnings = chat_template_keys(companions, templates)
+    return Vocabulary((*keys, *ids, *of_chat), (*tokens.warnings, *warnings))
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from gguf.constants import Keys
@@ -26,12 +27,20 @@ DEFAULT = "default"
 # Whose publisher leaves templates to a program of its own, mistral-common, and whose format is not ChatML.
 _OWN_FORMAT = frozenset(("mistral", "mixtral", "mistral3", "ministral3"))
 
+NO_TEMPLATES: Mapping[str, str] = MappingProxyType({})
+
 _NAME_LETTERS = frozenset(string.ascii_letters + string.digits)
 
 
-def chat_template_keys(companions: Companions) -> tuple[list[KeyValue], list[RunWarning]]:
-    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for an empty template."""
+def chat_template_keys(
+    companions: Companions, added: Mapping[str, str] = NO_TEMPLATES
+) -> tuple[list[KeyValue], list[RunWarning]]:
+    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for an empty template.
+
+    `added`: those that an architecture has by name, where the files have none.
+    """
     templates, warnings = _find(companions)
+    templates = {**added, **templates}
     if not templates and companions.config.get("model_type") in _OWN_FORMAT:
         message = (
             "no chat template, and llama.cpp then takes ChatML, which Mistral's models do not know: put the model's "

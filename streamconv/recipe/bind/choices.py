@@ -61,7 +61,7 @@ def _choices_of_layers(
 
 def _choose(model: Model, sources: Sources, rows: Sequence[Row], i: int | None) -> Iterator[Choice]:
     """The one row that gives a target (of layer `i`), and what is missing where one should."""
-    tensors = [row for row in rows if isinstance(row, Tensor)]
+    tensors = [row for row in rows if isinstance(row, Tensor) and row.unless not in sources.found]
     stored = [(row, names) for row in tensors if (names := sources.of_layer(row.source, NONE if i is None else i))]
     if stored:
         row, names = stored[0]
@@ -156,14 +156,14 @@ def missing_flags(model: Model, choices: Sequence[Choice]) -> Iterator[RunWarnin
 def check_head(model: Model, sources: Sources, *, is_body: bool) -> tuple[list[Problem], list[RunWarning]]:
     """A head that is stored is always written; a config that says there is one must have it.
 
-    A model that gives vectors needs none.
+    A model that gives vectors needs none; one that ranks has rows of it.
     """
     recipe = model.recipe
     if not recipe.head:
         return [], []
     has_head, stated = recipe.head in sources.found, recipe.stated_tie(model.config)
     tied = recipe.tied_by_default if stated is None else stated
-    if not has_head and model.modules.is_given:
+    if not has_head and model.modules.is_given and model.modules.answers is None:
         return [], []
     if not has_head and not tied and (stated is not None or is_body):
         what = f"the config says untied and there is no {recipe.head}: an incomplete checkpoint"
