@@ -24,7 +24,7 @@ from streamconv.lora.config import Problem, stated_base
 from streamconv.recipe.dims import MAX_LAYERS, Equation, parse_extent, parse_shape, solve_dims, stated_dims
 from streamconv.recipe.language import EMBEDDING, Model, Output, Recipe
 from streamconv.recipe.names import MAIN_STACK, NONE, Found, fill, has_experts, stack_of
-from streamconv.recipe.ops import Op
+from streamconv.recipe.operation import Op
 from streamconv.recipe.recognise import bound, open_checkpoint, recipe_of_checkpoint, recognise_architecture
 from streamconv.recipe.registry import recipe_of, supported_hint
 from streamconv.recipe.words import Key, PerLayer, Tensor

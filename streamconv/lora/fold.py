@@ -25,7 +25,7 @@ from streamconv.lora.config import Problem
 from streamconv.lora.factors import slabs
 from streamconv.lora.resolve import LoraModule
 from streamconv.recipe.language import Model
-from streamconv.recipe.ops import CannotAdapt, factors_through, total_factor
+from streamconv.recipe.operation import CannotAdapt, factors_through, total_factor
 
 # Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a ratio folded into B.
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30

@@ -3,11 +3,11 @@
 from streamconv.checkpoint.config import Config
 from streamconv.gguf.format import Scalar
 from streamconv.recipe.language import Model, Output, Recipe
+from streamconv.recipe.operation import Op
 from streamconv.recipe.ops import (
     Columns,
     Interleaved,
     MinusExp,
-    Op,
     Permute,
     PlusOne,
     Reshape,

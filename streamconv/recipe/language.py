@@ -23,7 +23,7 @@ from streamconv.lazy.node import LazyTensor
 from streamconv.recipe.defaults import common_defaults
 from streamconv.recipe.dims import parse_extent
 from streamconv.recipe.names import MAIN_STACK, Found, NameTable, number_after, stack_of
-from streamconv.recipe.ops import applied, loss
+from streamconv.recipe.operation import applied, loss
 from streamconv.recipe.validation import faults
 from streamconv.recipe.words import Alias, Caveat, Claim, Computed, Dim, Drop, Key, Refusal, SpecialTokens, Tensor
 

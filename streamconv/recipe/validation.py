@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.recipe.dims import parse_extent
 from streamconv.recipe.names import MAIN_STACK, has_experts, stack_of, template_fault
-from streamconv.recipe.ops import Op
+from streamconv.recipe.operation import Op
 from streamconv.recipe.words import Computed, Key, PerLayer, Tensor
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from streamconv.checkpoint.config import Config
 from streamconv.gguf.format import Scalar
-from streamconv.recipe.ops import Op
+from streamconv.recipe.operation import Op
 
 if TYPE_CHECKING:
     from streamconv.recipe.language import Model

@@ -17,7 +17,7 @@ from streamconv.gguf.format import PackedArray
 from streamconv.lora.base import BaseModel, Slot, open_base
 from streamconv.lora.config import Problem
 from streamconv.recipe import Permute
-from streamconv.recipe.ops import CannotAdapt, total_factor
+from streamconv.recipe.operation import CannotAdapt, total_factor
 from tests import tiny
 from tests.raising import raises
 from tests.tools import gguf_bytes as raw

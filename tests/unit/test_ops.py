@@ -31,7 +31,7 @@ from streamconv.recipe import (
     Squeeze,
     Transpose,
 )
-from streamconv.recipe.ops import CannotAdapt, applied, factors_through, first_fault, loss, total_factor
+from streamconv.recipe.operation import CannotAdapt, applied, factors_through, first_fault, loss, total_factor
 from tests import inmemory, tiny
 
 Array = NDArray[np.float32]

@@ -17,7 +17,7 @@ from streamconv.lora.resolve import LoraModule
 from streamconv.recipe.dims import extents
 from streamconv.recipe.language import Model, Output
 from streamconv.recipe.names import fill, has_experts
-from streamconv.recipe.ops import applied
+from streamconv.recipe.operation import applied
 from streamconv.recipe.words import Tensor
 
 

@@ -19,7 +19,7 @@ from streamconv.lora.resolve import LoraModule, resolve
 from streamconv.lora.specs import Adapter
 from streamconv.recipe.language import Model
 from streamconv.recipe.names import fill
-from streamconv.recipe.ops import factors_through
+from streamconv.recipe.operation import factors_through
 from streamconv.recipe.words import Tensor
 
 # Rules out a GGUF adapter and not a merge; whether they can be merged is found here.

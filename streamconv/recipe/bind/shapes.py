@@ -20,7 +20,7 @@ from streamconv.recipe.dims import (
 from streamconv.recipe.language import Model, Output
 from streamconv.recipe.mismatch import Problem
 from streamconv.recipe.names import NONE, has_experts, stack_of
-from streamconv.recipe.ops import first_fault
+from streamconv.recipe.operation import first_fault
 from streamconv.recipe.words import Tensor
 
 
