@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """`python -m streamconv`, and the `streamconv` command."""
 
 import sys

@@ -38,10 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _signals(hint):
             parser = build_parser(arguments[:1])
-            if "_ARGCOMPLETE" in os.environ:
-                from argcomplete import autocomplete
-
-                autocomplete(parser)
             try:
                 options = parser.parse_args(arguments, argparse.Namespace(started=started))
             except SystemExit:  # of --help and --version

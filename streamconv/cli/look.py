@@ -13,7 +13,7 @@ from typing import Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_recipes, add_verbose, positive, src_path
 from streamconv.cli.output import say, tell
-from streamconv.errors import SourceError, UsageError, printable
+from streamconv.errors import SourceError, printable
 
 SCHEMA = 1  # of `architectures --json`
 LIBRARIES = ("numpy", "safetensors", "gguf", "tqdm", "psutil", "huggingface_hub")
@@ -94,7 +94,7 @@ def add_completion(commands: Any) -> None:
         commands,
         "completion",
         help="the shell's completion of commands and options",
-        description="Print what makes a shell complete commands and options; it needs the completion extra.",
+        description="Print what makes a shell complete commands and options.",
         epilog='examples:\n  eval "$(streamconv completion bash)"       # in ~/.bashrc, or zsh in ~/.zshrc\n'
         "  streamconv completion fish > ~/.config/fish/completions/streamconv.fish\n\n" + EXIT_CODES,
     )
@@ -173,13 +173,9 @@ def _architectures(options: argparse.Namespace) -> int:
 
 
 def _completion(options: argparse.Namespace) -> int:
-    try:
-        from argcomplete.shell_integration import shellcode
-    except ImportError:
-        raise UsageError(
-            "completion needs the completion extra", hint='pip install ".[completion]"', code="extra-missing"
-        ) from None
-    say(shellcode(["streamconv"], shell=options.shell), end="")
+    from streamconv.cli.shells import text_for
+
+    say(text_for(options.shell), end="")
     return 0
 
 

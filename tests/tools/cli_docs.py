@@ -21,8 +21,8 @@ Made of the parser by `make docs`; `streamconv COMMAND --help` says the same. A 
 - The bar is shown on a terminal alone. No colour is used, so `NO_COLOR` holds without being asked for.
 - A closed pipe ends the command without a word; characters that the terminal's encoding lacks are shown escaped.
 - `-v` says more, and shows the traceback of an internal error, which otherwise is one line.
-- Completion of commands and options: `pip install ".[completion]"`, then, once in ~/.bashrc (zsh, fish),
-  `eval "$(streamconv completion bash)"`.
+- `pip install` brings a man page and completion for bash, zsh and fish, in `share/` of its prefix. Where the shell does
+  not look there, as in a virtual environment, put `eval "$(streamconv completion bash)"` into ~/.bashrc.
 """
 
 

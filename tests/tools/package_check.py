@@ -17,6 +17,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+from streamconv.cli.shells import PLACES
 from tests import tiny
 from tests.tools import pythons
 
@@ -57,6 +58,7 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     wanted = modules | {str(path.relative_to(ROOT)) for path in (ROOT / "streamconv/ggml/kernels").glob("*.[ch]")}
     wanted |= {
         "pyproject.toml",
+        "setup.py",
         "README.md",
         "LICENSE",
         "CHANGELOG.md",
@@ -73,6 +75,8 @@ def try_out(python: str, package: Path, folder: Path, *, has_kernels: bool) -> b
     run(here, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package)
     run(here, "-m", "pip", "check")
     command = folder / "bin" / "streamconv"
+    missing = [place for place in PLACES.values() if not (folder / place).is_file()]
+    assert not missing, missing
     assert run(command, "--version", cwd=folder).startswith("streamconv ")
     run(command, "convert", folder.parent / "model", "-o", "out.gguf", "--outtype", "q8_0", "--verify", cwd=folder)
     run(command, "inspect", "out.gguf", cwd=folder)

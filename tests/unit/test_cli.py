@@ -286,24 +286,6 @@ def test_verbose_says_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(any("sha256" in line for line in lines) for lines in said[:2])
 
 
-def test_completion_knows_commands_and_options(tmp_path: Path) -> None:
-    def complete(line: str) -> list[str]:
-        env = {
-            "_ARGCOMPLETE": "1",
-            "COMP_LINE": line,
-            "COMP_POINT": str(len(line)),
-            "_ARGCOMPLETE_IFS": "\n",
-            "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"),
-        }
-        done = run(**env)
-        assert done.returncode == 0, done.stderr
-        return (tmp_path / "out").read_text().split("\n")
-
-    assert [word.strip() for word in complete("streamconv in")] == ["inspect"]
-    assert [word.strip() for word in complete("streamconv convert x --outtype q8")] == ["q8_0"]
-    assert b"PYTHON_ARGCOMPLETE_OK" in (Path(streamconv.__file__).parent / "__main__.py").read_bytes()[:1024]
-
-
 @pytest.mark.parametrize(
     ("words", "code", "meant", "command"),
     [
@@ -470,15 +452,6 @@ def test_warnings_of_what_was_hardly_meant(tmp_path: Path) -> None:
     assert "split-small" not in codes(split=streamconv.SplitOptions(max_nbytes=2_000_000))
     assert "modelfile-template" in codes(modelfile=True)
     assert "modelfile-template" not in codes()
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_for_a_shell(shell: str) -> None:
-    done = run("completion", shell)
-    assert done.returncode == 0 and b"streamconv" in done.stdout and b"_ARGCOMPLETE" in done.stdout
-    if shell == "bash":
-        assert subprocess.run(["bash", "-n"], input=done.stdout, check=False).returncode == 0
-    assert run("completion", "none").returncode == 2
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -14,7 +14,7 @@ from tests.tools import environment
 
 ROOT = Path(__file__).parents[2]
 TARGETS = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-EXTRAS = ("argcomplete", "distributed", "huggingface_hub", "matplotlib", "sentencepiece", "tokenizers", "xllamacpp")
+EXTRAS = ("distributed", "huggingface_hub", "matplotlib", "sentencepiece", "tokenizers", "xllamacpp")
 WITHOUT = (
     "import sys, pytest\n"
     "sys.modules.update(dict.fromkeys(sys.argv[1].split(',')))\n"  # None there: an import of it fails

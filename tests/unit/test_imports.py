@@ -90,7 +90,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from streamconv.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'numpy', 'gguf', 'tqdm', 'psutil', 'safetensors', 'huggingface_hub', 'distributed', 'argcomplete'}\n"
+        "heavy = {'numpy', 'gguf', 'tqdm', 'psutil', 'safetensors', 'huggingface_hub', 'distributed'}\n"
         "heavy &= set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
