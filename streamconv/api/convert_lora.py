@@ -28,11 +28,12 @@ from streamconv.ggml.policy import OuttypePolicy, StoredTypes, TensorRole, TypeP
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import LLAMA_CPP, OLLAMA_LEGACY
 from streamconv.lazy.leaves import sources
-from streamconv.lora.base import BaseModel, open_base, stated_source
+from streamconv.lora.base import BaseModel
 from streamconv.lora.config import read_lora_config
 from streamconv.lora.files import LoraFile
 from streamconv.lora.fold import MAX_SCALE, Pair, fold
 from streamconv.lora.ollama import legacy_adapter, legacy_problems
+from streamconv.lora.open_base import open_base, stated_source
 from streamconv.lora.resolve import LoraModule, Resolved, refuse, resolve
 from streamconv.metadata.modelcard import read_general
 from streamconv.options import OutputOptions, RunOptions, find, not_a_choice, public

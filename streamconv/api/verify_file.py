@@ -31,7 +31,7 @@ from streamconv.ggml.policy import StoredTypes, stored_outtype
 from streamconv.gguf.names import LLAMA_CPP
 from streamconv.gguf.reader import GGUFFile, refuse
 from streamconv.gguf.splits import GGUFSet
-from streamconv.lora.base import stated_source_of
+from streamconv.lora.open_base import stated_source_of
 from streamconv.lora.specs import AdapterSpec
 from streamconv.options import OutputOptions, RunOptions, public
 from streamconv.output.destination import Place, check_folder, resolve, write_bytes

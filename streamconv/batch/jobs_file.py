@@ -210,7 +210,7 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
 def _stated_base(adapter: str) -> str | None:
     """The folder of the base that an adapter's configuration names; None where there is none, as its job will say."""
     from streamconv.errors import StreamconvError
-    from streamconv.lora.base import stated_source_of
+    from streamconv.lora.open_base import stated_source_of
 
     with suppress(StreamconvError, OSError):
         return str(stated_source_of(adapter))

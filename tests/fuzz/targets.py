@@ -21,8 +21,8 @@ from streamconv.errors import SourceError, StreamconvError
 from streamconv.ggml.imatrix import ImportanceMatrix
 from streamconv.gguf.reader import Span
 from streamconv.gguf.splits import GGUFSet
-from streamconv.lora.base import open_base
 from streamconv.lora.files import LoraFile
+from streamconv.lora.open_base import open_base
 from streamconv.metadata.modelcard import read_general
 from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
 from streamconv.options import OutputOptions

@@ -286,8 +286,8 @@ def test_the_plan_names_its_sources(tmp_path: Path, llama: Path) -> None:
 def test_what_of_the_base_changes_bytes_is_in_the_identity(tmp_path: Path, llama: Path) -> None:
     from streamconv.api.convert_lora import plan_adapter
     from streamconv.budget import unbounded
-    from streamconv.lora.base import open_base
     from streamconv.lora.files import LoraFile
+    from streamconv.lora.open_base import open_base
     from streamconv.options import OutputOptions
 
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",))

@@ -14,8 +14,9 @@ import streamconv
 from streamconv.budget import unbounded
 from streamconv.errors import SourceError
 from streamconv.gguf.format import PackedArray
-from streamconv.lora.base import BaseModel, Slot, open_base
+from streamconv.lora.base import BaseModel, Slot
 from streamconv.lora.config import Problem
+from streamconv.lora.open_base import open_base
 from streamconv.recipe import Permute
 from streamconv.recipe.operation import CannotAdapt, total_factor
 from tests import tiny

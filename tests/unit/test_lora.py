@@ -11,10 +11,11 @@ import streamconv
 from streamconv.budget import unbounded
 from streamconv.errors import SourceError
 from streamconv.lazy.views import Transpose
-from streamconv.lora.base import Landing, Slot, open_base
+from streamconv.lora.base import Landing, Slot
 from streamconv.lora.config import Problem, read_lora_config
 from streamconv.lora.files import LoraFile
 from streamconv.lora.fold import landed
+from streamconv.lora.open_base import open_base
 from streamconv.lora.resolve import Resolved, grouped, orientations, refuse, resolve
 from tests import loras, tiny
 from tests.raising import raises
