@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard streamconv/ggml/kernels/*.[ch] streamconv/files/*.c)
-CONVERSIONS := tests/golden $(patsubst %,tests/unit/test_%.py,convert adapter merge verify batch_dask sources cli vocab*)
+CON1.40.2S := tests/golden $(patsubst %,tests/unit/test_%.py,convert adapter merge verify batch_dask sources cli vocab*)
 TORCH ?= torch==2.13.0
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PYRIGHT ?= basedpyright==1.40.2
+export PIP_DISABLE_PIP_1.40.2_CHECK := 1
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -26,6 +27,11 @@ $(VENV)/.ready: pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/pip install --quiet "$(TORCH)"
 	.venv-parity/bin/pip install --quiet -e ".[test,parity]"
+	touch $@
+
+.venv-types/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-types
+	.venv-types/bin/pip install --quiet "$(PYRIGHT)"
 	touch $@
 
 .venv-lowest/.ready .venv-newest/.ready: .venv-%/.ready: pyproject.toml $(KERNELS) $(VENV)/.ready
@@ -59,11 +65,15 @@ check: $(VENV)/.ready ## formatter, linter, types, import rules, generated docs
 	$(BIN)/pytest -q tests/unit/test_imports.py tests/unit/test_docs_json.py \
 	  tests/unit/test_cli.py::test_the_page_is_what_the_parser_says
 
+types: $(VENV)/.ready .venv-types/.ready ## the public names as mypy and pyright see them (downloads node)
+	$(BIN)/pytest -q tests/unit/test_typing.py
+	.venv-types/bin/basedpyright -p tests/typing --pythonpath $(BIN)/python
+
 lowest: .venv-lowest/.ready ## the conversions with the oldest Python here and the lowest versions that pyproject.toml admits
-	.venv-lowest/bin/pytest -q $(CONVERSIONS)
+	.venv-lowest/bin/pytest -q $(CON1.40.2S)
 
 newest: .venv-newest/.ready ## the conversions with the newest Python here and the newest version of everything
-	.venv-newest/bin/pytest -q $(CONVERSIONS)
+	.venv-newest/bin/pytest -q $(CON1.40.2S)
 
 docs: $(VENV)/.ready ## the pages made of the source: docs/cli.md, docs/errors.md, docs/architectures.md
 	$(BIN)/python -m tests.tools.cli_docs
@@ -80,7 +90,7 @@ bench-smoke: $(VENV)/.ready ## the benchmark in seconds, so that it cannot rot
 	$(BIN)/python -m benchmarks.run --smoke
 
 clean: ## remove environments and made files
-	rm -rf $(VENV) .venv-demo .venv-parity .venv-lowest .venv-newest .demo .cache build dist *.egg-info
+	rm -rf $(VENV) .venv-demo .venv-parity .venv-types .venv-lowest .venv-newest .demo .cache build dist *.egg-info
 
-.PHONY: help demo test fuzz kills check docs package-check bench bench-smoke clean test-all parity lowest newest
+.PHONY: help demo test fuzz kills check docs package-check bench bench-smoke clean test-all parity lowest newest types
 .DEFAULT_GOAL := help
