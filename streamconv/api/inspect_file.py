@@ -29,8 +29,8 @@ from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
 from streamconv.ggml.element_types import tensor_nbytes
 from streamconv.ggml.policy import OuttypePolicy, facts_of
+from streamconv.gguf.entries import FileProblem, GGUFKey, Span
 from streamconv.gguf.format import Scalar
-from streamconv.gguf.reader import FileProblem, GGUFKey, Span
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.config import PeftConfig, Problem, read_lora_config
 from streamconv.lora.files import WEIGHTS as ADAPTER_WEIGHTS

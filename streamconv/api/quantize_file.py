@@ -24,8 +24,9 @@ from streamconv.ggml.imatrix import ImportanceMatrix
 from streamconv.ggml.mixes import MIXES, MixedTensor, ModelFacts, choose_types
 from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.ggml.policy import StoredTypes
+from streamconv.gguf.entries import Span, refuse
 from streamconv.gguf.format import KeyValue, PackedArray
-from streamconv.gguf.reader import GGUFFile, Span, refuse
+from streamconv.gguf.reader import GGUFFile
 from streamconv.gguf.shard import GGUFShard
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lazy.dtype import FLOATS

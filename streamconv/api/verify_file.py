@@ -28,8 +28,9 @@ from streamconv.files.hub import Source, find_source
 from streamconv.files.local import noting_files
 from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.policy import StoredTypes, stored_outtype
+from streamconv.gguf.entries import refuse
 from streamconv.gguf.names import LLAMA_CPP
-from streamconv.gguf.reader import GGUFFile, refuse
+from streamconv.gguf.reader import GGUFFile
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.open_base import stated_source_of
 from streamconv.lora.specs import AdapterSpec

@@ -26,7 +26,8 @@ from streamconv.ggml.dequantise import ELEMENT_NBYTES, PIECE
 from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.encode import best_kernel
 from streamconv.ggml.rows import Encode
-from streamconv.gguf.reader import GGUFFile, StoredTensor, refuse
+from streamconv.gguf.entries import StoredTensor, refuse
+from streamconv.gguf.reader import GGUFFile
 from streamconv.lazy.dtype import FLOATS
 from streamconv.lazy.node import Workspace, peak_nbytes, read
 from streamconv.report import RelativeErrors, TensorRelativeError

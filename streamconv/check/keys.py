@@ -18,8 +18,9 @@ from gguf.constants import GGUFValueType, Keys, TokenType
 
 from streamconv.engine.job import Job
 from streamconv.errors import RunWarning, VerifyError
+from streamconv.gguf.entries import GGUFKey, Span
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray, Scalar
-from streamconv.gguf.reader import GGUFFile, GGUFKey, Span
+from streamconv.gguf.reader import GGUFFile
 
 RELATIVE_TOLERANCE: Final = 1e-6  # of a float key: others round a double once more than we do
 TEMPLATE: Final = "tokenizer.chat_template"

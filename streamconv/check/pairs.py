@@ -15,8 +15,9 @@ from streamconv.engine.layout import slab_rows
 from streamconv.errors import VerifyError
 from streamconv.ggml.encode import Kernel
 from streamconv.ggml.rows import Encode
+from streamconv.gguf.entries import StoredTensor
 from streamconv.gguf.names import spellings
-from streamconv.gguf.reader import GGUFFile, StoredTensor
+from streamconv.gguf.reader import GGUFFile
 from streamconv.lazy.node import Workspace, peak_nbytes
 from streamconv.lazy.scratch import Scratch
 from streamconv.threads import start_threads

@@ -24,7 +24,8 @@ from streamconv.errors import RunWarning, VerifyError
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.element_types import VERIFIABLE
 from streamconv.ggml.rows import Encode
-from streamconv.gguf.reader import GGUFFile, StoredTensor, refuse
+from streamconv.gguf.entries import StoredTensor, refuse
+from streamconv.gguf.reader import GGUFFile
 from streamconv.lazy.node import Workspace, peak_nbytes, read
 
 LISTED_NBYTES = 2 << 10  # what a tensor of the file takes in the lists of what is compared

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from streamconv.errors import RunWarning, SourceError
 from streamconv.files.local import Cursor, open_blob
 from streamconv.files.store import Blob, Place
+from streamconv.gguf.entries import Span, refuse
 from streamconv.gguf.format import MAGIC, MAX_NAME_NBYTES, KeyValue
-from streamconv.gguf.reader import GGUFFile, Span, refuse
+from streamconv.gguf.reader import GGUFFile
 from streamconv.lazy.dtype import F32
 from streamconv.lazy.leaves import Leaf
 from streamconv.lazy.node import Bytes, Step, TensorSpec, Workspace

@@ -13,7 +13,9 @@ from typing import Self
 
 from streamconv.errors import SourceError
 from streamconv.files.store import Place
-from streamconv.gguf.reader import MAX_KEPT_NBYTES, FileProblem, GGUFFile, GGUFKey, StoredTensor
+from streamconv.gguf.entries import FileProblem, GGUFKey, StoredTensor
+from streamconv.gguf.header import MAX_KEPT_NBYTES
+from streamconv.gguf.reader import GGUFFile
 
 _PART_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from streamconv.checkpoint.config import Config
 from streamconv.errors import RunWarning, SourceError
 from streamconv.files.store import Place
+from streamconv.gguf.entries import GGUFKey, Span, refuse
 from streamconv.gguf.format import KeyValue, PackedArray
-from streamconv.gguf.reader import GGUFKey, Span, refuse
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.base import N_LAYERS, N_VOCAB, BaseModel
 from streamconv.recipe.dims import MAX_LAYERS, Equation, parse_extent, solve_dims

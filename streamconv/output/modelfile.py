@@ -17,7 +17,7 @@ from streamconv.engine.split import Part
 from streamconv.errors import UsageError
 from streamconv.files.local import local_path
 from streamconv.files.store import Place
-from streamconv.gguf.reader import Span
+from streamconv.gguf.entries import Span
 from streamconv.gguf.splits import GGUFSet
 
 TEMPLATE_KEY = "tokenizer.chat_template"

@@ -19,7 +19,7 @@ from streamconv.checkpoint.folder import Checkpoint
 from streamconv.cli.inspection import render
 from streamconv.errors import SourceError, StreamconvError
 from streamconv.ggml.imatrix import ImportanceMatrix
-from streamconv.gguf.reader import Span
+from streamconv.gguf.entries import Span
 from streamconv.gguf.splits import GGUFSet
 from streamconv.lora.files import LoraFile
 from streamconv.lora.open_base import open_base

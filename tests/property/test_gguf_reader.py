@@ -17,8 +17,9 @@ from streamconv.api.inspect_file import inspect
 from streamconv.cli.inspection import render
 from streamconv.errors import SourceError
 from streamconv.files import local as cursor
+from streamconv.gguf.entries import Span
 from streamconv.gguf.format import KeyValue, PackedArray, TensorInfo, align, encode_header
-from streamconv.gguf.reader import GGUFFile, Span
+from streamconv.gguf.reader import GGUFFile
 from tests.attacks.gguf_files import FATAL, LISTED
 
 INTEGERS = {

@@ -18,9 +18,10 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 
 from streamconv.errors import SourceError
 from streamconv.files import local as cursor
-from streamconv.gguf import reader as gguf_reader
+from streamconv.gguf import header as gguf_header
+from streamconv.gguf.entries import Span, refuse
 from streamconv.gguf.format import KeyValue, PackedArray, TensorInfo, encode_header
-from streamconv.gguf.reader import GGUFFile, Span, refuse
+from streamconv.gguf.reader import GGUFFile
 from tests.attacks.gguf_files import FATAL, LISTED, U64_MAX
 from tests.oracles import ggufs
 from tests.raising import raises
@@ -150,7 +151,7 @@ class TestWhatIsRight:
                     file.scalar(name, kind)
 
     def test_arrays_and_long_strings_stay_in_the_file(self, tmp_path: Path) -> None:
-        long = "äé" * gguf_reader.MAX_TEXT_NBYTES
+        long = "äé" * gguf_header.MAX_TEXT_NBYTES
         tokens = ["x" * 70_000, "kurz", "y" * 150_000, "", "ende"]
         keys = [
             raw.key("long", raw.STRING, raw.text(long)),
@@ -216,7 +217,7 @@ def test_listed(content: bytes, code: str, tmp_path: Path) -> None:
 
 class TestLimits:
     def test_names_and_values_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gguf_reader, "MAX_KEPT_NBYTES", 1 << 20)
+        monkeypatch.setattr(gguf_header, "MAX_KEPT_NBYTES", 1 << 20)
         many_keys = raw.gguf([raw.number(f"key.{i}", "I", i) for i in range(4000)])
         many_tensors = raw.gguf(tensors=[raw.tensor(f"tensor.{i:050d}", (2**40 + i, 2**20 + i)) for i in range(4000)])
         wide_text = raw.gguf([raw.key(f"{i}", raw.STRING, raw.text("🌍" + "x" * 60_000)) for i in range(40)])
@@ -234,10 +235,10 @@ class TestLimits:
         cost.check(0)
 
     def test_problems_listed(self, tmp_path: Path) -> None:
-        tensors = [raw.tensor(f"t.{i}", (3,), 99) for i in range(gguf_reader.MAX_PROBLEMS + 23)]
+        tensors = [raw.tensor(f"t.{i}", (3,), 99) for i in range(gguf_header.MAX_PROBLEMS + 23)]
         with GGUFFile.open(write(tmp_path / "x.gguf", raw.gguf(tensors=tensors))) as file:
-            assert len(file.tensors) == gguf_reader.MAX_PROBLEMS + 23
-            assert len(file.problems) == gguf_reader.MAX_PROBLEMS + 1
+            assert len(file.tensors) == gguf_header.MAX_PROBLEMS + 23
+            assert len(file.problems) == gguf_header.MAX_PROBLEMS + 1
             assert file.problems[-1].message == "23 more problems are not listed"
 
 
