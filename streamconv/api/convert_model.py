@@ -153,7 +153,8 @@ def prepare(checkpoint: Checkpoint, budget: Budget, adapters: Sequence[Adapter] 
         return Prepared(recipe, bound, Merged(bound, Tokenizers(checkpoint.directory)))
     from streamconv.lora.merge import merge
 
-    return Prepared(recipe, bound, merge(checkpoint, bound, adapters))
+    outputs = bind_outputs(recipe, bound, bound.stored)
+    return Prepared(recipe, bound, merge(checkpoint, bound, adapters, outputs))
 
 
 @source_failures()
@@ -178,7 +179,7 @@ def plan_model(
     outtype = auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype
     policy = stored or policy_of(model, outtype, wanted.mix, has_importance=imatrix is not None)
     tensors = _place(model, wanted.dialect, policy, imatrix)
-    others = _further_outputs(checkpoint, recipe, model, bound, wanted)
+    others = _further_outputs(checkpoint, prepared, wanted)
     budget.reserve("plan", TARGET_NBYTES * sum(len(other.targets) for other in others), file=checkpoint.directory)
     told = imatrix.check({target.name: target.tensor.spec.shape for target in model.targets}) if imatrix else []
     if stored is None:
@@ -207,7 +208,7 @@ def plan_model(
         keys=keys,
         parts=parts,
         role=recipe.role,
-        companions=[_plan_companion(checkpoint, other, named, wanted, beside) for other in others],
+        companions=[_plan_companion(checkpoint, other, merged, named, wanted, beside) for other in others],
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
         outtype=policy.outtype,
@@ -236,13 +237,19 @@ def plan_model(
     )
 
 
-def _further_outputs(
-    checkpoint: Checkpoint, recipe: Recipe, model: Model, bound: Model, wanted: OutputOptions
-) -> list[Model]:
+def _further_outputs(checkpoint: Checkpoint, prepared: Prepared, wanted: OutputOptions) -> list[Model]:
     """The files that are written beside the model's. UsageError where one is asked for, and nothing is there for it."""
+    recipe, model, merged = prepared.recipe, prepared.merged.model, prepared.merged
+    if merged.outputs and wanted.no_mmproj:
+        what = f"the adapters change the {' and '.join(merged.outputs)} as well, which is not written"
+        model.warnings.append(RunWarning("adapter-in-part", what))
     if wanted.no_mmproj or wanted.parts.only_part not in (None, 1):
         return []
-    others = bind_outputs(recipe, model, bound.stored)
+    stored = prepared.bound.stored
+    for output in recipe.outputs:
+        if (changed := merged.outputs.get(output.role)) is not None:  # with the recipe's own names
+            stored = {name: tensor for name, tensor in stored.items() if not output.find(name)} | dict(changed)
+    others = bind_outputs(recipe, model, stored)
     if not others and wanted.asks_for_mmproj:
         what = f"the checkpoint ({recipe.arch}) has no tensors of a projector"
         raise UsageError(
@@ -256,14 +263,19 @@ def _further_outputs(
 
 
 def _plan_companion(
-    checkpoint: Checkpoint, model: Model, beside: Path, wanted: OutputOptions, policy: TypePolicy
+    checkpoint: Checkpoint, model: Model, merged: Merged, beside: Path, wanted: OutputOptions, policy: TypePolicy
 ) -> Job:
     """The job of a further output, named after the file `beside` where the caller did not name its path."""
     output = model.recipe
     tensors = _place(model, wanted.dialect, policy)
     specs = [(target.name, target.tensor.spec) for target in model.targets]
     general = read_general(
-        checkpoint.directory, arch=output.arch, name=wanted.name, specs=specs, kind=output.general_type
+        checkpoint.directory,
+        arch=output.arch,
+        name=wanted.name,
+        specs=specs,
+        kind=output.general_type,
+        merged=merged.directories if output.role in merged.outputs else (),
     )
     keys = [*general.keys, KeyValue.u32("general.file_type", policy.file_type), *model.keys()]
     path = beside.with_name(f"{output.role}-{beside.name}")
@@ -276,12 +288,15 @@ def _plan_companion(
         architecture=output.arch,
         dialect=wanted.dialect,
         outtype=policy.outtype,
-        shards=checkpoint.shards,
+        shards=(*checkpoint.shards, *merged.shards),
         configs=(checkpoint.config,),
-        options={"outtype": policy.outtype, "dialect": wanted.dialect},
+        options={"outtype": policy.outtype, "dialect": wanted.dialect, **merged.options},
         defaults=model.defaults(),
         warnings=model.warnings,
         role=output.role,
+        changed_by={one.target: merged.changed_by(one.rows) for one in tensors}
+        if output.role in merged.outputs
+        else {},
     )
 
 

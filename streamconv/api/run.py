@@ -42,7 +42,8 @@ class _Places:
         if options.modelfile:
             from streamconv.output.modelfile import plan_modelfile
 
-            modelfile = plan_modelfile(job.parts[0], job.base)
+            projectors = [part.path for other in job.companions if other.role == "mmproj" for part in other.parts]
+            modelfile = plan_modelfile(job.parts[0], job.base, projectors)
         outputs = [part.path for _, part in job.files]
         beside = [manifest_path(path) for path in outputs] if options.sha256 else []
         beside += [modelfile.path] if modelfile else []

@@ -91,7 +91,8 @@ class BaseModel:
 
     def has(self, name: str) -> bool:
         """Whether the model has a tensor of this name in its checkpoint; a tied base's head counts."""
-        return self.recipe.canonical(name) == self.recipe.head or any(self._rows(name))
+        is_head = self.recipe.canonical(name) == self.recipe.head
+        return is_head or any(self._rows(name)) or self.recipe.is_of_another(name)
 
     def slot(self, module: str) -> Slot | Problem:
         """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
@@ -103,6 +104,11 @@ class BaseModel:
         if self.is_tied and self.recipe.canonical(name) == self.recipe.head:
             return Problem("tied", "the base is tied: it has no head of its own that llama.cpp could adapt", (module,))
         rows = list(self._rows(name))
+        if not rows and self.recipe.is_of_another(name):
+            what = (
+                "it is of another file than the model's, such as a vision tower, for which llama.cpp takes no adapter"
+            )
+            return Problem("other-output", what, (module,))
         if not rows:
             return Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
         found, row = rows[0][1:]

@@ -111,7 +111,7 @@ class LoraFile:
             )
         raw = load_object(directory / ADAPTER_CONFIG, MAX_CONFIG_NBYTES)
         adapter = cls(directory, Config(raw, directory / ADAPTER_CONFIG), Shard(weights, budget))
-        adapter._sort()
+        adapter.sort()
         return adapter
 
     def __enter__(self) -> Self:
@@ -156,7 +156,8 @@ class LoraFile:
             if has(modules, key) and not is_here(key)
         ]
 
-    def _sort(self) -> None:
+    def sort(self) -> None:
+        """Find `factors` and `problems`, by the names of the tensors."""
         others: dict[str, list[str]] = {}
         for name, tensor in self.shard.tensors.items():
             role, module = parse_name(name)

@@ -135,7 +135,21 @@ def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> N
 
 # Kinds of problems of adapters that compute more than llama.cpp's pairs of factors.
 _BEYOND_ADAPTERS = frozenset(
-    ("dora", "weight", "norm", "bias", "lora-bias", "kasa", "arrow", "bd-lora", "tokens", "init", "peft-type", "tied")
+    (
+        "dora",
+        "weight",
+        "norm",
+        "bias",
+        "lora-bias",
+        "kasa",
+        "arrow",
+        "bd-lora",
+        "tokens",
+        "init",
+        "peft-type",
+        "tied",
+        "other-output",
+    )
 )
 
 
@@ -184,6 +198,7 @@ def _in_short(problems: Sequence[Problem]) -> Iterator[str]:
 # Kinds of problems that a merge does not have, each with what of a module it needs the base to have.
 _MERGEABLE = {
     "dora": "weight",
+    "other-output": "weight",
     "weight": "weight",
     "norm": "weight",
     "bias": "bias",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from streamconv.lazy.node import LazyTensor
     from streamconv.lora.files import LoraFile
     from streamconv.metadata.vocab.choice import Tokenizers
-    from streamconv.recipe.language import Model
+    from streamconv.recipe.language import Model, Stored
 
 AdapterSpec = Source | tuple[Source, float]  # a path, or a path and its weight
 
@@ -44,13 +44,20 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A model with its adapters merged. tokenizers: where its tokenizer may lie. options: what decides its bytes."""
+    """A model with its adapters merged.
+
+    Attributes:
+        tokenizers: Where its tokenizer may lie.
+        options: What decides its bytes.
+        outputs: The tensors of further outputs that were changed, by role.
+    """
 
     model: Model
     tokenizers: Tokenizers
     adapters: tuple[Adapter, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[RunWarning, ...] = ()
+    outputs: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
 
     @property
     def shards(self) -> tuple[Shard, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +74,10 @@ class Modelfile:
     has_prompt: bool
 
 
-def plan_modelfile(output: Part, place: Place | None = None) -> Modelfile:
+def plan_modelfile(output: Part, place: Place | None = None, projectors: Sequence[Path] = ()) -> Modelfile:
     """The Modelfile beside `output`, for the model in it, or for the adapter in it on the base at `place`.
+
+    projectors: of a vision model, which Ollama takes as further lines of FROM.
 
     UsageError where Ollama could not take it: a part of a split, an adapter whose base is not a GGUF file.
     """
@@ -92,6 +94,7 @@ def plan_modelfile(output: Part, place: Place | None = None) -> Modelfile:
     path = modelfile_path(output.path)
     model = output.path if base is None else base
     lines = [f"# ollama create NAME -f {shlex.quote(path.name)}", f"FROM {_beside(model, path)}"]
+    lines += [f"FROM {_beside(projector, path)}" for projector in projectors]
     if base is not None:
         lines.append(f"ADAPTER {_beside(output.path, path)}")
     prompt = find_prompt(_own_template(output) if base is None else _template_of(base))

@@ -246,13 +246,40 @@ def test_an_adapter_is_merged(tmp_path: Path, source: Path) -> None:
     streamconv.verify(tmp_path / "out.gguf", source, adapters=[folder])
 
 
-def test_what_of_an_adapter_the_model_does_not_have_is_named(tmp_path: Path, source: Path) -> None:
-    tensors = loras.factors("model.vision.blocks.1.up", made_up.P, 2 * made_up.P)
-    folder = loras.write(tmp_path / "adapter", tensors)
-    with pytest.raises(SourceError, match=r"model\.vision\.blocks\.1\.up"):
+def test_an_adapter_of_the_tower_is_merged_into_its_file(tmp_path: Path, source: Path) -> None:
+    module = "model.vision.blocks.1.up"
+    folder = adapter(tmp_path / "adapter", (QKV,))
+    tensors = tiny.tensors_of(folder) | loras.factors(module, made_up.P, 2 * made_up.P)
+    loras.write(folder, tensors)
+    streamconv.convert(source, tmp_path / "out.gguf", outtype="f32", adapters=[folder], verify=True)
+    stored = made_up.stored(source)
+    merged = stored | {name: stored[name] + change for name, change in trained(folder).items()}
+    plain, expected = made_up.tower(stored), made_up.tower(merged)
+    file = ggufs.read(tmp_path / "mmproj-out.gguf")
+    assert file.tensors.keys() == expected.keys()
+    for name, values in expected.items():
+        if (values == plain[name]).all():
+            np.testing.assert_array_equal(file.float64(name), values.astype(np.float32), err_msg=name)
+        else:
+            assert name == "v.blk.1.ffn_up.weight"
+            np.testing.assert_allclose(file.float64(name), values, rtol=0, atol=1e-6 * np.abs(values).max())
+    changed = ggufs.read(tmp_path / "out.gguf").float64("blk.1.attn_v.weight")
+    np.testing.assert_allclose(changed, made_up.targets(merged)["blk.1.attn_v.weight"], rtol=0, atol=1e-6)
+    streamconv.verify(tmp_path / "mmproj-out.gguf", source, adapters=[folder])
+    with pytest.raises(VerifyError):
+        streamconv.verify(tmp_path / "mmproj-out.gguf", source)
+
+
+def test_what_of_an_adapter_no_gguf_adapter_can_carry_is_named(tmp_path: Path, source: Path) -> None:
+    folder = loras.write(tmp_path / "a", loras.factors("model.vision.blocks.1.up", made_up.P, 2 * made_up.P))
+    with pytest.raises(SourceError, match=r"model\.vision\.blocks\.1\.up") as caught:
         streamconv.convert_adapter(folder, source, tmp_path / "lora.gguf")
-    with pytest.raises(SourceError, match=r"model\.vision\.blocks\.1\.up"):
-        streamconv.convert(source, tmp_path / "out.gguf", adapters=[folder])
+    assert [problem["code"] for problem in caught.value.problems] == ["other-output"]
+    assert "--adapter" in str(caught.value.hint)
+    strange = loras.write(tmp_path / "b", loras.factors("model.vision.blocks.9.up", made_up.P, 2 * made_up.P))
+    with pytest.raises(SourceError, match=r"vision\.blocks\.9\.up"):
+        streamconv.convert(source, tmp_path / "out.gguf", adapters=[strange])
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 # ---------------------------------------------------------------- what config and types rule out

@@ -13,8 +13,8 @@ import pytest
 import streamconv
 from streamconv.cli import main
 from streamconv.errors import DestinationError, SourceError, UsageError, VerifyError
-from tests import families, tiny
-from tests.oracles import ggufs
+from tests import families, loras, tiny
+from tests.oracles import deltas, ggufs
 from tests.raising import raises
 from tests.tiny.variants import configured, renamed, rewritten
 
@@ -313,3 +313,120 @@ def test_the_way_out_of_a_projector_that_f16_cannot_hold_is_its_own_option(sourc
     assert "--mmproj-outtype" in str(caught.value.hint)
     assert not list(source.glob("*.gguf"))
     streamconv.convert(source, source / "out.gguf", outtype="q4_k_m", mmproj_outtype="bf16")
+
+
+# ---------------------------------------------------------------- adapters
+
+EYES = "model.vision_tower."  # as PEFT names it, on a model of transformers 5
+TEXT_Q = "model.language_model.layers.1.self_attn.q_proj"
+SEEN = {
+    f"{EYES}encoder.layers.0.self_attn.q_proj": ((96, 96), "v.blk.0.attn_q.weight"),
+    f"{EYES}encoder.layers.2.mlp.fc2": ((96, 176), "v.blk.2.ffn_down.weight"),
+    f"{EYES}embeddings.patch_embedding": ((96, 768), "v.patch_embd.weight"),
+    "model.multi_modal_projector.linear_1": ((192, 384), "mm.1.weight"),
+}
+
+
+def adapter(folder: Path, modules: dict[str, tuple[int, int]], **more: tiny.Tensor) -> Path:
+    tensors = dict(more)
+    for module, shape in modules.items():
+        tensors |= loras.factors(module, *shape)
+    return loras.write(folder, tensors)
+
+
+def test_adapters_of_both_halves_are_merged_into_both_files(made: Path, tmp_path: Path) -> None:
+    bias = {"base_model.model.model.multi_modal_projector.linear_2.bias": tiny.Tensor.of(np.arange(256.0), "F32")}
+    folder = adapter(tmp_path / "a", {TEXT_Q: (256, 256)} | {name: shape for name, (shape, _) in SEEN.items()}, **bias)
+    streamconv.convert(made, tmp_path / "plain.gguf", outtype="f32")
+    report = streamconv.convert(made, tmp_path / "out.gguf", outtype="f32", adapters=[folder], verify=True)
+    assert report.adapters == (str(folder),)
+    change = deltas.trained(folder, lambda module: 1.5)
+    for name, changed in (("", {TEXT_Q: "blk.1.attn_q.weight"}), ("mmproj-", {m: t for m, (_, t) in SEEN.items()})):
+        before, after = ggufs.read(tmp_path / f"{name}plain.gguf"), ggufs.read(tmp_path / f"{name}out.gguf")
+        expected = {target: module for module, target in changed.items()}
+        for target in before.tensors:
+            if target == "mm.2.bias":
+                np.testing.assert_array_equal(after.float64(target), np.arange(256.0))
+                continue
+            ours = after.float64(target) - before.float64(target)
+            if target not in expected:
+                assert not ours.any(), target
+                continue
+            delta = change[expected[target]]
+            if target == "v.patch_embd.weight":
+                delta = delta.reshape(96, 16, 16, 3).transpose(0, 3, 1, 2)
+            np.testing.assert_allclose(ours, delta, rtol=0, atol=2e-6 * np.abs(delta).max(), err_msg=target)
+    for name in ("out.gguf", "mmproj-out.gguf"):
+        assert streamconv.verify(tmp_path / name, made, adapters=[folder]).verified
+        with raises(VerifyError, code="value-differs"):
+            streamconv.verify(tmp_path / name, made)
+
+
+def test_an_adapter_of_the_tower_alone_leaves_the_text_as_it_is(made: Path, tmp_path: Path) -> None:
+    name, (shape, target) = next(iter(SEEN.items()))
+    folder = adapter(tmp_path / "a", {name: shape})
+    streamconv.convert(made, tmp_path / "plain.gguf", outtype="f32")
+    streamconv.convert(made, tmp_path / "out.gguf", outtype="f32", adapters=[(folder, 0.5)])
+    text, plain = ggufs.read(tmp_path / "out.gguf"), ggufs.read(tmp_path / "plain.gguf")
+    assert {n: t.sha256 for n, t in text.tensors.items()} == {n: t.sha256 for n, t in plain.tensors.items()}
+    mmproj, before = ggufs.read(tmp_path / "mmproj-out.gguf"), ggufs.read(tmp_path / "mmproj-plain.gguf")
+    delta = 0.5 * deltas.trained(folder, lambda module: 1.5)[name]
+    ours = mmproj.float64(target) - before.float64(target)
+    np.testing.assert_allclose(ours, delta, rtol=0, atol=2e-6 * np.abs(delta).max())
+    report = streamconv.convert(made, tmp_path / "text.gguf", outtype="f32", adapters=[folder], no_mmproj=True)
+    assert {warning.code for warning in report.warnings} == {"adapter-in-part"}
+
+
+def test_what_is_wrong_with_an_adapter_of_the_tower_is_said(made: Path, tmp_path: Path) -> None:
+    name = f"{EYES}encoder.layers.0.self_attn.q_proj"
+    for shape, code in (((96, 112), "shape"), ((100, 96), "shape")):
+        with raises(SourceError, code=code):
+            streamconv.convert(made, tmp_path / "out.gguf", adapters=[adapter(tmp_path / code, {name: shape})])
+    table = f"base_model.model.{EYES}embeddings.position_embedding.lora_embedding_"  # PEFT's, of a table
+    factors = {f"{table}A": loras.noise("a", (8, 256)), f"{table}B": loras.noise("b", (96, 8))}
+    with raises(SourceError, code="shape"):
+        streamconv.convert(made, tmp_path / "out.gguf", adapters=[loras.write(tmp_path / "t", factors)])
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("base", ["folder", "gguf"])
+def test_an_adapter_of_the_text_model_becomes_a_gguf(made: Path, tmp_path: Path, base: str) -> None:
+    folder = adapter(tmp_path / "a", {TEXT_Q: (256, 256)})
+    streamconv.convert(made, tmp_path / "out.gguf", outtype="f32")
+    of = made if base == "folder" else tmp_path / "out.gguf"
+    streamconv.convert_adapter(folder, of, tmp_path / "lora.gguf", verify=True)
+    assert set(ggufs.read(tmp_path / "lora.gguf").tensors) == {
+        "blk.1.attn_q.weight.lora_a", "blk.1.attn_q.weight.lora_b"
+    }  # fmt: skip
+    both = adapter(tmp_path / "b", {TEXT_Q: (256, 256), f"{EYES}encoder.layers.0.mlp.fc1": (176, 96)})
+    with raises(SourceError, code="other-output" if base == "folder" else "no-module"):
+        streamconv.convert_adapter(both, of, tmp_path / "both.gguf")
+
+
+# ---------------------------------------------------------------- one job
+
+
+def test_ollama_gets_the_projector_as_a_second_line(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "eyes").mkdir()
+    streamconv.convert(made, tmp_path / "out.gguf", mmproj=tmp_path / "eyes" / "m.gguf", modelfile=True)
+    lines = (tmp_path / "out.Modelfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("FROM")] == ["FROM ./out.gguf", "FROM ./eyes/m.gguf"]
+
+
+def test_a_batch_names_the_projector_after_each_output(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = tmp_path / "jobs.toml"
+    jobs.write_text(f'[[job]]\nsource = "{made}"\noutput = "{{name}}-{{outtype}}.gguf"\nouttype = ["q8_0", "q4_k_m"]\n')
+    for status in ("done", "skipped"):
+        assert main(["batch", str(jobs), "--json"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [line["status"] for line in lines if "status" in line] == [status] * 2
+    assert files(tmp_path) == {
+        f"{kind}LFM2-VL-450M-{outtype}.gguf" for kind in ("", "mmproj-") for outtype in ("q8_0", "q4_k_m")
+    }
+    (tmp_path / "mmproj-LFM2-VL-450M-q8_0.gguf").unlink()
+    main(["batch", str(jobs), "--json"])  # one of two is not there: as of a split, neither is written over
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {line["status"]: line for line in lines if "status" in line}
+    assert found.keys() == {"skipped", "failed"} and found["failed"]["error"]["code"] == "exists"

@@ -17,6 +17,7 @@ from streamconv.errors import SourceError
 from streamconv.lora.config import Problem, read_lora_config
 from streamconv.lora.merge.ends import find_tokenizers, merged_config, outgrown, settle_ends
 from streamconv.lora.merge.factors import add_products, base_of
+from streamconv.lora.merge.outputs import merge_output, shares_of
 from streamconv.lora.merge.token_rows import replace_rows
 from streamconv.lora.merge.weights import Finding, Step, Weights
 from streamconv.lora.merge.whole import replace_whole
@@ -26,33 +27,67 @@ from streamconv.recipe.bind import bind
 from streamconv.recipe.language import Model
 
 
-def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> Merged:
+def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter], outputs: Sequence[Model] = ()) -> Merged:
     """`model`, bound to `checkpoint`, with the adapters merged into it; no weight is read.
 
     (But of two adapters that both bring a grown frozen embedding, to see that it is the same one.)
 
+    Args:
+        outputs: The files beside the model's, into which the adapters' shares of them are merged.
+
     Raises:
         SourceError: with all that cannot be merged.
     """
+    shares = [shares_of(adapter, outputs) for adapter in adapters]
+    own = [share.of_model for share in shares if share.of_model is not None]
+    step, origins = _merged(checkpoint, model, own)
+    tokenizers, findings = find_tokenizers(step.weights, checkpoint.directory, own)
+    beside = {
+        output.recipe.role: merge_output(output, of_output)
+        for output in outputs
+        if (
+            of_output := [
+                one for share in shares for role, one in share.of_outputs.items() if role == output.recipe.role
+            ]
+        )
+    }
+    others = [one for share in shares for one in share.of_outputs.values()]
+    steps = (step, *beside.values())
+    _refuse([*own, *others], [*findings, *(one for each in steps for one in each.findings)])
+    merged = bind(model.recipe, merged_config(step.weights), step.weights.table, modules=model.modules)
+    of_beside = [origin for each in beside.values() for origin in each.origins]
+    return Merged(
+        merged,
+        tokenizers,
+        tuple(adapters),
+        {
+            f"adapter {number}": _identity(adapter, [*origins.get(id(share.of_model), ()), *of_beside])
+            for number, (adapter, share) in enumerate(zip(adapters, shares, strict=True), 1)
+        },
+        tuple(warning for each in steps for warning in each.warnings),
+        {role: each.weights.table for role, each in beside.items()},
+    )
+
+
+def _merged(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> tuple[Step, dict[int, Sequence[str]]]:
+    """The model's weights with the adapters merged into them, and what decided the bytes, by an adapter's id()."""
     step = Step(Weights.of(model))
     for adapter in adapters:
         step = step.then(replace_whole(step.weights, adapter))
     base = base_of(checkpoint.directory, step.weights)
-    options, tying = {}, []
-    for number, adapter in enumerate(adapters, 1):
+    origins: dict[int, Sequence[str]] = {}
+    tying = []
+    for adapter in adapters:
         config = read_lora_config(adapter.file.config)
         products = add_products(step.weights, base, adapter, config, is_single=len(adapters) == 1)
         rows = replace_rows(products.weights, adapter, config)
         step = step.then(products, rows)
-        options[f"adapter {number}"] = _identity(adapter, [*products.origins, *rows.origins])
+        origins[id(adapter)] = [*products.origins, *rows.origins]
         tying += [adapter] if config.ties_ends else []
     step = step.then(settle_ends(step.weights, tying))
     if not any(finding.problem.code == "vocabulary" for finding in step.findings):  # which says it already
         step = step.then(Step(step.weights, list(outgrown(step.weights))))
-    tokenizers, findings = find_tokenizers(step.weights, checkpoint.directory, adapters)
-    _refuse(adapters, [*step.findings, *findings])
-    merged = bind(model.recipe, merged_config(step.weights), step.weights.table, modules=model.modules)
-    return Merged(merged, tokenizers, tuple(adapters), options, tuple(step.warnings))
+    return step, origins
 
 
 def _identity(adapter: Adapter, origins: Sequence[str]) -> str:

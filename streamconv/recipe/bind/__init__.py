@@ -80,7 +80,7 @@ def bind_outputs(recipe: Recipe, model: Model, stored: Mapping[str, Stored]) -> 
     for output in recipe.outputs:
         own = {name: tensor for name, tensor in stored.items() if output.find(name) or output.drop_of(name, {})}
         if own or output.is_required:
-            found.append(bind(output, model.config, own, model))
+            found.append(replace(bind(output, model.config, own, model), stored=own))
     return found
 
 
