@@ -131,7 +131,7 @@ def plan_adapter(
     """
     _check_legacy(wanted.dialect, {"--scale": scale})
     if scale is not None and not abs(scale) <= MAX_SCALE:
-        raise UsageError(f"--scale {scale} is not a scale", code="scale-range")
+        raise UsageError(f"--scale {scale} must be a number of at most {MAX_SCALE:g}", code="scale-range")
     config = read_lora_config(source.config, scale)
     resolved = resolve(source, base, config)
     resolved.problems += source.unsaved(base.recipe, is_tied=bool(base.is_tied))
@@ -216,7 +216,7 @@ def _check_legacy(dialect: str, options: Mapping[str, object]) -> None:
     given = [option for option, value in options.items() if value is not None]
     if dialect == OLLAMA_LEGACY and given:
         raise UsageError(
-            f"{given[0]} has no place with --dialect {OLLAMA_LEGACY}: the file is what Ollama wrote",
+            f"{given[0]} cannot be combined with --dialect {OLLAMA_LEGACY}, which writes what Ollama wrote",
             code="option-conflict",
         )
 

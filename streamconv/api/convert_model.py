@@ -347,7 +347,7 @@ def require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
     mix = MIXES.get(outtype)
     for one in tensors if mix else ():
         if mix and one.weights is None and requires_importance(mix, one.target, one.type):
-            what = f"{one.type.name} of a {outtype} file is made with an importance matrix"
+            what = f"{one.type.name} of a {outtype} file needs an importance matrix"
             raise UsageError(
                 what, tensor=one.target, hint="give --imatrix FILE, or --outtype q2_k", code="imatrix-missing"
             )

@@ -90,7 +90,7 @@ def quantize(
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
     if wanted.outtype not in MIXES:
         raise UsageError(
-            f"outtype {outtype!r} is none of {', '.join(MIXES)}", hint="name one with --outtype", code="word-unknown"
+            f"outtype {outtype!r} is not one of {', '.join(MIXES)}", hint="name one with --outtype", code="word-unknown"
         )
     with (
         open_imatrix(imatrix) as importance,
@@ -120,7 +120,7 @@ def plan_quantized(
     first = files.files[0]
     architecture = first.scalar("general.architecture", str)
     if architecture is None or first.scalar("general.type", str) == "adapter":
-        raise SourceError("is not a model", file=first.path, hint="name the model's own file", code="not-a-model")
+        raise SourceError("is not a model", file=first.path, hint="give the model's own GGUF file", code="not-a-model")
     shards = {file.path: GGUFShard(file) for file in files.files}
     keys = list(_keys(first, budget))
     own = [MixedTensor(name, one.shape, _type_of(one.type, first, name)) for name, (_, one) in files.tensors.items()]
@@ -176,14 +176,14 @@ def _model_name(stem: str) -> str:
 
 def _type_of(type_: GGMLQuantizationType | None, file: GGUFFile, name: str) -> GGMLQuantizationType:
     if type_ is None:
-        raise SourceError("is of a type that is not known", file=file.path, tensor=name, code="type-unknown")
+        raise SourceError("has an unknown type", file=file.path, tensor=name, code="type-unknown")
     return type_
 
 
 def _requantised(one: MixedTensor, file: GGUFFile) -> SourceError:
     """The error for a quantised tensor that may not be quantised a second time."""
-    message = f"is {one.type.name} already: quantised a second time, it loses more than a file of the original would"
-    hint = "quantise the F16 or BF16 file, or say --allow-requantize"
+    message = f"is {one.type.name} already, and quantising it again loses more than quantising the original"
+    hint = "quantise the F16 or BF16 file, or pass --allow-requantize"
     return SourceError(message, file=file.path, tensor=one.name, hint=hint, code="requantize")
 
 

@@ -94,7 +94,7 @@ def run(job: Job, options: RunOptions, budget: Budget) -> Report:
     report.memory = proof.memory
     places = _Places.claim(job, options)
     if places.modelfile and not places.modelfile.has_prompt:
-        message = f"{places.modelfile.path} has no TEMPLATE: the chat template is none of those with a known form"
+        message = f"{places.modelfile.path} has no TEMPLATE: its chat template is not one of the known ones"
         report.warnings.append(RunWarning("modelfile-template", f"{message}; Ollama derives one, or add it by hand"))
     if options.dry_run:
         report.plan = [row for output in job.outputs for row in _plan(output)]

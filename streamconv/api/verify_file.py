@@ -202,12 +202,12 @@ def _read(
         imatrix = _imatrix_of(found.files[0], stored)
         architecture = found.files[0].scalar("general.architecture", str)
     if not (is_adapter or measures) and of_models["--imatrix"] is None and imatrix is not None:
-        hint = "give it with --imatrix FILE, as it was given then"
+        hint = "pass the same file with --imatrix FILE"
         raise UsageError(f"was made with an importance matrix, {imatrix}", file=out, hint=hint, code="imatrix-missing")
     for option, value in (of_models if is_adapter else of_adapters).items():
         if value is not None:
             raise UsageError(
-                f"is {'an adapter' if is_adapter else 'a model'}, and {option} is not for one",
+                f"is {'an adapter' if is_adapter else 'a model'}, and {option} does not apply to it",
                 file=out,
                 code="option-conflict",
             )

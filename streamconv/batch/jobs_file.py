@@ -132,7 +132,7 @@ def read_jobs(path: Path) -> list[JobSpec]:
         ) from None
     entries = list(_toml_entries(text, path) if path.suffix == ".toml" else _json_entries(text, path))
     if not entries:
-        raise UsageError("no job in it", file=path, hint="a [[job]] needs a source at least", code="jobs-empty")
+        raise UsageError("it contains no jobs", file=path, hint="a [[job]] needs at least a source", code="jobs-empty")
     jobs = [job for where, entry in entries for job in _expand(entry, where, path)]
     seen: dict[str, JobSpec] = {}
     for job in jobs:
@@ -191,7 +191,7 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
     folder = path.absolute().parent
     matches = _matches(str(entry["source"]), folder, where, path)
     if "name" in entry and len(matches) > 1:
-        raise UsageError(f"{where}: one name for {len(matches)} sources", file=path, code="jobs-name")
+        raise UsageError(f"{where}: the same name for {len(matches)} sources", file=path, code="jobs-name")
     given = dict(entry)
     for key in ("base", "adapter", "imatrix"):
         if key in given:
@@ -312,13 +312,13 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
         if value == "" or "\0" in str(value) or (kind is Kind.COUNT and value < 1):
             raise UsageError(f"{where}: {key} is {value!r}", file=path, code="jobs-value")
         if kind is Kind.SIZE and not _size(value):
-            hint = "a size is as 4G or 96MiB"
+            hint = "write a size as 4G or 96MiB"
             raise UsageError(f"{where}: {key} is {value!r}", file=path, hint=hint, code="jobs-value")
         if kind is Kind.WORD and canonical(value) not in OPTIONS[key].option.choices_for(None):
             error = not_a_choice(OPTIONS[key], value, f"{where}: {key} ")
             raise UsageError(error.message, file=path, hint=error.hint, code="jobs-value")
     if entry.get("command", "convert") not in get_args(Command):
-        what = f"{where}: command {entry['command']!r} is none of {', '.join(get_args(Command))}"
+        what = f"{where}: command {entry['command']!r} is not one of {', '.join(get_args(Command))}"
         raise UsageError(what, file=path, code="jobs-value")
 
 

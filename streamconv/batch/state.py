@@ -108,7 +108,12 @@ def _read(path: Path) -> bytes:
             f"the state file is larger than {MAX_FILE_NBYTES >> 20} MiB", file=path, code="state-file"
         )
     if raw and not raw.startswith(b"{"):
-        raise DestinationError("is not a state file", file=path, hint="it would be appended to", code="state-file")
+        raise DestinationError(
+            "is not a state file",
+            file=path,
+            hint="give another file with --state: lines would be appended to this one",
+            code="state-file",
+        )
     return raw
 
 

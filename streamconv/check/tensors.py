@@ -108,7 +108,7 @@ def _worker_nbytes(tensor: Encode) -> int:
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor) -> Pair:
     if stored.type is None or stored.type not in VERIFIABLE:
         raise VerifyError(
-            f"type {stored.type_name} cannot be made from the source here",
+            f"type {stored.type_name} cannot be verified",
             file=file.path,
             tensor=stored.name,
             hint=f"files of {', '.join(type_.name for type_ in sorted(VERIFIABLE))} can be verified",
@@ -126,7 +126,7 @@ def _compare_rows(pair: Pair, rows: range, work: Workspace) -> None:
         read(pair.expected, rows, expected, work)
     except codecs.EncodeError as error:
         raise VerifyError(
-            f"its source does not fit its type: {error.reason}", tensor=pair.stored.name, code="value-range"
+            f"the source's values do not fit its type: {error.reason}", tensor=pair.stored.name, code="value-range"
         ) from None
     pair.file.read_into(pair.stored, rows.start * width, found)
     differing = (expected != found).reshape(len(rows), width).any(axis=1)
@@ -146,7 +146,7 @@ def _compare_values(pair: Pair, row: int, expected: NDArray[np.uint8], found: ND
     spec = pair.expected.spec
     where = f"element {row}" if len(spec.shape) == 1 else f"row {row}, column {column}"
     raise VerifyError(
-        f"{where} is {theirs[column]:.9g}, by its source it is {ours[column]:.9g} "
+        f"{where} is {theirs[column]:.9g}, by its source it should be {ours[column]:.9g} "
         f"({type_.name}; {np.count_nonzero(differ)} of {differ.size} values of the row differ)",
         file=pair.file.path,
         tensor=pair.stored.name,

@@ -179,7 +179,7 @@ def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].shard.path.name != file_name:
             raise SourceError(
-                f"the index promises a tensor that {file_name} does not hold",
+                f"the index lists a tensor that {file_name} does not contain",
                 file=index_file,
                 tensor=name,
                 hint="download the index and its shards again, from the same revision",

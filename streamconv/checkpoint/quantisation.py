@@ -52,18 +52,18 @@ def check_quantisation(config: Config, tensors: Mapping[str, SourceTensor]) -> l
         example = f"{packed[0]} ({tensors[packed[0]].dtype})"
         count = f"{len(packed)} of {len(tensors)} tensors hold or describe packed weights, such as {example}"
         what = f"the checkpoint is quantised{f' ({method})' if method else ''}: {count}"
-        hint = "convert the 16-bit checkpoint that it was made of, or dequantise it first (model.dequantize(), save it)"
+        hint = (
+            "convert the 16-bit checkpoint that it was made from, or dequantise it first (model.dequantize(), save it)"
+        )
         raise SourceError(what, file=config.file, hint=hint, code="quantised")
     for key, method in methods.items():
         if method in _RUN_TIME_METHODS:
-            what = (
-                f"{key} says {method}, which quantises these weights while the model runs: without it they are another"
-            )
+            what = f"{key} is {method}, which quantises these weights at runtime; without that they are another"
             raise SourceError(f"{what} model", file=config.file, hint=_RUN_IT, code="quantised-at-runtime")
     if not methods:
         return []
     said = " and ".join(f"{key} ({method})" if method != key else key for key, method in methods.items())
-    what = f"config.json has {said}, and no tensor is quantised: the tensors decide, the key is left over"
+    what = f"config.json has {said}, but no tensor is quantised: it was ignored"
     return [RunWarning("quantization-config", what)]
 
 

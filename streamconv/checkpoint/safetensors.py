@@ -127,13 +127,13 @@ class Shard:
     def _read_header(self, budget: Budget) -> bytearray:
         """The header's JSON text, once it is certain that parsing it fits."""
         if self.nbytes < 8:
-            raise self._malformed(f"{self.nbytes} bytes are not a safetensors file", code="safetensors-length")
+            raise self._malformed(f"a file of {self.nbytes} bytes is not a safetensors file", code="safetensors-length")
         prefix = bytearray(8)
         self.file.read_into(0, prefix)
         length = int.from_bytes(prefix, "little")
         if length > min(MAX_HEADER_NBYTES, self.nbytes - 8):
             claim = f"it claims a header of {length:,} bytes in a file of {self.nbytes:,}"
-            raise self._malformed(f"{claim}: truncated or no safetensors", code="safetensors-length")
+            raise self._malformed(f"{claim}: truncated, or not a safetensors file", code="safetensors-length")
         what = f"a header of {length:,} bytes"
         budget.check(what, length, file=self.path)
         text = bytearray(length)
@@ -195,7 +195,7 @@ class Shard:
         head = bytearray(min(magic.HEAD_NBYTES, self.nbytes))
         self.file.read_into(0, head)
         if other := magic.guess_other(bytes(head), magic.SAFETENSORS):
-            what = f"no safetensors file: this is {other.what}"
+            what = f"not a safetensors file: this is {other.what}"
             return SourceError(what, file=self.path, hint=other.hint, code="not-safetensors")
         hint = "download the file again, or save it again"
         return SourceError(message, file=self.path, tensor=tensor, hint=hint, code=code)
@@ -219,7 +219,7 @@ def _read_entry(name: str, entry: Any) -> _Info:
     if not _is_numbers(shape):
         raise SourceError("its shape is not a list of whole numbers", tensor=name, code="header-shape")
     if not _is_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise SourceError("its data_offsets are not a first byte and an end", tensor=name, code="header-offsets")
+        raise SourceError("its data_offsets are not two byte positions", tensor=name, code="header-offsets")
     n_elements = 1
     for extent in shape:
         n_elements *= extent
@@ -242,7 +242,7 @@ def _read_metadata(value: Any) -> dict[str, str]:
     """The `__metadata__` of a header. SourceError unless it is absent, null or a map of texts."""
     texts = [*value, *value.values()] if isinstance(value, dict) else [] if value is None else [None]
     if not all(map(_is_unicode, texts)):
-        raise SourceError(f"{METADATA} is not a map of texts", code="header-metadata")
+        raise SourceError(f"{METADATA} is not an object of strings", code="header-metadata")
     return value or {}
 
 
@@ -253,4 +253,6 @@ def _is_unicode(text: Any) -> bool:
 
 def _check_name(name: str, file: Place) -> None:
     if not name or not name.isprintable() or "/" in name or "\\" in name:
-        raise SourceError(f"tensor name {name!r} holds what no tensor name holds", file=file, code="tensor-name")
+        raise SourceError(
+            f"tensor name {name!r} is empty, or has a slash or an unprintable character", file=file, code="tensor-name"
+        )

@@ -71,7 +71,7 @@ def named_set(file: Place) -> WeightSet:
     if match is None or int(match[3]) <= 1:
         return WeightSet(file.name, (file,))
     if int(match[2]) != 1:
-        what = f"is shard {int(match[2])} of {int(match[3])}, and no whole checkpoint"
+        what = f"is shard {int(match[2])} of {int(match[3])}, not a complete checkpoint"
         raise SourceError(what, file=file, hint=f"name the folder, {file.parent}, or the first shard", code="one-shard")
     return next(one for one in _find_sets(file.parent) if file in one.paths)
 
@@ -113,7 +113,7 @@ def choose_weights(directory: Place, index: Mapping[str, Any] | None, names_of: 
             choice.warnings += _left_out(indexed, others, names_of)
             return choice
         other = _without_index(directory, complete, names_of)
-        what = f"{INDEX} names files that are missing, such as {indexed.first_missing}: {other.chosen.label} was read"
+        what = f"{INDEX} names missing files, such as {indexed.first_missing}: {other.chosen.label} was used instead"
         other.warnings.append(RunWarning("weights-index-stale", what))
         return other
     if not sets:

@@ -199,7 +199,9 @@ def dst_name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file")
     if text == "-":
-        raise argparse.ArgumentTypeError("- does not mean standard output here; a file of that name is ./-")
+        raise argparse.ArgumentTypeError(
+            "an output cannot be written to standard output; for a file named -, write ./-"
+        )
     return text
 
 

@@ -96,7 +96,7 @@ def _read(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> N
         raise SourceError(
             f"{error.reason}; its largest finite magnitude is {largest}",
             tensor=step.target,
-            hint="--outtype bf16 or f32 holds it",
+            hint="use --outtype bf16 or f32",
             code="value-range",
         ) from None
 

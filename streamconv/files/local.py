@@ -114,12 +114,12 @@ class LocalBlob(Blob):
                 n_read = os.preadv(self._fd, [view], offset)
             except OSError as error:
                 message = f"cannot be read at byte {offset}: {error.strerror}"
-                hint = "once the disk is back, run it again to go on"
+                hint = "once the disk works again, run the same command to continue"
                 raise SourceReadError(message, file=self.path, hint=hint, code="read-failed") from None
             if not n_read:
                 message = f"ends at byte {offset}, it had {self.nbytes:,} bytes when it was opened"
                 raise SourceError(
-                    message, file=self.path, hint="leave the file alone while it is read", code="source-changed"
+                    message, file=self.path, hint="do not change the file while it is being read", code="source-changed"
                 )
             view, offset = view[n_read:], offset + n_read
 
@@ -144,7 +144,7 @@ class LocalBlob(Blob):
             raise self._changed("another file has taken its place")
 
     def _changed(self, how: str) -> SourceError:
-        hint = "let its writer finish, then start again"
+        hint = "wait until nothing writes to it, then start again"
         return SourceError(f"changed while it was read: {how}", file=self.path, hint=hint, code="source-changed")
 
     def close(self) -> None:
@@ -237,8 +237,8 @@ class Cursor:
         if nbytes <= self.n_left:
             return
         if self.end < self.file.nbytes:
-            self.fail(f"{self.where} goes on beyond byte {self.end:,}: {self.limit}", code="out-of-bounds")
-        hint = "it is damaged, or was not downloaded to its end"
+            self.fail(f"{self.where} extends beyond byte {self.end:,}: {self.limit}", code="out-of-bounds")
+        hint = "it is damaged, or its download is incomplete"
         self.fail(
             f"ends inside {self.where}: needs {nbytes:,} more bytes, {self.n_left:,} are left", hint, code="truncated"
         )

@@ -74,7 +74,7 @@ def guess(head: bytes) -> Guess | None:
     if not head:
         return Guess("an empty file", "download or copy it again")
     if not head.strip(b"\x00"):
-        return Guess("nothing but zeros at its beginning", "the download did not finish: get the file again")
+        return Guess("a file that begins with zeros", "the download did not finish: get the file again")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:  # safetensors' limit of a header
         return SAFETENSORS
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

@@ -118,7 +118,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text[:20]} is beyond all numbers of 64 bits")
+        raise ValueError(f"{text[:20]} is outside the range of 64-bit numbers")
     return value
 
 

@@ -174,9 +174,9 @@ def _encode_blocks(
         raise EncodeError(f"{target.name} cannot hold a NaN or an infinity", largest_finite(source, slab))
     width = source.block_nbytes
     largest = largest_finite(source, slab[refusal.element * width : (refusal.element + target.block) * width])
-    why = "the scale of its block is beyond F16"
+    why = "the scale of its block does not fit F16"
     if refusal.fault is blocks.Fault.OVERWEIGHT:
-        why = "by its importance, its error is beyond F32"
+        why = "by its importance, its error does not fit F32"
     raise EncodeError(f"{target.name} cannot hold {largest:.9g}: {why}", largest)
 
 
@@ -220,8 +220,8 @@ def _refusal(source: Dtype, target: Dtype, slab: NDArray[np.uint8]) -> EncodeErr
     largest = largest_finite(source, slab)
     if target in _LARGEST:
         return EncodeError(
-            f"{largest:.9g} is beyond {target.name}, whose largest number is {_LARGEST[target]}", largest
+            f"{largest:.9g} does not fit {target.name}, whose largest number is {_LARGEST[target]}", largest
         )
     if reference.largest_magnitude(slab.view(fmt.bits)) >= fmt.infinity:
         return EncodeError(f"{target.name} cannot hold a NaN or an infinity", largest)
-    return EncodeError(f"{target.name} cannot hold {largest:.9g}: the scale of its block is beyond F16", largest)
+    return EncodeError(f"{target.name} cannot hold {largest:.9g}: the scale of its block does not fit F16", largest)

@@ -145,17 +145,17 @@ class ImportanceMatrix:
             if name not in self._entries or self._fits(name, shape):
                 continue
             n_values, wanted = self._entries[name].n_values, _n_weights(shape)
-            message = f"{self.path.name} has {n_values:,} importances for it, it needs {wanted:,}"
+            message = f"{self.path.name} has {n_values:,} importances for this tensor, which needs {wanted:,}"
             if name not in _EMBEDDINGS:
                 hint = "the importance matrix is another model's"
                 raise SourceError(message, file=self.path, tensor=name, hint=hint, code="imatrix-size")
             found.append(RunWarning("imatrix-embedding", f"{message}: it is made without them", name))
         unknown = [name for name in self._entries if name not in shapes]
         if len(unknown) == len(self._entries):
-            message = f"none of its {len(unknown):,} entries is a tensor of the model, such as {unknown[0]!r}"
+            message = f"none of its {len(unknown):,} entries names a tensor of the model; the first is {unknown[0]!r}"
             raise SourceError(message, file=self.path, code="imatrix-no-match")
         if unknown:
-            what = f"{len(unknown):,} of {len(self._entries):,} entries are not the model's, such as {unknown[0]!r}"
+            what = f"{len(unknown):,} of {len(self._entries):,} entries name no tensor here, such as {unknown[0]!r}"
             found.append(RunWarning("imatrix-unused", f"{self.path.name}: {what}"))
         return found
 
@@ -294,7 +294,7 @@ def _gguf_entries(file: GGUFFile) -> Iterator[tuple[str, _Entry]]:
             raise SourceError("sums and counts must be F32", file=file.path, tensor=weight, code="imatrix-type")
         n_values, n_counts = sums.n_elements, counts.n_elements
         if not 0 < n_counts <= n_values or n_values % n_counts:
-            message = f"{n_values:,} sums do not divide into {n_counts:,} counts"
+            message = f"{n_values:,} sums are not a multiple of {n_counts:,} counts"
             raise SourceError(message, file=file.path, tensor=weight, code="imatrix-malformed")
         single = np.zeros(1, dtype="<f4")
         if n_counts == 1:
@@ -307,7 +307,7 @@ def _gguf_entries(file: GGUFFile) -> Iterator[tuple[str, _Entry]]:
 
 
 def _unpaired(file: GGUFFile, weight: str) -> SourceError:
-    return SourceError("has sums or counts, not both", file=file.path, tensor=weight, code="imatrix-malformed")
+    return SourceError("has only one of sums and counts", file=file.path, tensor=weight, code="imatrix-malformed")
 
 
 def _rounded(count: float) -> float:
@@ -328,7 +328,7 @@ def _legacy(blob: Blob) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
         name = _legacy_name(cursor)
         cursor.tensor = name
         if name in entries:
-            cursor.fail("is there twice", code="imatrix-malformed")
+            cursor.fail("occurs twice", code="imatrix-malformed")
         n_calls, n_values = _i32(cursor), _i32(cursor)
         if n_values < 1:
             cursor.fail(f"has {n_values:,} values", code="imatrix-malformed")
@@ -362,7 +362,7 @@ def _legacy_end(cursor: Cursor) -> tuple[tuple[str, ...], int]:
     nbytes = _i32(cursor)
     if nbytes != cursor.n_left:
         message = f"{cursor.n_left:,} bytes follow the entries where a text of {nbytes:,} should be"
-        cursor.fail(message, "it is damaged, or another program's", code="imatrix-malformed")
+        cursor.fail(message, "it is damaged, or was written by another program", code="imatrix-malformed")
     text = cursor.raw(min(nbytes, MAX_DATASET_NBYTES)).partition(b"\0")[0].decode("utf-8", "replace")
     return ((text,) if text else ()), n_chunks
 

@@ -40,7 +40,7 @@ def outtype_hint(word: str) -> str | None:
     if canonical(word) in (AUTO, *OUTTYPES):
         return f"write {canonical(word)}"
     if word.upper() in _QUANTIZED:
-        return f"llama.cpp's llama-quantize makes {word.upper()} of a converted model"
+        return f"llama.cpp's llama-quantize makes {word.upper()} from a converted file"
     return None
 
 

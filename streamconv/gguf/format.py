@@ -192,4 +192,4 @@ def _check(keys: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> None:
         if len(info.name.encode()) > MAX_NAME_NBYTES:
             raise ValueError(f"tensor name {info.name!r} is longer than {MAX_NAME_NBYTES} bytes")
         if len(info.shape) > MAX_DIMS:
-            raise ValueError(f"tensor {info.name!r} has {len(info.shape)} dimensions, GGUF takes {MAX_DIMS}")
+            raise ValueError(f"tensor {info.name!r} has {len(info.shape)} dimensions, GGUF allows {MAX_DIMS}")

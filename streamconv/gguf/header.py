@@ -91,7 +91,7 @@ class HeaderParser:
         if version and version & 0xFFFF == 0:
             cursor.fail(
                 "is a big-endian GGUF file",
-                "get the little-endian one; this kind is for s390x machines",
+                "get the little-endian file; this one is for s390x machines",
                 code="big-endian",
             )
         if version not in (2, VERSION):  # 2 has the layout of 3; 1 had 32-bit lengths
@@ -125,7 +125,7 @@ class HeaderParser:
         if not 0 < nbytes <= max_nbytes:
             self._problem("name", f"{shown} has {nbytes} bytes, loaders take 1 to {max_nbytes}")
         if b"\x00" in raw:
-            self._problem("name", f"{shown} holds a NUL, where loaders cut it")
+            self._problem("name", f"{shown} has a NUL, at which loaders cut it off")
         return name
 
     def _text(self, raw: bytes) -> str:
@@ -133,7 +133,7 @@ class HeaderParser:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             text = raw.decode("utf-8", "backslashreplace")
-            self._problem("utf-8", f"{self.cursor.where} holds text that is not UTF-8: byte {raw[error.start]:#04x}")
+            self._problem("utf-8", f"{self.cursor.where} has text that is not UTF-8: byte {raw[error.start]:#04x}")
         self._keep(sys.getsizeof(text))
         return text
 
@@ -142,7 +142,7 @@ class HeaderParser:
         self.cursor.where = f"key {_short(name)}"
         key = GGUFKey(name, (type_ := self._value_type()), self._value(type_))
         if self.keys.setdefault(name, key) is not key:
-            self._problem("duplicate-key", f"key {_short(name)} is there twice")
+            self._problem("duplicate-key", f"key {_short(name)} occurs twice")
 
     def _value_type(self) -> GGUFValueType:
         raw = self.cursor.u32()
@@ -186,7 +186,7 @@ class HeaderParser:
         cursor.where, cursor.tensor = f"the entry of tensor {_short(name)}", _short(name)
         n_dims = cursor.u32()
         if n_dims > MAX_DIMS:
-            cursor.fail(f"{n_dims:,} dimensions, GGUF takes {MAX_DIMS}", code="dimensions")
+            cursor.fail(f"{n_dims:,} dimensions, GGUF allows {MAX_DIMS}", code="dimensions")
         shape = tuple(cursor.u64() for _ in range(n_dims))[::-1]
         self.infos.append((name, shape, cursor.u32(), cursor.u64()))
 
@@ -209,7 +209,7 @@ class HeaderParser:
         for name, shape, type_id, offset in self.infos:
             tensor = StoredTensor(name, shape, type_id, data_offset + offset, self._nbytes(name, shape, type_id))
             if tensors.setdefault(name, tensor) is not tensor:
-                self._problem("duplicate-tensor", "is there twice", name)
+                self._problem("duplicate-tensor", "occurs twice", name)
             if expected is not None and offset != expected:
                 self._problem("offset", f"its data is at {offset}, loaders expect it at {expected}", name)
             if tensor.offset + (tensor.nbytes or 0) > self.file.nbytes:

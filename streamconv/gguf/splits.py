@@ -97,11 +97,13 @@ def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
         what = (
             f"it is part {number + 1} of {count}" if number is not None else f"it has split.count {count}, no split.no"
         )
-        yield FileProblem("split", f"{what}, which its name does not say: the other parts cannot be found", first.path)
+        yield FileProblem(
+            "split", f"{what}, but its name does not say so, and the other parts cannot be found", first.path
+        )
         return
     if number > 0:
         start = part_name(match["prefix"], 1, count)
-        yield FileProblem("split", f"it is part {number + 1} of {count}: loaders take a set from {start}", first.path)
+        yield FileProblem("split", f"it is part {number + 1} of {count}: loaders open a set by {start}", first.path)
         return
     missing = []
     for i in range(1, count):
@@ -125,11 +127,11 @@ def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
 def _check_part(part: GGUFFile, number: int, count: int) -> Iterator[FileProblem]:
     for key, expected in (("split.no", number), ("split.count", count)):
         if (found := _integer(part, key)) != expected:
-            yield FileProblem("split", f"its {key} is {found}, as a part of this set it would be {expected}", part.path)
+            yield FileProblem("split", f"its {key} is {found}, expected {expected} for this part of the set", part.path)
 
 
 def _check_total(first: GGUFFile, n_tensors: int, n_files: int) -> Iterator[FileProblem]:
     expected = _integer(first, "split.tensors.count")
     is_whole = n_files > 1 and n_files == _integer(first, "split.count")
     if is_whole and expected != n_tensors:
-        yield FileProblem("split", f"split.tensors.count is {expected}, the parts hold {n_tensors} tensors", first.path)
+        yield FileProblem("split", f"split.tensors.count is {expected}, the parts have {n_tensors} tensors", first.path)

@@ -181,7 +181,7 @@ class PeftConfig(LoraConfig):
         self.problems += self._variants()
         unknown = sorted(key for key, value in config.raw.items() if key not in KNOWN_KEYS and value)
         if unknown:
-            message = f"adapter_config.json has keys that are not known here and were ignored: {', '.join(unknown)}"
+            message = f"adapter_config.json has unknown keys, which were ignored: {', '.join(unknown)}"
             self.warnings.append(RunWarning("unknown-config", message))
 
     def scale(self, module: str, rank: int) -> float:
@@ -194,7 +194,7 @@ class PeftConfig(LoraConfig):
 
     def module_problems(self, module: str) -> Iterator[Problem]:
         if any(part in module for part in self._block_diagonal):
-            yield Problem("bd-lora", "BD-LoRA: a factor is stored as the blocks of a diagonal", (module,))
+            yield Problem("bd-lora", "BD-LoRA: a factor is block-diagonal", (module,))
 
     def replicated_layers(self, n_layers: int) -> bool:
         layers: list[int] = []
@@ -226,7 +226,7 @@ class PeftConfig(LoraConfig):
                 regex = _compiled(pattern)
                 cost = n_choices(pattern)
                 if self._n_choices + cost > MAX_CHOICES:
-                    raise ValueError("is too intricate a pattern for a module's name")
+                    raise ValueError("is too complex a pattern for a module's name")
                 self._n_choices += cost
             except ValueError as error:
                 self.problems.append(Problem("pattern", f"{key}: {pattern[:60]!r} {error}"))
@@ -300,7 +300,9 @@ class MlxConfig(LoraConfig):
         kind = self._read(self.config.text, "fine_tune_type")
         self.is_dora = kind == "dora" or (kind is None and bool(self._read(self.config.flag, "use_dora")))
         if kind == "full":
-            self.problems.append(Problem("full", "fine_tune_type is full: whole weights, convert the model they make"))
+            self.problems.append(
+                Problem("full", "fine_tune_type is full: it has whole weights; convert the model that they form")
+            )
         elif kind not in (None, "lora", "dora"):
             self.problems.append(Problem("fine-tune-type", f"fine_tune_type is {kind[:40]!r}, neither lora nor dora"))
         self._rank = self._read(parameters.integer, "rank")

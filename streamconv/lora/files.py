@@ -106,7 +106,7 @@ class LoraFile:
             raise SourceError(
                 f"no {ADAPTER_CONFIG}",
                 file=directory,
-                hint="it lies beside the weights of every adapter",
+                hint="every adapter has one beside its weights",
                 code="config-missing",
             )
         raw = load_object(directory / ADAPTER_CONFIG, MAX_CONFIG_NBYTES)
@@ -213,9 +213,9 @@ def _find_weights(directory: Place) -> Place:
 
 def _missing(directory: Place) -> str:
     if (directory / "adapter_model.bin").exists():
-        return "adapter_model.bin is pickled, which is never loaded here: save it again with peft, as safetensors"
+        return "adapter_model.bin is a pickle, which is never loaded: save the adapter again as safetensors"
     if (directory / CONFIG).is_file() and not (directory / ADAPTER_CONFIG).is_file():
-        return "this is a model: name the adapter's folder here, and the model as --base"
+        return "this is a model: give the adapter's folder, and the model with --base"
     inside = next((child.parent for child in _grandchildren(directory)), None)
     return f"there is one in {inside}" if inside else "name the folder that holds them"
 

@@ -143,7 +143,7 @@ def _pair(one: Landed, alpha: float) -> tuple[Pair, Problem | None]:
         b = Zeros(b.spec)
     elif not all(MIN_SCALE <= abs(value) <= MAX_SCALE for value in (wanted, ratio)):
         what = f"alpha {wanted:g} beside {alpha:g} of others" if ratio != 1 else f"alpha {wanted:g}"
-        problem = Problem("alpha", f"needs {what}, beyond what float32 multiplies with", (module.name,))
+        problem = Problem("alpha", f"needs {what}, which float32 cannot represent", (module.name,))
     elif ratio != 1:
         is_exact, overflows = _try_scale(b, ratio)
         b_type = b_type if is_exact else GGMLQuantizationType.F32

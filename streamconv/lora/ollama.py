@@ -65,7 +65,7 @@ class LegacyAdapter:
 def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Config) -> Iterator[Problem]:
     """Why Ollama's converter would end, or write what nothing loads."""
     if base.recipe.arch != ARCH:
-        yield Problem("legacy-arch", f"ollama-legacy has adapters for {ARCH} alone, the base is {base.recipe.arch}")
+        yield Problem("legacy-arch", f"ollama-legacy supports adapters only for {ARCH}, the base is {base.recipe.arch}")
         return
     yield from landed(modules, base.model)[1]
     others = [module.name for module in modules if not _TARGETS.fullmatch(module.slot.target)]
@@ -77,7 +77,7 @@ def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Conf
     for module in modules:
         heads, longest = _heads(module, base, config), max(module.a.spec.shape)
         if heads and longest % (2 * heads):
-            message = f"ollama-legacy takes lora_a's {longest} for {heads} heads of two halves, which they are not"
+            message = f"ollama-legacy splits lora_a into {heads} heads of two halves, its {longest} do not divide so"
             yield Problem("legacy-heads", message, (module.name,))
 
 
@@ -97,7 +97,7 @@ def legacy_adapter(
             warnings.append(_distance_warning(module, base.model, a.tensor, b.tensor, _scale(alpha, module.rank)))
     warnings += _ignored_scales(modules, alpha)
     if config.raw.get("alora_invocation_tokens"):
-        warnings.append(RunWarning("legacy-ignored", "alora_invocation_tokens are left out: the adapter is always on"))
+        warnings.append(RunWarning("legacy-ignored", "alora_invocation_tokens were left out: the adapter is always on"))
     return LegacyAdapter(tuple(_keys(base, alpha)), tuple(sorted(made, key=_order)), tuple(warnings))
 
 

@@ -88,7 +88,7 @@ def stacked_factors(pairs: Pairs, base: BaseModel, config: LoraConfig, speller: 
     if any(len(one) > 1 for one in layouts) and not certain and _version(config) is None:
         stated = config.config.raw.get("peft_version")
         said = "there is no peft_version" if stated is None else f"peft_version {stated!r} is not a number"
-        what = f"the parameters are square and {said}: taken as PEFT up to 0.18 stored them"
+        what = f"the parameters are square and {said}: assumed to be stored as by PEFT 0.18 and earlier"
         found.warnings.append(RunWarning("peft-version", what))
     for name, (a, b) in pairs.items():
         fitting = choices[name]
@@ -97,11 +97,11 @@ def stacked_factors(pairs: Pairs, base: BaseModel, config: LoraConfig, speller: 
         if len(fitting) == 1:
             found.stacked.append(_stacked(fitting[0], a.lazy(), b.lazy()))
         elif not any(isinstance(slot, Slot) for _, slot in _slots(name, base, config, speller)):
-            what = f"the base ({base.recipe.arch}) has no such parameter as target_parameters names"
+            what = f"the base ({base.recipe.arch}) does not have the parameter that target_parameters names"
             found.problems.append(Problem("no-module", what, (name,)))
         else:
             shapes = f"target_parameters: lora_A {list(a.shape)} and lora_B {list(b.shape)}"
-            what = "fit several parameters of it" if fitting else "fit no stacked parameter of the base"
+            what = "fit several of the base's parameters" if fitting else "fit no stacked parameter of the base"
             found.problems.append(Problem("parameters", f"{shapes} {what}; {WAY_OUT}", (name,)))
     return found
 
@@ -114,7 +114,7 @@ def missing(names: Iterable[str], base: BaseModel, config: LoraConfig) -> Iterat
         of_it = {module: n for module, n in wrapped.items() if f".{module}.".endswith(f".{parent}.")}
         few = [module for module, n in of_it.items() if n < sum(1 for _ in _parameters(module, config))]
         if few or (not of_it and _has_parameter(base, target)):
-            what = f"target_parameters has {target}, and there are no factors of it: the adapter is not complete"
+            what = f"target_parameters has {target}, but its factors are missing: the adapter is incomplete"
             yield Problem("parameters", what, tuple(few))
 
 

@@ -82,7 +82,7 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
         if factors.a is None or factors.b is None:
             problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
         elif 0 in (*factors.a.shape, *factors.b.shape):
-            what = "its factors are empty: saved while ZeRO-3 or FSDP held them apart; gather them while saving"
+            what = "its factors are empty, since ZeRO-3 or FSDP had partitioned them; gather them when saving"
             problems.append(Problem("empty-tensors", f"{what} (stage3_gather_16bit_weights_on_model_save)", (name,)))
         elif isinstance(slot, Problem) and is_wrapped(name, config):
             pairs[name] = factors.a, factors.b
@@ -104,7 +104,7 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     parameters = stacked_factors(pairs, base, config, speller)
     problems += [*parameters.problems, *missing(adapter.factors, base, config)]
     if any(config.token_rows.values()) and not any(problem.code == "tokens" for problem in adapter.problems):
-        what = "has trainable_token_indices, and the rows (trainable_tokens_delta) are missing: it is not complete"
+        what = "has trainable_token_indices, but the rows (trainable_tokens_delta) are missing: it is incomplete"
         problems.append(Problem("tokens-missing", what))
     for stack in parameters.stacked:
         if is_taken(stack.slot):
@@ -125,7 +125,7 @@ def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> N
     """SourceError with all of `problems`, if there are any; its hint is merging where that can carry all of them."""
     merges = all(_is_mergeable(problem, base) for problem in problems)
     is_formula = all(problem.code in _BEYOND_ADAPTERS for problem in problems)
-    what = "no GGUF adapter can carry this exactly" if is_formula else "cannot be converted"
+    what = "a GGUF adapter cannot hold this exactly" if is_formula else "cannot be converted"
     hint = f"streamconv convert BASE --adapter {adapter.directory}" if merges else base_hint(problems)
     if lacking := [problem for problem in problems if problem.code == "vocabulary"]:
         has_rows = all(adapter.has_rows(module) for problem in lacking for module in problem.modules)
@@ -233,11 +233,11 @@ class _Taken:
 def _whole_problems(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Iterator[Problem]:
     """What is wrong with the adapter as a whole."""
     if config.is_dora and not any(problem.code == "dora" for problem in adapter.problems):
-        yield Problem("dora", "DoRA, and its magnitudes are missing: the adapter is not complete")
+        yield Problem("dora", "DoRA without its magnitudes: the adapter is incomplete")
     if config.replicated_layers(base.n_layers):
         yield Problem("replication", "layer_replication: the adapter is for another stack of layers than the base's")
     if not adapter.factors and not adapter.problems:
-        yield Problem("empty", "there is no factor in it")
+        yield Problem("empty", "it has no factors")
 
 
 # ---------------------------------------------------------------- orientation
@@ -265,7 +265,7 @@ class _Placed:
             raise self._unfit()
         if len(fitting) > 1:
             what = f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)} fit either way round"
-            raise _Unfit("ambiguous", f"{what}: whether they are stored transposed cannot be told", self.name)
+            raise _Unfit("ambiguous", f"{what}: it is not clear whether they are stored transposed", self.name)
         ((a_turned, b_turned),) = fitting
         a, b = self.a.lazy(), self.b.lazy()
         rank = self.a.shape[-1] if a_turned else self.a.shape[-2]
@@ -363,7 +363,9 @@ def _misfits(module: LoraModule, base: BaseModel, config: LoraConfig) -> Iterato
         yield Problem("rank", f"has rank {module.rank}, adapter_config.json gives it {stated}", names)
     if slot.is_embedding and base.is_tied:
         yield Problem(
-            "tied", "the base is tied, and llama.cpp dies of an adapter on an embedding that is the head", names
+            "tied",
+            "the base is tied, and llama.cpp crashes on an adapter for an embedding that is also the head",
+            names,
         )
     if (slot.is_embedding or slot.is_head) and base.is_tied is None:
         yield Problem("tied", "whether the base is tied is not known: give its complete GGUF, or its folder", names)

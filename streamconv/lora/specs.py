@@ -101,7 +101,7 @@ def open_adapters(specs: Sequence[AdapterSpec], budget: Budget) -> Iterator[tupl
 def _source_and_weight(spec: AdapterSpec) -> tuple[Source, float]:
     source, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
     if not str(source):
-        raise UsageError("an adapter without a name", hint="name its folder", code="adapter-spec")
+        raise UsageError("the path of an adapter is empty", hint="give its folder", code="adapter-spec")
     if not math.isfinite(weight):
-        raise UsageError(f"{weight} is not a weight of an adapter", code="adapter-spec")
+        raise UsageError(f"{weight} is not a valid weight of an adapter", code="adapter-spec")
     return source, float(weight)

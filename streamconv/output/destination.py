@@ -42,8 +42,8 @@ _LOCK_PAUSE_SECONDS = 0.01
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-_ELSEWHERE = "choose another place"
-_AGAIN = "run it again: it goes on where it stopped"
+_ELSEWHERE = "choose another path"
+_AGAIN = "run the same command again to continue"
 
 
 class _Words(NamedTuple):
@@ -55,18 +55,18 @@ class _Words(NamedTuple):
 
 
 _WORDS: dict[int, _Words] = {
-    errno.ENOSPC: _Words("no space left on its filesystem", f"free some, then {_AGAIN}", code="no-space"),
-    errno.EDQUOT: _Words("the quota on its filesystem is used up", f"free some, then {_AGAIN}", code="no-space"),
+    errno.ENOSPC: _Words("no space left on its filesystem", f"free some space, then {_AGAIN}", code="no-space"),
+    errno.EDQUOT: _Words("the quota on its filesystem is used up", f"free some space, then {_AGAIN}", code="no-space"),
     errno.EIO: _Words("the disk failed while writing", f"see the system's log, then {_AGAIN}", code="write-failed"),
     errno.EFBIG: _Words(
-        "its filesystem, or ulimit -f, does not take a file of this size", _ELSEWHERE, code="file-size-limit"
+        "its filesystem, or ulimit -f, does not allow a file of this size", _ELSEWHERE, code="file-size-limit"
     ),
     errno.EROFS: _Words("its filesystem is read-only", _ELSEWHERE, code="read-only"),
     errno.EACCES: _Words("permission denied", _ELSEWHERE, code="permission-denied"),
     errno.EPERM: _Words("the system does not allow it to be written", _ELSEWHERE, code="permission-denied"),
-    errno.ENOENT: _Words("the folder for it does not exist", "make it first", code="folder-missing"),
+    errno.ENOENT: _Words("the folder for it does not exist", "create it first", code="folder-missing"),
     errno.ENOTDIR: _Words("a part of its path is not a directory", _ELSEWHERE, code="folder-missing"),
-    errno.EISDIR: _Words("is a directory", "name a file in it", code="is-folder"),
+    errno.EISDIR: _Words("is a directory", "give a file in it", code="is-folder"),
     errno.ELOOP: _Words("is a loop of symbolic links", _ELSEWHERE, code="link-loop"),
     errno.ENAMETOOLONG: _Words("its name is too long", "choose a shorter one", code="name-too-long"),
     errno.EMFILE: _Words(
@@ -128,7 +128,7 @@ class OpenFile:
         """
         if not self.is_there():
             raise DestinationError(
-                "was removed or replaced by something else while it was written", file=self.path, code="output-changed"
+                "was removed or replaced by another program while it was written", file=self.path, code="output-changed"
             )
         if replaces:
             self.path.replace(path)
@@ -209,13 +209,13 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
         raise DestinationError(
             "is a pipe or a device",
             file=dst,
-            hint="the output is not written in order: name a file",
+            hint="an output is not written in order, so give a regular file",
             code="not-regular-file",
         )
     for status in taken:
         if (source := sources.get((status.st_dev, status.st_ino))) is not None:
             raise DestinationError(
-                f"is a file of the source, or would be written over one: {source}", file=dst, code="output-is-source"
+                f"is a file of the source, or would overwrite one: {source}", file=dst, code="output-is-source"
             )
     for path, status in siblings.items():
         _check_sibling(path, status)
@@ -266,7 +266,7 @@ def open_locked(path: Path) -> OpenFile:
             file.close()
             raise
         file.close()
-    raise DestinationError("another run is writing it", file=path, hint="wait for that one, or stop it", code="locked")
+    raise DestinationError("another run is writing it", file=path, hint="wait for that run, or stop it", code="locked")
 
 
 def create_part(path: Path) -> OpenFile:
@@ -290,7 +290,7 @@ def open_part(path: Path) -> OpenFile | None:
 def foreign(path: Path) -> DestinationError:
     """The error for a file that has the name of an unfinished output and was not written by streamconv."""
     return DestinationError(
-        "was not left by a run of streamconv, and is not touched",
+        "was not written by streamconv, and is not touched",
         file=path,
         hint=f"move it away, or {_ELSEWHERE}",
         code="part-foreign",
@@ -350,7 +350,7 @@ def _too_little(needed: int, available: int, path: Path) -> DestinationError:
     return DestinationError(
         f"needs {needed:,} bytes, and its filesystem has {available:,} free",
         file=path,
-        hint=f"free some, or {_ELSEWHERE}",
+        hint=f"free some space, or {_ELSEWHERE}",
         code="no-space",
     )
 
@@ -366,7 +366,7 @@ def _held_nbytes(place: Place) -> int:
 def _check_sibling(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise DestinationError(
-            "stands where the unfinished output would be", file=path, hint="move it away", code="part-foreign"
+            "is in the place of the unfinished output", file=path, hint="move it away", code="part-foreign"
         )
 
 

@@ -82,7 +82,7 @@ def plan_modelfile(output: Part, place: Place | None = None, projectors: Sequenc
     UsageError where Ollama could not take it: a part of a split, an adapter whose base is not a GGUF file.
     """
     if output.is_of_split:
-        raise UsageError("--modelfile is for one file: Ollama imports no split ones", code="option-conflict")
+        raise UsageError("--modelfile needs a single file: Ollama cannot import split ones", code="option-conflict")
     base = None if place is None else local_path(place)
     if place is not None and not (base and base.is_file()):
         raise UsageError(

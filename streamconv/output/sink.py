@@ -132,7 +132,7 @@ class Sink:
                 part, journal = None if is_published else left, Journal.reopen(place.journal, lock.fd, taken_up)
             else:
                 if left is not None and not restart:
-                    notes += (RunWarning("stale-part", f"{place.part} is not as its run left it: it is begun again"),)
+                    notes += (RunWarning("stale-part", f"{place.part} was changed since its run: it was started over"),)
                 part, journal = _begin(place, header, lock, left, undo)
             record = Record() if taken_up is None else taken_up.record
             if part is not None and record.finished is None:  # a finished file has its space, and its stamp to keep
@@ -214,7 +214,7 @@ class Sink:
             stamp = Stamp.of(self._part.status())
             if stamp.nbytes != self._nbytes:
                 raise DestinationError(
-                    "was changed by something else while it was written", file=self._place.part, code="output-changed"
+                    "was changed by another program while it was written", file=self._place.part, code="output-changed"
                 )
             self._journal.append(Record(self._nbytes, self._state if state is None else state, stamp))
         self.recorded_nbytes = self._nbytes
@@ -347,9 +347,9 @@ def _find_past(header: Header, past: Contents | None, part: OpenFile | None) -> 
         return None
     if difference := past.header.differences(header):
         raise ResumeError(
-            f"was begun by another conversion: {difference}",
+            f"belongs to another conversion: {difference}",
             file=part.path,
-            hint="use what that one used, or discard its work and start over with --restart",
+            hint="use the same inputs and options, or discard the unfinished work with --restart",
             code="resume-mismatch",
         )
     status, finished = part.status(), past.record.finished

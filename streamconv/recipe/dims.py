@@ -145,6 +145,6 @@ def stated_dims(recipe: Output, config: Config) -> dict[str, int]:
     stated = {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
     for name, value in stated.items():
         if value < recipe.dims[name].minimum:
-            what = f"{recipe.dims[name].label} comes to {value}"
+            what = f"{recipe.dims[name].label} is {value}"
             raise SourceError(what, file=config.file, hint="correct the config", code="config-value")
     return stated

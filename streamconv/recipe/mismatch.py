@@ -72,16 +72,16 @@ def cause(codes: Collection[str], sizes: Sequence[str], arch: str, class_names: 
     """
     named = " and ".join(class_names) or arch
     if sizes:
-        what = f"config.json is another model's, or the tensors are: it says {'; '.join(sizes[:3])}"
+        what = f"config.json and the tensors belong to different models: config.json has {'; '.join(sizes[:3])}"
         return what, "put the config.json beside the tensors that they were saved with"
     if {"tensors-unknown", "tensors-missing"} <= set(codes):
         what = f"the names of its tensors are not those of {named}"
-        return what, "checkpoint and config.json must belong together; name the right class in config.json"
+        return what, "config.json must be that of this checkpoint, and name its class"
     if "tensors-unknown" in codes:
-        return f"it has tensors that {named} has no place for", "it may be another architecture, or an extended model"
+        return f"it has tensors that {named} does not have", "it may be another architecture, or an extended model"
     if codes and set(codes) <= {"tensors-missing", "head-missing"}:
         return "it is incomplete", "download or copy the missing files again, or save the model again as a whole"
-    return "", "checkpoint and config.json must belong together"
+    return "", "config.json must be that of this checkpoint"
 
 
 def mismatch(

@@ -24,6 +24,9 @@ from streamconv.lazy.node import LazyTensor, TensorSpec
 if TYPE_CHECKING:
     from streamconv.recipe.language import Model
 
+Extents = tuple[str, ...]  # a shape as rows have it, in dims
+N_EXPERTS = "E"  # as the first extent of a row's shape: what follows is stacked
+
 
 class CannotAdapt(Exception):
     """Why a pair of factors cannot carry a change through an op; `code` is that of the adapter's problem."""
@@ -81,6 +84,14 @@ class Op(ABC):
     def dims(self) -> Iterable[str]:
         """The dims that the op is written in."""
         return ()
+
+    def extents(self, shape: Extents) -> Extents:
+        """The shape after the op, as far as a recipe alone gives it: extents that are not known are "?".
+
+        Raises:
+            ValueError: The op is meaningless for a tensor of that shape, whatever the dims are.
+        """
+        return shape
 
 
 class Blank(Leaf):

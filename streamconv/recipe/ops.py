@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streamconv.lazy import arithmetic, dtype, views
 from streamconv.lazy.node import LazyTensor, TensorSpec
 from streamconv.recipe.dims import parse_extent, parse_shape
-from streamconv.recipe.operation import CannotAdapt, Op
+from streamconv.recipe.operation import N_EXPERTS, CannotAdapt, Extents, Op
 
 if TYPE_CHECKING:
     from streamconv.recipe.language import Model
@@ -31,6 +31,23 @@ F16, F32, BF16, Q8_0 = (
 LEAST_F16_FACTOR = 2.0**-4
 
 Index = NDArray[np.int64]
+
+
+def _axis_of_rows(shape: Extents, what: str) -> int:
+    """Where the rows of each matrix are, or the elements of a vector. ValueError where experts are."""
+    if len(shape) == 2 and shape[0] == N_EXPERTS:
+        raise ValueError(f"the rows of {' '.join(shape)} are experts, which have no {what}")
+    return max(0, len(shape) - 2)
+
+
+def _axis_of_columns(shape: Extents) -> int:
+    if len(shape) < 2:
+        raise ValueError("a vector has no columns")
+    return len(shape) - 1
+
+
+def _with_part(shape: Extents, axis: int) -> Extents:
+    return (*shape[:axis], "?", *shape[axis + 1 :])
 
 
 # ---------------------------------------------------------------- rows and columns in another order
@@ -62,6 +79,12 @@ class Permute(Op):
     def dims(self) -> Iterable[str]:
         return parse_extent(self.heads).names
 
+    def extents(self, shape: Extents) -> Extents:
+        _axis_of_rows(shape, "heads")
+        if len(shape) > 2:
+            raise ValueError(f"heads are rows of a matrix, and {' '.join(shape)} is a stack of them")
+        return shape
+
 
 @dataclass(frozen=True, slots=True)
 class _Indexed(Op):
@@ -84,6 +107,9 @@ class Rows(_Indexed):
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
         return self.node(b, model)
 
+    def extents(self, shape: Extents) -> Extents:
+        return _with_part(shape, max(0, len(shape) - 2))
+
 
 @dataclass(frozen=True, slots=True)
 class Columns(_Indexed):
@@ -95,6 +121,9 @@ class Columns(_Indexed):
 
     def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
         return self.node(a, model)
+
+    def extents(self, shape: Extents) -> Extents:
+        return _with_part(shape, _axis_of_columns(shape))
 
 
 # ---------------------------------------------------------------- one tensor of a fused one
@@ -148,6 +177,9 @@ class Split(Op):
     def dims(self) -> Iterable[str]:
         return () if isinstance(self.sizes, int) else _names(self.sizes)
 
+    def extents(self, shape: Extents) -> Extents:
+        return _with_part(shape, _axis_of_parts(shape, self.of_columns))
+
 
 @dataclass(frozen=True, slots=True)
 class Interleaved(Op):
@@ -178,6 +210,15 @@ class Interleaved(Op):
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
         return b if self.of_columns else self.node(b, model)
 
+    def extents(self, shape: Extents) -> Extents:
+        return _with_part(shape, _axis_of_parts(shape, self.of_columns))
+
+
+def _axis_of_parts(shape: Extents, of_columns: bool) -> int:
+    if of_columns:
+        return _axis_of_columns(shape)
+    return _axis_of_rows(shape, "parts: of_columns=True takes them of each expert's vector")
+
 
 # ---------------------------------------------------------------- shapes
 
@@ -190,6 +231,9 @@ class Squeeze(Op):
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         return reshaped(parent, tuple(extent for extent in parent.spec.shape if extent != 1) or (1,))
+
+    def extents(self, shape: Extents) -> Extents:
+        return tuple(extent for extent in shape if extent != "1") or ("1",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +249,9 @@ class Reshape(Op):
     def dims(self) -> Iterable[str]:
         return _names(self.to)
 
+    def extents(self, shape: Extents) -> Extents:
+        return tuple(self.to.split())
+
 
 @dataclass(frozen=True, slots=True)
 class Transpose(Op):
@@ -215,6 +262,10 @@ class Transpose(Op):
 
     def on_factors(self, a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
         return self.node(b, model), self.node(a, model)
+
+    def extents(self, shape: Extents) -> Extents:
+        last = _axis_of_columns(shape)
+        return (*shape[: last - 1], shape[last], shape[last - 1])
 
 
 # ---------------------------------------------------------------- other numbers

@@ -127,7 +127,7 @@ def recognise_architecture(config: Config, names: Collection[str] = ()) -> Recip
             raise
         _refuse_heads_of_known(config, names)
         nearest = _nearest(names, config)
-        hint = f"{error.hint}; {PAGE} says how one is added, streamconv draft FOLDER writes a first draft"
+        hint = f"{error.hint}; {PAGE} explains how to add one, streamconv draft FOLDER writes a first draft"
         what = f"{error.message}{nearest}"
         raise SourceError(what, file=error.file, hint=hint, code="architecture-unsupported") from None
     return recipe
@@ -163,11 +163,11 @@ def _nearest(names: Collection[str], config: Config) -> str:
     # Of several that are as near, the one that the config names, then the one that has least beside them.
     n_strange, _, _, arch, strange = min(found)
     if 2 * n_strange > len(names):
-        return "; it is not near to any that is"
+        return "; no supported one is similar"
     others = dict.fromkeys(match_name(name)[0] for name in strange)
     unknown = f", others such as {', '.join(list(others)[:3])}" if others else ""
     count = f"{len(names) - n_strange} of {len(names)}" if others else f"all {len(names)}"
-    return f"; its tensors are nearest to {arch}'s: {count} have names of it{unknown}"
+    return f"; the most similar one is {arch}: {count} tensors have its names{unknown}"
 
 
 def _refuse_modules(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -200,10 +200,10 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
     """SourceError for tensors that are not part of a model, by what they are."""
     unknown = [name for name in spelled.tensors if recipe.find(name) is None and not recipe.is_of_another(name)]
     if found := _some(_ADAPTER, unknown):
-        what = f"the model holds an adapter's layers (LoRA or the like) that were not merged: {found}"
+        what = f"the model has layers of an adapter (LoRA or similar) that were not merged: {found}"
         hint = (
             "merge them first (PEFT's model.merge_and_unload(), then save; mlx_lm.fuse), "
-            "or save the adapter and give it with --adapter"
+            "or save the adapter and pass it with --adapter"
         )
         raise SourceError(what, file=folder, hint=hint, code="unmerged-lora")
     if found := _some(_FLAT, unknown):
@@ -218,13 +218,9 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
     _refuse_heads(unknown, folder)
     empty = list(_empty(spelled.tensors))
     if empty:
-        what = (
-            f"{len(empty)} of {len(spelled.tensors)} tensors are empty, such as {empty[0]}: saved while ZeRO-3 or FSDP"
-        )
-        hint = (
-            "gather them while saving (stage3_gather_16bit_weights_on_model_save), or run DeepSpeed's zero_to_fp32.py"
-        )
-        raise SourceError(f"{what} held them apart", file=folder, hint=hint, code="empty-tensors")
+        what = f"{len(empty)} of {len(spelled.tensors)} tensors are empty, such as {empty[0]}, since ZeRO-3 or FSDP"
+        hint = "gather them when saving (stage3_gather_16bit_weights_on_model_save), or run DeepSpeed's zero_to_fp32.py"
+        raise SourceError(f"{what} had partitioned them", file=folder, hint=hint, code="empty-tensors")
 
 
 def _is_known(recipe: Recipe, name: str) -> bool:
@@ -234,12 +230,12 @@ def _is_known(recipe: Recipe, name: str) -> bool:
 def _refuse_heads(unknown: Sequence[str], folder: Place) -> None:
     """SourceError for heads that a text model has no place for."""
     if found := _some(_VALUE_HEAD, unknown):
-        what = f"the model has a value head, as TRL trains it, which a text model has no place for: {found}"
+        what = f"the model has a value head, as trained by TRL, which a GGUF text model does not have: {found}"
         hint = "save the model inside it: model.pretrained_model.save_pretrained(folder)"
         raise SourceError(what, file=folder, hint=hint, code="value-head")
     if found := _some(_CLASSIFIER, unknown):
-        what = f"the model has a head that classifies or scores, which a text model has no place for: {found}"
-        hint = "convert the model that it was made of, or save its body: model.model.save_pretrained(folder)"
+        what = f"the model has a head that classifies or scores, which a GGUF text model does not have: {found}"
+        hint = "convert the model that it was made from, or save its body: model.model.save_pretrained(folder)"
         raise SourceError(what, file=folder, hint=hint, code="classification-head")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from streamconv.recipe.dims import parse_extent
 from streamconv.recipe.names import MAIN_STACK, has_experts, stack_of, template_fault
-from streamconv.recipe.operation import Op
+from streamconv.recipe.operation import N_EXPERTS, Op
 from streamconv.recipe.words import Computed, Key, PerLayer, Tensor
 
 if TYPE_CHECKING:
@@ -88,12 +88,28 @@ def _row_faults(recipe: Output, row: Tensor) -> Iterator[str]:
     if not row.shape.split():
         yield "it has no shape"
     yield from _extent_faults(recipe, row.shape.split(), f"shape {row.shape!r}")
-    for op in row.ops:
-        if isinstance(op, Op):
-            yield from _extent_faults(recipe, op.dims(), type(op).__name__)
-        else:
-            yield f"{op!r} is not an operation"
+    yield from _ops_faults(recipe, row)
     yield from _target_faults(recipe, row)
+
+
+def _ops_faults(recipe: Output, row: Tensor) -> Iterator[str]:
+    if not isinstance(row.ops, tuple):
+        yield f"ops={row.ops!r} is not a tuple: write ({row.ops!r},)"
+        return
+    shape = (*(N_EXPERTS,) * has_experts(row.source), *row.shape.split())
+    for op in row.ops:
+        if not isinstance(op, Op):
+            yield f"{op!r} is not an operation"
+            return
+        name = type(op).__name__
+        if faults := list(_extent_faults(recipe, op.dims(), name)):
+            yield from faults
+            return
+        try:
+            shape = op.extents(shape)
+        except ValueError as error:
+            yield f"{name}: {error}"
+            return
 
 
 def _target_faults(recipe: Output, row: Tensor | Computed) -> Iterator[str]:

@@ -335,9 +335,9 @@ def test_the_command(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--scale", "nan"], 2, "--scale nan is not a scale"),
-        (["--dialect", "ollama-legacy", "--outtype", "f16"], 2, "--outtype has no place"),
-        (["--dialect", "ollama-legacy", "--scale", "2"], 2, "--scale has no place"),
+        (["--scale", "nan"], 2, "--scale nan must be a number of at most"),
+        (["--dialect", "ollama-legacy", "--outtype", "f16"], 2, "--outtype cannot be combined"),
+        (["--dialect", "ollama-legacy", "--scale", "2"], 2, "--scale cannot be combined"),
         (["--max-memory", "1MiB"], 4, "--max-memory"),
     ],
 )

@@ -406,7 +406,7 @@ def test_an_empty_tensor_settles_no_dim() -> None:
 
 def test_a_rule_must_come_to_a_size() -> None:
     none = replace(TOY, dims={**TOY.dims, "A": Dim(lambda config: 0, rule="heads by a rule")})
-    with pytest.raises(SourceError, match=r"^model/config\.json: heads by a rule comes to 0 "):
+    with pytest.raises(SourceError, match=r"^model/config\.json: heads by a rule is 0 "):
         bound(CONFIG, made(SHAPES), none, head_dim=ABSENT)
 
 

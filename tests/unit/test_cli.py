@@ -96,12 +96,18 @@ def test_wrong_usage_is_one_line_and_with_json_an_object() -> None:
         ("draft _", "SRC: is empty; the current folder is ."),
         ("batch _", "JOBS: is empty; the current folder is ."),
         ("convert . -o _", "-o/--output/--outfile: is empty; name a file"),
-        ("convert . -o -", "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-"),
+        (
+            "convert . -o -",
+            "-o/--output/--outfile: an output cannot be written to standard output; for a file named -, write ./-",
+        ),
         (
             "lora . --base . -o -",
-            "-o/--output/--outfile: - does not mean standard output here; a file of that name is ./-",
+            "-o/--output/--outfile: an output cannot be written to standard output; for a file named -, write ./-",
         ),
-        ("convert . --profile -", "--profile: - does not mean standard output here; a file of that name is ./-"),
+        (
+            "convert . --profile -",
+            "--profile: an output cannot be written to standard output; for a file named -, write ./-",
+        ),
     ],
 )
 def test_a_name_that_is_nothing_or_a_dash(
@@ -132,7 +138,7 @@ def test_an_outtype_of_llama_cpp_alone_is_told_the_way(capsys: pytest.CaptureFix
     assert cli.main(["convert", "x", "--outtype", word]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"streamconv: argument --outtype: {word!r} is none of auto, f32, f16, bf16, q8_0, ")
-    assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} of a converted model)\n")
+    assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} from a converted file)\n")
 
 
 @pytest.fixture(scope="module")

@@ -78,18 +78,18 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     make_part(tmp_path, 3, 4, says=(2, 5), names=("a.1", "c.3"))
     (tmp_path / part_name("Model-Q8", 4, 4)).write_bytes(raw.gguf([raw.number("split.no", "f", 3.0)]))
     assert messages(first) == [
-        "Model-Q8-00002-of-00004.gguf: split: its split.no is 2, as a part of this set it would be 1",
-        "Model-Q8-00003-of-00004.gguf: split: its split.count is 5, as a part of this set it would be 4",
-        "Model-Q8-00004-of-00004.gguf: split: its split.no is None, as a part of this set it would be 3",
-        "Model-Q8-00004-of-00004.gguf: split: its split.count is None, as a part of this set it would be 4",
+        "Model-Q8-00002-of-00004.gguf: split: its split.no is 2, expected 1 for this part of the set",
+        "Model-Q8-00003-of-00004.gguf: split: its split.count is 5, expected 4 for this part of the set",
+        "Model-Q8-00004-of-00004.gguf: split: its split.no is None, expected 3 for this part of the set",
+        "Model-Q8-00004-of-00004.gguf: split: its split.count is None, expected 4 for this part of the set",
         "Model-Q8-00003-of-00004.gguf: duplicate-tensor: is in Model-Q8-00001-of-00004.gguf as well",
-        "Model-Q8-00001-of-00004.gguf: split: split.tensors.count is 9, the parts hold 5 tensors",
+        "Model-Q8-00001-of-00004.gguf: split: split.tensors.count is 9, the parts have 5 tensors",
     ]
 
 
 def test_a_later_part_points_to_the_first(tmp_path: Path) -> None:
     second = [make_part(tmp_path, number) for number in (1, 2)][1]
-    expected = "it is part 2 of 3: loaders take a set from Model-Q8-00001-of-00003.gguf"
+    expected = "it is part 2 of 3: loaders open a set by Model-Q8-00001-of-00003.gguf"
     assert messages(second) == [f"{second.name}: split: {expected}"]
 
 

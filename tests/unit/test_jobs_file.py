@@ -130,7 +130,7 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
         ('[[job]]\nsource = "a"\nouttyp = "f16"\n', "job 1: unknown key 'outtyp'"),
         ('[defaults]\nouttyp = "f16"\n[[job]]\nsource = "a"\n', "defaults: unknown key 'outtyp'"),
         ('[[job]]\nsource = "a"\n[[job]]\nsource = "b"\nouttype = "q4"\n', "job 2: outtype 'q4' is none of"),
-        ('[[job]]\nsource = "a"\ncommand = "quantize"\n', "job 1: command 'quantize' is none of"),
+        ('[[job]]\nsource = "a"\ncommand = "quantize"\n', "job 1: command 'quantize' is not one of"),
         ('[[job]]\nsource = 3\n', "job 1: source must be a string"),
         ('[[job]]\nsource = ""\n', "job 1: source is ''"),
         ('[[job]]\nsource = "a"\nverify = "yes"\n', "job 1: verify must be true or false"),
@@ -151,7 +151,7 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
         ("job = 3\n", "job is not a list of tables"),
         ("defaults = 3\n", "defaults is not a table"),
         ("[[job]\n", "not TOML"),
-        ("", "no job in it"),
+        ("", "it contains no jobs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
@@ -171,7 +171,7 @@ def test_the_way_out_of_an_unknown_outtype(tmp_path: Path, word: str, hint: str 
     [
         ("[1]\n", "line 1 is not a JSON object"),
         ('{"source": "a"}\n{"source\n', "line 2 is not JSON"),
-        ("\n", "no job in it"),
+        ("\n", "it contains no jobs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_json_lines(tmp_path: Path, text: str, message: str) -> None:

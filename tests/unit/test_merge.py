@@ -474,7 +474,7 @@ def test_adapters_are_a_list(llama: Path, tmp_path: Path, adapters: Any) -> None
 
 
 def test_a_weight_is_finite_and_an_adapter_exists(llama: Path, tmp_path: Path) -> None:
-    assert "nan is not a weight" in refusal(llama, tmp_path, (tmp_path, float("nan")))
+    assert "nan is not a valid weight" in refusal(llama, tmp_path, (tmp_path, float("nan")))
     assert "no such adapter" in refusal(llama, tmp_path, tmp_path / "nothing")
 
 

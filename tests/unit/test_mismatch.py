@@ -97,8 +97,8 @@ def test_it_is_not_said_that_no_adapter_can_where_another_base_is_meant(tmp_path
     other = tiny.llama(tmp_path / "other", hidden=96)
     wrong = tiny.peft_adapter(tmp_path / "wrong", other, targets=("q_proj",))
     error = refused(lambda: streamconv.convert_adapter(wrong, base, tmp_path / "out.gguf"), tmp_path)
-    assert "no GGUF adapter can" not in error.message
+    assert "a GGUF adapter cannot hold" not in error.message
     dora = tiny.peft_adapter(tmp_path / "dora", base, targets=("q_proj",), dora=True)
     error = refused(lambda: streamconv.convert_adapter(dora, base, tmp_path / "out.gguf"), tmp_path)
-    assert "no GGUF adapter can" in error.message
+    assert "a GGUF adapter cannot hold" in error.message
     assert "convert BASE --adapter" in (error.hint or "")

@@ -108,7 +108,7 @@ def test_what_cannot_have_one_is_refused_before_anything_is_written(
     adapter = tiny.peft_adapter(tmp_path / "adapter", source)
     out = ("-o", str(tmp_path / "m.gguf"), "--modelfile")
     assert main(["convert", str(source), *out, "--split-max-size", "60K"]) == 2
-    assert "Ollama imports no split ones" in capsys.readouterr().err
+    assert "Ollama cannot import split ones" in capsys.readouterr().err
     assert main(["lora", str(adapter), "--base", str(source), *out]) == 2
     assert "needs the base's GGUF" in capsys.readouterr().err
     (tmp_path / "m.Modelfile").write_text("mine")

@@ -211,7 +211,7 @@ def test_options_of_the_other_dialect(tmp_path: Path, llama: Path, options: dict
 def test_other_architectures(tmp_path: Path) -> None:
     base = tiny.lfm2(tmp_path / "base")
     adapter = loras.write(tmp_path / "adapter", loras.factors("model.layers.0.feed_forward.w1", 96, 64))
-    with pytest.raises(SourceError, match="adapters for llama alone, the base is lfm2"):
+    with pytest.raises(SourceError, match="adapters only for llama, the base is lfm2"):
         convert(adapter, base)
 
 
@@ -231,7 +231,7 @@ def test_alphas_that_go_does_not_parse(tmp_path: Path, llama: Path, alpha: float
 def test_columns_that_are_no_heads(tmp_path: Path) -> None:
     gguf(tmp_path / "base.gguf", LLAMA | {"llama.embedding_length": 60, "llama.attention.key_length": 16})
     adapter = loras.write(tmp_path / "adapter", loras.factors(Q, 64, 60))
-    with pytest.raises(SourceError, match="takes lora_a's 60 for 4 heads of two halves"):
+    with pytest.raises(SourceError, match="splits lora_a into 4 heads of two halves, its 60"):
         convert(adapter, tmp_path / "base.gguf")
 
 

@@ -345,7 +345,7 @@ def test_a_folder_named_as_the_output_is_none(
     if command == "lora":
         words = ["lora", str(tiny.peft_adapter(tmp_path / "adapter", model)), "--base", str(model)]
     assert main([*words, "-o", f"{tmp_path}/new/", "--quiet"]) == 5
-    assert f"{tmp_path}/new: is a directory (name a file in it)" in capsys.readouterr().err
+    assert f"{tmp_path}/new: is a directory (give a file in it)" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

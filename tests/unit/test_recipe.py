@@ -14,16 +14,20 @@ from streamconv.gguf.format import MAX_NAME_NBYTES
 from streamconv.recipe import (
     Alias,
     Claim,
+    Columns,
     Computed,
     Dim,
     Drop,
+    Interleaved,
     Key,
     Output,
     PerLayer,
     Permute,
     Refusal,
     Reshape,
+    Rows,
     Split,
+    Squeeze,
     Tensor,
     Transpose,
     registry,
@@ -184,7 +188,51 @@ def projector(arch: str) -> Output:
         ({"drops": (Drop("layers.{i}.w", "no", beyond=True),)}, "layers.{i}.w: beyond="),
     ],
 )
-def test_a_word_that_means_nothing_is_an_error_when_the_recipe_loads(changed: dict[str, Any], fault: str) -> None:
+def test_a_word_that_means_nothing_is_an_error_when_the_recipe_loads(
+    changed: dict[str, Any], fault: str | None
+) -> None:
+    if fault is None:  # this one means something
+        recipe(**changed)
+        return
+    with pytest.raises(ValueError, match=r"^the recipe of made-up: ") as caught:
+        recipe(**changed)
+    assert fault in str(caught.value)
+
+
+def nothing(model: Model) -> None:
+    """The rule of an op that moves nothing."""
+
+
+@pytest.mark.parametrize(
+    ("source", "shape", "ops", "fault"),
+    [
+        ("w", "A H", Transpose(), "ops=Transpose() is not a tuple"),
+        ("w", "A H", [Transpose()], "is not a tuple"),
+        ("w", "A A H", (Permute("A"),), "w: Permute: heads are rows of a matrix"),
+        ("w", "A 1 H", (Permute("A"), Squeeze()), "w: Permute: heads are rows of a matrix"),
+        ("w", "A 1 H", (Squeeze(), Permute("A"), Transpose(), Columns(nothing)), None),
+        ("w", "A", (Permute("A"), Rows(nothing), Split(0, 2), Interleaved(0, 2)), None),
+        ("w", "A", (Columns(nothing),), "w: Columns: a vector has no columns"),
+        ("w", "A", (Transpose(),), "w: Transpose: a vector has no columns"),
+        ("w", "A", (Split(0, 2, of_columns=True),), "w: Split: a vector has no columns"),
+        ("w", "A A", (Reshape("A*A"), Interleaved(0, 2, of_columns=True)), "w: Interleaved: a vector has no columns"),
+        ("w", "E 2*A", (Split(0, 2),), "w: Split: the rows of E 2*A are experts"),
+        ("w.{e}.b", "2*A", (Split(0, 2),), "Split: the rows of E 2*A are experts"),
+        ("w.{e}.b", "A", (Permute("A"),), "Permute: the rows of E A are experts"),
+        ("w", "E A", (Interleaved(0, 2),), "w: Interleaved: the rows of E A are experts"),
+        ("w", "A E", (Transpose(), Split(0, 2)), "w: Split: the rows of E A are experts"),
+        ("w.{e}.b", "2*A", (Split(0, 2, of_columns=True),), None),
+        ("w.{e}.b", "2*A H", (Split(0, 2), Transpose()), None),
+    ],
+)
+def test_an_op_that_means_nothing_for_a_shape_is_an_error_when_the_recipe_loads(
+    source: str, shape: str, ops: Any, fault: str | None
+) -> None:
+    dims = {"L": Dim("l"), "V": Dim("v"), "H": Dim("h"), "A": Dim("a"), "E": Dim("e")}
+    changed: dict[str, Any] = {"axes": {}, "dims": dims, "tensors": (Tensor(source, "w", shape, ops),)}
+    if fault is None:
+        recipe(**changed)
+        return
     with pytest.raises(ValueError, match=r"^the recipe of made-up: ") as caught:
         recipe(**changed)
     assert fault in str(caught.value)

@@ -134,7 +134,7 @@ def test_rope_base(lfm2: Checkpoint, said: dict[str, Any], base: float) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' has no place"),
         (
             {"num_attention_heads": 4, "head_dim": 8},
-            "it says head_dim=8, the tensors 16",
+            "config.json has head_dim=8, the tensors 16",
         ),
     ],
 )

@@ -174,7 +174,7 @@ def test_a_classifier_of_a_known_kind_is_named_for_what_it_is(tmp_path: Path, na
 
 def test_of_equally_near_architectures_the_one_of_the_config_is_named(tmp_path: Path) -> None:
     source = configured(tiny.llama(tmp_path / "model"), architectures=["LlamaForSomethingElse"])
-    assert "nearest to llama's" in refused(source, tmp_path / "out.gguf").message
+    assert "the most similar one is llama:" in refused(source, tmp_path / "out.gguf").message
 
 
 def test_an_unsupported_architecture_is_named_with_the_nearest(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_an_unsupported_architecture_is_named_with_the_nearest(tmp_path: Path) -
     error = refused(source, tmp_path / "out.gguf")
     assert error.code == "architecture-unsupported"
     assert "FancyForCausalLM" in error.message
-    assert "nearest to gemma's" in error.message  # whose names are those of llama, but for the head
+    assert "the most similar one is gemma:" in error.message  # whose names are those of llama, but for the head
     assert strange.format("{i}") in error.message
     assert "docs/adding-an-architecture.md" in (error.hint or "")
 

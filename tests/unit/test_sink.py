@@ -654,7 +654,7 @@ def test_only_the_file_that_was_written_becomes_the_destination(dst: Path, data:
     dst.write_bytes(OLD)
     part = dst.with_name("out.gguf.part")
     with (
-        pytest.raises(DestinationError, match="removed or replaced by something else"),
+        pytest.raises(DestinationError, match="removed or replaced by another program"),
         create(dst, force=True) as sink,
     ):
         write(sink, data, 0, NBYTES)
@@ -676,7 +676,7 @@ def test_something_else_in_the_journal_s_place(tmp_path: Path, dst: Path, restar
         journal.symlink_to("elsewhere")
     with pytest.raises(DestinationError) as caught:
         create(dst, restart=restart)
-    assert str(caught.value) == f"{journal}: stands where the unfinished output would be (move it away)"
+    assert str(caught.value) == f"{journal}: is in the place of the unfinished output (move it away)"
     assert names(dst) == {journal.name}
 
 

@@ -202,7 +202,7 @@ def test_a_value_that_does_not_fit_is_looked_for_in_memory_of_our_own(tmp_path: 
     with Counted(path) as opened:
         tensor = Encode(Source("made", opened, 0, TensorSpec((4, 32), BF16)), "made", T.F16)
         work = Workspace(Scratch(peak_nbytes(tensor, 4)), window=Window())
-        with pytest.raises(EncodeError, match="beyond F16"):
+        with pytest.raises(EncodeError, match="does not fit F16"):
             read(tensor, range(4), np.empty(tensor.spec.nbytes, dtype=np.uint8), work)
     assert reads == [0]
 
