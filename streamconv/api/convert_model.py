@@ -26,7 +26,8 @@ from streamconv.files.local import noting_files
 from streamconv.files.store import Place
 from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.imatrix import ImportanceMatrix
-from streamconv.ggml.mixes import MIXES, MixOptions, requires_importance
+from streamconv.ggml.mix_rules import requires_importance
+from streamconv.ggml.mixes import MIXES, MixOptions
 from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.ggml.policy import MixPolicy, OuttypePolicy, StoredTypes, TypePolicy, facts_of, resolve_auto
 from streamconv.gguf.format import KeyValue, PackedArray

@@ -21,7 +21,8 @@ from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.dequantise import Dequantise
 from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.imatrix import ImportanceMatrix
-from streamconv.ggml.mixes import MIXES, MixedTensor, ModelFacts, choose_types
+from streamconv.ggml.mix_rules import choose_types
+from streamconv.ggml.mixes import MIXES, MixedTensor, ModelFacts
 from streamconv.ggml.outtypes import OUTTYPES
 from streamconv.ggml.policy import StoredTypes
 from streamconv.gguf.entries import Span, refuse

@@ -19,7 +19,7 @@ class Outtype:
         name: The word.
         type: GGML's name of the type that tensors get where no rule says otherwise.
         file_type: llama.cpp's name of general.file_type, without its prefix ("MOSTLY_"); "" where it is the type's own.
-            Which tensors of such a file get another type, mixes.py says.
+            mix_rules.py says which tensors of such a file get another type.
     """
 
     name: str

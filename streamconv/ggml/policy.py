@@ -1,7 +1,7 @@
 """Which type each tensor of a file gets: a type policy, as data.
 
 An outtype (outtypes.py) is llama.cpp's converter's, with one type for all matrices, or one of llama-quantize's mixes
-(mixes.py). Tensors that stay F32 are named in the architecture's file (`f32` of a row), beside norms, vectors and
+(mix_rules.py). Tensors that stay F32 are named in the architecture's file (`f32` of a row), beside norms, vectors and
 whatever is not a weight. A policy chooses for the whole list of tensors at once, since mixes count.
 
 Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and measured on its output.
@@ -21,7 +21,8 @@ from gguf.constants import LlamaFileType
 
 from streamconv.errors import SourceError
 from streamconv.ggml.element_types import TYPES, VERIFIABLE
-from streamconv.ggml.mixes import MIXES, MixedTensor, MixOptions, ModelFacts, asked, choose_types, divisible
+from streamconv.ggml.mix_rules import asked, choose_types, divisible
+from streamconv.ggml.mixes import MIXES, MixedTensor, MixOptions, ModelFacts
 from streamconv.ggml.outtypes import AUTO, OUTTYPES, Outtype, canonical
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray
 from streamconv.gguf.names import spellings

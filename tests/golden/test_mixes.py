@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv.errors import SourceError, UsageError
-from streamconv.ggml import encode, mixes
+from streamconv.ggml import encode, mix_rules, mixes
 from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.mixes import MIXES, Choice, MixedTensor, MixOptions, ModelFacts
 from streamconv.lazy.scratch import Scratch
@@ -33,12 +33,12 @@ def chosen(model: Model, case: Case) -> dict[str, Choice]:
     keys = {f"{model.architecture}.{name}": value for name, value in model.keys.items()}
     facts = ModelFacts.of_keys({"general.architecture": model.architecture, **keys}.get)
     tensors = [MixedTensor(name, shape, mixed_models.type_of(shape)) for name, shape in model.tensors.items()]
-    return mixes.choose_types(MIXES[case.mix], tensors, facts, options=case.options, has_importance=case.weighted)
+    return mix_rules.choose_types(MIXES[case.mix], tensors, facts, options=case.options, has_importance=case.weighted)
 
 
 def is_refused(model: Model, case: Case, choices: dict[str, Choice]) -> bool:
     return any(
-        mixes.requires_importance(MIXES[case.mix], name, choice.type)
+        mix_rules.requires_importance(MIXES[case.mix], name, choice.type)
         and not (case.weighted and mixed_models.has_importance(name))
         for name, choice in choices.items()
     )
@@ -95,10 +95,10 @@ def test_a_layer_beyond_the_model_is_refused() -> None:
     facts = ModelFacts("llama", n_layers=2, n_experts=4, n_heads=8, n_kv_heads=2)
     for name in ("ffn_down.weight", "blk.2.ffn_up_exps.weight"):
         with pytest.raises(SourceError) as error:
-            mixes.choose_types(MIXES["q4_k_m"], [MixedTensor(name, (8, 256), mixed_models.BF16)], facts)
+            mix_rules.choose_types(MIXES["q4_k_m"], [MixedTensor(name, (8, 256), mixed_models.BF16)], facts)
         assert error.value.code == "mix-layer" and error.value.tensor == name
         pure = MixOptions(pure=True)
-        choices = mixes.choose_types(
+        choices = mix_rules.choose_types(
             MIXES["q4_k_m"], [MixedTensor(name, (8, 256), mixed_models.BF16)], facts, options=pure
         )
         assert choices[name].type == GGMLQuantizationType.Q4_K
@@ -113,7 +113,7 @@ def test_a_type_that_is_asked_for_must_divide_the_rows() -> None:
         MixOptions(output_type=GGMLQuantizationType.Q4_K, pure=True),
     ):
         with pytest.raises(UsageError) as error:
-            mixes.choose_types(MIXES["q8_0"], tensors, facts, options=options)
+            mix_rules.choose_types(MIXES["q8_0"], tensors, facts, options=options)
         assert error.value.code == "type-row"
 
 
