@@ -81,7 +81,8 @@ def add_draft(commands: Any) -> None:
         "draft",
         help="a starting recipe for an architecture that is not supported yet",
         description="Print a recipe module drafted from a checkpoint's names, shapes and config, with TODOs to settle.",
-        epilog="example:\n  streamconv draft Some-New-1B > streamconv/architectures/new.py\n\n"
+        epilog="example:\n  streamconv draft Some-New-1B > new.py\n"
+        "  streamconv convert Some-New-1B --recipe new.py\n\n"
         "docs/adding-an-architecture.md says how to go on.\n\n" + EXIT_CODES,
     )
     parser.add_argument("src", metavar="SRC", type=src_path, help="the checkpoint")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, Final
 
 from streamconv.budget import in_words
@@ -278,5 +279,7 @@ def _size(nbytes: int) -> str:
 def _say_totals(report: Report, verb: str) -> None:
     types = ", ".join(f"{total.n_tensors} {name}" for name, total in report.types.items())
     parts = f" and {len(report.outputs) - 1} more" if len(report.outputs) > 1 else ""
-    say(f"{verb} {report.output}{parts}: {_size(report.nbytes)}")
+    what, size = f"{verb} {report.output}{parts}:", _size(report.nbytes)
+    is_wide = sys.stdout.isatty() and len(what) + len(size) >= get_terminal_size().columns
+    say(f"{what}\n  {size}" if is_wide else f"{what} {size}")
     say(f"{report.architecture}, {report.n_tensors} tensors ({types})")

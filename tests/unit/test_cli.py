@@ -26,7 +26,7 @@ from streamconv.cli.output import _is_ascii, next_command
 from streamconv.cli.parser import build_parser
 from streamconv.recipe.registry import all_recipes
 from streamconv.report import Output, Report
-from tests import tiny
+from tests import terminal, tiny
 from tests.tools import cli_docs
 
 COMMANDS = ("convert", "lora", "quantize", "verify", "batch", "inspect", "quants", "architectures", "draft")
@@ -487,3 +487,11 @@ def test_an_interrupted_comparison_says_how_far_it_was(tmp_path: Path) -> None:
         streamconv.verify(out, source, progress=stop)
     (note,) = caught.value.__notes__
     assert note.endswith(" were compared") and not note.startswith("0 bytes of 0")
+
+
+def test_a_dry_run_fits_80_columns(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "A-Checkpoint-With-A-Name-That-Is-Rather-Long")
+    command = [sys.executable, "-m", "streamconv", "convert", str(source), "--dry-run"]
+    code, text = terminal.run(command, tmp_path)
+    assert code == 0
+    assert [line for line in terminal.rendered(text) if len(line) > 80] == []

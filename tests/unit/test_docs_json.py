@@ -124,6 +124,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
         "batch: a line for each job that ends": union(*finished),
         "batch --dry-run": union(*planned),
         "quants": union(*say("quants", source, "--json"), *say("quants", scaled, "--json")),
+        "architectures": union(*say("architectures", "--json")),
         "OUT.manifest.json": union(json.loads((folder / "m.gguf.manifest.json").read_text())),
     }
 
