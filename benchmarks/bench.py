@@ -169,6 +169,10 @@ class Bench:
             *(0, got.exit_code, got.timeline),
         )
 
+    def add(self, sample: Sample) -> None:
+        """A sample that a case took by itself."""
+        self._record(sample, may_fail=False)
+
     def _record(self, sample: Sample, may_fail: bool) -> None:
         self.samples.append(sample)
         print(

@@ -2,7 +2,7 @@
 
 However the run ends, its measurements are kept. Options take their defaults from the environment, where
 `make bench MODELS="350m 1.2b"` puts them: MODELS, OUTTYPES, PAIRS, SPARSE, CASES, BENCH_HOST, BENCH_CACHE, LLAMA_CPP,
-LLAMA_CPP_PYTHON, EARLIER, CACHES.
+LLAMA_CPP_PYTHON, LLAMA_QUANTIZE_PYTHON, EARLIER, CACHES.
 """
 
 from __future__ import annotations

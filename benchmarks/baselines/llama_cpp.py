@@ -8,6 +8,7 @@ synthetic vocabulary has no known hash; the text is still tokenised, only the an
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from benchmarks.converters import Converter
 
 _SHIM = Path(__file__).with_name("llama_cpp_shim.py")
 SCRIPT = "convert_hf_to_gguf.py"
+NAME = "llama.cpp"
+_QUANTIZER = Path(__file__).parents[2] / "tests" / "tools" / "quantize.py"
+_N_THREADS = 2
 
 
 def python() -> Path:
@@ -39,4 +43,26 @@ def converter() -> Converter | None:
     def command(src: Path, dst: Path, outtype: str) -> list[str]:
         return [str(python()), str(_SHIM), str(script), str(src), "--outfile", str(dst), "--outtype", outtype]
 
-    return Converter("llama.cpp", command)
+    return Converter(NAME, command)
+
+
+def pipeline() -> Converter | None:
+    """The converter to BF16, then llama-quantize on what it made, into a folder that holds both.
+
+    None unless LLAMA_CPP is set, and LLAMA_QUANTIZE_PYTHON names a Python with llama-cpp-python.
+
+    Raises FileNotFoundError as `converter` does.
+    """
+    first, quantizer = converter(), os.environ.get("LLAMA_QUANTIZE_PYTHON")
+    if first is None or not quantizer:
+        return None
+    if shutil.which(Path(quantizer).expanduser()) is None:
+        raise FileNotFoundError(f"LLAMA_QUANTIZE_PYTHON={quantizer} is no program")
+
+    def command(src: Path, dst: Path, outtype: str) -> list[str]:
+        whole, small = dst / "bf16.gguf", dst / f"{outtype}.gguf"
+        second = [str(Path(quantizer).expanduser()), "-P", str(_QUANTIZER), str(whole), str(small), outtype.upper()]
+        both = f"{shlex.join(first.command(src, whole, 'bf16'))} && {shlex.join([*second, str(_N_THREADS)])}"
+        return ["sh", "-c", f"mkdir {shlex.quote(str(dst))} && {both}"]
+
+    return Converter(NAME, command)

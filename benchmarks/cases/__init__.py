@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from benchmarks.bench import Bench, Sample
-from benchmarks.cases import cgroup, convert, earlier, memory, merge, per_tensor, reads, startup, vocabulary
+from benchmarks.cases import (
+    cgroup,
+    convert,
+    earlier,
+    kernels,
+    memory,
+    merge,
+    per_tensor,
+    quantise,
+    reads,
+    startup,
+    vocabulary,
+)
 from benchmarks.summary import Row, succeeded
 
 
@@ -22,7 +34,19 @@ class Case(Protocol):
     def rows(self, samples: Sequence[Sample]) -> list[Row]: ...
 
 
-CASES: tuple[Case, ...] = (startup, convert, earlier, reads, merge, memory, vocabulary, per_tensor, cgroup)
+CASES: tuple[Case, ...] = (
+    startup,
+    convert,
+    earlier,
+    reads,
+    merge,
+    memory,
+    vocabulary,
+    per_tensor,
+    cgroup,
+    quantise,
+    kernels,
+)
 
 
 def rows(samples: Sequence[Sample]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""llama.cpp's quantizer, as a program: `PYTHON -P tests/tools/quantize.py SRC.gguf DST.gguf Q4_K_M`, or many at once.
+"""llama.cpp's quantizer, as a program: `PYTHON -P tests/tools/quantize.py SRC.gguf DST.gguf Q4_K_M [THREADS]`, or many.
 
 Runs under a Python that has llama-cpp-python, which pip builds from source in a quarter of an hour: the engine of
 llama-quantize is a function of its library. Imports nothing else; -P keeps the neighbour of that name out of the way.
@@ -39,7 +39,7 @@ def quantize(src: str, dst: str, ftype: int, **options: Any) -> int:
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = ftype
-    params.nthread = 1
+    params.nthread = options.get("threads", 1)
     params.pure = options.get("pure", False)
     params.allow_requantize = options.get("allow_requantize", False)
     params.quantize_output_tensor = not options.get("leave_output", False)
@@ -71,8 +71,9 @@ def main(*arguments: str) -> int:
         llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
         print(json.dumps([quantize(**job) for job in json.loads(Path(arguments[0]).read_text())]))
         return 0
-    src, dst, ftype = arguments
-    return quantize(src, dst, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}"))
+    src, dst, ftype, *threads = arguments
+    options = {"threads": int(threads[0])} if threads else {}
+    return quantize(src, dst, getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}"), **options)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)

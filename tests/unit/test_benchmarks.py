@@ -23,7 +23,7 @@ from benchmarks import cases, machine, plots, run, summary, vocabulary
 from benchmarks import sample as sample_module
 from benchmarks.baselines import llama_cpp
 from benchmarks.bench import Bench, BenchError, Sample, Settings
-from benchmarks.cases import cgroup, convert, earlier, memory, merge, per_tensor, reads, startup
+from benchmarks.cases import cgroup, convert, earlier, kernels, memory, merge, per_tensor, quantise, reads, startup
 from benchmarks.converters import Converter
 from benchmarks.sample import Point, measure
 from benchmarks.shapes import SHAPES, checkpoint, shard_paths, tensors_of
@@ -40,6 +40,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "CASES",
         "LLAMA_CPP",
         "LLAMA_CPP_PYTHON",
+        "LLAMA_QUANTIZE_PYTHON",
         "BENCH_CACHE",
         "EARLIER",
         "CACHES",
@@ -580,3 +581,55 @@ def test_an_interrupted_measurement_leaves_no_process(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         measure(["sleep", "600"], tmp_path / "log")
     assert psutil.Process().children(recursive=True) == others
+
+
+def test_quantising_is_held_against_all_three() -> None:
+    """Whose walls are 6, 2, 4 and 60 seconds; peaks of three models lie 5 MiB apart."""
+    timed = [
+        sample(name, wall=wall, case=quantise.NAME, outtype="q4_k_m", output_nbytes=nbytes)
+        for name, wall, nbytes in (
+            *(("streamconv", 6.0, 7 * 10**8), ("cp", 4.0, 23 * 10**8)),
+            *((quantise.OWN_BF16.name, 2.0, 23 * 10**8), ("llama.cpp", 60.0, 30 * 10**8)),
+        )
+    ]
+    peaks = [
+        sample("streamconv", case=quantise.MEMORY, model=model, outtype="q4_k_m", peak_mib=peak)
+        for model, peak in (("350m", 80.0), ("1.2b", 83.0), ("8b-a1b", 85.0))
+    ]
+    found = {(row.figure, row.what, row.model): (row.value, row.bar) for row in quantise.rows([*timed, *peaks])}
+    ours = ("streamconv", "1.2b")
+    assert found["wall / cp", *ours] == (1.5, 3.0)
+    assert found["wall / own bf16", *ours] == (3.0, 4.5)
+    assert found["wall / llama.cpp", *ours] == (pytest.approx(0.1), 0.125)
+    assert found["MB on disk", "llama.cpp", "1.2b"] == (3000, None)
+    assert found["peak MiB", *ours] == (83.0, 96)
+    assert found["peaks apart, MiB", "streamconv", "3 models"] == (5.0, 8)
+
+
+def test_kernels_are_held_against_ggml() -> None:
+    samples = [
+        sample(name, wall=wall, case=kernels.NAME, model="", outtype=f"Q4_K {kind}", cache="any")
+        for kind in kernels.KINDS
+        for name, wall in (("c", 5.0), ("numpy", 100.0), ("ggml", 40.0))
+    ]
+    found = {(row.outtype, row.what, row.figure): row for row in kernels.rows(samples)}
+    for kind in kernels.KINDS:
+        row = found[f"Q4_K {kind}", "c", "time / ggml"]
+        assert (row.value, row.bar) == (0.125, pytest.approx(1 / 7))
+        assert found[f"Q4_K {kind}", "numpy", "Melem/s"].value == 10
+
+
+def test_the_pipeline_of_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert llama_cpp.pipeline() is None
+    (tmp_path / llama_cpp.SCRIPT).touch()
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert llama_cpp.pipeline() is None
+    monkeypatch.setenv("LLAMA_QUANTIZE_PYTHON", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError):
+        llama_cpp.pipeline()
+    monkeypatch.setenv("LLAMA_QUANTIZE_PYTHON", sys.executable)
+    made = llama_cpp.pipeline()
+    assert made is not None
+    command = made.command(tmp_path / "a b", tmp_path / "out", "q4_k_m")
+    assert measure(command, tmp_path / "log").exit_code == 1  # there is no llama.cpp in that folder
+    assert (tmp_path / "out").is_dir()
