@@ -46,6 +46,26 @@ JAIS2 = _either(_CONTRACTION, _WORD, r"\p{N}{1,3}", _PUNCTUATION, r"\s*[\r\n]+",
 MINICPM5 = _either(_CONTRACTION, _WORD, r"\p{N}+", _PUNCTUATION, _BLANK)
 O200K = _either(*(f"{word}{_CONTRACTION}?" for word in _CASED), r"\p{N}{1,3}", _PUNCTUATION_SLASH, _BLANK)
 TEKKEN = _either(*_CASED, r"\p{N}", _PUNCTUATION_SLASH, _BLANK)
+BAILINGMOE = _either(
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"[^\r\n\p{L}\p{N}]?+\p{L}+",
+    r"\p{N}",
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*",
+    r"\s*[\r\n]",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+EXAONE_MOE = _either(
+    _CONTRACTION,
+    r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+",
+    r"\p{N}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]?",
+    r"\s*[\r\n]",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+THREE_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"  # from the right, as a number is written
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 DEEPSEEK_V3 = _either(
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
     "[^\r\n" + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
@@ -93,9 +113,19 @@ PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
     ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS): (
         Runtime("deepseek-coder", differs="beside spaces that are not ASCII"),
     ),
-    (O200K,): tuple(
-        Runtime(name, differs="at combining marks") for name in ("gpt-4o", "llama4", "minimax-m2", "kanana2")
+    (O200K,): (
+        *(Runtime(name, differs="at combining marks") for name in ("gpt-4o", "llama4", "minimax-m2", "kanana2")),
+        Runtime("granite-embed-multi-97m", True),
     ),
+    (THREE_DIGITS, O200K): tuple(
+        Runtime(name, differs="at digits before letters and at words such as iPhone")
+        for name in ("tiny_aya", "cohere2moe")
+    ),
+    (BAILINGMOE,): tuple(Runtime(name) for name in ("bailingmoe", "bailingmoe2", "llada-moe")),
+    (EXAONE_MOE,): (Runtime("exaone-moe"),),
+    (r"\p{N}+", r"(?=(\d{3})+(?!\d))"): (Runtime("superbpe", differs="at digits of other scripts"),),
+    (BLOOM,): tuple(Runtime(name) for name in ("bloom", "poro-chat", "gpt3-finnish")),
+    (BLOOM, DIGITS): (Runtime("viking"),),
     (TEKKEN,): (Runtime("tekken", True, differs="at combining marks"),),
 }
 
