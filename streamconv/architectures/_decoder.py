@@ -97,14 +97,19 @@ def experts(
 
     stacked one by one, as mlx-lm names them (models/switch_layers.py).
     """
-    source, gate, down, up = LAYER + prefix, *(f"{BLOCK}ffn_{part}_exps.weight" for part in ("gate", "down", "up"))
+    targets = [f"{BLOCK}ffn_{part}_exps.weight" for part in ("gate", "down", "up")]
     shapes = (f"{width} H", f"H {width}", f"{width} H")
     one_by_one = [
-        Tensor(f"{source}experts.{{e}}.{name}.weight", target, shape, only=only)
-        for name, target, shape in zip(names.split(), (gate, down, up), shapes, strict=True)
+        Tensor(f"{LAYER}{prefix}experts.{{e}}.{name}.weight", target, shape, only=only)
+        for name, target, shape in zip(names.split(), targets, shapes, strict=True)
     ]
+    return (*one_by_one, *stacked_experts(prefix, width, only=only))
+
+
+def stacked_experts(prefix: str = "mlp.", width: str = "M", *, only: str = "") -> tuple[Tensor, ...]:
+    """A stack of experts as `experts`, in its two forms that are stacked already."""
+    source, gate, down, up = LAYER + prefix, *(f"{BLOCK}ffn_{part}_exps.weight" for part in ("gate", "down", "up"))
     return (
-        *one_by_one,
         Tensor(source + "experts.gate_up_proj", gate, f"E 2*{width} H", (Split(0, 2),), only),
         Tensor(source + "experts.gate_up_proj", up, f"E 2*{width} H", (Split(1, 2),), only),
         Tensor(source + "experts.down_proj", down, f"E H {width}", only=only),

@@ -38,6 +38,7 @@ RECIPE = Recipe(
         *decoder.router("block_sparse_moe.gate"),
         Tensor(LAYER + "block_sparse_moe.e_score_correction_bias", BLOCK + "exp_probs_b.bias", "E"),
         *decoder.experts("block_sparse_moe.", "F", names="w1 w2 w3"),
+        *decoder.stacked_experts("mlp.", "F"),  # as transformers 5 names them in memory, and so in adapters
         decoder.OUTPUT_NORM,
         decoder.OWN_HEAD,
     ),

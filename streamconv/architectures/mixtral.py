@@ -26,6 +26,7 @@ RECIPE = Recipe(
         *decoder.norm("post_attention_layernorm", "ffn_norm"),
         *decoder.router("block_sparse_moe.gate"),
         *decoder.experts("block_sparse_moe.", "F", names="w1 w2 w3"),
+        *decoder.stacked_experts("mlp.", "F"),  # as transformers 5 names them in memory, and so in adapters
         decoder.OUTPUT_NORM,
         decoder.HEAD,
     ),
