@@ -47,7 +47,7 @@ test: $(VENV)/.ready ## the tests (no torch)
 test-all: $(VENV)/.ready ## the tests, those that take minutes included
 	$(BIN)/pytest -q -m "not parity"
 
-parity: .venv-parity/.ready ## against live llama.cpp converters, transformers and PEFT (downloads torch)
+parity: .venv-parity/.ready ## against live llama.cpp converters, transformers and PEFT, on published weights too (downloads torch and 1 GB of models; an hour): FAMILIES="qwen3 gemma3"
 	.venv-parity/bin/pytest -q -m parity tests/parity
 
 fuzz: $(VENV)/.ready ## every parser on mutated files: SECONDS_PER_TARGET=60, or EXECUTIONS=100000 of each, TARGET=gguf SEED=7

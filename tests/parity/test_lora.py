@@ -19,7 +19,7 @@ from streamconv.files.strict_json import load_object
 from streamconv.lora.config import read_lora_config
 from tests import tiny
 from tests.oracles import reference, runtime
-from tests.tools import smollm2
+from tests.tools import published
 
 pytestmark = pytest.mark.parity
 
@@ -129,7 +129,7 @@ def test_scales_are_pefts(tmp_path: Path, llama: Path, name: str) -> None:
 
 def test_a_real_model_predicts_what_peft_does(tmp_path: Path) -> None:
     """SmolLM2-135M with its published weights, an adapter with every kind of scale, the whole path."""
-    checkpoint = smollm2.checkpoint()
+    checkpoint = published.checkpoint("smollm2-135m-instruct")
     adapter = tiny.peft_adapter(
         tmp_path / "adapter", checkpoint, r=6, rslora=True, rank_pattern={"q_proj": 10}, alpha_pattern={"o_proj": 5}
     )

@@ -14,7 +14,7 @@ from tests.tiny.files import (
     write_shards,
 )
 from tests.tiny.models import lfm2, lfm2moe, llama
-from tests.tiny.tokenizer import N_BPE_TOKENS, N_SPM_TOKENS, PRE_TOKENIZERS, write_bpe, write_spm
+from tests.tiny.tokenizer import N_BPE_TOKENS, N_SPM_TOKENS, PRE_TOKENIZERS, sentencepiece_model, write_bpe, write_spm
 
 __all__ = [
     "ABSENT",
@@ -30,6 +30,7 @@ __all__ = [
     "noise",
     "peft_adapter",
     "read_safetensors",
+    "sentencepiece_model",
     "tensors_of",
     "variants",
     "write_bpe",

@@ -173,7 +173,7 @@ def write_spm(
         scores = [0.0] * (3 + 256) + [-float(index) for index in range(len(pieces) + len(characters))]
         kinds = [_UNKNOWN, _CONTROL, _CONTROL] + [_BYTE] * 256 + [_NORMAL] * (len(pieces) + len(characters))
         scores, kinds = scores + [0.0] * len(own), kinds + [_USER_DEFINED] * len(own)
-        (directory / "tokenizer.model").write_bytes(_sentencepiece_model(tokens, scores, kinds, prefix))
+        (directory / "tokenizer.model").write_bytes(sentencepiece_model(tokens, scores, kinds, prefix))
     if fast:
         _write_json(directory / "tokenizer.json", _spm_tokenizer_json(tokens, merges, prefix, own))
     _write_companions(
@@ -292,7 +292,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _MODEL_TYPE_BPE = 2
 
 
-def _sentencepiece_model(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], prefix: bool) -> bytes:
+def sentencepiece_model(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int], prefix: bool) -> bytes:
     pieces = b"".join(
         _field(1, _field(1, token.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", score) + _number(3, kind))
         for token, score, kind in zip(tokens, scores, kinds, strict=True)

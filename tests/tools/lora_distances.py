@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import streamconv
 from tests import cases, tiny
 from tests.oracles import runtime
-from tests.tools import llama_cpp, smollm2
+from tests.tools import llama_cpp, published
 
 ROOM = 8 << 30  # torch may be in this process
 REAL_PROMPT = "The fastest way to the sea is"
@@ -81,7 +81,7 @@ def real(scratch: Path) -> Iterator[Row]:
     """A plain adapter and an rsLoRA on SmolLM2-135M-Instruct."""
     from tests.oracles import reference
 
-    checkpoint, base = smollm2.checkpoint(), scratch / "base.gguf"
+    checkpoint, base = published.checkpoint("smollm2-135m-instruct"), scratch / "base.gguf"
     streamconv.convert(checkpoint, base, outtype="f32", max_memory=ROOM)
     ids = runtime.tokenize(base, REAL_PROMPT)
     for name, is_rslora in (("SmolLM2-135M, LoRA", False), ("SmolLM2-135M, rsLoRA", True)):
