@@ -18,6 +18,7 @@ from streamconv.ggml.encode import REFERENCE, Kernel
 from streamconv.lazy.dtype import F32, F64, FLOATS
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 from streamconv.lazy.scratch import padded_nbytes
+from streamconv.lazy.views import CutColumns, slice_columns
 
 FLOAT64_PIECE = 1 << 15  # float64 numbers at a time: they stay in a core's second-level cache
 
@@ -177,6 +178,12 @@ class AddProduct(InPlace):
     @property
     def least_rows(self) -> int:
         return max(self.parents[0].least_rows, self.parents[2].spec.n_rows)
+
+    def columns(self, columns: range) -> LazyTensor | None:
+        """The same numbers: the products of an element are summed in their order, whatever is beside it."""
+        parent, left, right = self.parents
+        some = parent.columns(columns)
+        return None if some is None else AddProduct(some, left, slice_columns(right, columns), float(self.scale))
 
     def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         return codecs.product_scratch_nbytes(n_rows, self.spec.n_columns, kernel)
@@ -347,6 +354,12 @@ class ColumnMagnitudes(InPlace):
 
     def largest(self, n_rows: int) -> Iterator[Step]:
         return self.needs(range(min(n_rows, self.spec.n_rows)))
+
+    def columns(self, columns: range) -> LazyTensor | None:
+        """Whose factors are made of all columns, once."""
+        parent, factors = self.parents
+        some = parent.columns(columns)
+        return None if some is None else self._over([some, CutColumns(factors, columns)])
 
     def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
         with work.stopwatch.time("merge"):

@@ -116,21 +116,29 @@ class Transpose(LazyTensor):
         self.spec = TensorSpec((*stack, n_columns, n_rows), parent.spec.dtype)
         self.parents = (parent,)
         self._n_rows, self._n_columns = n_rows, n_columns  # of each matrix of the parent
-        self._step = max(1, TRANSPOSE_PIECE_NBYTES // parent.spec.row_nbytes)
         self._has_columns = parent.columns(range(1)) is not None
+        # How many rows of the parent at a time, whole ones and runs of them.
+        self._steps = tuple(
+            max(1, parent.least_rows, TRANSPOSE_PIECE_NBYTES // nbytes)
+            for nbytes in (parent.spec.row_nbytes, min(parent.spec.row_nbytes, TRANSPOSE_RUN_NBYTES))
+        )
 
     def needs(self, rows: range) -> Iterator[Step]:
         for matrix in range(rows.start // self._n_columns, -(-rows.stop // self._n_columns)):
             columns = self._columns_of(matrix, rows)
             parent = self._parent_of(columns)
-            for start in range(0, self._n_rows, self._step):
+            step = self._steps[parent is not self.parents[0]]
+            for start in range(0, self._n_rows, step):
                 first = matrix * self._n_rows + start
-                yield (Piece(parent, range(first, first + min(self._step, self._n_rows - start))),)
+                yield (Piece(parent, range(first, first + min(step, self._n_rows - start))),)
 
     def largest(self, n_rows: int) -> Iterator[Step]:
-        piece_rows = range(min(self._step, self._n_rows))
-        yield (Piece(self.parents[0], piece_rows),)
-        yield (Piece(self._parent_of(range(min(n_rows, self._n_columns))), piece_rows),)
+        whole, run = (range(min(step, self._n_rows)) for step in self._steps)
+        widest = min(n_rows, (self._n_columns - 1) // 2)  # of those that are not half of the columns
+        if not self._has_columns or not widest or 2 * n_rows >= self._n_columns:
+            yield (Piece(self.parents[0], whole),)
+        if self._has_columns and widest:
+            yield (Piece(self._parent_of(range(widest)), run),)
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
         (piece,) = step

@@ -305,6 +305,18 @@ def transpose_of_sum(data: Draw) -> Made:
     return Transpose(PlusConstant(Scale(tensor, 3), 0.5)), (widened(array) * np.float32(3) + np.float32(0.5)).T
 
 
+def transpose_of_product(data: Draw) -> Made:
+    tensor, total = factors_of(data)
+    return Transpose(tensor), total.T
+
+
+def transpose_of_magnitudes(data: Draw) -> Made:
+    tensor, _ = factors_of(data)
+    vector, _ = floats(data, (tensor.spec.n_columns,))
+    scaled = ColumnMagnitudes(tensor, vector)
+    return Transpose(scaled), rows_of(scaled, range(scaled.spec.n_rows)).view("<f4").reshape(scaled.spec.shape).T
+
+
 def factors_of(data: Draw) -> tuple[LazyTensor, NDArray[np.float64]]:
     rows, columns, rank = size(data, 12), size(data, 9), size(data, 5)
     made = [floats(data, shape) for shape in ((rows, columns), (rows, rank), (columns, rank))]
@@ -400,6 +412,8 @@ LOOSE = (
     pairs_of_transpose,
     transpose_of_pairs,
     transpose_of_sum,
+    transpose_of_product,
+    transpose_of_magnitudes,
     index_rows,
     alternating_rows,
 )
@@ -559,6 +573,35 @@ def test_columns_in_turns_are_read_once(
     assert np.concatenate(found).tobytes() == array.T[1::2].tobytes()
     assert isinstance(tensor.file, File)
     assert tensor.file.n_read <= array.nbytes and tensor.file.n_calls <= 70_000
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_transpose_of_what_is_merged_reads_its_source_once_or_twice(
+    monkeypatch: pytest.MonkeyPatch, scaled: bool, in_turns: bool
+) -> None:
+    """As experts that an adapter changes and that are stored transposed; the bits are those of whole rows."""
+    monkeypatch.undo()
+    from streamconv.engine.layout import slab_rows
+
+    shapes = ((1536, 3000), (1536, 16), (16, 3000))
+    made = [source_of(array_of(shape, BF16, seed), BF16) for seed, shape in enumerate(shapes)]
+    (w, left, right), (weight, _, factor) = zip(*made, strict=True)
+    tensor: LazyTensor = AddProduct(w, left, right, 0.7)
+    if scaled:
+        tensor = ColumnMagnitudes(tensor, source_of(array_of((3000,), F32, 4), F32)[0])
+    if in_turns:
+        tensor = IndexColumns(tensor, np.arange(1, 3000, 2))
+    n_rows, n_columns = tensor.spec.shape
+    expected = rows_of(tensor, range(n_rows)).view("<u4").reshape(n_rows, n_columns).T
+    encoded = Encode(Transpose(tensor), "made", T.F32)
+    step = slab_rows(encoded)
+    assert isinstance(w.file, File) and isinstance(right.file, File)
+    w.file.n_read = right.file.n_read = 0
+    parts = [rows_of(encoded, range(at, min(at + step, n_columns))) for at in range(0, n_columns, step)]
+    assert np.concatenate(parts).tobytes() == expected.tobytes()
+    assert len(parts) > 4
+    assert w.file.n_read <= 2 * weight.nbytes and right.file.n_read <= 2 * weight.nbytes, factor.nbytes
 
 
 def test_a_transpose_of_a_transpose_is_what_it_was() -> None:
