@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from streamconv.ggml import encode as codecs
 from streamconv.ggml.encode import REFERENCE, Kernel
 from streamconv.lazy.dtype import F32, F64, FLOATS
+from streamconv.lazy.indexing import CutColumns, slice_columns
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 from streamconv.lazy.scratch import padded_nbytes
-from streamconv.lazy.views import CutColumns, slice_columns
 
 FLOAT64_PIECE = 1 << 15  # float64 numbers at a time: they stay in a core's second-level cache
 

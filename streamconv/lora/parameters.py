@@ -18,8 +18,9 @@ import numpy as np
 
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import RunWarning
+from streamconv.lazy.indexing import IndexColumns
 from streamconv.lazy.node import LazyTensor
-from streamconv.lazy.views import IndexColumns, Reshape, Stack, Transpose
+from streamconv.lazy.views import Reshape, Stack, Transpose
 from streamconv.lora.base import BaseModel, Slot
 from streamconv.lora.config import LoraConfig, Problem
 from streamconv.recipe.spelling import Speller

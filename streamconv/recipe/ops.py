@@ -11,7 +11,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.lazy import arithmetic, dtype, views
+from streamconv.lazy import arithmetic, dtype, indexing, views
 from streamconv.lazy.node import LazyTensor, TensorSpec
 from streamconv.recipe.dims import parse_extent, parse_shape
 from streamconv.recipe.operation import N_EXPERTS, CannotAdapt, Extents, Op
@@ -102,7 +102,7 @@ class Rows(_Indexed):
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         index = self.index(model)
-        return parent if index is None else views.rows_in_order(parent, index)
+        return parent if index is None else indexing.rows_in_order(parent, index)
 
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
         return self.node(b, model)
@@ -117,7 +117,7 @@ class Columns(_Indexed):
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         index = self.index(model)
-        return parent if index is None else views.IndexColumns(parent, index)
+        return parent if index is None else indexing.IndexColumns(parent, index)
 
     def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
         return self.node(a, model)
@@ -162,7 +162,7 @@ class Split(Op):
         shape = parent.spec.shape
         if self.of_columns:
             start, size = self.bounds(parent.spec.n_columns, model)
-            return views.IndexColumns(parent, np.arange(start, start + size))
+            return indexing.IndexColumns(parent, np.arange(start, start + size))
         period = shape[-2] if len(shape) > 1 else shape[0]
         start, size = self.bounds(period, model)
         block = views.RowBlocks(parent, period, start, size)
@@ -202,7 +202,7 @@ class Interleaved(Op):
         if extent % self.count:
             raise ValueError(f"{extent} do not come in turns of {self.count}")
         index = np.arange(self.index, extent, self.count)
-        return views.IndexColumns(parent, index) if self.of_columns else views.rows_in_order(parent, index)
+        return indexing.IndexColumns(parent, index) if self.of_columns else indexing.rows_in_order(parent, index)
 
     def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
         return self.node(a, model) if self.of_columns else a

@@ -20,7 +20,7 @@ from streamconv.ggml.blocks import quantize_rows
 from streamconv.ggml.element_types import BLOCKS, TYPES
 from streamconv.ggml.encode import REFERENCE, best_kernel
 from streamconv.ggml.rows import Encode
-from streamconv.lazy import arithmetic, leaves, views
+from streamconv.lazy import arithmetic, indexing, leaves, views
 from streamconv.lazy.arithmetic import (
     AddProduct,
     ColumnFactors,
@@ -34,24 +34,19 @@ from streamconv.lazy.arithmetic import (
     Widen,
 )
 from streamconv.lazy.dtype import BF16, F16, F32, F64, I32, U8, Dtype
+from streamconv.lazy.indexing import CutColumns, IndexColumns, IndexRows, rows_in_order, slice_columns
 from streamconv.lazy.leaves import Generated, Resident, Source, SourceColumns, Zeros
 from streamconv.lazy.node import Bytes, LazyTensor, TensorSpec, Workspace, description, peak_nbytes, read, read_lent
 from streamconv.lazy.scratch import Scratch
 from streamconv.lazy.views import (
     Concatenate,
-    CutColumns,
-    IndexColumns,
-    IndexRows,
     PairHalves,
     Reflow,
     Reshape,
     RowBlocks,
     Stack,
     Transpose,
-    every_nth_row,
     matrix_of,
-    rows_in_order,
-    slice_columns,
     transposed,
 )
 from tests.property.test_graph import pair_halves, widened
@@ -257,13 +252,6 @@ def index_rows(data: Draw) -> Made:
     return IndexRows(tensor, index), np.take(array, index, axis=0 if len(shape) == 1 else -2)
 
 
-def alternating_rows(data: Draw) -> Made:
-    n, each, columns = size(data, 4), size(data), data.draw(st.sampled_from([1, 3, 200]))
-    start = data.draw(st.integers(0, n - 1))
-    tensor, array = stored(data, (2, n * each, columns))
-    return every_nth_row(tensor, n, start), array[:, start::n]
-
-
 def index_columns(data: Draw) -> Made:
     rows, columns = matrix(data)
     index = data.draw(st.lists(st.integers(0, columns - 1), min_size=1, max_size=12))
@@ -398,7 +386,7 @@ def encode_blocks(data: Draw) -> Made:
 
 MAKERS: tuple[Callable[[Draw], Made], ...] = (
     source, source_columns, resident, zeros, generated, reshape, reflow, transpose, pairs, pairs_of_transpose,
-    transpose_of_pairs, concatenate, stack, row_blocks, index_rows, alternating_rows, index_columns, cut_columns,
+    transpose_of_pairs, concatenate, stack, row_blocks, index_rows, index_columns, cut_columns,
     widen, scale, plus_constant, neg_exp, transpose_of_sum, add_product, row_magnitudes, column_squares,
     column_factors, column_magnitudes, once, encode, encode_with_weights, encode_blocks,
 )  # fmt: skip
@@ -415,7 +403,6 @@ LOOSE = (
     transpose_of_product,
     transpose_of_magnitudes,
     index_rows,
-    alternating_rows,
 )
 
 
@@ -435,7 +422,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_node_class_has_a_maker() -> None:
-    modules = (leaves, views, arithmetic)
+    modules = (leaves, views, indexing, arithmetic)
     classes = {
         found
         for module in modules
@@ -650,7 +637,6 @@ def test_descriptions_tell_tensors_apart() -> None:
         lambda one: IndexColumns(one, [-1]),
         lambda one: CutColumns(one, range(3, 5)),
         lambda one: Reflow(one, (5, 5)),
-        lambda one: every_nth_row(one, 4, 0),
         lambda one: Concatenate([one, source_of(array_of((6, 5), F32, 1), F32)[0]]),
         lambda one: Widen(source_of(array_of((6, 5), U8, 1), U8)[0]),
         lambda one: Encode(one, "made", T.F16, Resident(np.ones((5, 4), np.float32))),

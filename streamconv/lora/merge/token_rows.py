@@ -9,8 +9,9 @@ import numpy as np
 
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.lazy.arithmetic import widened
+from streamconv.lazy.indexing import IndexRows
 from streamconv.lazy.node import LazyTensor
-from streamconv.lazy.views import Concatenate, IndexRows
+from streamconv.lazy.views import Concatenate
 from streamconv.lora.config import LoraConfig
 from streamconv.lora.merge.weights import Finding, Step, Weights, finding, has_own_head, is_stored
 from streamconv.lora.specs import Adapter
