@@ -85,7 +85,7 @@ def quantize(name: str, python: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         src = build.write_checkpoint(name, scratch / name)
-        plain = llama_cpp.convert_all(src, scratch, ["f32"], pre=family.pre)["f32"]
+        plain = _converted(family, src, scratch)["f32"]
         script = Path(quantizer.__file__)
         subprocess.run([python, "-P", script, plain, scratch / "q4.gguf", "Q4_K_M"], check=True, capture_output=True)
         tensors = ggufs.read(scratch / "q4.gguf").golden()["tensors"]
@@ -201,7 +201,7 @@ def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.fl
     change = _between(name, logits[0], logits[1])
     assert change > 1e-5, f"the adapter changes next to nothing: {change}"
     kept = np.stack(logits).astype(np.float32)
-    made = llama_cpp.convert_all(src, scratch, cases.OUTTYPES, pre=family.pre)
+    made = _converted(family, src, scratch)
     record = {
         "digest": tiny.digest(src),
         "adapter_digest": tiny.digest(adapter),
@@ -217,6 +217,22 @@ def _references(name: str, scratch: Path) -> tuple[dict[str, Any], NDArray[np.fl
         record["image_kl"] = runtime.kl(_image_logits(src, reference.class_of(family.hf_name)), seen)
     record["adapter_kl"] = _adapter_distance(name, kept[1], made["f32"], adapter, src, scratch)
     return record, kept, seen
+
+
+def _converted(family: Family, src: Path, scratch: Path) -> dict[str, Path | str]:
+    """llama.cpp's file, or its error, of each outtype."""
+    if family.vectors is None or not family.vectors.dense:
+        return llama_cpp.convert_all(src, scratch, cases.OUTTYPES, pre=family.pre)
+    # Dense layers of EmbeddingGemma are written where that is asked for, and those of one run are kept for the next.
+    found: dict[str, Path | str] = {}
+    for outtype in cases.OUTTYPES:
+        dst = scratch / f"{outtype}.gguf"
+        try:
+            options = ["--sentence-transformers-dense-modules"]
+            found[outtype] = llama_cpp.convert(src, dst, outtype, pre=family.pre, options=options)
+        except llama_cpp.ConverterError as error:
+            found[outtype] = str(error)
+    return found
 
 
 def _outputs(family: Family, src: Path, adapter: Path | None, *, merge: bool = False) -> NDArray[np.float32]:

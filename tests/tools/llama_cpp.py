@@ -44,12 +44,14 @@ def source() -> Path:
     return target
 
 
-def convert(src: Path, dst: Path, outtype: str = "auto", *, pre: str | None = None) -> Path:
-    """`dst`, written by convert_hf_to_gguf.py from a checkpoint.
+def convert(
+    src: Path, dst: Path, outtype: str = "auto", *, pre: str | None = None, options: Sequence[str] = ()
+) -> Path:
+    """`dst`, written by convert_hf_to_gguf.py from a checkpoint, with further `options`.
 
     `pre` stands in for the pre-tokenizer's name, which llama.cpp knows by token ids of published vocabularies alone.
     """
-    return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--outtype", outtype])
+    return _run("convert_hf_to_gguf.py", pre, dst, [str(src), "--outtype", outtype, *options])
 
 
 def convert_all(

@@ -380,3 +380,65 @@ def test_what_files_leave_open_is_said(tmp_path: Path) -> None:
     text = families.checkpoint("qwen3-reranker", tmp_path / "Qwen3-Reranker-0.6B")
     (text / "modules.json").unlink()
     assert converted(text, tmp_path / "out.gguf")[1] == ["reranker-text"]
+
+
+# ---------------------------------------------------------------- EmbeddingGemma
+
+
+def gemma(folder: Path, *modules: Module, **config: Any) -> Path:
+    """A made EmbeddingGemma, with other modules where some are given."""
+    source = families.checkpoint("gemma-embedding", folder / "model")
+    if modules:
+        for path in source.glob("*/config.json"):
+            shutil.rmtree(path.parent)
+        as_retrieval(source, *modules)
+    return configured(source, **config)
+
+
+@pytest.mark.parametrize(
+    ("modules", "tensors"),
+    [
+        ((pooling("mean"),), set()),
+        ((pooling("cls"), dense(256, 256)), {"dense_2.weight"}),
+        ((pooling("mean"), dense(256, 96), dense(96, 256), NORMALIZE), {"dense_2.weight", "dense_3.weight"}),
+    ],
+)
+def test_dense_layers_of_gemma(tmp_path: Path, modules: tuple[Module, ...], tensors: set[str]) -> None:
+    file, _ = converted(gemma(tmp_path, *modules), tmp_path / "out.gguf")
+    assert {name for name in file.tensors if name.startswith("dense")} == tensors
+    sizes = {key.rpartition(".")[2]: file[key] for key in file.keys if "_feat_" in key}
+    shapes = {name.removesuffix(".weight"): file.tensors[name].shape for name in tensors}
+    assert sizes == {
+        f"{name}_feat_{side}": extent
+        for name, shape in shapes.items()
+        for side, extent in zip(("out", "in"), shape, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"use_bidirectional_attention": False}, "unrunnable"),
+        ({"use_bidirectional_attention": None}, "unrunnable"),
+        ({"query_pre_attn_scalar": 32}, "unrunnable"),
+        ({"layer_types": ["full_attention"] * 7}, "unrunnable"),
+        ({"sliding_window": None}, "unrunnable"),
+    ],
+)
+def test_gemmas_beyond_the_runtime(tmp_path: Path, config: dict[str, Any], code: str) -> None:
+    with raises(SourceError, code=code):
+        streamconv.convert(gemma(tmp_path, **config), tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    ("modules", "code"),
+    [
+        ((dense(256, 96),), "unrunnable"),
+        ((dense(256, 96), dense(96, 64)), "unrunnable"),
+        ((dense(256, 256, bias=True),), "module-unsupported"),
+        ((dense(256, 256), dense(256, 256), dense(256, 256)), "module-unsupported"),
+    ],
+)
+def test_dense_layers_beyond_gemmas_runtime(tmp_path: Path, modules: tuple[Module, ...], code: str) -> None:
+    with raises(SourceError, code=code):
+        streamconv.convert(gemma(tmp_path, pooling("mean"), *modules), tmp_path / "out.gguf")
