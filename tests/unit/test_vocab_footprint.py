@@ -14,6 +14,7 @@ import pytest
 
 from streamconv.errors import SourceError
 from streamconv.metadata.vocab import read_vocabulary, vocabulary_nbytes
+from streamconv.metadata.vocab.footprint import _strings_nbytes
 from tests.tiny import tokenizer as tiny
 from tests.tiny.tokenizer import _field
 from tests.vocab_cases import added, edit
@@ -126,6 +127,13 @@ def large_parts(directory: Path) -> int:
     return tiny.N_BPE_TOKENS
 
 
+def escaped_text(directory: Path) -> int:
+    """A string that is long, and has a quote in each piece of the file."""
+    tiny.write_bpe(directory, pre="llama-bpe")
+    edit(directory / "tokenizer.json", lambda value: value.update(normalizer={"type": "NFC", "map": '"' * 250_000}))
+    return tiny.N_BPE_TOKENS
+
+
 def sentencepiece_model(directory: Path) -> int:
     n_pieces = 20_000
     pieces = b"".join(_field(1, _field(1, f"▁{n}".encode())) for n in range(n_pieces))
@@ -171,6 +179,7 @@ SHAPES: dict[str, Callable[[Path], int]] = {
     "large companions": large_companions,
     "deep companions": deep_companions,
     "large parts": large_parts,
+    "escaped text": escaped_text,
     "tokenizer.model": sentencepiece_model,
     "tekken.json": tekken,
     "tekken.json of fillers": tekken_of_fillers,
@@ -204,6 +213,19 @@ def short_tokens(directory: Path, n_tokens: int) -> None:
     pre = json.dumps({"type": "ByteLevel", "add_prefix_space": False})
     model = f'{{"type":"BPE","vocab":{{{vocab}}},"merges":["1 0"]}}'
     (directory / "tokenizer.json").write_text(f'{{"pre_tokenizer":{pre},"model":{model}}}')
+
+
+@pytest.mark.parametrize("before", range(4))
+def test_the_longest_string_is_not_longer_than_found(tmp_path: Path, before: int) -> None:
+    """Wherever pieces end: between a backslash and its quote as well."""
+    for text in ("x" * 300_001, '"' * 200_001, '\\"' * 100_001, "\\" * 200_000):
+        path = tmp_path / "tokenizer.json"
+        raw = json.dumps({"a" * before: text, "b": "c"})
+        path.write_text(raw)
+        longest = _strings_nbytes(path)[2]
+        assert len(json.dumps(text)) - 2 <= longest <= len(raw) + 2 * (64 << 10)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({str(n): n for n in range(200_000)}))
+    assert _strings_nbytes(tmp_path / "tokenizer.json")[2] <= 2 * (64 << 10)
 
 
 def test_each_row_costs_what_is_declared_for_it(tmp_path: Path) -> None:

@@ -32,10 +32,12 @@ def write(directory: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_no_group_is_repeated_possessively() -> None:
+def test_no_group_that_can_match_in_two_ways_is_repeated_possessively() -> None:
     """Python before 3.11.5 gets that wrong (gh-106052), and none of the later ones would show it."""
+    assert STRING.count(b"*") == STRING.count(b"*+") and not re.search(rb"[|?{]", STRING.replace(b"(?:", b""))
     kinds = [kind for kind in vars(tokenizer_json).values() if isinstance(kind, EntryKind)]
     patterns = [json_stream._PLAIN.pattern, *(kind.run.pattern for kind in kinds)]
+    patterns = [text.replace(STRING, b"STRING") for text in patterns]
     assert len(patterns) > 4
     assert not [text for text in patterns if re.search(rb"\)(?:[*+?]|\{[0-9,]+\})\+", text)]
 

@@ -27,9 +27,10 @@ MAX_DEPTH = 64
 BATCH = 4096  # entries; bounds what a batch costs as Python objects
 
 # Building blocks of patterns. None goes back on what it has matched, so that a match takes linear time: (?>(?:X)*) is
-# (?:X)*+, which Python before 3.11.5 gets wrong where X has alternatives (gh-106052).
+# (?:X)*+, which Python before 3.11.5 gets wrong where X matches in several ways (gh-106052). It takes 128 bytes for
+# each X until it has matched; a string, which may be long, is written without it: as escapes, each with what follows.
 SPACE = rb"[ \t\n\r]*+"
-STRING = rb'"(?>(?:[^"\\\x00-\x1f]++|\\[\x20-\xff])*)"'
+STRING = rb'"[^"\\\x00-\x1f]*+(?:\\[\x20-\xff][^"\\\x00-\x1f]*+)*+"'
 FLAT = rb'(?>(?:[^"\[\]{}]++|' + STRING + rb")*)"  # what is inside brackets that have no others in them
 
 _SPACE = re.compile(SPACE)
