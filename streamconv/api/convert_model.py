@@ -125,7 +125,7 @@ def open_model_job(
 ) -> Iterator[Job]:
     """The job of a checkpoint and the adapters merged into it, while their files are open."""
     with (
-        open_imatrix(wanted.imatrix) as imatrix,
+        open_imatrix(wanted.imatrix, budget) as imatrix,
         open_adapters(adapters, budget) as opened,
         open_checkpoint(find_source(src), budget) as source,
     ):
@@ -355,11 +355,11 @@ def require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
 
 
 @contextmanager
-def open_imatrix(source: Source | None) -> Iterator[ImportanceMatrix | None]:
+def open_imatrix(source: Source | None, budget: Budget) -> Iterator[ImportanceMatrix | None]:
     if source is None:
         yield None
         return
-    with ImportanceMatrix.open(find_source(source)) as imatrix:
+    with ImportanceMatrix.open(find_source(source), budget) as imatrix:
         yield imatrix
 
 

@@ -23,6 +23,7 @@ from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.checkpoint.safetensors import Shard, SourceTensor
 from streamconv.checkpoint.weight_sets import INDEX_ENDING
+from streamconv.engine.layout import MODULES_NBYTES
 from streamconv.errors import BudgetError, RunWarning, SourceError
 from streamconv.files.hub import ADAPTER_CONFIG, CONFIG, Source, find_source
 from streamconv.files.store import Place
@@ -186,8 +187,9 @@ def _reader_of(path: Place) -> Callable[[Place, Budget], Inspection]:
 
 
 def _gguf(path: Place, budget: Budget) -> Inspection:
-    with GGUFSet.open(path) as files:
+    with GGUFSet.open(path, budget) as files:
         budget.reserve("listing", ROW_NBYTES * len(files.tensors), file=path)
+        budget.reserve("modules", MODULES_NBYTES // 2)  # of which fewer are loaded than for a conversion
         first = files.files[0]
         arch = first.keys.get("general.architecture")
         room = ARRAYS_NBYTES

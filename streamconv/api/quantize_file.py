@@ -93,11 +93,8 @@ def quantize(
         raise UsageError(
             f"outtype {outtype!r} is not one of {', '.join(MIXES)}", hint="name one with --outtype", code="word-unknown"
         )
-    with (
-        open_imatrix(imatrix) as importance,
-        GGUFSet.open(find_source(src)) as files,
-    ):
-        budget = Budget(options.limit_nbytes, compares=options.verify)
+    budget = Budget(options.limit_nbytes, compares=options.verify)
+    with open_imatrix(imatrix, budget) as importance, GGUFSet.open(find_source(src), budget) as files:
         return run(plan_quantized(files, dst, wanted, budget, importance), options, budget)
 
 

@@ -85,7 +85,7 @@ def verify(
     budget, measures = Budget(options.limit_nbytes), error or plot is not None
     of_models = {"--adapter": adapters or None, "--pre": pre, "--imatrix": imatrix}
     outputs, stored, architecture, is_adapter = _read(
-        out, {"--base": base, "--scale": scale}, of_models, measures=measures
+        out, budget, {"--base": base, "--scale": scale}, of_models, measures=measures
     )
     if is_adapter and base is None:
         base = stated_source_of(source)
@@ -143,7 +143,7 @@ def _open_job(
         with open_adapter_job(source, base, out, wanted, budget, scale, stored) as job:
             yield job
     elif isinstance(source, str | Path) and Path(source).suffix == ".gguf" and not adapters:
-        with open_imatrix(wanted.imatrix) as imatrix, GGUFSet.open(find_source(source)) as files:
+        with open_imatrix(wanted.imatrix, budget) as imatrix, GGUFSet.open(find_source(source), budget) as files:
             yield plan_quantized(files, out, wanted, budget, imatrix, stored)
     else:
         with open_model_job(source, out, wanted, budget, adapters, stored) as job:
@@ -188,13 +188,18 @@ def _counted(progress: Callable[[int, int], None] | None) -> Iterator[Callable[[
 
 
 def _read(
-    out: str | Path, of_adapters: Mapping[str, object], of_models: Mapping[str, object], *, measures: bool
+    out: str | Path,
+    budget: Budget,
+    of_adapters: Mapping[str, object],
+    of_models: Mapping[str, object],
+    *,
+    measures: bool,
 ) -> tuple[list[Output], StoredTypes, str | None, bool]:
     """The files of the set at `out`, the types of its tensors, its architecture, and whether it is an adapter.
 
     UsageError where an option is missing, or given and not for this kind of file.
     """
-    with GGUFSet.open(out) as found:
+    with GGUFSet.open(out, budget) as found:
         refuse(found.problems)
         outputs = [Output(Path(str(file.path)), file.file.nbytes) for file in found.files]
         is_adapter = found.files[0].scalar("general.type", str) == "adapter"

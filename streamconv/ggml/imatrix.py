@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
+from streamconv.budget import Budget, unbounded
 from streamconv.errors import RunWarning, SourceError
 from streamconv.files.local import Cursor, open_blob
 from streamconv.files.store import Blob, Place
@@ -32,7 +33,8 @@ from streamconv.lazy.node import Bytes, Step, TensorSpec, Workspace
 Floats = NDArray[np.float32]
 
 MAX_ENTRIES: Final = 1 << 17
-ENTRY_NBYTES: Final = 700  # of Python objects for one entry beside its name
+ENTRY_NBYTES: Final = 400  # of Python objects for one entry beside its name; measured: 235, and 150 for a node
+TERM: Final = "importance matrix"  # in the ledger
 MAX_DATASET_NBYTES: Final = 1 << 16
 _WINDOW: Final = 1 << 14  # numbers that are looked at together
 _KEY_NBYTES: Final = 127  # what llama-quantize keeps of a text
@@ -69,7 +71,6 @@ class ImportanceMatrix:
         path: the file.
         datasets: what it was measured on, at most the first.
         n_chunks: how many pieces of text, 0 where the file does not say.
-        kept_nbytes: about what it takes of memory.
     """
 
     def __init__(
@@ -81,25 +82,26 @@ class ImportanceMatrix:
         self.path = blob.path
         self.datasets = datasets
         self.n_chunks = n_chunks
-        self.kept_nbytes = sum(ENTRY_NBYTES + sys.getsizeof(name) for name in entries)
 
     @classmethod
-    def open(cls, place: Place) -> Self:
-        """The file at `place`, every number of it looked at once.
+    def open(cls, place: Place, budget: Budget | None = None) -> Self:
+        """The file at `place`, every number of it looked at once; what is kept of it is reserved from `budget`.
 
         Raises:
+            BudgetError: what it has would not fit.
             SourceError: it cannot be read, is damaged, or holds a number that is not finite or is negative.
         """
-        blob = open_blob(place)
+        blob, budget = open_blob(place), budget or unbounded()
         try:
             head = bytearray(min(len(MAGIC), blob.nbytes))
             blob.read_into(0, head)
             if bytes(head) != MAGIC:
-                matrix = cls(blob, *_legacy(blob))
+                matrix = cls(blob, *_legacy(blob, budget))
             else:
                 blob.close()
-                file = GGUFFile.open(place)
+                file = GGUFFile.open(place, budget, TERM)
                 blob = file.file
+                budget.reserve(TERM, sum(map(_entry_nbytes, file.tensors)) // 2, file=place)  # two for each entry
                 matrix = cls(blob, *_gguf(file))
             matrix._check_numbers()
         except BaseException:
@@ -173,15 +175,19 @@ class ImportanceMatrix:
         entry = self._entries.get(name)
         if entry is None or not self._fits(name, shape):
             return None
-        n_columns = shape[-1]
-        numbers = np.empty(n_columns, dtype="<f4")
-        self.blob.read_into(entry.offset + 4 * n_columns * matrix, numbers.view(np.uint8))
+        numbers = np.empty(shape[-1], dtype="<f4")
+        self.fill(name, matrix, numbers)
+        return numbers
+
+    def fill(self, name: str, matrix: int, numbers: Floats) -> None:
+        """The weights of one matrix of a tensor that the file has, whose columns are as many as `numbers`."""
+        entry = self._entries[name]
+        self.blob.read_into(entry.offset + numbers.nbytes * matrix, numbers.view(np.uint8))
         count = entry.count if entry.n_counts == 1 else self._count(entry, matrix)
         if count > 0:
             numbers /= np.float32(count)
         elif self._fill_unseen:
             numbers.fill(1)
-        return numbers
 
     def columns(self, name: str, shape: tuple[int, ...]) -> ColumnWeights | None:
         """The weights of a tensor as a node; None where the file says nothing of it."""
@@ -232,15 +238,13 @@ class ColumnWeights(Leaf):
     """The importances of one tensor's columns, [matrices, columns] in F32, as they are read from the file."""
 
     def __init__(self, matrix: ImportanceMatrix, name: str, shape: tuple[int, ...]) -> None:
-        self._matrix, self._name, self._shape = matrix, name, shape
+        self._matrix, self._name = matrix, name
         self.spec = TensorSpec((shape[-3] if len(shape) > 2 else 1, shape[-1]), F32)
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
         work.files.add(self._matrix.blob)
         for row, part in zip(rows, out.reshape(len(rows), -1), strict=True):
-            found = self._matrix.weights(self._name, self._shape, row)
-            assert found is not None  # it was there when the node was made
-            part[:] = found.view(np.uint8)
+            self._matrix.fill(self._name, row, part.view("<f4"))
 
     def describe(self) -> str:
         return f"importance of {self._name!r}"
@@ -256,6 +260,10 @@ def _n_weights(shape: tuple[int, ...]) -> int:
 
 def _cut(text: str) -> str:
     return text.encode("utf-8", "replace")[:_KEY_NBYTES].decode("utf-8", "ignore")
+
+
+def _entry_nbytes(name: str) -> int:
+    return ENTRY_NBYTES + sys.getsizeof(name)
 
 
 def _gguf(file: GGUFFile) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
@@ -315,7 +323,7 @@ def _rounded(count: float) -> float:
     return float(math.floor(count + 0.5))
 
 
-def _legacy(blob: Blob) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
+def _legacy(blob: Blob, budget: Budget) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
     """Entries, datasets, number of chunks of the older form, and that what was never seen stays as it is."""
     cursor = Cursor(blob, 0, blob.nbytes, "")
     entries: dict[str, _Entry] = {}
@@ -323,6 +331,7 @@ def _legacy(blob: Blob) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
     if not 0 < n_entries <= MAX_ENTRIES or n_entries * _LEAST_ENTRY_NBYTES > cursor.n_left:
         message = f"is not an importance matrix: it is not a GGUF file, and would have {n_entries:,} entries"
         raise SourceError(message, file=blob.path, hint="make it with llama-imatrix", code="imatrix-malformed")
+    budget.reserve(TERM, n_entries * _entry_nbytes("x" * MAX_NAME_NBYTES), file=blob.path)
     for i in range(n_entries):
         cursor.where, cursor.tensor = f"entry {i + 1} of {n_entries}", None
         name = _legacy_name(cursor)

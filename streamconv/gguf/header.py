@@ -13,6 +13,7 @@ import sys
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
+from streamconv.budget import Budget
 from streamconv.files import sniff as magic
 from streamconv.files.local import Cursor
 from streamconv.files.store import Blob
@@ -35,6 +36,8 @@ MAX_KEPT_NBYTES = 32 << 20
 ENTRY_NBYTES = 440  # of Python objects for one key or tensor beside its text; measured: 429 for a tensor, 140 for a key
 # A longer string stays in the file, as arrays do. The longest chat templates have 20 KB.
 MAX_TEXT_NBYTES = 64 << 10
+HEADERS = "GGUF headers"  # their term in the ledger, which grows by so much at a time:
+_STEP_NBYTES = 128 << 10
 MAX_PROBLEMS = 100  # beyond them only their number is told
 
 _MIN_KEY_NBYTES = 8 + 4 + 1  # length of the name, type, a one-byte value
@@ -47,8 +50,9 @@ _VALUE_TYPE_IDS = frozenset(GGUFValueType)
 class HeaderParser:
     """One pass over a header."""
 
-    def __init__(self, file: Blob) -> None:
-        self.file = file
+    def __init__(self, file: Blob, budget: Budget, term: str) -> None:
+        self.file, self.budget, self.term = file, budget, term
+        self.reserved_nbytes = 0
         self.cursor = Cursor(file, 0, min(file.nbytes, MAX_HEADER_NBYTES), "no model's header is as large")
         self.keys: dict[str, GGUFKey] = {}
         self.infos: list[tuple[str, tuple[int, ...], int, int]] = []  # name, shape, type, offset in the data
@@ -112,6 +116,10 @@ class HeaderParser:
                 f"names and values up to {where} take more than {MAX_KEPT_NBYTES >> 20} MiB of memory",
                 code="memory-names",
             )
+        if self.kept_nbytes > self.reserved_nbytes:
+            step = max(_STEP_NBYTES, nbytes)
+            self.budget.reserve(self.term, step, file=self.file.path)
+            self.reserved_nbytes += step
 
     def _name(self, what: str, max_nbytes: int) -> str:
         nbytes = self.cursor.u64()

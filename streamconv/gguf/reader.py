@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
+from streamconv.budget import Budget, unbounded
 from streamconv.errors import SourceError
 from streamconv.files.local import open_blob
 from streamconv.files.store import Blob, Buffer, Place
 from streamconv.gguf.entries import FileProblem, GGUFKey, StoredTensor
-from streamconv.gguf.header import HeaderParser
+from streamconv.gguf.header import HEADERS, HeaderParser
 
 T = TypeVar("T", str, int, float, bool)
 
@@ -33,11 +34,16 @@ class GGUFFile:
     kept_nbytes: int  # of memory, about
 
     @classmethod
-    def open(cls, path: str | Place) -> Self:
-        """The file at `path`, its header parsed. SourceError where it cannot be."""
+    def open(cls, path: str | Place, budget: Budget | None = None, term: str = HEADERS) -> Self:
+        """The file at `path`, its header parsed; what is kept of it is reserved from `budget`, as `term`.
+
+        Raises:
+            SourceError: It cannot be parsed.
+            BudgetError: What it has would not fit.
+        """
         file = open_blob(Path(path) if isinstance(path, str) else path)
         try:
-            return cls(file, *HeaderParser(file).parse())
+            return cls(file, *HeaderParser(file, budget or unbounded(), term).parse())
         except BaseException:
             file.close()
             raise

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
+from streamconv.budget import Budget, unbounded
 from streamconv.errors import SourceError
 from streamconv.files.store import Place
 from streamconv.gguf.entries import FileProblem, GGUFKey, StoredTensor
-from streamconv.gguf.header import MAX_KEPT_NBYTES
+from streamconv.gguf.header import HEADERS, MAX_KEPT_NBYTES
 from streamconv.gguf.reader import GGUFFile
 
+LISTED_NBYTES = 200  # of a tensor in the list of all; measured: 168
 _PART_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -29,14 +31,17 @@ class GGUFSet:
     problems: tuple[FileProblem, ...]
 
     @classmethod
-    def open(cls, path: str | Place) -> Self:
+    def open(cls, path: str | Place, budget: Budget | None = None) -> Self:
         """The file at `path` and, where it is the first part of a split, the other parts beside it.
 
-        SourceError where a file cannot be parsed. A part that is missing or does not belong is a listed problem.
+        What is kept of their headers is reserved from `budget`. SourceError where a file cannot be parsed; a part that
+        is missing or does not belong is a listed problem.
         """
-        files = [GGUFFile.open(path)]
+        budget = budget or unbounded()
+        files = [GGUFFile.open(path, budget)]
         try:
-            problems = list(_open_others(files))
+            problems = list(_open_others(files, budget))
+            budget.reserve(HEADERS, LISTED_NBYTES * sum(len(file.tensors) for file in files), file=files[0].path)
             tensors = dict[str, tuple[GGUFFile, StoredTensor]]()
             for file in files:
                 problems += file.problems
@@ -86,7 +91,7 @@ def _exists(path: Place) -> bool:
         return False
 
 
-def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
+def _open_others(files: list[GGUFFile], budget: Budget) -> Iterator[FileProblem]:
     """Append the other parts of a set whose first file is given; what is wrong with the set, in order."""
     first = files[0]
     count, number = _integer(first, "split.count"), _integer(first, "split.no")
@@ -109,7 +114,7 @@ def _open_others(files: list[GGUFFile]) -> Iterator[FileProblem]:
     for i in range(1, count):
         path = first.path.parent / (part_name(match["prefix"], i + 1, count))
         if _exists(path):
-            files.append(part := GGUFFile.open(path))
+            files.append(part := GGUFFile.open(path, budget))
             yield from _check_part(part, i, count)
             if sum(file.kept_nbytes for file in files) > MAX_KEPT_NBYTES:
                 raise SourceError(

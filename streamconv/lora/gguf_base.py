@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.errors import RunWarning, SourceError
 from streamconv.files.store import Place
@@ -21,9 +22,9 @@ from streamconv.recipe.words import Key, PerLayer
 COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
 
 
-def base_of_gguf(path: Place) -> BaseModel:
+def base_of_gguf(path: Place, budget: Budget) -> BaseModel:
     """The base at `path`, the file or the first of a split. SourceError where it has no recipe, or is not a base."""
-    with GGUFSet.open(path) as file:
+    with GGUFSet.open(path, budget) as file:
         refuse(file.problems, ignore=("truncated", "split-missing"))  # only names and shapes are needed
         shapes = {name: tensor.shape for name, (_, tensor) in file.tensors.items()}
         is_whole = bool(shapes) and not any(problem.code == "split-missing" for problem in file.problems)

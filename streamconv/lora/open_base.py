@@ -29,7 +29,7 @@ def open_base(source: Source, budget: Budget) -> BaseModel:
     """
     path = find_source(source)
     if not path.is_dir():
-        return base_of_gguf(path)
+        return base_of_gguf(path, budget)
     if not (path / CONFIG).is_file():
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"name the file itself, as {path / ggufs[0]}" if ggufs else "give the base's GGUF, or its folder"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from benchmarks import adapters, shapes, vocabulary
 from streamconv.budget import MIB, PROCESS, UNACCOUNTED, Budget
 from streamconv.errors import BudgetError
 from tests.raising import raises
+from tests.tools import gguf_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
@@ -136,6 +138,7 @@ def test_a_plan_for_671b_parameters(make: Make) -> None:
     assert holds(found := run("convert", source, "--dry-run", "--json")), found
     assert found["projected"] <= 160 * MIB
     assert holds(found := run("inspect", source, "--json")), found
+    assert found["projected"] <= CLOSE * found["measured"], found
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +151,54 @@ def test_lora(make: Make, adapter: Path, tmp_path: Path) -> None:
     assert holds(found) and found["projected"] <= CLOSE * found["measured"], found
 
 
+def test_lora_for_a_gguf(make: Make, adapter: Path, tmp_path: Path) -> None:
+    run("convert", make("tiny"), "-o", tmp_path / "base.gguf", "--outtype", "q8_0", "--json")
+    found = run("lora", adapter, "--base", tmp_path / "base.gguf", "-o", tmp_path / "a.gguf", "--json")
+    assert holds(found) and found["projected"] <= CLOSE * found["measured"], found
+    assert "GGUF headers" in found["terms"]
+
+
+@pytest.mark.parametrize("verified", [(), ("--verify",)], ids=" ".join)
+def test_quantize(make: Make, tmp_path: Path, verified: tuple[str, ...]) -> None:
+    run("convert", make("many-tensors"), "-o", tmp_path / "base.gguf", "--outtype", "bf16", "--json")
+    words = ("quantize", tmp_path / "base.gguf", "-o", tmp_path / "q.gguf", "--outtype", "q4_0", "--json", *verified)
+    assert holds(found := run(*words)) and found["projected"] <= CLOSE * found["measured"], found
+    assert "GGUF headers" in found["terms"]
+
+
+def test_an_importance_matrix(make: Make, tmp_path: Path) -> None:
+    source = make("many-tensors")
+    words = ("convert", source, "-o", tmp_path / "q.gguf", "--outtype", "q4_0", "--json", "--imatrix")
+    assert holds(found := run(*words, many_importances(tmp_path, 5_000))), found
+    assert found["projected"] <= CLOSE * found["measured"], found
+    assert found["terms"]["importance matrix"] > 5_000 * 500
+
+
 @pytest.mark.parametrize("outtype", ["bf16", "q8_0"])
 def test_merge(make: Make, adapter: Path, tmp_path: Path, outtype: str) -> None:
     words = ("convert", make("tiny"), "--adapter", adapter, "-o", tmp_path / "m.gguf", "--outtype", outtype, "--json")
     assert holds(found := run(*words)) and found["projected"] <= CLOSE * found["measured"], found
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-128k", "many-tensors"])
-def test_verify_and_inspect(make: Make, tmp_path: Path, name: str) -> None:
-    source, out = make(name), tmp_path / "out.gguf"
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tiny", {}),
+        ("tiny", {"label": "shards", "n_shards": 7}),
+        ("tiny", {"label": "tiny-65k", "vocabulary": vocabulary.LFM2}),
+        ("tiny-128k", {}),
+        ("many-tensors", {"label": "many", "n_shards": 31}),
+    ],
+    ids=["small", "shards", "65,536 tokens", "128,256 tokens", "tensors"],
+)
+def test_verify_and_inspect(make: Make, tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    source, out = make(name, **changes), tmp_path / "out.gguf"
     run("convert", source, "-o", out, "--outtype", "q8_0", "--json")
     assert holds(found := run("verify", out, "--source", source, "--json")), found
     assert found["projected"] <= CLOSE * found["measured"], found
-    assert holds(found := run("inspect", source, "--json")), found
+    for what in (source, out):
+        assert holds(found := run("inspect", what, "--json")), found
+        assert found["projected"] <= CLOSE * found["measured"], found
 
 
 def test_batch(make: Make, adapter: Path, tmp_path: Path) -> None:
@@ -216,6 +254,27 @@ def large(make: Make) -> Path:
     return make("350m", label="350m", sparse=True, vocabulary=vocabulary.SMALL)
 
 
+def many_importances(folder: Path, n_entries: int) -> Path:
+    """An importance matrix with an entry of the shapes of 64 columns, and others that no model has."""
+    names = ["blk.0.ffn_up.weight", *(f"unused.{n}.weight" for n in range(n_entries))]
+    widths = [64, *[1] * n_entries]
+    entries = b"".join(
+        struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 1, width) + struct.pack("<f", 2.0) * width
+        for name, width in zip(names, widths, strict=True)
+    )
+    path = folder / "importances.dat"
+    path.write_bytes(struct.pack("<i", len(names)) + entries)
+    return path
+
+
+def many_names(folder: Path) -> Path:
+    """A GGUF file of 45,000 tensors, each of 128 bytes."""
+    tensors = [gguf_bytes.tensor(f"blk.{n}.some_tensor.weight", (32,), offset=128 * n) for n in range(45_000)]
+    path = folder / "names.gguf"
+    path.write_bytes(gguf_bytes.gguf([], tensors, bytes(128 * len(tensors))))
+    return path
+
+
 def converted(make: Make, folder: Path) -> Path:
     run("convert", make("few-tensors"), "-o", folder / "other.gguf", "--outtype", "q8_0", "--json")
     return folder / "other.gguf"
@@ -236,6 +295,11 @@ ZEROED: dict[str, Callable[[Make, Path], tuple[tuple[Any, ...], dict[str, str]]]
         ("convert", make("few-tensors"), *CONVERT, "q8_0", "--threads", "4"),
         {"STREAMCONV_KERNELS": "0"},
     ),
+    "importance matrix": lambda make, tmp: (
+        ("convert", make("few-tensors"), *CONVERT, "q4_0", "--imatrix", many_importances(tmp, 30_000)),
+        {},
+    ),
+    "GGUF headers": lambda make, tmp: (("inspect", many_names(tmp), "--json"), {}),
     "windows": lambda make, tmp: (("convert", large(make), *CONVERT, "bf16"), {}),
     "verification": lambda make, tmp: (("verify", converted(make, tmp), "--source", make("few-tensors"), "--json"), {}),
 }

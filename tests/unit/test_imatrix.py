@@ -12,8 +12,10 @@ import pytest
 from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
-from streamconv.errors import SourceError
-from streamconv.ggml.imatrix import ImportanceMatrix
+from streamconv.budget import Budget
+from streamconv.errors import BudgetError, SourceError
+from streamconv.ggml.imatrix import TERM, ImportanceMatrix
+from tests.raising import raises
 from tests.tools import gguf_bytes
 
 Floats = NDArray[np.float32]
@@ -244,8 +246,33 @@ def test_memory_grows_with_names_alone(tmp_path: Path) -> None:
     path = tmp_path / "large.dat"
     path.write_bytes(legacy(*entries, end=legacy_end()))
     assert path.stat().st_size > 3 << 20
+    budget = Budget(1 << 30, 0)
     tracemalloc.start()
-    with ImportanceMatrix.open(path) as matrix:
+    with ImportanceMatrix.open(path, budget):
         kept, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert kept < matrix.kept_nbytes + (128 << 10) and peak < 512 << 10
+        assert kept < budget.terms[TERM] + (128 << 10) and peak < 512 << 10
+
+
+@pytest.mark.parametrize("form", ["dat", "gguf"])
+def test_what_is_kept_is_reserved_first(tmp_path: Path, form: str) -> None:
+    """And measured to be less; a bound that is too small is said before it is taken."""
+    names = [f"blk.{i}.ffn_down.weight" for i in range(3_000)]
+    path = tmp_path / "many"
+    if form == "dat":
+        path.write_bytes(legacy(*(legacy_entry(name, 3, numbers(1, 1)) for name in names), end=legacy_end()))
+    else:
+        pairs = [pair(name, numbers(1, 1)[None], [1.0]) for name in names]
+        path.write_bytes(as_gguf({key: value for made in pairs for key, value in made.items()}))
+    budget = Budget(1 << 30, 0)
+    tracemalloc.start()
+    with ImportanceMatrix.open(path, budget) as matrix:
+        kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(matrix) == len(names)
+        assert len(names) * 200 < kept < budget.terms[TERM] == budget.held
+    tracemalloc.start()
+    with raises(BudgetError, code="memory-bound"):
+        ImportanceMatrix.open(path, Budget(1 << 20, 0, 0))
+    assert tracemalloc.get_traced_memory()[1] < 3 << 19
+    tracemalloc.stop()
