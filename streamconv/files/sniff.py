@@ -31,7 +31,7 @@ _PACKED = "unpack it first"
 SAFETENSORS = Guess("a safetensors file", "give it where a checkpoint or adapter is asked for")
 JSON = Guess("JSON text", "give the model file, not its index or config")
 
-_UTF_16 = Guess("text in UTF-16, and it has to be UTF-8", "convert it: iconv -f utf-16 -t utf-8 FILE")
+UTF_16 = Guess("text in UTF-16, and it has to be UTF-8", "convert it: iconv -f utf-16 -t utf-8 FILE")
 
 _BINARY: tuple[tuple[bytes, Guess], ...] = (
     (b"GGUF", Guess("a GGUF file", "give it where a GGUF file is asked for")),
@@ -44,8 +44,8 @@ _BINARY: tuple[tuple[bytes, Guess], ...] = (
     (b"fmgg", _OLD_GGML),
     (b"tjgg", _OLD_GGML),
     (b"algg", _OLD_GGML),
-    (b"\xff\xfe", _UTF_16),
-    (b"\xfe\xff", _UTF_16),
+    (b"\xff\xfe", UTF_16),
+    (b"\xfe\xff", UTF_16),
     (b"\x1f\x8b", Guess("a gzip archive", _PACKED)),
     (b"\xfd7zXZ\x00", Guess("an xz archive", _PACKED)),
     (b"\x28\xb5\x2f\xfd", Guess("a zstd archive", _PACKED)),

@@ -100,6 +100,8 @@ def _bad_json(
 ) -> SourceError:
     """`problem`, unless the text is that of another kind of file, whose name says more."""
     if other := magic.guess_other(bytes(text[: magic.HEAD_NBYTES]), magic.JSON):
+        if other is magic.UTF_16:  # JSON all the same
+            return SourceError(f"this is {other.what}", file=file, hint=other.hint, code="not-utf8")
         return SourceError(f"malformed JSON: this is {other.what}", file=file, hint=other.hint, code="other-file-kind")
     return SourceError(problem, file=file, hint=hint, code=code)
 
