@@ -194,4 +194,13 @@ RECIPE = Recipe(
     tie_keys=TIE_KEYS,
     tied_by_default=True,
     default_pre="lfm2",
+    unrunnable={
+        r"L[Ff][Mm]2(Moe|Bidirectional)?For(Sequence|Token)Classification": (
+            "has a head that classifies, and llama.cpp reads none of this architecture"
+        ),
+        r"L[Ff][Mm]2(Bidirectional)?ForMaskedLM": (
+            "is an encoder that fills masks, and llama.cpp has no head for that in this architecture"
+        ),
+        r"L[Ff][Mm]3\w*|lfm3\w*": "is LFM3, another architecture than LFM2, which GGUF and llama.cpp do not have",
+    },
 )

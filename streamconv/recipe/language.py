@@ -148,6 +148,7 @@ class Recipe(Output):
         text_types: Of a wrapper, the model types of its text section, which is what `config_root` names; "" is that of
             a section that does not say. Several recipes may be for one class, with other text models.
         outputs: Further files, as a projector; the tensors of each are its own.
+        unrunnable: Related classes, or model types, that llama.cpp cannot run, each a regular expression, and why.
         default_pre: The pre-tokenizer of a model whose byte-level tokenizer has an unknown structure; None: there is
             no such guess.
         special_tokens: What the models mean by special tokens, beside the tokenizer's files.
@@ -164,6 +165,7 @@ class Recipe(Output):
     bodies: tuple[str, ...] = ()
     text_types: tuple[str, ...] = ()
     outputs: tuple[Output, ...] = ()
+    unrunnable: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     default_pre: str | None = None
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
     description: str = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,8 @@ def find_recipe(config: Config) -> Recipe:
     """The recipe for a config.json.
 
     Raises:
-        SourceError: There is none (`architecture-unsupported`), or several packages have one (`recipe-ambiguous`).
+        SourceError: There is none (`architecture-unsupported`), it is known that llama.cpp runs none
+            (`architecture-unrunnable`), or several packages have one (`recipe-ambiguous`).
     """
     names = config.list_of("architectures", str) or []
     for recipe in _recipes(config):
@@ -186,6 +188,7 @@ def find_recipe(config: Config) -> Recipe:
         raise SourceError(what, file=config.file, hint="uninstall all but one", code="recipe-ambiguous")
     if found:
         return found[0]
+    _refuse_unrunnable(config, names or [config.text("model_type") or ""])
     what = f"{', '.join(names) or 'a model without a name'} is not supported"
     if others := [recipe for recipe in own_recipes() if recipe.text_types and set(names) & set(recipe.hf_names)]:
         what = f"{what} with a text model of type {others[0].text_type(config)!r}"
@@ -195,6 +198,16 @@ def find_recipe(config: Config) -> Recipe:
     if broken := installed_recipes().broken:
         what += f"; could not be loaded: {'; '.join(broken)}"
     raise SourceError(what, file=config.file, hint=supported_hint(names), code="architecture-unsupported")
+
+
+def _refuse_unrunnable(config: Config, names: Sequence[str]) -> None:
+    """SourceError for a class, or a model type, of which a recipe says why llama.cpp cannot run it."""
+    for recipe in all_recipes():
+        for pattern, reason in recipe.unrunnable.items():
+            for name in names:
+                if re.fullmatch(pattern, name):
+                    hint = "run it with transformers"
+                    raise SourceError(f"{name} {reason}", file=config.file, hint=hint, code="architecture-unrunnable")
 
 
 def supported_hint(names: Sequence[str]) -> str:

@@ -170,4 +170,5 @@ def test_the_command_lists_every_architecture(capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     for recipe in all_recipes():
         assert all(name in text for name in (recipe.arch, *recipe.hf_names, recipe.description))
-        assert find_recipe(inmemory.config({"architectures": [recipe.hf_names[0]]})) is recipe
+        wrapped = {recipe.config_root: {"model_type": recipe.text_types[-1]}} if recipe.text_types else {}
+        assert find_recipe(inmemory.config({"architectures": [recipe.hf_names[0]], **wrapped})) is recipe
