@@ -84,7 +84,7 @@ REFUSALS = decoder.refusals(
 
 RECIPE = Recipe(
     arch="gemma3",
-    description="Gemma 3, the text half",
+    description="Gemma 3, the text part",
     hf_names=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     model_type="gemma3_text",
     config_root="text_config",

@@ -41,22 +41,26 @@ def add_batch(commands: Any) -> None:
     parser = add_command(
         commands,
         "batch",
-        help="many conversions, unattended: each in its own process, resumed and retried",
-        description="Run the jobs of a TOML or JSON-lines file; a line on stdout for each that ends.",
+        help="run many conversions, each in its own process, with retries and resuming",
+        description="Run the jobs of a TOML or JSON-lines file; a line on stdout for each finished job.",
         epilog=EPILOG,
     )
     parser.add_argument(
         "jobs", metavar="JOBS", type=src_path, help="the file: [[job]] tables, or one JSON object a line"
     )
     parser.add_argument(
-        "--jobs", dest="n_parallel", metavar="N", type=positive, default=1, help="at a time; default: 1"
+        "--jobs", dest="n_parallel", metavar="N", type=positive, default=1, help="jobs at a time; default: 1"
     )
     add_resume_options(parser, "what an earlier batch left unfinished")
-    parser.add_argument("--dry-run", action="store_true", help="what would run, its size, and the space needed in all")
     parser.add_argument(
-        "--state", metavar="FILE", type=dst_path, help="where what is done is remembered; default: JOBS.state.jsonl"
+        "--dry-run", action="store_true", help="show which jobs would run, their sizes, and the space needed"
     )
-    parser.add_argument("--array", metavar="I/N", help="every N-th job from the I-th on (from 1), for job arrays")
+    parser.add_argument(
+        "--state", metavar="FILE", type=dst_path, help="file that records finished jobs; default: JOBS.state.jsonl"
+    )
+    parser.add_argument(
+        "--array", metavar="I/N", help="run every N-th job, starting from the I-th (from 1), for job arrays"
+    )
     parser.add_argument("--dask", metavar="ADDRESS", help="run on the Dask cluster of this scheduler (the dask extra)")
     json = "a JSON object on stdout for each job that ends, and the lines on stderr"
     add_report_options(parser, json=json, elsewhere="plain (with --json none)")

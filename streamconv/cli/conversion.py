@@ -23,15 +23,15 @@ def add_convert(commands: Any) -> None:
     parser = add_command(
         commands,
         "convert",
-        help="a checkpoint becomes a GGUF file",
-        description="Write the GGUF file of a Hugging Face checkpoint.",
+        help="convert a checkpoint to a GGUF file",
+        description="Convert a Hugging Face checkpoint to a GGUF file.",
         epilog="example:\n  streamconv convert LFM2-1.2B -o LFM2-1.2B-Q8_0.gguf --outtype q8_0\n\n" + EXIT_CODES,
     )
     parser.add_argument(
         "src",
         metavar="SRC",
         type=src_path,
-        help="the checkpoint: the folder of config.json and *.safetensors, one such file (of shards the first), "
+        help="the checkpoint: a folder with config.json and *.safetensors, one such file (of shards the first), "
         "an index, or a repo id in the cache",
     )
     add_options(parser, "convert", output="Name-1.2B-BF16.gguf")
@@ -42,21 +42,21 @@ def add_lora(commands: Any) -> None:
     parser = add_command(
         commands,
         "lora",
-        help="a LoRA adapter becomes a GGUF adapter",
-        description="Write the GGUF adapter of a PEFT or MLX LoRA adapter.",
+        help="convert a LoRA adapter to a GGUF adapter",
+        description="Convert a PEFT or MLX LoRA adapter to a GGUF adapter.",
         epilog="example:\n  streamconv lora my-adapter --base Llama-3.2-1B.gguf -o my-adapter.gguf\n\n" + EXIT_CODES,
     )
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
         type=src_path,
-        help="the folder of adapter_config.json and its weights, or those weights, as 0000100_adapters.safetensors",
+        help="folder with adapter_config.json and the weights, or the file of weights, as 0000100_adapters.safetensors",
     )
     parser.add_argument(
         "--base",
         metavar="BASE",
         type=src_path,
-        help="its GGUF or folder; default: as the adapter says, in the cache",
+        help="the base's GGUF or folder; default: the one that adapter_config.json names, from the cache",
     )
     add_options(parser, "lora", output="Name-F32-LoRA.gguf")
     parser.set_defaults(run=_lora)
@@ -66,11 +66,11 @@ def add_quantize(commands: Any) -> None:
     parser = add_command(
         commands,
         "quantize",
-        help="a GGUF file becomes one of another type",
-        description="Write a GGUF file, or a split set, in a type of llama-quantize's.",
+        help="quantise a GGUF file",
+        description="Quantise a GGUF file or a split set, as llama-quantize does.",
         epilog="example:\n  streamconv quantize LFM2-1.2B-BF16.gguf --outtype q4_k_m\n\n" + EXIT_CODES,
     )
-    parser.add_argument("src", metavar="IN", type=src_path, help="the GGUF file, or the first of a split")
+    parser.add_argument("src", metavar="IN", type=src_path, help="the GGUF file, or the first part of a split")
     add_options(parser, "quantize", output="Name-Q4_K_M.gguf of Name-BF16.gguf")
     parser.set_defaults(run=_quantize)
 
@@ -79,8 +79,8 @@ def add_verify(commands: Any) -> None:
     parser = add_command(
         commands,
         "verify",
-        help="compare a GGUF file, by whatever tool, with its source",
-        description="Make every tensor again from its source and compare. What changes a result is an error, exit 6 "
+        help="compare a GGUF file, whichever tool wrote it, with its source",
+        description="Compute every tensor again from its source and compare. What changes a result is an error, exit 6 "
         "with the first difference; other differences of keys, such as the chat template, are warnings. "
         "With --error, measure how far the file is from its source instead, to choose a type.",
         epilog="example:\n  streamconv verify LFM2-1.2B-Q8_0.gguf --source LFM2-1.2B\n\n" + EXIT_CODES,
@@ -91,7 +91,7 @@ def add_verify(commands: Any) -> None:
         metavar="SRC",
         type=src_path,
         required=True,
-        help="the checkpoint, GGUF file or adapter it was made of",
+        help="the checkpoint, GGUF file or adapter that it was made from",
     )
     add_options(parser, "verify")
     parser.set_defaults(run=_verify)

@@ -26,13 +26,13 @@ def add_inspect(commands: Any) -> None:
     parser = add_command(
         commands,
         "inspect",
-        help="what is in a GGUF file, a checkpoint or an adapter",
-        description="Show keys, types, tensors and problems; of a checkpoint, what it converts to.",
+        help="show the contents of a GGUF file, a checkpoint or an adapter",
+        description="Show keys, types, tensors and problems; for a checkpoint, also what it converts to.",
         epilog="example:\n  streamconv inspect LFM2-1.2B-Q8_0.gguf --tensors --head 20\n\n" + EXIT_CODES,
     )
     parser.add_argument("path", metavar="PATH", type=src_path, help="a .gguf or .safetensors file, a folder, a repo id")
-    parser.add_argument("--tensors", action="store_true", help="a line for each tensor as well")
-    parser.add_argument("--head", metavar="N", type=positive, help="at most so many keys and tensors")
+    parser.add_argument("--tensors", action="store_true", help="also print a line for each tensor")
+    parser.add_argument("--head", metavar="N", type=positive, help="show at most N keys and N tensors")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, with everything")
     add_recipes(parser)
     add_verbose(parser)
@@ -43,8 +43,8 @@ def add_quants(commands: Any) -> None:
     parser = add_command(
         commands,
         "quants",
-        help="how large a checkpoint would be in each outtype",
-        description="List every outtype with the size of the file and the bits that a weight takes; reads no weight.",
+        help="list the file size in each outtype",
+        description="List every outtype with the file size and the bits per weight. No weights are read.",
         epilog="example:\n  streamconv quants LFM2-1.2B\n\n" + EXIT_CODES,
     )
     parser.add_argument("src", metavar="SRC", type=src_path, help="the checkpoint, as for convert")
@@ -66,8 +66,8 @@ def add_architectures(commands: Any) -> None:
     parser = add_command(
         commands,
         "architectures",
-        help="what is supported, with the names that config.json uses",
-        description="List the supported architectures: GGUF's name, then Hugging Face's.",
+        help="list the supported architectures",
+        description="List the supported architectures: GGUF's name, then the names in config.json.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_recipes(parser)
@@ -79,11 +79,11 @@ def add_draft(commands: Any) -> None:
     parser = add_command(
         commands,
         "draft",
-        help="a starting recipe for an architecture that is not supported yet",
-        description="Print a recipe module drafted from a checkpoint's names, shapes and config, with TODOs to settle.",
+        help="draft a recipe for an architecture that is not supported yet",
+        description="Print a recipe module drafted from a checkpoint's names, shapes and config, with open TODOs.",
         epilog="example:\n  streamconv draft Some-New-1B > new.py\n"
         "  streamconv convert Some-New-1B --recipe new.py\n\n"
-        "docs/adding-an-architecture.md says how to go on.\n\n" + EXIT_CODES,
+        "docs/adding-an-architecture.md describes the next steps.\n\n" + EXIT_CODES,
     )
     parser.add_argument("src", metavar="SRC", type=src_path, help="the checkpoint")
     add_verbose(parser)
@@ -94,7 +94,7 @@ def add_completion(commands: Any) -> None:
     parser = add_command(
         commands,
         "completion",
-        help="the shell's completion of commands and options",
+        help="print a shell's completion script",
         description="Print what makes a shell complete commands and options.",
         epilog='examples:\n  eval "$(streamconv completion bash)"       # in ~/.bashrc, or zsh in ~/.zshrc\n'
         "  streamconv completion fish > ~/.config/fish/completions/streamconv.fish\n\n" + EXIT_CODES,

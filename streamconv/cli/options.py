@@ -17,15 +17,16 @@ from streamconv.options import Kind
 
 HEADINGS = {
     "output": "output",
-    "types": "types of tensors, as in llama-quantize",
+    "types": "tensor types, as in llama-quantize",
     "projector": "the projector of a vision model, a second file",
     "split": "several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first",
     "run": "run",
 }
 EXIT_CODES = """exit codes:
-  0 done      2 usage        3 something wrong with the sources
-  4 memory bound too small   5 something wrong with the destination
-  6 verification mismatch    130/143 interrupted    1 internal error"""
+  0 done                       4 not enough memory
+  1 internal error             5 problem with the destination
+  2 usage error                6 verification mismatch
+  3 problem with the sources   130/143 interrupted"""
 OUTPUT_FLAGS = ("-o", "--output", "--outfile")  # the last is that of llama.cpp's converters
 HELP_WIDTH = 78
 MAX_SHOWN_CHOICES = 6  # in the place of a value; more are listed in the help
@@ -103,7 +104,9 @@ def add_options(parser: argparse.ArgumentParser, command: str, *, output: str | 
                 group(name).add_argument(*OUTPUT_FLAGS, dest="output", metavar="OUT", type=dst_name, help=help)
             _add(group(name), one, command)
     if "dry_run" in declared.parameters(command):
-        group("run").add_argument("--tensors", action="store_true", help="with --dry-run: a line for each tensor, too")
+        group("run").add_argument(
+            "--tensors", action="store_true", help="with --dry-run: also print a line for each tensor"
+        )
     add_report_options(group("run"))
 
 
@@ -154,8 +157,8 @@ def add_report_options(group: Any, *, json: str = "one JSON object on stdout", e
         elsewhere: how progress is shown where stderr is not a terminal.
     """
     group.add_argument("--json", action="store_true", help=json)
-    group.add_argument("--quiet", action="store_true", help="warnings and errors alone")
-    progress = f"how far it is, on stderr; default: bar on a terminal, {elsewhere} elsewhere"
+    group.add_argument("--quiet", action="store_true", help="print only warnings and errors")
+    progress = f"how to show progress on stderr; default: bar on a terminal, {elsewhere} elsewhere"
     group.add_argument("--progress", choices=PROGRESS, help=progress)
     add_verbose(group)
 
@@ -167,13 +170,13 @@ def add_recipes(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verbose(group: Any) -> None:
-    group.add_argument("-v", "--verbose", action="store_true", help="say more; of an internal error, its traceback")
+    group.add_argument("-v", "--verbose", action="store_true", help="print more; for an internal error, its traceback")
 
 
 def add_resume_options(group: Any, unfinished: str) -> None:
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help=f"go on with {unfinished}; the default")
-    either.add_argument("--restart", action="store_true", help=f"discard {unfinished}, and start over")
+    either.add_argument("--resume", action="store_true", help=f"continue {unfinished}; the default")
+    either.add_argument("--restart", action="store_true", help=f"discard {unfinished} and start over")
 
 
 def positive(text: str) -> int:

@@ -53,7 +53,11 @@ def build_parser(command: Sequence[str] = ()) -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "-V", "--version", action=Version, nargs=0, help="the version; with -v kernels, CPU features and libraries, too"
+        "-V",
+        "--version",
+        action=Version,
+        nargs=0,
+        help="print the version; with -v, also kernels, CPU features and library versions",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)

@@ -47,7 +47,7 @@ class SourceOptions(Options):
     )
     base: Source | None = option(
         None,
-        "of an adapter: the base it was made for; default: as the adapter says, in the cache",
+        "for an adapter: its base; default: the one that adapter_config.json names, from the cache",
         kind=Kind.SOURCE,
         commands=("verify",),
         metavar="BASE",
@@ -56,8 +56,8 @@ class SourceOptions(Options):
     scale: float | None = option(
         None,
         {
-            "lora": "the scale of every module, instead of the config's",
-            "verify": "of an adapter: the scale it was made with",
+            "lora": "scale of every module, instead of the configuration's",
+            "verify": "for an adapter: the --scale that it was made with",
         },
         kind=Kind.NUMBER,
         commands=("lora", "verify"),
@@ -65,7 +65,7 @@ class SourceOptions(Options):
     )
     recipes: Sequence[RecipeSource] = option(
         (),
-        "a Python file with the recipe of an architecture, which is run; may be repeated",
+        "Python file with the recipe of an architecture; the file is executed; may be repeated",
         kind=Kind.FILES,
         commands=("convert", "lora", "verify"),
         flag="--recipe",
@@ -86,7 +86,7 @@ class SplitOptions(Options):
 
     max_nbytes: int | None = option(
         None,
-        "tensor data in a file, as 4G",
+        "at most this much tensor data in a file, as 4G",
         kind=Kind.SIZE,
         commands=("convert", "quantize"),
         flag="--split-max-size",
@@ -96,7 +96,7 @@ class SplitOptions(Options):
     )
     max_tensors: int | None = option(
         None,
-        "tensors in a file",
+        "at most this many tensors in a file",
         kind=Kind.COUNT,
         commands=("convert", "quantize"),
         flag="--split-max-tensors",
@@ -106,7 +106,7 @@ class SplitOptions(Options):
     )
     only_part: int | None = option(
         None,
-        "make this one alone: each machine makes a part",
+        "write only part K (from 1), to divide the parts among machines",
         kind=Kind.COUNT,
         commands=("convert", "quantize"),
         group="split",
@@ -121,7 +121,7 @@ class SplitOptions(Options):
                 raise UsageError(f"{one.name} is {value}, and must be at least 1", code="split-size")
         if self.only_part is not None and not self.is_split:
             hint = "give --split-max-size or --split-max-tensors too"
-            raise UsageError("--only-part is for splits", hint=hint, code="option-conflict")
+            raise UsageError("--only-part needs a split", hint=hint, code="option-conflict")
 
     @property
     def is_split(self) -> bool:
@@ -135,8 +135,8 @@ class OutputOptions(Options):
     pre: str | None = option(
         None,
         {
-            "convert": "tokenizer.ggml.pre, where the tokenizer's structure is unknown",
-            "verify": "the tokenizer.ggml.pre that it was made with",
+            "convert": "name for tokenizer.ggml.pre, for a tokenizer of unknown structure",
+            "verify": "the --pre that it was made with",
         },
         kind=Kind.TEXT,
         commands=("convert", "verify"),
@@ -145,8 +145,8 @@ class OutputOptions(Options):
     tokenizer: str = option(
         "auto",
         {
-            "convert": "whose tokenizer a merged model gets; default: the trained one, where its tokens fit",
-            "verify": "the tokenizer that it was made with",
+            "convert": "which tokenizer a merged model gets; default: the adapter's, if its tokens fit",
+            "verify": "the --tokenizer that it was made with",
         },
         kind=Kind.WORD,
         commands=("convert", "verify"),
@@ -158,7 +158,7 @@ class OutputOptions(Options):
         {
             "convert": "default: auto, the source's own 16-bit type",
             "lora": "default: auto, each factor's own type",
-            "quantize": "llama-quantize's name of the type",
+            "quantize": "the type, by llama-quantize's name",
         },
         kind=Kind.WORD,
         commands=MAKE,
@@ -172,12 +172,10 @@ class OutputOptions(Options):
     dialect: str = option(
         DIALECTS[0],
         {
-            "convert": "tensor names; the default is the one to use with Ollama too, ollama-legacy is for its first "
-            "LFM2 release",
-            "lora": "the default is the one to use with Ollama too; ollama-legacy reproduces what its first LFM2 "
-            "release wrote for Llama, which does not compute the trained adapter (it takes no --outtype, --scale or "
-            "--name)",
-            "verify": "the dialect it was made with",
+            "convert": "tensor names; use the default with Ollama too: ollama-legacy is for its first LFM2 release",
+            "lora": "use the default with Ollama too: ollama-legacy reproduces the files of its first LFM2 release for "
+            "Llama, which do not compute the trained adapter (not with --outtype, --scale or --name)",
+            "verify": "the --dialect that it was made with",
         },
         kind=Kind.WORD,
         commands=("convert", "lora", "verify"),
@@ -186,7 +184,7 @@ class OutputOptions(Options):
     )
     name: str | None = option(
         None,
-        "the name in the file, general.name",
+        "model name to write, general.name",
         kind=Kind.TEXT,
         commands=("convert", "lora"),
         group="output",
@@ -197,8 +195,8 @@ class OutputOptions(Options):
     imatrix: Source | None = option(
         None,
         {
-            "convert": "an importance matrix, by llama-imatrix: errors count by how much each column matters",
-            "quantize": "an importance matrix, by llama-imatrix: errors count by how much each column matters",
+            "convert": "importance matrix from llama-imatrix: weights errors by the importance of each column",
+            "quantize": "importance matrix from llama-imatrix: weights errors by the importance of each column",
             "verify": "the importance matrix that it was made with",
         },
         kind=Kind.SOURCE,
@@ -208,7 +206,7 @@ class OutputOptions(Options):
     )
     tensor_type: Sequence[str] = option(
         (),
-        "the type of tensors whose name has the pattern in it; may be repeated, the first that is found counts",
+        "type of every tensor whose name the pattern matches anywhere; may be repeated, the first match counts",
         kind=Kind.TEXTS,
         commands=("convert", "quantize"),
         group="types",
@@ -216,7 +214,7 @@ class OutputOptions(Options):
     )
     output_tensor_type: str | None = option(
         None,
-        "the type of output.weight, or of the embedding of a model without one",
+        "type of output.weight, or of the embedding if there is no output.weight",
         kind=Kind.TEXT,
         commands=("convert", "quantize"),
         group="types",
@@ -224,7 +222,7 @@ class OutputOptions(Options):
     )
     token_embedding_type: str | None = option(
         None,
-        "the type of token_embd.weight",
+        "type of token_embd.weight",
         kind=Kind.TEXT,
         commands=("convert", "quantize"),
         group="types",
@@ -234,18 +232,18 @@ class OutputOptions(Options):
         False, "do not quantise output.weight", commands=("convert", "quantize"), group="types"
     )
     pure: bool = option(
-        False, "one type for all that is quantised, whatever the mix", commands=("convert", "quantize"), group="types"
+        False, "use the same type for every quantised tensor", commands=("convert", "quantize"), group="types"
     )
     allow_requantize: bool = option(
         False,
-        "quantise what is quantised already, too, which loses more",
+        "also quantise tensors that are quantised already, which loses more",
         commands=("quantize",),
         group="types",
         key=None,  # a batch has no such jobs
     )
     mmproj: str | Path | None = option(
         None,
-        "where a vision model's projector goes; default: mmproj- before OUT's name, beside it",
+        "file for the projector; default: mmproj-OUT, beside OUT",
         kind=Kind.DESTINATION,
         commands=("convert",),
         group="projector",
@@ -254,13 +252,13 @@ class OutputOptions(Options):
     )
     mmproj_outtype: str | None = option(
         None,
-        "the projector's type; default: the outtype where that is one of these, else f16",
+        "type of the projector; default: the outtype if it is one of these, otherwise f16",
         kind=Kind.WORD,
         commands=("convert",),
         group="projector",
         choices=MMPROJ_OUTTYPES,
     )
-    no_mmproj: bool = option(False, "the text model alone", commands=("convert",), group="projector")
+    no_mmproj: bool = option(False, "write only the text model", commands=("convert",), group="projector")
     split: SplitOptions | None = None
 
     def __post_init__(self) -> None:
@@ -314,18 +312,18 @@ class RunOptions(Options):
     force: bool = option(
         False,
         {
-            **dict.fromkeys(MAKE, "replace an existing OUT, once the new file is complete; what lies beside it too"),
+            **dict.fromkeys(MAKE, "replace an existing OUT, and files beside it, once the new file is complete"),
             "verify": "replace an existing picture",
         },
         group="output",
         changes_bytes=False,
     )
     modelfile: bool = option(
-        False, "write Ollama's Modelfile beside OUT, too", commands=MAKE, group="output", changes_bytes=False
+        False, "also write a Modelfile for Ollama beside OUT", commands=MAKE, group="output", changes_bytes=False
     )
     resume: bool = option(
         False,
-        "go on with an unfinished run of the same conversion; the default",
+        "continue an unfinished run of the same conversion; the default",
         commands=MAKE,
         group="run",
         key=None,  # of a batch as a whole
@@ -333,7 +331,7 @@ class RunOptions(Options):
     )
     restart: bool = option(
         False,
-        "discard an unfinished run of the same conversion, and start over",
+        "discard an unfinished run of the same conversion and start over",
         commands=MAKE,
         group="run",
         key=None,
@@ -341,7 +339,7 @@ class RunOptions(Options):
     )
     dry_run: bool = option(
         False,
-        "print sizes, types and the memory proof, write nothing",
+        "print sizes, types and the memory proof; write nothing",
         commands=MAKE,
         group="run",
         key=None,
@@ -372,7 +370,7 @@ class RunOptions(Options):
     )
     sha256: bool = option(
         False,
-        "digest of the file, and a manifest of each tensor's",
+        "print the digest of the file, and write a manifest with one for each tensor",
         commands=MAKE,
         group="run",
         changes_bytes=False,
@@ -389,7 +387,7 @@ class RunOptions(Options):
     )
     max_memory: int | str | None = option(
         None,
-        "ceiling of resident memory, as 96MiB or 1.5G; default 256MiB",
+        "limit on resident memory, as 96MiB or 1.5G; default: 256MiB",
         kind=Kind.SIZE,
         group="run",
         metavar="SIZE",
@@ -397,7 +395,7 @@ class RunOptions(Options):
     )
     threads: int | None = option(
         None,
-        "workers; default: the cores, at most 4",
+        "worker threads; default: one per core, at most 4",
         kind=Kind.COUNT,
         group="run",
         metavar="N",
@@ -416,7 +414,7 @@ class RunOptions(Options):
         None, "called as progress(done, total), in bytes", flag=None, key=None, changes_bytes=False
     )
     cancel: Callable[[], bool] | None = option(
-        None, "asked between chunks; true stops the work", flag=None, key=None, changes_bytes=False
+        None, "called between chunks; stops the run when it returns true", flag=None, key=None, changes_bytes=False
     )
 
     def __post_init__(self) -> None:
@@ -431,7 +429,9 @@ class RunOptions(Options):
             hint = "a whole number from 1, or None for the cores"
             raise UsageError(f"threads is {self.threads}", hint=hint, code="threads-range")
         if self.resume and self.restart:
-            raise UsageError("resume goes on with an earlier run, restart discards it", code="option-conflict")
+            raise UsageError(
+                "resume continues an earlier run, restart discards it: they exclude each other", code="option-conflict"
+            )
 
     @property
     def limit_nbytes(self) -> int:

@@ -126,7 +126,7 @@ def not_a_choice(one: Declared, value: object, start: str | None = None, command
         from streamconv.ggml.policy import outtype_hint
 
         hint = outtype_hint(str(value))
-    what = f"{start or f'{one.name} '}{value!r} is none of {', '.join(one.option.choices_for(command))}"
+    what = f"{start or f'{one.name} '}{value!r} is not one of {', '.join(one.option.choices_for(command))}"
     return UsageError(what, hint=hint, code="word-unknown")
 
 

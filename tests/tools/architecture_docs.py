@@ -10,9 +10,10 @@ from streamconv.recipe.registry import all_recipes
 PATH = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = """# Supported architectures
 
-Made of `streamconv/architectures/` by `make docs`; `streamconv architectures` says the same. A checkpoint is known by
-the name in `architectures` of its config.json; adapters convert and merge for all of them. How each is proved is in
-[families.md](families.md), how one is added in [adding-an-architecture.md](adding-an-architecture.md).
+Generated from `streamconv/architectures/` by `make docs`; `streamconv architectures` prints the same. A checkpoint is
+recognised by the name in `architectures` of its config.json. Adapters can be converted and merged for all of them.
+[families.md](families.md) describes how each is tested, [adding-an-architecture.md](adding-an-architecture.md) how to
+add one.
 
 | models | `architectures` | GGUF |
 |---|---|---|

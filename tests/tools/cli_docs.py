@@ -13,16 +13,16 @@ from streamconv.cli.parser import build_parser
 PATH = Path(__file__).parents[2] / "docs" / "cli.md"
 HEAD = """# Command line
 
-Made of the parser by `make docs`; `streamconv COMMAND --help` says the same. A size is a number of bytes or has a unit:
-96MiB, 4GiB are powers of 1024, 300M, 4G of 1000.
+Generated from the parser by `make docs`; `streamconv COMMAND --help` prints the same. A size is a number of bytes, or
+has a unit: KiB, MiB and GiB are powers of 1024, K, M and G powers of 1000.
 
-- A result for programs is one JSON object on stdout (`--json`: [json.md](json.md)). Warnings and errors are one line
-  each on stderr, `streamconv: FILE: TENSOR: what (the way out)`; the progress bar is there, too.
-- The bar is shown on a terminal alone. No colour is used, so `NO_COLOR` holds without being asked for.
-- A closed pipe ends the command without a word; characters that the terminal's encoding lacks are shown escaped.
-- `-v` says more, and shows the traceback of an internal error, which otherwise is one line.
-- `pip install` brings a man page and completion for bash, zsh and fish, in `share/` of its prefix. Where the shell does
-  not look there, as in a virtual environment, put `eval "$(streamconv completion bash)"` into ~/.bashrc.
+- With `--json`, the result is one JSON object on stdout ([json.md](json.md)). Each warning and error is one line on
+  stderr, `streamconv: FILE: TENSOR: problem (what to do)`; progress is shown on stderr too.
+- The progress bar is shown only on a terminal. Output has no colour, with or without `NO_COLOR`.
+- A closed pipe ends the command silently. Characters that the terminal's encoding does not have are shown escaped.
+- `-v` prints more, and the traceback of an internal error, which is otherwise one line.
+- `pip install` puts a man page, and completion for bash, zsh and fish, into `share/` of its prefix. If the shell does
+  not look there, as in a virtual environment, add `eval "$(streamconv completion bash)"` to ~/.bashrc.
 """
 
 

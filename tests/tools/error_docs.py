@@ -32,11 +32,11 @@ REASONS = "_REASONS"  # a table {code: words} of problems has a name that ends s
 HOLE = "..."
 HEAD = """# Errors, warnings and problems by code
 
-Made of the source by `make docs`. Codes are stable: scripts bind to `error.code` (in `--json` too), never to words,
-which may change with any version. `...` stands for what differs from case to case.
+Generated from the source by `make docs`. Codes are stable. Scripts should test `error.code` (also in `--json`), not
+messages, which may change in any version. In the messages below, `...` stands for text that varies.
 
-The library raises `StreamconvError` and its subclasses. What else can come out of a call: an exception of the caller's
-own `progress` or `cancel`, as it was raised; `KeyboardInterrupt`; `TypeError` for a wrong keyword.
+The library raises `StreamconvError` and its subclasses. A call can also raise `TypeError` for a wrong keyword,
+`KeyboardInterrupt`, and any exception of the caller's own `progress` or `cancel`.
 """
 
 
@@ -114,9 +114,9 @@ def render() -> str:
     codes = {kind: exit_code for kind, exit_code in _exit_codes() if kind in by_kind}
     for kind, exit_code in sorted(codes.items(), key=lambda item: item[1]):
         lines += [f"## {kind}: exit code {exit_code}", "", *_table(by_kind[kind]), ""]
-    lines += ["## Warnings", "", "The result is complete, and the user should know this of it.", ""]
+    lines += ["## Warnings", "", "The result is complete. Warnings are in a report's `warnings`.", ""]
     lines += [*_table(by_kind["warning"]), "", "## Problems", ""]
-    lines += ["Listed by `inspect`, and in an error's `problems` where several causes are reported together.", ""]
+    lines += ["Listed by `inspect`, and in the `problems` of an error with several causes.", ""]
     lines += [*_table(by_kind["problem"]), ""]
     return "\n".join(lines)
 
@@ -143,7 +143,7 @@ def _table(found: list[Site]) -> Iterator[str]:
     words: dict[str, dict[str, None]] = defaultdict(dict)
     for site in found:
         words[site.code][site.words] = None
-    yield from ("| code | words |", "|---|---|")
+    yield from ("| code | message |", "|---|---|")
     for code in sorted(words):
         yield f"| `{code}` | {'<br>'.join(_escaped(text) for text in sorted(words[code]))} |"
 

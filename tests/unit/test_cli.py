@@ -137,7 +137,7 @@ def test_an_outtype_may_be_in_capitals(tmp_path: Path, capsys: pytest.CaptureFix
 def test_an_outtype_of_llama_cpp_alone_is_told_the_way(capsys: pytest.CaptureFixture[str], word: str) -> None:
     assert cli.main(["convert", "x", "--outtype", word]) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith(f"streamconv: argument --outtype: {word!r} is none of auto, f32, f16, bf16, q8_0, ")
+    assert printed.startswith(f"streamconv: argument --outtype: {word!r} is not one of auto, f32, f16, bf16, q8_0, ")
     assert printed.endswith(f"(llama.cpp's llama-quantize makes {word.upper()} from a converted file)\n")
 
 

@@ -129,7 +129,7 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
     [
         ('[[job]]\nsource = "a"\nouttyp = "f16"\n', "job 1: unknown key 'outtyp'"),
         ('[defaults]\nouttyp = "f16"\n[[job]]\nsource = "a"\n', "defaults: unknown key 'outtyp'"),
-        ('[[job]]\nsource = "a"\n[[job]]\nsource = "b"\nouttype = "q4"\n', "job 2: outtype 'q4' is none of"),
+        ('[[job]]\nsource = "a"\n[[job]]\nsource = "b"\nouttype = "q4"\n', "job 2: outtype 'q4' is not one of"),
         ('[[job]]\nsource = "a"\ncommand = "quantize"\n', "job 1: command 'quantize' is not one of"),
         ('[[job]]\nsource = 3\n', "job 1: source must be a string"),
         ('[[job]]\nsource = ""\n', "job 1: source is ''"),

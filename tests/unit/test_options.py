@@ -290,7 +290,7 @@ def test_dir_and_help_show_what_is_public() -> None:
     for name in ("convert", "convert_adapter", "verify", "inspect"):
         assert f"    {name}(" in text, name
     assert "class Report" in text
-    assert "max_memory: ceiling of resident memory" in text
+    assert "max_memory: limit on resident memory" in text
 
 
 def test_the_command_starts_without_what_is_heavy() -> None:
