@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-# An untrusted file may have names of megabytes; nobody reads on after this.
+# An untrusted file may have names of megabytes.
 MAX_MESSAGE_CHARS = 4000
 MAX_NAME_CHARS = 400
 
 
 def printable(text: str) -> str:
-    """`text` on one line and without effect on a terminal: untrusted text is shown, never interpreted."""
+    """`text` on one line, with control characters escaped, so that untrusted text cannot affect a terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -27,7 +27,7 @@ def _shortened(text: str, n_chars: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunWarning:
-    """A warning of a run: the result is complete, and the user should know this of it."""
+    """A warning of a run; the result is complete."""
 
     code: str
     message: str
@@ -38,15 +38,15 @@ Caution = RunWarning  # its name up to 0.1, which stays importable
 
 
 class StreamconvError(Exception):
-    """Base of all failures that streamconv reports. The subclass fixes `kind` and `exit_code`.
+    """Base class of all errors that streamconv reports. The subclass defines `kind` and `exit_code`.
 
     Args:
         message: one line, which may change between versions.
-        code: the cause in kebab-case, which does not; docs/errors.md lists all of them.
-        file: the file that is wrong.
+        code: the cause in kebab-case, stable in all versions; docs/errors.md lists all codes.
+        file: the file that the error is about.
         tensor: the tensor in it.
-        hint: the way out.
-        problems: what the message sums up, one by one and whole, as `--json` prints it; each has a `code` and a
+        hint: what to do about it.
+        problems: all problems that the message summarises, as `--json` prints them; each has a `code` and a
             `message`.
     """
 
@@ -85,18 +85,18 @@ class UsageError(StreamconvError):
 
 
 class SourceError(StreamconvError):
-    """Anything wrong with the files that are read: missing, malformed, unsupported, changed while being read."""
+    """A problem with the files that are read: missing, malformed, unsupported, changed during the run."""
 
     kind = "source"
     exit_code = 3
 
 
 class SourceReadError(SourceError):
-    """The disk failed under a source: its file may be well, and what was written can be continued."""
+    """A read failed; the source may be intact, so the partial output is kept for resuming."""
 
 
 class ResumeError(SourceError):
-    """An unfinished output was begun with other sources, options or versions than these; its work is kept."""
+    """An unfinished output was made with other sources, options or versions; it is kept."""
 
 
 class BudgetError(StreamconvError):
@@ -107,7 +107,7 @@ class BudgetError(StreamconvError):
 
 
 def no_memory() -> BudgetError:
-    """What to say when the system refuses memory that the bound allows."""
+    """The error when the system refuses memory within the limit."""
     return BudgetError(
         "the system gives this process no more memory or threads",
         hint="raise its limits (ulimit -v, ulimit -u, the container's), or try --threads 1",
@@ -116,14 +116,14 @@ def no_memory() -> BudgetError:
 
 
 class DestinationError(StreamconvError):
-    """Anything wrong with the file to be written: it exists, is locked, the disk is full or fails."""
+    """A problem with the file to be written: it exists, is locked, or the disk is full or fails."""
 
     kind = "destination"
     exit_code = 5
 
 
 class VerifyError(StreamconvError):
-    """A file does not hold what its source says it should."""
+    """A file does not contain what its source gives."""
 
     kind = "verify"
     exit_code = 6

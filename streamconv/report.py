@@ -14,7 +14,7 @@ SCHEMA: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One file that was (or, in a dry run, would be) written. sha256 is None unless it was asked for."""
+    """One file that was (or, in a dry run, would be) written. sha256 is None unless it was requested."""
 
     path: Path
     nbytes: int
@@ -30,7 +30,7 @@ class TypeTotal:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A row of the plan: what a target is made of. `changed_by`: adapters that are merged into it."""
+    """One tensor of the plan, with its sources. `changed_by`: the adapters that are merged into it."""
 
     source: tuple[str, ...]
     target: str

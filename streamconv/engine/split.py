@@ -25,7 +25,7 @@ MAX_COUNT = 65_535  # it is a uint16
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of an output. `number` counts from 1."""
+    """One file of an output. `number` starts at 1."""
 
     number: int
     path: Path

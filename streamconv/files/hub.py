@@ -14,7 +14,7 @@ from streamconv.errors import SourceError
 from streamconv.files.local import local_path, local_place
 from streamconv.files.store import Place, Store, StorePath
 
-Source = str | Store | Path | StorePath  # what callers name as one
+Source = str | Store | Path | StorePath  # as callers give it
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # a model's, an adapter's
 
@@ -38,7 +38,7 @@ def source_failures() -> Iterator[None]:
 
 @source_failures()
 def find_source(source: Source | Place) -> Place:
-    """The place that `source` means: a store's own, or what `find_path` finds. SourceError as there."""
+    """The location of `source`: in its store, or as `find_path` finds it. SourceError as there."""
     if isinstance(source, Store):
         return StorePath(source)
     return source if isinstance(source, StorePath) else local_place(find_path(str(source)))
@@ -94,7 +94,7 @@ def find_cached(repo_id: str) -> Path | None:
 
 
 def is_repo_id(source: str) -> bool:
-    """Whether `source` could be one, as LiquidAI/LFM2-1.2B; many relative paths could."""
+    """Whether `source` could be a repo id, as LiquidAI/LFM2-1.2B; many relative paths could be one."""
     return _REPO_ID.fullmatch(source) is not None
 
 
@@ -120,7 +120,7 @@ def _main_revision(entry: Path) -> str | None:
 
 
 def model_name(place: Place) -> str:
-    """What a model at `place` is called: the folder's name, or in the Hugging Face cache its repo's."""
+    """The name of the model at `place`: that of its folder, or of its repo if it is in the Hugging Face cache."""
     path = local_path(place)
     if path is None:
         return place.stem if place.is_file() else place.name
@@ -128,6 +128,6 @@ def model_name(place: Place) -> str:
     for folder in (path, *path.parents[:2]):
         if match := _CACHE_ENTRY.fullmatch(folder.name):
             return match["name"]
-    with suppress(OSError):  # reading it reports what is wrong
+    with suppress(OSError):  # reading it will raise the error
         return path.stem if path.is_file() else path.name
     return path.name

@@ -16,7 +16,7 @@ HEAD_NBYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """`what` completes "this is ..."; `hint` says the way out."""
+    """`what` completes "this is ..."; `hint` says what to do about it."""
 
     what: str
     hint: str
@@ -70,7 +70,7 @@ _TEXT: tuple[tuple[bytes, Guess], ...] = (  # in lower case, after white space
 
 
 def guess(head: bytes) -> Guess | None:
-    """What a file that begins with `head` (HEAD_NBYTES of it are enough) looks like; None where nothing fits."""
+    """The kind of file that begins with `head` (HEAD_NBYTES are enough); None if it is not recognised."""
     if not head:
         return Guess("an empty file", "download or copy it again")
     if not head.strip(b"\x00"):
@@ -86,15 +86,16 @@ def guess(head: bytes) -> Guess | None:
 
 
 def guess_other(head: bytes, own: Guess) -> Guess | None:
-    """As `guess`; None also where the file begins as it should, `own` being what that looks like."""
+    """Like `guess`, but None if the file is of the expected kind `own`."""
     found = guess(head)
     return None if found is own else found
 
 
 def misplaced(path: Place, asked: str, config: str) -> SourceError:
-    """The error for a file that is named where `asked` (with its article), a folder with a file `config`, belongs.
+    """The error for a file given in place of `asked` (with its article), a folder with a file `config`.
 
-    SourceError is raised where the file cannot be read.
+    Raises:
+        SourceError: The file cannot be read.
     """
     found = guess(bytes(read_start(path, HEAD_NBYTES)))
     hint = found.hint if found else None

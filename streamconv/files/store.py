@@ -26,12 +26,12 @@ Buffer = NDArray[np.uint8] | bytearray | memoryview  # one dimension of bytes
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells that a blob is still the one that was opened, as it was then.
+    """Identifies a blob and its state when it was opened.
 
     Attributes:
-        lasting: What stays the same until the bytes change, on another day and after a restart of the machine: a size
-            and a time, or an ETag. A resumed run compares it.
-        momentary: What must stay the same while the blob is open as well, such as device and inode.
+        lasting: Stays the same until the bytes change, also on another day and after a restart of the machine: a
+            size and a time, or an ETag. A resumed run compares it.
+        momentary: Must also stay the same while the blob is open, such as device and inode.
     """
 
     lasting: str
@@ -42,9 +42,9 @@ class Blob(ABC):
     """A file of a store, open for reading at positions from any number of threads. A context manager that closes it.
 
     Attributes:
-        path: What messages call it; its last part is its name.
-        nbytes: Its size when it was opened.
-        identity: What it was when it was opened.
+        path: Its path as messages show it; the last component is its name.
+        nbytes: Its size in bytes when it was opened.
+        identity: Its identity when it was opened.
     """
 
     path: Place
@@ -61,10 +61,10 @@ class Blob(ABC):
 
     @abstractmethod
     def check_unchanged(self) -> None:
-        """SourceError if it is no longer what it was when it was opened."""
+        """Raise SourceError if it has changed since it was opened."""
 
     def view(self, offset: int, nbytes: int) -> AbstractContextManager[memoryview]:
-        """`nbytes` from byte `offset` on, read-only, valid inside the `with`; here a copy that was read for it.
+        """`nbytes` bytes from `offset` on, read-only, valid inside the `with`. By default a copy is read.
 
         Raises:
             SourceError: The blob ends first, or it cannot be read.
@@ -79,19 +79,19 @@ class Blob(ABC):
 
     @property
     def is_mapped(self) -> bool:
-        """Whether `map` is the better way to read it."""
+        """Whether `map` should be used instead of `read_into`."""
         return False
 
     def map(self, offset: int, nbytes: int) -> Mapped | None:
-        """The bytes where they already lie, from a multiple of 2 MiB on; None where they can only be read.
+        """The mapped bytes, from a multiple of 2 MiB on; None if they can only be read.
 
         Raises:
-            OSError: Not all of them are there; `read_into` says what is wrong.
+            OSError: Some of them are missing; `read_into` gives the error for that.
         """
         return None
 
     def close(self) -> None:
-        """Give back what reading took; no method may be called after it."""
+        """Release resources; no method may be called afterwards."""
         return
 
     def __enter__(self) -> Self:
@@ -102,17 +102,17 @@ class Blob(ABC):
 
 
 class Store(ABC):
-    """A set of files under names, which may have folders in them, as `a/b.json`.
+    """A set of named files. Names may contain folders, as `a/b.json`.
 
     Attributes:
-        name: What a model in it is called where nothing else says so.
+        name: The name of a model in it, if no file gives another.
     """
 
     name: str
 
     @abstractmethod
     def names(self, folder: str = "") -> Iterable[str]:
-        """The names of the files in `folder`, of the store itself by default, without those in folders inside it."""
+        """The names of the files directly in `folder`, by default the store's root."""
 
     @abstractmethod
     def open(self, name: str) -> Blob:
@@ -127,16 +127,16 @@ class Store(ABC):
         return name == "" or any(True for _ in self.names(name))
 
     def show(self, name: str) -> str:
-        """What messages call the file of this name."""
+        """The file's name as messages show it."""
         return posixpath.join(self.name, name) if name else self.name
 
     def local_path(self, name: str) -> Path | None:
-        """The file on this machine that has this name's content; None where that has no path here."""
+        """The path of the file on this machine; None if it has none."""
         return None
 
 
 class Place(Protocol):
-    """Where a source lies, or would: a name in a store (`StorePath`), or a path of this machine (`pathlib.Path`)."""
+    """The location of a source: a name in a store (`StorePath`), or a path on this machine (`pathlib.Path`)."""
 
     @property
     def name(self) -> str: ...
@@ -155,7 +155,7 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StorePath:
-    """A name in a store, used as a path is; the store itself where the name is empty."""
+    """A name in a store, with the interface of a path; an empty name is the store itself."""
 
     store: Store
     key: str = ""
@@ -192,7 +192,7 @@ class StorePath:
         return self.store.is_folder(self.key)
 
     def glob(self, pattern: str, /) -> Iterator[StorePath]:
-        """The files whose names fit `pattern`, here or, where it begins with a folder, there."""
+        """The files whose names match `pattern`, in this folder or in the one that the pattern begins with."""
         folder, _, last = pattern.rpartition("/")
         place = self / folder if folder else self
         return (place / name for name in place.store.names(place.key) if fnmatchcase(name, last))

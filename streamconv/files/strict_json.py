@@ -16,7 +16,7 @@ from streamconv.files.local import file_nbytes, read_start
 from streamconv.files.store import Place
 
 MAX_NBYTES = 64 << 20
-MAX_CONFIG_NBYTES = 1 << 20  # where no one has counted the memory; published configs have up to 60 KB
+MAX_CONFIG_NBYTES = 1 << 20  # if the caller did not reserve memory; published configs have up to 60 KB
 # What json.loads may take for each byte of text. Measured on headers and configs: 3 to 9; deep arrays of arrays: 44.
 OBJECT_NBYTES_PER_BYTE = 45
 # And for each of its marks, of which there is one before every value. Measured: 132 for a member of an object whose
@@ -53,7 +53,7 @@ def _parse(text: bytes | bytearray, file: object, max_nbytes: int) -> Any:
 
 
 def objects_nbytes(pieces: Iterable[bytes | bytearray]) -> int:
-    """What `parse_object` takes at most for a text in pieces, the objects that it returns among it, not the text."""
+    """An upper bound, in bytes, on the memory of `parse_object` for a text in pieces, with its result, without the text."""
     nbytes = n_marks = 0
     is_ascii = True
     for piece in pieces:
@@ -91,14 +91,14 @@ def _load(path: Place, max_nbytes: int, afford: Callable[[int], None]) -> bytear
 
 
 def load_object_if_present(path: Place) -> dict[str, Any]:
-    """As `load_object`; an empty object where there is no such file."""
+    """Like `load_object`, with an empty object if there is no such file."""
     return load_object(path) if path.exists() else {}
 
 
 def _bad_json(
     text: bytes | bytearray, file: object, problem: str, hint: str | None = None, *, code: str
 ) -> SourceError:
-    """`problem`, unless the text is that of another kind of file, whose name says more."""
+    """The error for `problem`, or a clearer one if the text is of another kind of file."""
     if other := magic.guess_other(bytes(text[: magic.HEAD_NBYTES]), magic.JSON):
         if other is magic.UTF_16:  # JSON all the same
             return SourceError(f"this is {other.what}", file=file, hint=other.hint, code="not-utf8")

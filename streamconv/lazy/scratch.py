@@ -16,18 +16,18 @@ ALIGNMENT = 64  # a cache line; enough for any vector load
 
 
 def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
-    """`nbytes` of zeroed memory that starts on a page (as O_DIRECT asks), given back to the system when dropped."""
+    """`nbytes` of zeroed, page-aligned memory (for O_DIRECT), returned to the system when it is deleted."""
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
 
 
 def padded_nbytes(nbytes: int) -> int:
-    """What `nbytes` cost in a Scratch."""
+    """The size of `nbytes` in a Scratch, with padding."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Overdraft(MemoryError):
-    """A step took more than it had declared: a bug, whatever memory the machine has."""
+    """A step took more than it had declared, which is a bug."""
 
 
 class Scratch:
@@ -59,7 +59,7 @@ class Scratch:
 
     @contextmanager
     def frame(self) -> Iterator[None]:
-        """What is taken inside is free again after it."""
+        """Arrays taken inside are free again afterwards."""
         mark = self._used
         try:
             yield
