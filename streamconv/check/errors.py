@@ -1,8 +1,7 @@
 """How far the numbers of a GGUF file are from those of its source: the relative RMS error of each tensor.
 
-Owns: the sums. Does not own: what the source's numbers are (a Job says that), what quantised rows stand for (the gguf
-package, for every type that it decodes).
-Nothing is compared: a file of any tool and of any type can be measured, with an importance matrix or without.
+The gguf package dequantises the file's rows, so every type that it decodes can be measured, in files of any tool, made
+with or without an importance matrix.
 """
 
 from __future__ import annotations

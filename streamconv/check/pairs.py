@@ -1,6 +1,6 @@
-"""The tensors of a file beside the rows that they should have, slab by slab on any number of threads.
+"""The tensors of a file paired by name with the rows that they should have, slab by slab on any number of threads.
 
-Owns: matching by name, and the threads. Does not own: what is asked of a slab (tensors.py, errors.py).
+tensors.py compares the slabs, errors.py measures them.
 """
 
 from __future__ import annotations

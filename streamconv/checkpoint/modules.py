@@ -1,11 +1,11 @@
-"""sentence-transformers' modules beside a model: what becomes of its hidden states, as vectors of texts or of tokens.
+"""The modules of sentence-transformers beside a model, which turn its hidden states into vectors of texts or tokens.
 
-modules.json lists them in the order in which they are applied: the model itself, pooling, dense layers. Owns: reading
-them, and refusing by name what no GGUF file says. Does not own: which architecture has a place for them (recipe/).
+modules.json lists them in the order in which they are applied: the model itself, pooling, dense layers. Modules that a
+GGUF file cannot describe are refused by name.
 
 Sources: sentence-transformers 6.2.0 (base/modules/dense.py, sentence_transformer/modules/pooling.py), PyLate's Dense,
 and llama.cpp's build_pooling and build_dense_out, which apply dense layers after the pooling. A dense layer is linear
-here, so that it may stand before the mean or the choice of a token as well as behind it.
+here, so that it may come before the mean or the choice of a token as well as after it.
 """
 
 from __future__ import annotations

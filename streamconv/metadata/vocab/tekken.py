@@ -1,8 +1,7 @@
-"""tekken.json, Mistral's own tokenizer file, as the tokenizer.json that says the same.
+"""tekken.json, Mistral's own tokenizer file, read as the equivalent tokenizer.json.
 
-Owns: the file's fields, and merges from the order of its tokens. Does not own: JSON's syntax (json_stream.py), what
-GGUF makes of a byte-level BPE (the package's other modules).
-Invariant: tokens and merges take no more bytes than the file has, so that its size bounds what reading it costs.
+Merges follow from the order of its tokens. Tokens and merges take no more bytes than the file, so its size bounds the
+memory of reading it.
 Sources: mistral-common's tokens/tokenizers/tekken.py; MistralVocab in llama.cpp's gguf-py/gguf/vocab.py, which makes
 the same merges.
 """
