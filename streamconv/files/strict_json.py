@@ -53,7 +53,7 @@ def _parse(text: bytes | bytearray, file: object, max_nbytes: int) -> Any:
 
 
 def objects_nbytes(pieces: Iterable[bytes | bytearray]) -> int:
-    """Upper bound, in bytes, on the memory of `parse_object` for a text in pieces: with its result, without the text."""
+    """Upper bound (bytes) on the memory of `parse_object` for a text in pieces, with its result but not the text."""
     nbytes = n_marks = 0
     is_ascii = True
     for piece in pieces:
