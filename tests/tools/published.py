@@ -308,6 +308,18 @@ def _sentencepiece_model(found: Mapping[str, Any]) -> bytes:
     return tiny.sentencepiece_model(tokens, found["tokenizer.ggml.scores"], kinds, prefix)
 
 
+def _added_tokens(found: Mapping[str, Any]) -> dict[str, Any]:
+    """As published SentencePiece tokenizers list them once more; llama.cpp's converter knows them by that alone."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    kinds = dict(enumerate(found["tokenizer.ggml.token_type"]))
+    tokens = found["tokenizer.ggml.tokens"]
+    return {
+        str(i): {"content": tokens[i].replace(" ", "▁"), **flags, "special": kind == _CONTROL}
+        for i, kind in kinds.items()
+        if kind in (_CONTROL, _USER_DEFINED)
+    }
+
+
 def _tokenizer(found: Mapping[str, Any], pre: str) -> dict[str, Any]:
     tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -346,7 +358,7 @@ def _tokenizer_config(model: Published, found: Mapping[str, Any]) -> dict[str, A
         "clean_up_tokenization_spaces": False,
         "model_max_length": found[f"{found['general.architecture']}.context_length"],
         "tokenizer_class": "GPT2Tokenizer" if model.pre else "GemmaTokenizer",
-        **({"add_prefix_space": False} if model.pre else {}),
+        **({"add_prefix_space": False} if model.pre else {"added_tokens_decoder": _added_tokens(found)}),
         **{role: tokens[id_] for role, id_ in ids.items() if id_ is not None},
         **adds,
     }
