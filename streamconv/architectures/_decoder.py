@@ -266,6 +266,11 @@ TEXT_HALF = Caveat(
     code="text-half",
 )
 
+SILENT_ROPE = Refusal(
+    "nothing is said of RoPE, which transformers then scales by YaRN: state rope_parameters, as the publisher does",
+    lambda m: not m.config.section("rope_parameters") and not m.config.section("rope_scaling"),
+)
+
 NO_WINDOW = Refusal("use_sliding_window is true, and the runtime has no window for this architecture", slides)
 
 

@@ -68,6 +68,7 @@ RECIPE = Recipe(
     ),
     refusals=decoder.refusals(
         ROPE,
+        decoder.SILENT_ROPE,
         decoder.SILU,
         decoder.USED_EXPERTS,
         decoder.flag("attention_bias", only=True, silent=True, why="the runtime wants biases"),

@@ -73,6 +73,10 @@ RECIPE = Recipe(
     ),
     refusals=decoder.refusals(
         ROPE,
+        Refusal(
+            decoder.SILENT_ROPE.what,
+            lambda m: m.config.text("model_type") == "ministral3" and decoder.SILENT_ROPE.applies(m),
+        ),
         decoder.SILU,
         Refusal(
             "its text half is {model_type!r}, and this architecture has mistral and ministral3",

@@ -10,8 +10,19 @@ from streamconv.architectures import _decoder as decoder
 from streamconv.architectures._rope import Rope
 from streamconv.recipe import BOOL, F32, Config, Key, Model, Recipe, Refusal
 
-ROPE = Rope(theta=10_000.0, context=2048, kind="full_attention")
-SLIDING = Rope(theta=10_000.0, context=2048, kind="sliding_attention")
+BASE_OF_OLMO3 = 500_000.0  # Olmo3Config, where the config is silent
+
+
+class Olmo(Rope):
+    """Whose base is another for OLMo 3 where the config is silent."""
+
+    def base(self, config: Config) -> float:
+        stated = self.of(config).positive("rope_theta") or config.positive("rope_theta")
+        return stated or (BASE_OF_OLMO3 if is_olmo3(config) else self.theta)
+
+
+ROPE = Olmo(theta=10_000.0, context=2048, kind="full_attention")
+SLIDING = Olmo(theta=10_000.0, context=2048, kind="sliding_attention")
 
 WINDOW, EVERY = 4096, 4  # Olmo3Config: all but each fourth layer
 

@@ -46,6 +46,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}}, "llama3"),
     ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "beta_fast"),
     ("qwen2", {"rope_parameters": YARN | {"truncate": False}}, "truncate"),
+    ("gpt-oss", {"rope_parameters": ABSENT}, "nothing is said of RoPE"),
+    ("gpt-oss", {"rope_parameters": None, "rope_scaling": None, "rope_theta": 1e5}, "nothing is said of RoPE"),
+    ("ministral3", {"rope_parameters": ABSENT}, "nothing is said of RoPE"),
     ("iquest-coder", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
     ("iquest-coder", {"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window"),
     ("internlm3", {"hidden_act": "gelu"}, "hidden_act"),
@@ -234,6 +237,11 @@ def test_cohere2_has_no_head_of_its_own() -> None:
 def test_olmo2_has_no_window() -> None:
     assert "attention.sliding_window" not in inmemory.keys(bound("olmo2", sliding_window=128))
     assert "attention.sliding_window" not in inmemory.keys(bound("olmo3", sliding_window=None))
+
+
+def test_the_base_that_a_config_leaves_to_transformers() -> None:
+    bases = {name: inmemory.keys(bound(name, rope_parameters=ABSENT))["rope.freq_base"] for name in ("olmo2", "olmo3")}
+    assert bases == {"olmo2": 1e4, "olmo3": 5e5}
 
 
 def test_olmo3_may_scale_rope_where_there_is_no_window() -> None:
