@@ -45,9 +45,7 @@ class Runtime:
         n_ctx: int = 512,
         verbosity: int = -1,
         gives: str = "tokens",
-        caching: bool = False,
     ) -> None:
-        self._caching = caching  # what a prompt shares with the one before it is not computed again
         params = xllamacpp.CommonParams()
         if mmproj is not None:
             params.mmproj.path = str(mmproj)
@@ -138,7 +136,7 @@ class Runtime:
             "n_predict": 1,
             "n_probs": n_probs,
             "temperature": 0.0,
-            "cache_prompt": self._caching,
+            "cache_prompt": False,
             "logit_bias": [[self._forced, FORCING]],
         }
 
