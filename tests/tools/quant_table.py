@@ -1,9 +1,9 @@
 """What each outtype loses on a real model: `python -m tests.tools.quant_table PYTHON` prints docs/quantising.md's.
 
-The model is SmolLM2-135M-Instruct (smollm2.py), whose weights are published as Q4_1: on a grid, which types of four
+The model is SmolLM2-135M-Instruct (published.py), whose weights are published as Q4_1: on a grid, which types of four
 bits would hit by luck. So each weight is moved at random within its step, which leaves a BF16 checkpoint of weights as
 training leaves them. Files are made of it by `streamconv.convert`; their errors are `verify(..., error=True)`'s. What
-llama.cpp predicts with each file at every token of a text is compared with its prediction with the BF16 file: the mean
+llama.cpp predicts with each file at every token of a text is compared with its prediction with the F16 file: the mean
 KL divergence, and how often both find the same token likeliest. PYTHON has llama-cpp-python, which gives all positions
 of a text at once.
 """
@@ -24,7 +24,7 @@ import streamconv
 from streamconv.report import Report
 from tests import tiny
 from tests.extras import tokenizers
-from tests.tools import smollm2
+from tests.tools import published
 
 OUTTYPES = (
     *(
@@ -76,7 +76,7 @@ np.save(sys.argv[3], (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 def spread_checkpoint(target: Path) -> Path:
     """The checkpoint with each weight moved at random within the step of its block of 32, as BF16."""
-    source = smollm2.checkpoint()
+    source = published.checkpoint("smollm2-135m-instruct")
     rng = np.random.default_rng(1)
     tensors = {}
     for name, tensor in tiny.tensors_of(source).items():
