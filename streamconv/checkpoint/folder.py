@@ -23,6 +23,8 @@ from streamconv.files.local import file_nbytes
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
 
+MISTRAL_PARAMS = "params.json"  # mistral-inference's config, beside weights in names of its own
+
 # For the bound that an error names: what a header's table and plan take for each of its bytes, and parsing it, where
 # names are as models have them; and what indexes and tokenizers do. Measured: 7, 12 and 5.
 TABLE_PER_BYTE = 9
@@ -143,6 +145,10 @@ def _without_config(directory: Place) -> SourceError:
     if (directory / ADAPTER_CONFIG).is_file():
         hint = f"streamconv lora {directory} --base BASE, or streamconv convert BASE --adapter {directory}"
         return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint, code="is-adapter")
+    if (directory / MISTRAL_PARAMS).is_file():
+        what = f"a checkpoint in Mistral's own format ({MISTRAL_PARAMS}, consolidated.safetensors)"
+        hint = f"use {CONFIG} and model-*.safetensors instead, which most of its pages have too"
+        return SourceError(what, file=directory, hint=hint, code="mistral-format")
     what = "the directory is empty" if not any(True for _ in directory.glob("*")) else f"no {CONFIG}"
     return SourceError(
         what, file=directory, hint=f"name the folder that holds {CONFIG} and *.safetensors", code="config-missing"

@@ -180,6 +180,13 @@ def test_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "model.gguf")
 
 
+def test_mistrals_own_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text('{"dim": 64}')
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    with raises(SourceError, code="mistral-format"):
+        Checkpoint.open(tmp_path, budget=Budget(1 << 30))
+
+
 def test_an_adapter_is_told_which_command_is_for_it(checkpoint: Path) -> None:
     (checkpoint / "config.json").rename(checkpoint / "adapter_config.json")
     with raises(SourceError, code="is-adapter") as caught:
