@@ -389,6 +389,14 @@ def test_what_is_wrong_with_an_adapter_of_the_tower_is_said(made: Path, tmp_path
     assert files(tmp_path) == set()
 
 
+def test_a_projector_that_an_adapter_says_it_has_must_be_there(made: Path, tmp_path: Path) -> None:
+    saved = {"modules_to_save": ["multi_modal_projector"]}
+    text = loras.write(tmp_path / "a", loras.factors(TEXT_Q, 256, 256), loras.PEFT | saved)
+    with raises(SourceError, code="module-unsaved"):
+        streamconv.convert(made, tmp_path / "out.gguf", adapters=[text])
+    assert files(tmp_path) == set()
+
+
 @pytest.mark.parametrize("base", ["folder", "gguf"])
 def test_an_adapter_of_the_text_model_becomes_a_gguf(made: Path, tmp_path: Path, base: str) -> None:
     folder = adapter(tmp_path / "a", {TEXT_Q: (256, 256)})

@@ -42,6 +42,13 @@ def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter], out
     own = [share.of_model for share in shares if share.of_model is not None]
     step, origins = _merged(checkpoint, model, own)
     tokenizers, findings = find_tokenizers(step.weights, checkpoint.directory, own)
+    for share in shares:  # with nothing of an output, it must not say that it has
+        findings += [
+            Finding(share.of_model, problem)
+            for output in outputs
+            if share.of_model is not None and output.recipe.role not in share.of_outputs
+            for problem in share.of_model.file.unsaved(output.recipe, is_tied=False)
+        ]
     beside = {
         output.recipe.role: merge_output(output, of_output)
         for output in outputs
