@@ -1,6 +1,6 @@
 """The man page, and what makes shells complete commands and options: made of the parser, so that they are always whole.
 
-They are static texts: a Tab starts no process. setup.py installs them where shells and `man` look for them.
+They are static texts: a Tab starts no process. `cli/build.py` has them installed where shells and `man` look for them.
 """
 
 from __future__ import annotations

@@ -58,7 +58,6 @@ def check_contents(wheel: Path, sdist: Path) -> None:
     wanted = modules | {str(path.relative_to(ROOT)) for path in (ROOT / "streamconv/ggml/kernels").glob("*.[ch]")}
     wanted |= {
         "pyproject.toml",
-        "setup.py",
         "README.md",
         "LICENSE",
         "CHANGELOG.md",

@@ -88,11 +88,12 @@ def test_man_has_every_command_and_option(tmp_path: Path) -> None:
 def test_the_build_makes_all_of_them_without_the_dependencies(tmp_path: Path) -> None:
     """As in an isolated build: the standard library and setuptools are all that is there."""
     code = (
-        "import sys, types, pathlib; fake = types.ModuleType('setuptools'); made = {}\n"
-        "fake.setup = lambda **words: made.update(words); sys.modules['setuptools'] = fake\n"
-        f"text = pathlib.Path({str(ROOT / 'setup.py')!r}).read_text()\n"
-        f"exec(compile(text, {str(ROOT / 'setup.py')!r}, 'exec'), {{'__file__': {str(ROOT / 'setup.py')!r}}})\n"
-        "print(sorted(f'{folder}/{pathlib.Path(file).name}' for folder, files in made['data_files'] for file in files))"
+        "import sys, types, pathlib, importlib.util; fake = types.ModuleType('setuptools.command.build_py')\n"
+        "fake.build_py = object; sys.modules[fake.__name__] = fake\n"
+        f"spec = importlib.util.spec_from_file_location('build', {str(ROOT / 'streamconv' / 'cli' / 'build.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "made = module.shared_files()\n"
+        "print(sorted(f'{folder}/{pathlib.Path(file).name}' for folder, files in made for file in files))"
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
