@@ -1,7 +1,7 @@
 """Nodes that compute, all in F32: widening, scaling, low-rank sums, and DoRA's magnitudes.
 
-Every operation is one IEEE single operation, or done in float64 and rounded once, so that a row has the same bits
-alone and among others, on every machine.
+Every operation is a single IEEE F32 operation, or is done in float64 and rounded once. A row therefore has the same
+bits on every machine, whether it is computed by itself or with others.
 Source of DoRA's formula: DoraLinearVariant and DoraEmbeddingVariant in PEFT 0.21.2, tuners/lora/variants.py.
 """
 
@@ -20,13 +20,13 @@ from streamconv.lazy.indexing import CutColumns, slice_columns
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 from streamconv.lazy.scratch import padded_nbytes
 
-FLOAT64_PIECE = 1 << 15  # float64 numbers at a time: they stay in a core's second-level cache
+FLOAT64_PIECE = 1 << 15  # float64 numbers at a time (256 KiB): they stay in a core's L2 cache
 
 Floats = NDArray[np.float32]
 
 
 def widened(tensor: LazyTensor) -> LazyTensor:
-    """`tensor` as F32; itself where it is."""
+    """`tensor` as F32; `tensor` itself if it is F32 already."""
     return tensor if tensor.spec.dtype == F32 else Widen(tensor)
 
 
@@ -35,13 +35,13 @@ def _floats(data: Bytes, n_columns: int) -> Floats:
 
 
 class Widen(LazyTensor):
-    """The same numbers as F32 (exact: every F16 and BF16 value is one)."""
+    """The same numbers as F32. This is exact: F32 holds every F16 and BF16 value."""
 
     is_column_wise = True
 
     def __init__(self, parent: LazyTensor) -> None:
         if parent.spec.dtype not in FLOATS:
-            raise ValueError(f"{parent.spec.dtype} is not widened")
+            raise ValueError(f"{parent.spec.dtype} cannot be widened")
         self.spec = TensorSpec(parent.spec.shape, F32)
         self.parents = (parent,)
 
@@ -70,7 +70,7 @@ class Widen(LazyTensor):
 
 
 class InPlace(LazyTensor):
-    """A node that changes its parent's rows, as F32, where they lie."""
+    """Base class of nodes that change their first parent's rows, as F32, in place."""
 
     def __init__(self, parent: LazyTensor) -> None:
         parent = widened(parent)
@@ -93,7 +93,13 @@ class InPlace(LazyTensor):
 
     @abstractmethod
     def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
-        """Change `values`, rows of the first parent; `others` are what the step brings of the others."""
+        """Change rows in place.
+
+        Args:
+            values: Rows of the first parent, F32 [rows, columns].
+            others: The step's pieces of the other parents, in their order.
+            work: The worker's scratch and kernel.
+        """
 
 
 class Scale(InPlace):
@@ -113,7 +119,7 @@ class Scale(InPlace):
 
 
 class PlusConstant(InPlace):
-    """Every element plus a constant: norms that are stored as their difference from 1."""
+    """Every element plus a constant, such as norms that are stored as their difference from 1."""
 
     is_column_wise = True
 
@@ -129,7 +135,7 @@ class PlusConstant(InPlace):
 
 
 class NegExp(InPlace):
-    """-exp(x) of every element, rounded once from float64: A of a state space that is stored as A_log."""
+    """-exp(x) of every element, rounded once from float64: a state-space model's A, which is stored as A_log."""
 
     is_column_wise = True
 
@@ -152,10 +158,10 @@ class NegExp(InPlace):
 
 
 class AddProduct(InPlace):
-    """parent + scale * left @ right: left [n, r] has a row for each of the parent's, right is [r, columns].
+    """parent + scale * left @ right, where left is [rows of the parent, r] and right is [r, columns].
 
-    `right` is read whole for every slab of rows. A slab has r rows or more, so that in all this is at most as many
-    elements as the parent has.
+    `right` is read whole for every slab of rows. A slab has at least r rows, so in total no more elements of `right`
+    are read than the parent has.
     """
 
     def __init__(self, parent: LazyTensor, left: LazyTensor, right: LazyTensor, scale: float) -> None:
@@ -164,7 +170,7 @@ class AddProduct(InPlace):
             *(self.spec.n_rows, right.spec.n_rows),
             self.spec.n_columns,
         ):
-            raise ValueError(f"{left.spec.shape} times {right.spec.shape} is no {self.spec.shape}")
+            raise ValueError(f"{left.spec.shape} times {right.spec.shape} is not {self.spec.shape}")
         self.scale = np.float32(scale)
         self.parents = (self.parents[0], widened(left), widened(right))
 
@@ -180,7 +186,7 @@ class AddProduct(InPlace):
         return max(self.parents[0].least_rows, self.parents[2].spec.n_rows)
 
     def columns(self, columns: range) -> LazyTensor | None:
-        """The same numbers: the products of an element are summed in their order, whatever is beside it."""
+        """The same numbers: an element's products are summed in a fixed order, which other columns do not change."""
         parent, left, right = self.parents
         some = parent.columns(columns)
         return None if some is None else AddProduct(some, left, slice_columns(right, columns), float(self.scale))
@@ -198,16 +204,20 @@ class AddProduct(InPlace):
 
 
 def _square(values: Floats, out: NDArray[np.generic]) -> NDArray[np.float64]:
-    """The squares of `values`, exact, in the first rows of `out` (F64)."""
+    """The exact squares of `values`, in the first rows of `out` (F64)."""
     part = out[: len(values)].view(np.float64)
     part[:] = values
     return np.multiply(part, part, out=part)
 
 
 class RowMagnitudes(InPlace):
-    """Each row of the parent scaled to its magnitude: DoRA of a linear layer, m * V / |V| with |V| a row's norm.
+    """Each row of the parent scaled to its magnitude: DoRA of a linear layer, m * V / |V|, where |V| is a row's norm.
 
-    Norms are summed in F64; the quotient is rounded to F32 once, and multiplied in F32, as PEFT does.
+    Norms are summed in F64; the quotient is rounded once to F32, and the product is F32, as in PEFT.
+
+    Args:
+        parent: V, [rows, columns].
+        magnitudes: m, [rows].
     """
 
     def __init__(self, parent: LazyTensor, magnitudes: LazyTensor) -> None:
@@ -242,7 +252,10 @@ class RowMagnitudes(InPlace):
 
 
 class ColumnSquares(LazyTensor):
-    """[n, columns] as [1, columns]: the sum of each column's squares in F64, from rows in blocks of fixed size."""
+    """The sum of each column's squares: [n, columns] to F64 [1, columns].
+
+    Rows are summed in blocks of a fixed size, so the result does not depend on slabs.
+    """
 
     def __init__(self, parent: LazyTensor) -> None:
         self.spec = TensorSpec((1, parent.spec.n_columns), F64)
@@ -276,7 +289,12 @@ class ColumnSquares(LazyTensor):
 
 
 class ColumnFactors(LazyTensor):
-    """[1, columns]: a magnitude of each column over the root of its sum of squares, rounded to F32 once."""
+    """Each column's magnitude divided by its norm, F32 [1, columns], computed in F64 and rounded once.
+
+    Args:
+        squares: The sums of squares, F64 [1, columns].
+        magnitudes: [columns].
+    """
 
     def __init__(self, squares: LazyTensor, magnitudes: LazyTensor) -> None:
         self.spec = TensorSpec(squares.spec.shape, F32)
@@ -304,9 +322,10 @@ class ColumnFactors(LazyTensor):
 
 
 class Once(LazyTensor):
-    """A small tensor that takes long to make: made by the workers that need it first, and kept.
+    """A small tensor that is slow to compute: computed on first use, then kept.
 
-    Workers that begin together each make it; they write the same bytes. Its memory is allocated with the node.
+    Workers that start at the same time each compute it; they write the same bytes. Its memory is allocated together
+    with the node.
     """
 
     def __init__(self, parent: LazyTensor) -> None:
@@ -336,9 +355,13 @@ class Once(LazyTensor):
 
 
 class ColumnMagnitudes(InPlace):
-    """Each column of the parent scaled to its magnitude: DoRA of an embedding, as PEFT has it.
+    """Each column of the parent scaled to its magnitude: DoRA of an embedding, as in PEFT.
 
-    A column's norm takes all rows, so the parent is read once for the norms before it is read for its rows.
+    A column's norm depends on all rows, so the parent is read twice: first for the norms, then for its rows.
+
+    Args:
+        parent: [rows, columns].
+        magnitudes: [columns].
     """
 
     def __init__(self, parent: LazyTensor, magnitudes: LazyTensor) -> None:
@@ -356,7 +379,7 @@ class ColumnMagnitudes(InPlace):
         return self.needs(range(min(n_rows, self.spec.n_rows)))
 
     def columns(self, columns: range) -> LazyTensor | None:
-        """Whose factors are made of all columns, once."""
+        """These columns only; the factors are still computed once, for all columns."""
         parent, factors = self.parents
         some = parent.columns(columns)
         return None if some is None else self._over([some, CutColumns(factors, columns)])

@@ -1,7 +1,7 @@
 """Element types as files store them: their names in safetensors, their sizes, and how numpy sees their bytes.
 
-A dtype says how a tensor is stored, before anything was computed from it. What a GGUF tensor may become is another
-table (ggml/element_types.py), whose rows are blocks of a dtype of their own.
+The table of types that a GGUF tensor can have is another one: ggml/element_types.py. Block types have dtypes of their
+own there.
 Source of names and sizes: the `Dtype` enum of safetensors, tensor.rs.
 """
 
@@ -20,10 +20,10 @@ class Dtype:
     """How the elements of a row are stored: blocks of `block` elements in `block_nbytes` bytes each.
 
     Attributes:
-        name: As safetensors writes it, or GGML's name of a block type.
-        view: The numpy dtype of its bytes: the numbers themselves, or their patterns where numpy has no such type
-            (BF16, F8_*, everything in blocks).
-        block: Elements that are stored together; 1 but for types of less than a byte, and GGML's block types.
+        name: The name in safetensors, or GGML's name of a block type.
+        view: The numpy dtype of the bytes: the numbers themselves, or their bit patterns if numpy has no such type
+            (BF16, F8_*, all block types).
+        block: Elements that are stored together: 1, except for types of less than a byte and GGML's block types.
         block_nbytes: Bytes of one block.
     """
 
@@ -86,5 +86,5 @@ DTYPES: Final[Mapping[str, Dtype]] = MappingProxyType(
     }
 )  # fmt: skip
 
-# Floats whose every value is an F32, so that a tensor of them becomes one without loss.
+# Float types whose values all exist in F32, so that widening them is exact.
 FLOATS: Final = (F32, F16, BF16)

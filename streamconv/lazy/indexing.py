@@ -1,4 +1,4 @@
-"""Nodes that take rows and columns by their numbers."""
+"""Nodes that select rows and columns by number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamconv.lazy.views import Transpose
 
 # Runs of columns shorter than this are cut from whole rows, unless they are a small part of them.
 COLUMN_RUN_NBYTES = 1 << 12
-# Rows narrower than this are not read one by one where a block of them has at most so many bytes.
+# Rows narrower than NARROW_ROW_NBYTES are read together if all rows of their matrix have at most NARROW_BLOCK_NBYTES.
 NARROW_ROW_NBYTES = 1 << 8
 NARROW_BLOCK_NBYTES = 1 << 20
 
@@ -23,11 +23,11 @@ def _digest(index: NDArray[np.int64]) -> str:
 
 
 class IndexRows(LazyTensor):
-    """Rows in the order of an index: of a matrix, of each of those that are stacked, or the elements of a vector.
+    """Rows in the order of an index: of a matrix, of each matrix in a stack, or the elements of a vector.
 
     Args:
         parent: [..., R, C], or [R].
-        index: For each row of the result the row of the parent's matrix that it is; rows may be left out or repeated.
+        index: For each row of the result, its row number in the parent's matrix. Rows may be left out or repeated.
     """
 
     is_column_wise = True
@@ -79,13 +79,13 @@ class IndexRows(LazyTensor):
         np.take(slabs[0].reshape(self._n_rows, width), part, axis=0, out=result, mode="clip")
 
     def _part(self, block: int, rows: range) -> NDArray[np.int64]:
-        """The index of those rows that lie in one matrix."""
+        """The part of the index for those of `rows` that belong to matrix `block`."""
         base = block * len(self._index)
         return self._index[max(rows.start - base, 0) : rows.stop - base]
 
     @staticmethod
     def _runs(index: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """Where consecutive rows begin and end."""
+        """(first, end) of each run of consecutive rows."""
         first = last = int(index[0])
         for row in index[1:]:
             if row == last + 1:
@@ -100,14 +100,22 @@ class IndexRows(LazyTensor):
 
 
 def rows_in_order(parent: LazyTensor, index: NDArray[np.int64]) -> LazyTensor:
-    """Rows in the order of an index; of a transpose, whose rows are costly one by one, columns before it."""
+    """The rows of `parent` in the order of an index.
+
+    Single rows of a transpose are slow to read, so columns are selected before transposing instead.
+    """
     if isinstance(parent, Transpose):
         return Transpose(IndexColumns(parent.parents[0], index))
     return IndexRows(parent, index)
 
 
 class IndexColumns(LazyTensor):
-    """Columns in the order of an index, which names for each column of the result that of the parent."""
+    """Columns in the order of an index.
+
+    Args:
+        parent: [..., R, C].
+        index: For each column of the result, its column number in the parent.
+    """
 
     def __init__(self, parent: LazyTensor, index: NDArray[np.int64] | Sequence[int]) -> None:
         shape = parent.spec.shape
@@ -127,7 +135,10 @@ class IndexColumns(LazyTensor):
         np.take(slab, self._index, axis=1, out=result, mode="clip")
 
     def columns(self, columns: range) -> LazyTensor | None:
-        """Some of them, made of those of the parent among which they lie; None unless they are every n-th of these."""
+        """These columns, from the range of the parent's columns that spans them; None unless the index is regular.
+
+        Regular means every n-th column, in increasing order.
+        """
         strides = np.diff(self._index)
         if (strides < 1).any() or (strides != strides[:1]).any():
             return None
@@ -165,7 +176,7 @@ class CutColumns(LazyTensor):
 
 
 def slice_columns(parent: LazyTensor, columns: range) -> LazyTensor:
-    """Consecutive columns of a tensor, read alone where that is worth its calls, else cut from whole rows."""
+    """Consecutive columns of a tensor: only these are read if that saves enough, or they are cut from whole rows."""
     cut = CutColumns(parent, columns)
     is_long = cut.spec.row_nbytes >= COLUMN_RUN_NBYTES or 8 * cut.spec.row_nbytes <= parent.spec.row_nbytes
     return (parent.columns(columns) if is_long else None) or cut

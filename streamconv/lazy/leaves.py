@@ -1,4 +1,4 @@
-"""Lazy tensors without parents: stored in a file, in memory, or computed row by row."""
+"""Lazy tensors without parents: stored in a file, held in memory, or computed row by row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamconv.lazy.node import Bytes, LazyTensor, Readable, Step, TensorSpec, 
 
 
 class Leaf(LazyTensor):
-    """A tensor that is made of no other: one step without pieces."""
+    """Base class of tensors without parents: one step without pieces."""
 
     def needs(self, rows: range) -> Iterable[Step]:
         return ((),)
@@ -24,7 +24,14 @@ class Leaf(LazyTensor):
 
 
 class Source(Leaf):
-    """A tensor as it is stored: rows are byte ranges of a file."""
+    """A tensor as stored: its rows are byte ranges of a file.
+
+    Args:
+        name: The name in the file.
+        file: The open file.
+        offset: Of the first byte, from the start of the file.
+        spec: Shape and dtype.
+    """
 
     def __init__(self, name: str, file: Readable, offset: int, spec: TensorSpec) -> None:
         self.name, self.file, self.offset, self.spec = name, file, offset, spec
@@ -55,7 +62,7 @@ class Source(Leaf):
 
 
 class SourceColumns(Source):
-    """Some columns of a stored matrix: a short read for each row, and nothing read beside them."""
+    """Some columns of a stored matrix: one short read for each row, of these columns only."""
 
     def __init__(self, stored: Source, columns: range) -> None:
         dtype = stored.spec.dtype
@@ -84,7 +91,7 @@ class SourceColumns(Source):
 
 
 class Resident(Leaf):
-    """A small F32 tensor that lies in memory: a table computed from the config."""
+    """A small F32 tensor held in memory, such as a table computed from the config."""
 
     def __init__(self, array: NDArray[np.float32]) -> None:
         self.spec = TensorSpec(array.shape, F32)
@@ -99,7 +106,7 @@ class Resident(Leaf):
 
 
 class Zeros(Leaf):
-    """A tensor of zeros, of any dtype whose zero is zero bytes."""
+    """A tensor of zeros, of any dtype whose zero is stored as zero bytes."""
 
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
@@ -112,13 +119,13 @@ class Zeros(Leaf):
 
 
 class Generated(Leaf):
-    """A tensor that a rule makes, row by row: too large to be Resident, and in no file.
+    """A tensor computed row by row by a function, for tensors that are in no file and too large to hold in memory.
 
     Args:
         spec: Shape and dtype.
-        fill: Called with rows and an array of them ([rows, columns] in `spec.dtype.view`), which it fills. It must
-            allocate nothing that grows with the rows.
-        rule: A name of the rule and its parameters, for `describe`.
+        fill: Called with the row numbers and the array to fill ([rows, columns] in `spec.dtype.view`). It must not
+            allocate memory that grows with the number of rows.
+        rule: The function's name and parameters, for `describe`.
     """
 
     def __init__(self, spec: TensorSpec, fill: Callable[[range, NDArray[np.generic]], None], rule: str) -> None:
@@ -132,7 +139,7 @@ class Generated(Leaf):
 
 
 def sources(tensor: LazyTensor) -> Iterator[Source]:
-    """The stored tensors that `tensor` is made of, in order, each once."""
+    """The stored tensors that `tensor` is computed from, in order, without repetition."""
     yield from dict.fromkeys(_sources(tensor))
 
 

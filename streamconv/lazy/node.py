@@ -1,13 +1,13 @@
-"""Lazy tensors: a tensor is a rule for making its rows, and nothing can ask for more rows than fit.
+"""Lazy tensors: a tensor is a rule for making its rows, and no code can request more rows than fit in memory.
 
-A node says which rows of its parents it needs, a step at a time, and what it makes of them. `read` is the only way to
-get data: it hands a node the slabs of a step together, so that no node ever reads by itself, and takes every temporary
-from the worker's Scratch. `peak_nbytes` derives how much that is, for every node alike, from what the node declares.
+A node declares the rows of its parents that it needs, step by step, and computes its own rows from them. `read` is the
+only way to get data: it passes a node the slabs of one step together, so that no node reads by itself, and takes all
+temporaries from the worker's Scratch. `peak_nbytes` computes the scratch memory of any node from its declarations.
 
-What a node keeps it has allocated when it was made, before memory is proved.
+Memory that a node keeps is allocated with the node, before the memory proof.
 
-A tensor of any rank is seen as rows of its last dimension: [4, 3, 64] has 12 rows of 64 elements. A vector has rows of
-one element each, so that operations on rows apply to biases as well.
+A tensor of any rank is treated as rows along its last dimension: [4, 3, 64] has 12 rows of 64 elements. A vector has
+rows of one element each, so that operations on rows also work on biases.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class TensorSpec:
 
 
 class Readable(Protocol):
-    """A file that fills a buffer from an offset, and can say whether it is still the one that was opened.
+    """An open file that nodes read from.
 
-    Both raise SourceError. `map` gives its bytes where they lie, None where it cannot.
+    `read_into` fills a buffer from an offset. `check_unchanged` checks that the file is still the one that was opened.
+    Both raise SourceError. `map` returns the mapped bytes, or None if they cannot be mapped.
     """
 
     @property
@@ -77,7 +78,7 @@ class Readable(Protocol):
 
 
 class Lender(Protocol):
-    """What gives the bytes of a file where they lie (files.window.Window)."""
+    """Lends the bytes of a file in mapped memory, without a copy (files.window.Window)."""
 
     def lend(self, file: Readable, offset: int, nbytes: int, /) -> AbstractContextManager[Bytes | None]: ...
     def maps(self, file: Readable, /) -> bool: ...
@@ -86,20 +87,30 @@ class Lender(Protocol):
 
 @dataclass(slots=True)
 class Workspace:
-    """What one worker has: scratch memory, a kernel, a window on sources, a tally of what it saw, and a stopwatch."""
+    """The resources and the tally of one worker.
+
+    Attributes:
+        scratch: Memory for temporaries.
+        kernel: The encoder and arithmetic to use.
+        tally: Counts of non-finite values, by target.
+        stopwatch: Times each phase.
+        counting: False while a row is made a second time, for the next chunk.
+        files: The files that were read.
+        window: Lends mapped bytes of sources; None if sources are read into buffers.
+    """
 
     scratch: Scratch
     kernel: Kernel = field(default_factory=best_kernel)
     tally: dict[str, Stats] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    counting: bool = True  # off while a row is made a second time, for the next chunk
-    files: set[Readable] = field(default_factory=set)  # that were read
-    window: Lender | None = None  # None: sources are read, and not mapped
+    counting: bool = True
+    files: set[Readable] = field(default_factory=set)
+    window: Lender | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of one parent that a node needs at one time."""
+    """Rows of one parent that a node needs in one step."""
 
     parent: LazyTensor
     rows: range
@@ -113,99 +124,110 @@ Step = tuple[Piece, ...]  # the pieces that a node needs together
 
 
 class LazyTensor(ABC):
-    """A tensor that is made row by row, when asked, and never whole."""
+    """A tensor whose rows are made on request, and which is never held whole."""
 
     spec: TensorSpec
     parents: tuple[LazyTensor, ...] = ()
 
-    # Whether each column of the result is made of the same column of every parent, whatever the other columns are.
+    # Whether each column of the result depends only on the same column of every parent.
     is_column_wise: bool = False
 
     @abstractmethod
     def needs(self, rows: range) -> Iterable[Step]:
-        """The steps that make `rows`, in order; arithmetic only.
+        """The steps that make `rows`, in order. Pure arithmetic: nothing is read.
 
         A leaf has one step without pieces.
         """
 
     @abstractmethod
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
-        """Put into `out` what one step contributes.
+        """Write the contribution of one step into `out`.
 
         Args:
-            rows: The rows that are being made, of all steps together.
-            step: The step, as `needs` gave it.
-            slabs: For each of its pieces the bytes of those rows, C-contiguous. They are read-only where they are lent
-                (see `lend`), else the node may change them.
-            out: The bytes of `rows`; of a node that is `in_place` the part that the step's first piece fills, which is
-                `slabs[0]` itself unless that was lent.
-            work: Its scratch is for temporaries, at most `scratch_nbytes` of it.
+            rows: The rows being made, by all steps together.
+            step: The step, from `needs`.
+            slabs: The bytes of each piece's rows, C-contiguous. Lent slabs are read-only (see `lend`); the node may
+                change the others.
+            out: The bytes of `rows`. For a node that is `in_place`, the part that the step's first piece fills: this
+                is `slabs[0]` itself unless that was lent.
+            work: The worker's resources. Temporaries come from its scratch: at most `scratch_nbytes`.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """All that decides this node's bytes besides its class, its shape and dtype, and its parents.
+        """Everything that determines this node's bytes, except its class, shape, dtype and parents.
 
-        The same in every process and every version of Python: a resumed run compares it (`description`).
+        The text must not depend on the process or the version of Python: a resumed run compares it (`description`).
         """
 
     def largest(self, n_rows: int) -> Iterable[Step]:
-        """Steps that bound those of `needs` for at most `n_rows` rows, wherever they lie: only lengths count.
+        """Steps at least as large as any that `needs` gives for up to `n_rows` rows; only the lengths matter.
 
-        By default one piece of as many rows of each parent.
+        By default, one step with a piece of `n_rows` rows of each parent.
         """
         yield tuple(Piece(parent, range(min(n_rows, parent.spec.n_rows))) for parent in self.parents)
 
     def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
-        """Temporaries of one `apply` with `kernel`, as Scratch counts them, where at most `n_rows` rows are made."""
+        """Bytes of scratch, with padding, that one `apply` with `kernel` needs to make at most `n_rows` rows."""
         return 0
 
     @property
     def in_place(self) -> bool:
-        """Whether the first pieces of the steps, one after the other, are the result or become it where they lie."""
+        """Whether the first pieces of the steps, one after another, are the result or are turned into it in place."""
         return False
 
     def borrows(self, work: Workspace) -> bool:
-        """Whether `apply` can read memory that is not the process's own: read-only, of any alignment (see `lend`)."""
+        """Whether `apply` can read lent memory, which is read-only and has any alignment (see `lend`)."""
         return False
 
     @property
     def least_rows(self) -> int:
-        """Under how many rows at a time a parent would be read more often than it should be."""
+        """The number of rows per slab below which a parent would be read too often."""
         return max((parent.least_rows for parent in self.parents), default=1)
 
     def lend(self, rows: range, work: Workspace) -> AbstractContextManager[Bytes | None]:
-        """The bytes of `rows` where they already lie, read-only and valid inside the `with`; None where they do not.
+        """The bytes of `rows` without a copy, read-only and valid inside the `with`; None if they must be read.
 
-        A source in mapped memory lends its pages, and views pass them on, to a node that `borrows`. What is lent is
-        not scratch: `peak_nbytes` stays a bound.
+        A source in mapped memory lends its pages, and views pass them on, to a node that `borrows`. Lent memory is not
+        scratch memory, so `peak_nbytes` remains a bound.
         """
         return nullcontext()
 
     def lendable(self, rows: range, work: Workspace) -> int:
-        """How many of `rows`, from the first on, can be made of one loan; 0 where they are not lent."""
+        """How many of `rows`, from the first on, one loan can provide; 0 if they cannot be lent."""
         return 0
 
     def columns(self, columns: range) -> LazyTensor | None:
-        """Only these columns, without reading the others; None where this tensor's rows must be made whole for them."""
+        """A tensor of these columns that does not read the others; None if that needs whole rows."""
         if not self.is_column_wise or not self.parents:
             return None
         sliced = [parent.columns(columns) for parent in self.parents]
         return self._over([one for one in sliced if one is not None]) if None not in sliced else None
 
     def _over(self, parents: Sequence[LazyTensor]) -> Self:
-        """The same node over parents that differ in their number of columns."""
+        """The same node over other parents, which differ from its own only in the number of columns."""
         node = copy.copy(self)
         node.parents = tuple(parents)
         node.spec = TensorSpec((*self.spec.shape[:-1], parents[0].spec.n_columns), self.spec.dtype)
         return node
 
     def __array__(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError("a LazyTensor has no array: read() gives its rows")
+        raise TypeError("a LazyTensor cannot become an array: use read() to get its rows")
 
 
 def read(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> None:
-    """Fill `out` (uint8, exactly the bytes of `rows`) with rows of `tensor`."""
+    """Fill `out` with rows of `tensor`.
+
+    Args:
+        tensor: The tensor.
+        rows: The numbers of the rows.
+        out: uint8, of exactly the size of `rows`.
+        work: The worker's resources; its scratch must hold `peak_nbytes`.
+
+    Raises:
+        SourceError: A file cannot be read.
+        EncodeError: The tensor's type cannot hold a value.
+    """
     filled = 0
     for step in tensor.needs(rows):
         part = out
@@ -221,9 +243,12 @@ def read(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> None:
 
 
 def read_lent(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> bool:
-    """Whether `out` was filled with `rows` of `tensor`, made of what its first parent lends and nothing else.
+    """Fill `out` with `rows` of `tensor`, reading its first parent only from lent memory.
 
-    `rows` are `lendable`. They take no scratch that grows with them, so they may be more than a slab has.
+    `rows` must be `lendable`. The scratch needed does not grow with them, so they may be more than a slab.
+
+    Returns:
+        Whether that worked. If not, the content of `out` is undefined.
     """
     tally = dict(work.tally)
     try:
@@ -240,7 +265,7 @@ def read_lent(tensor: LazyTensor, rows: range, out: Bytes, work: Workspace) -> b
 
 
 def _make(tensor: LazyTensor, rows: range, step: Step, part: Bytes, work: Workspace, *, borrows: bool) -> None:
-    """One step. Unread where what was lent for it does not do."""
+    """Make one step; raises Unread if lent memory turns out to be unusable."""
     with work.scratch.frame(), ExitStack() as loans:
         slabs = [
             _slab(tensor, number, piece, part, work, loans if borrows else None) for number, piece in enumerate(step)
@@ -251,7 +276,7 @@ def _make(tensor: LazyTensor, rows: range, step: Step, part: Bytes, work: Worksp
 def _slab(
     tensor: LazyTensor, number: int, piece: Piece, part: Bytes, work: Workspace, loans: ExitStack | None
 ) -> Bytes:
-    """The bytes of one piece: lent, or where the result will be, or in scratch."""
+    """The bytes of one piece: lent, read to the place of the result, or read into scratch."""
     if loans is not None and (lent := loans.enter_context(piece.parent.lend(piece.rows, work))) is not None:
         return lent
     slab = part if tensor.in_place and number == 0 else work.scratch.take(piece.nbytes).view(np.uint8)
@@ -260,9 +285,9 @@ def _slab(
 
 
 def peak_nbytes(tensor: LazyTensor, n_rows: int, kernel: Kernel = REFERENCE) -> int:
-    """The scratch that `read` takes for at most `n_rows` rows; derived from what the nodes declare.
+    """Bytes of scratch that `read` needs for at most `n_rows` rows, computed from the nodes' declarations.
 
-    By default with the numpy kernels, which take more than compiled ones.
+    The default is the numpy kernel, which needs more than the compiled ones.
     """
     deepest = 0
     for step in tensor.largest(n_rows):
@@ -276,7 +301,10 @@ def peak_nbytes(tensor: LazyTensor, n_rows: int, kernel: Kernel = REFERENCE) -> 
 
 
 def description(tensor: LazyTensor) -> str:
-    """All that decides a tensor's bytes but the content of its files: two that are alike make the same bytes."""
+    """Everything that determines a tensor's bytes, except the content of its files, as one line.
+
+    Tensors with equal descriptions, over the same files, have equal bytes.
+    """
     parents = ", ".join(description(parent) for parent in tensor.parents)
     shape = "x".join(map(str, tensor.spec.shape))
     return f"{type(tensor).__name__}[{tensor.describe()}]({parents}) -> {tensor.spec.dtype} {shape}"

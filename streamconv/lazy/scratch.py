@@ -1,6 +1,6 @@
-"""The working memory of one worker, allocated once and aligned.
+"""The scratch memory of one worker, aligned and allocated once.
 
-A node can get what its step declared; one that uses more raises an error instead of growing the process.
+A node that takes more than it declared raises an error instead of growing the process.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ ALIGNMENT = 64  # a cache line; enough for any vector load
 
 
 def aligned_buffer(nbytes: int) -> NDArray[np.uint8]:
-    """`nbytes` of zeroed, page-aligned memory (for O_DIRECT), returned to the system when it is deleted."""
+    """`nbytes` of zeroed, page-aligned memory (for O_DIRECT), returned to the system once nothing refers to it."""
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
 
 
 def padded_nbytes(nbytes: int) -> int:
-    """The size of `nbytes` in a Scratch, with padding."""
+    """The bytes that `nbytes` occupy in a Scratch, padding included."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Overdraft(MemoryError):
-    """A step took more than it had declared, which is a bug."""
+    """A step took more scratch memory than it declared, which is a bug."""
 
 
 class Scratch:
-    """A stack of temporaries inside one fixed buffer."""
+    """A stack of temporary arrays in one buffer of fixed size."""
 
     def __init__(self, nbytes: int) -> None:
         self._buffer = aligned_buffer(nbytes)
@@ -44,7 +44,8 @@ class Scratch:
     def take(self, shape: tuple[int, ...] | int, dtype: DTypeLike = np.uint8) -> NDArray[np.generic]:
         """An uninitialised C-contiguous array, valid until the enclosing `frame` ends.
 
-        Overdraft beyond the declared size.
+        Raises:
+            Overdraft: The buffer is too small for it.
         """
         kind = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else shape
@@ -59,7 +60,7 @@ class Scratch:
 
     @contextmanager
     def frame(self) -> Iterator[None]:
-        """Arrays taken inside are free again afterwards."""
+        """Arrays taken inside the `with` are released at its end."""
         mark = self._used
         try:
             yield

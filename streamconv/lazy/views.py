@@ -11,14 +11,14 @@ from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Wor
 
 # A transpose reads its parent in pieces of about this size: large enough for the disk, small enough for the cache.
 TRANSPOSE_PIECE_NBYTES = 1 << 18
-# It takes so many bytes of each row of its parent at a time, or half a row, where the result of that is not larger than
-# the limit, a chunk: shorter reads cost more than the bytes they bring. Measured in benchmarks/LOG.md.
+# It reads at least TRANSPOSE_RUN_NBYTES of each row of its parent at a time, or half of the row, as long as the result
+# stays within TRANSPOSE_SLAB_NBYTES, a chunk: shorter reads are slower than longer ones. Measured in benchmarks/LOG.md.
 TRANSPOSE_RUN_NBYTES = 1 << 9
 TRANSPOSE_SLAB_NBYTES = 1 << 22
 
 
 class View(LazyTensor):
-    """A node whose rows are its pieces, one after the other: nothing is computed, reads go straight to the result."""
+    """A node whose rows are its pieces, one after another: nothing is computed, and reads go straight to the result."""
 
     is_column_wise = True
 
@@ -46,7 +46,7 @@ class View(LazyTensor):
 
 
 class Reshape(View):
-    """The same rows under another shape; squeezes a dimension of one out of [H, 1, L]."""
+    """The same rows under another shape, as [H, 1, L] to [H, L]."""
 
     def __init__(self, parent: LazyTensor, shape: tuple[int, ...]) -> None:
         self.spec = TensorSpec(shape, parent.spec.dtype)
@@ -59,7 +59,7 @@ class Reshape(View):
 
 
 class Reflow(LazyTensor):
-    """The same elements in the same order under another number of columns; not a transpose."""
+    """The same elements in the same order, with another number of columns; not a transpose."""
 
     def __init__(self, parent: LazyTensor, shape: tuple[int, ...]) -> None:
         self.spec = TensorSpec(shape, parent.spec.dtype)
@@ -87,15 +87,16 @@ class Reflow(LazyTensor):
 
 
 def transposed(tensor: LazyTensor) -> LazyTensor:
-    """[..., R, C] as [..., C, R]; of a transpose, what it was."""
+    """[..., R, C] as [..., C, R]; for a Transpose, its parent."""
     return tensor.parents[0] if isinstance(tensor, Transpose) else Transpose(tensor)
 
 
 class Transpose(LazyTensor):
-    """[..., R, C] read as [..., C, R]: of a matrix, or of each of those that are stacked.
+    """[..., R, C] as [..., C, R]: the transpose of a matrix, or of each matrix in a stack.
 
-    The result's rows are columns of the parent. Where they are half of its columns or more, the parent is read in whole
-    rows, so once or twice in all; else only these columns are, by a parent that can do that (`LazyTensor.columns`).
+    The result's rows are columns of the parent. If at least half of its columns are requested, the parent is read in
+    whole rows, so once or twice in total. Otherwise only the requested columns are read, if the parent supports that
+    (`LazyTensor.columns`).
     """
 
     def __init__(self, parent: LazyTensor) -> None:
@@ -104,7 +105,7 @@ class Transpose(LazyTensor):
         self.parents = (parent,)
         self._n_rows, self._n_columns = n_rows, n_columns  # of each matrix of the parent
         self._has_columns = parent.columns(range(1)) is not None
-        # How many rows of the parent at a time, whole ones and runs of them.
+        # How many rows of the parent to read at a time: whole rows, and runs of columns.
         self._steps = tuple(
             max(1, parent.least_rows, TRANSPOSE_PIECE_NBYTES // nbytes)
             for nbytes in (parent.spec.row_nbytes, min(parent.spec.row_nbytes, TRANSPOSE_RUN_NBYTES))
@@ -121,7 +122,7 @@ class Transpose(LazyTensor):
 
     def largest(self, n_rows: int) -> Iterator[Step]:
         whole, run = (range(min(step, self._n_rows)) for step in self._steps)
-        widest = min(n_rows, (self._n_columns - 1) // 2)  # of those that are not half of the columns
+        widest = min(n_rows, (self._n_columns - 1) // 2)  # the most columns that are less than half
         if not self._has_columns or not widest or 2 * n_rows >= self._n_columns:
             yield (Piece(self.parents[0], whole),)
         if self._has_columns and widest:
@@ -145,12 +146,12 @@ class Transpose(LazyTensor):
         return min(half if half <= most or not self._has_columns else run, most)
 
     def _columns_of(self, matrix: int, rows: range) -> range:
-        """The columns of one matrix of the parent that are among `rows` of the result."""
+        """The columns of one matrix of the parent that become some of `rows`."""
         base = matrix * self._n_columns
         return range(max(rows.start - base, 0), min(rows.stop - base, self._n_columns))
 
     def _parent_of(self, columns: range) -> LazyTensor:
-        """The parent that gives these columns: all of it where they are half of them."""
+        """The tensor to read these columns from: the parent itself if they are at least half of its columns."""
         (parent,) = self.parents
         return parent if 2 * len(columns) >= self._n_columns else parent.columns(columns) or parent
 
@@ -159,9 +160,9 @@ class Transpose(LazyTensor):
 
 
 class PairHalves(LazyTensor):
-    """Rows of each head [2, D/2] interleaved to [D/2, 2]: from Hugging Face's half-split RoPE to llama.cpp's pairs.
+    """Rows of each head, [2, D/2], interleaved to [D/2, 2]: from Hugging Face's half-split RoPE to llama.cpp's pairs.
 
-    Row j of half k of a head becomes its row 2j + k; with heads = n_head for Q and n_head_kv for K.
+    Row j of half k of a head becomes the head's row 2j + k. `n_heads` is n_head for Q and n_head_kv for K.
     Source: LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py.
     """
 
@@ -210,12 +211,12 @@ class PairHalves(LazyTensor):
 
 
 class Concatenate(View):
-    """Tensors of one dtype and as many columns, one after the other: Q, K and V to one fused [Q+K+V, H]."""
+    """Tensors of the same dtype and number of columns, one after another: Q, K and V to a fused QKV [Q+K+V, H]."""
 
     def __init__(self, parents: Sequence[LazyTensor]) -> None:
         kinds = {(parent.spec.dtype, parent.spec.shape[1:]) for parent in parents}
         if len(kinds) != 1:
-            raise ValueError(f"cannot put together tensors of {len(kinds)} different shapes or dtypes")
+            raise ValueError(f"cannot concatenate tensors of {len(kinds)} different shapes or dtypes")
         ((dtype, rest),) = kinds
         self.spec = TensorSpec((sum(parent.spec.shape[0] for parent in parents), *rest), dtype)
         self._place(parents)
@@ -235,19 +236,19 @@ class Concatenate(View):
 
 
 class Stack(Concatenate):
-    """Equal tensors, one after the other, under one more dimension: experts [M, H] to [E, M, H], [M] to [E, M]."""
+    """Tensors of one shape and dtype, stacked in a new first dimension: experts [M, H] to [E, M, H], [M] to [E, M]."""
 
     def __init__(self, parents: Sequence[LazyTensor]) -> None:
         specs = {parent.spec for parent in parents}
         if len(specs) != 1:
-            raise ValueError(f"cannot stack tensors of {len(specs)} different shapes or types")
+            raise ValueError(f"cannot stack tensors of {len(specs)} different shapes or dtypes")
         (one,) = specs
         self.spec = TensorSpec((len(parents), *one.shape), one.dtype)
         self._place(parents if len(one.shape) > 1 else [Reflow(parent, (1, *one.shape)) for parent in parents])
 
 
 class RowBlocks(View):
-    """Of every `period` rows the `size` from `start` on: the gate half of a fused [E, 2M, H], as [E, M, H]."""
+    """Rows `start` to `start + size` of every `period` rows: the gate half of a fused [E, 2M, H], as [E, M, H]."""
 
     def __init__(self, parent: LazyTensor, period: int, start: int, size: int) -> None:
         n_blocks, rest = divmod(parent.spec.n_rows, period)
@@ -269,6 +270,6 @@ class RowBlocks(View):
 
 
 def matrix_of(stack: LazyTensor, index: int, n_rows: int) -> LazyTensor:
-    """Matrix `index` of those of `n_rows` rows that lie one after the other in `stack`."""
+    """Matrix `index` of `stack`, whose matrices have `n_rows` rows each."""
     block = RowBlocks(stack, stack.spec.n_rows, index * n_rows, n_rows)
     return Reshape(block, (n_rows, stack.spec.n_columns))
