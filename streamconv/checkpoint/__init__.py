@@ -1,1 +1,1 @@
-"""A Hugging Face folder: safetensors shards and their headers, index, config.json."""
+"""A Hugging Face model folder: config.json, the index, safetensors shards and their headers."""

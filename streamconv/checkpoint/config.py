@@ -1,6 +1,6 @@
 """Typed access to a model's config.json, which is not trusted: a value of the wrong type is an error that names it.
 
-What is returned is None (absent or null) or a value of the requested type that fits GGUF's scalars.
+Every method returns None for a key that is absent or null, else a value of the requested type that fits a GGUF scalar.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from streamconv.errors import SourceError
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
 
-MAX_INTEGER = (1 << 31) - 1
-MAX_NUMBER = 3.4e38  # of float32, which is what GGUF's keys hold
+MAX_INTEGER = (1 << 31) - 1  # what an int32 key holds
+MAX_NUMBER = 3.4e38  # about the largest float32, the type of GGUF's float keys
 
 
 class Config:
-    """A JSON object of a model's config. SourceError, naming the file and the key, where it holds nonsense."""
+    """A JSON object of a model's config.
+
+    All methods raise SourceError, naming the file and the key, if a value has another type or is out of range.
+
+    Attributes:
+        raw: The parsed object.
+        file: The file, for messages.
+        parent: The config of which this is a section, if it was made by `alone` or `within`.
+    """
 
     def __init__(self, raw: Mapping[str, Any], file: Place, parent: Config | None = None) -> None:
         self.raw, self.file, self.parent = raw, file, parent
@@ -31,7 +39,7 @@ class Config:
         return value
 
     def number(self, key: str) -> float | None:
-        """A number that float32 can hold."""
+        """A number in the range of float32."""
         value = self.raw.get(key)
         if value is None:
             return None
@@ -66,7 +74,7 @@ class Config:
         return value
 
     def numbers(self, key: str, n: int) -> list[float] | None:
-        """A list of `n` numbers that float32 can hold."""
+        """A list of `n` numbers in the range of float32."""
         value = self.raw.get(key)
         if value is None:
             return None
@@ -76,7 +84,7 @@ class Config:
         return [float(one) for one in value]
 
     def section(self, key: str) -> Config | None:
-        """The object under `key`; None also where it is empty."""
+        """The object under `key`; None also if it is empty."""
         value = self.raw.get(key)
         if value is None:
             return None
@@ -86,23 +94,23 @@ class Config:
 
     @property
     def whole(self) -> Config:
-        """The whole file's config, of which this may be a section."""
+        """The outermost config, of which this is a section or the whole."""
         return self if self.parent is None else self.parent.whole
 
     def beside(self, name: str) -> Config:
-        """The JSON object of another file in the same folder; empty where there is no such file."""
+        """The JSON object of another file in the same folder; empty if there is no such file."""
         file = self.file.parent / name
         return Config(load_object_if_present(file), file)
 
     def alone(self, key: str) -> Config:
-        """The section `key` by itself, this config being its parent; empty where there is none."""
+        """Only the section `key`, with this config as its parent; empty if there is none."""
         section = self.section(key) if key else self
         return Config({} if section is None else section.raw, self.file, self)
 
     def within(self, key: str) -> Config:
-        """The section `key` with all that stands beside it, where that does not say otherwise: a wrapped model's own.
+        """The section `key`, completed with this config's other keys: the config of a wrapped model.
 
-        This config itself where there is no such section.
+        The section wins where both have a key. Without such a section, this config itself.
         """
         section = self.section(key) if key else None
         if section is None:
@@ -112,9 +120,12 @@ class Config:
 
     @property
     def rope(self) -> Config:
-        """What is said of RoPE: as in transformers, `rope_scaling`, where there is one, replaces `rope_parameters`.
+        """The RoPE settings; empty if there are none.
 
-        SourceError where it is said for each kind of layer, and not the same of all.
+        As in transformers, `rope_scaling`, if present, replaces `rope_parameters`.
+
+        Raises:
+            SourceError: They differ between kinds of layers.
         """
         key, section = self._rope_section()
         full = section.section("full_attention")
@@ -123,14 +134,14 @@ class Config:
         return full or section
 
     def rope_of(self, kind: str) -> Config:
-        """What is said of RoPE for one kind of layer (full_attention, sliding_attention), or of all where it is not."""
+        """The RoPE settings for one kind of layer (full_attention, sliding_attention), or those for all layers."""
         section = self._rope_section()[1]
         by_kind = {key: section.section(key) for key, value in section.raw.items() if isinstance(value, dict)}
         return (by_kind.get(kind) or Config({}, self.file)) if by_kind else section
 
     @property
     def has_rope_by_kind(self) -> bool:
-        """Whether RoPE is said for each kind of layer."""
+        """Whether each kind of layer has RoPE settings of its own."""
         return any(isinstance(value, dict) for value in self._rope_section()[1].raw.values())
 
     def _rope_section(self) -> tuple[str, Config]:

@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint on disk: its config, its shards, and which tensor lies in which of them.
+"""A Hugging Face checkpoint on disk: its config, its shards, and which tensor is in which shard.
 
-A source is opened for reading only, and no weight is read before it is asked for.
+Files are opened read-only, and weights are read only on request.
 """
 
 from __future__ import annotations
@@ -25,17 +25,28 @@ from streamconv.files.strict_json import load_object
 
 MISTRAL_PARAMS = "params.json"  # mistral-inference's config, beside weights in names of its own
 
-# For the bound that an error names: what a header's table and plan take for each of its bytes, and parsing it, where
-# names are as models have them; and what indexes and tokenizers do. Measured: 7, 12 and 5.
-TABLE_PER_BYTE = 9
-PARSING_PER_BYTE = 16
-JSON_PER_BYTE = 7
-LEAST_RUN_NBYTES = 24 << 20  # of one worker, and of comparing what it wrote
+# Estimates for the limit that an error suggests, in bytes of memory for each byte of a file, with names as in published
+# models. Measured: 7, 12 and 5.
+TABLE_PER_BYTE = 9  # of a header: its table of tensors and their plan
+PARSING_PER_BYTE = 16  # of a header, while it is parsed
+JSON_PER_BYTE = 7  # of an index or a tokenizer
+LEAST_RUN_NBYTES = 24 << 20  # one worker, and comparing its result
 
 
 @dataclass
 class Checkpoint:
-    """A model on disk, headers read and nothing else. Use as a context manager: it holds the shards open."""
+    """A model on disk of which only config, index and headers were read.
+
+    A context manager that holds the shards open.
+
+    Attributes:
+        directory: The folder.
+        config: Its config.json.
+        shards: The open shards, those of dense layers included.
+        tensors: All tensors by name.
+        warnings: What the user should know about the choice of files.
+        modules: The modules of sentence-transformers in the folder.
+    """
 
     directory: Place
     config: Config
@@ -47,10 +58,16 @@ class Checkpoint:
     @classmethod
     @source_failures()
     def open(cls, src: Place, *, budget: Budget | None = None) -> Checkpoint:
-        """The checkpoint in the directory `src`, or that of the one file, the first shard or the index `src`.
+        """Open a checkpoint and read its config, index and headers.
 
-        SourceError on anything missing or malformed, and on a later shard; BudgetError, before it is parsed, where
-        config, index and headers would take more than `budget` has left, with a bound under which a run fits.
+        Args:
+            src: A folder, a single .safetensors file, the first of several shards, or an index.
+            budget: Reserves the memory for what is parsed; by default nothing is limited.
+
+        Raises:
+            SourceError: A file is missing or malformed, or `src` is a later shard.
+            BudgetError: Config, index and headers do not fit. It is raised before they are parsed, and suggests a limit
+                that suffices for a run.
         """
         is_index = src.name.endswith(INDEX_ENDING)
         directory = src.parent if (src.suffix == ".safetensors" or is_index) and src.is_file() else src
@@ -99,7 +116,7 @@ class Checkpoint:
 
 
 def _forecast_nbytes(directory: Place) -> int:
-    """What converting the model in a folder takes, by the sizes of its files and headers alone: enough, not close."""
+    """Memory that suffices to convert the model in a folder, estimated from the sizes of its files and headers only."""
     headers = [header_nbytes(path) for path in directory.glob("*.safetensors")]
     texts = sum(file_nbytes(path) for path in directory.glob("*.json")) * JSON_PER_BYTE
     return sum(headers) * TABLE_PER_BYTE + max(headers, default=0) * PARSING_PER_BYTE + texts + LEAST_RUN_NBYTES
@@ -111,7 +128,7 @@ def _close(shards: Iterable[Shard]) -> None:
 
 
 def _open_shards(paths: Sequence[Place], budget: Budget) -> list[Shard]:
-    """The files open, their headers validated."""
+    """The opened files, with validated headers."""
     shards: list[Shard] = []
     try:
         for path in paths:
@@ -126,10 +143,7 @@ def _open_shards(paths: Sequence[Place], budget: Budget) -> list[Shard]:
 
 
 def _load_object(path: Place, budget: Budget) -> tuple[dict[str, Any], int]:
-    """The JSON object in a file, and the memory that it took at most.
-
-    BudgetError, before it is parsed, where `budget` has not as much left.
-    """
+    """The JSON object in a file, and an upper bound of the memory to read it; BudgetError if that does not fit."""
     taken = 0
 
     def afford(nbytes: int) -> None:
@@ -141,13 +155,13 @@ def _load_object(path: Place, budget: Budget) -> tuple[dict[str, Any], int]:
 
 
 def _without_config(directory: Place) -> SourceError:
-    """The error for a folder that is not a checkpoint: what it is instead, and the command for that."""
+    """The error for a folder without config.json, which says what it is instead and which command takes it."""
     if (directory / ADAPTER_CONFIG).is_file():
         hint = f"streamconv lora {directory} --base BASE, or streamconv convert BASE --adapter {directory}"
         return SourceError("is an adapter, not a checkpoint", file=directory, hint=hint, code="is-adapter")
     if (directory / MISTRAL_PARAMS).is_file():
         what = f"a checkpoint in Mistral's own format ({MISTRAL_PARAMS}, consolidated.safetensors)"
-        hint = f"use {CONFIG} and model-*.safetensors instead, which most of its pages have too"
+        hint = f"use {CONFIG} and model-*.safetensors instead; most Mistral repositories have them too"
         return SourceError(what, file=directory, hint=hint, code="mistral-format")
     what = "the directory is empty" if not any(True for _ in directory.glob("*")) else f"no {CONFIG}"
     return SourceError(
@@ -156,7 +170,7 @@ def _without_config(directory: Place) -> SourceError:
 
 
 def _choose(index_file: Place, index: Mapping[str, Any] | None, budget: Budget, *, is_named: bool) -> Choice:
-    """The weights in the folder of `index_file`, which need not exist unless it was named as the source."""
+    """The weights in the folder of `index_file`; the index itself must exist only if it was named as the source."""
 
     def names_of(path: Place) -> Collection[str]:
         try:
@@ -172,7 +186,7 @@ def _choose(index_file: Place, index: Mapping[str, Any] | None, budget: Budget, 
 
 
 def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file: Place) -> dict[str, SourceTensor]:
-    """All shards' tensors under one roof; SourceError where shards and index disagree."""
+    """The tensors of all shards by name; SourceError if the shards and the index disagree."""
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:
         for name, tensor in shard.tensors.items():
@@ -200,5 +214,5 @@ def _merge_tables(shards: list[Shard], weight_map: Mapping[str, str], index_file
 
 
 def n_parameters(tensors: Mapping[str, SourceTensor]) -> int:
-    """Elements of all tensors."""
+    """The number of elements of all tensors."""
     return sum(math.prod(tensor.shape) for tensor in tensors.values())

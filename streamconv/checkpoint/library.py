@@ -1,9 +1,10 @@
-"""The judgement of the safetensors library on a header, beside our own.
+"""A second check of a header, by the safetensors library.
 
-Its reader maps the whole file. It is shown an anonymous file instead, with the header and a hole as large as the data:
-nothing that others can truncate is mapped, and the hole takes addresses but no memory. Where a limit on addresses
-(`ulimit -v`) or on the size of files leaves no room for that, or the system has no anonymous files, our own rules stand
-alone, as they do where the memory bound has no room for its table; tests/property/test_checkpoint.py compares both.
+The library's reader maps the whole file. It gets an anonymous file instead, with the header and a hole of the size of
+the data: other programs cannot truncate that, and the hole takes address space but no memory. This check is skipped if
+there is a limit on address space (`ulimit -v`) or file size, if the system has no anonymous files, or if the library's
+table does not fit in the memory budget. The first check (safetensors.py) has the same rules;
+tests/property/test_checkpoint.py compares the two.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from typing import Final
 
 from safetensors import SafetensorError, safe_open
 
-# What the library's table of a header takes for each byte of it while it looks. Measured: 5 to 11.
+# Memory that the library takes for each byte of a header while it checks it. Measured: 5 to 11.
 PARSED_NBYTES_PER_BYTE: Final = 12
 
 
 def objection(head: bytes, nbytes: int) -> str | None:
-    """Why the library refuses a file of `nbytes` bytes that begins with `head`, its length prefix and header.
+    """Why the library refuses a file.
+
+    Args:
+        head: The file's first bytes: its length prefix and header.
+        nbytes: The size of the file.
 
     Returns:
-        The library's words; None where it accepts the file, or cannot be asked.
+        The library's message; None if it accepts the file, or the check was skipped.
     """
     if not hasattr(os, "memfd_create") or _is_limited():
         return None
@@ -41,6 +46,6 @@ def objection(head: bytes, nbytes: int) -> str | None:
 
 
 def _is_limited() -> bool:
-    """Whether the process may not have any number of addresses, or files of any size."""
+    """Whether the process has a limit on its address space or on the size of files."""
     limits = (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)
     return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)

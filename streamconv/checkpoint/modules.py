@@ -1,11 +1,11 @@
-"""The modules of sentence-transformers beside a model, which turn its hidden states into vectors of texts or tokens.
+"""The modules of sentence-transformers in a model's folder: they turn hidden states into embeddings of texts or tokens.
 
 modules.json lists them in the order in which they are applied: the model itself, pooling, dense layers. Modules that a
 GGUF file cannot describe are refused by name.
 
 Sources: sentence-transformers 6.2.0 (base/modules/dense.py, sentence_transformer/modules/pooling.py), PyLate's Dense,
-and llama.cpp's build_pooling and build_dense_out, which apply dense layers after the pooling. A dense layer is linear
-here, so that it may come before the mean or the choice of a token as well as after it.
+and llama.cpp's build_pooling and build_dense_out, which apply dense layers after the pooling. Only linear dense layers
+are accepted, for which the order of the two makes no difference.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_list, load_obje
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 OLD_SETTINGS = "sentence_bert_config.json"
-DENSE = "dense."  # before the names of dense layers' tensors: dense.0.linear.weight of the first
+DENSE = "dense."  # prefix of the names of dense layers' tensors: dense.0.linear.weight in the first
 
-# LLAMA_POOLING_TYPE_* of sentence-transformers' modes.
+# sentence-transformers' modes, as llama.cpp's LLAMA_POOLING_TYPE_*.
 POOLING = {"mean": 1, "cls": 2, "lasttoken": 3}
-RANK = 4  # the last token's, given to a classifier
+RANK = 4  # LLAMA_POOLING_TYPE_RANK: the last token's hidden state goes to a classifier
 
-# The flags that stand for modes in files of versions before 5.6; without any, it is the mean.
+# Versions before 5.6 write these flags instead of a mode; without any of them, the mode is mean.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -42,22 +42,23 @@ _FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _IDENTITY = "Identity"
-_OUTSIDE = ("Dropout", "MultiVectorMask")  # nothing when a model is used; which vectors count, which the caller decides
-_HINT = "llama.cpp would give other vectors: run it with sentence-transformers"
+# Not needed in the file: Dropout does nothing at inference, and callers decide which vectors count.
+_OUTSIDE = ("Dropout", "MultiVectorMask")
+_HINT = "llama.cpp would give other embeddings: run the model with sentence-transformers"
 
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """What follows the model, by its folder's modules.json.
+    """The modules that follow the model, from modules.json.
 
     Attributes:
-        is_given: Whether there is such a file: the model then gives vectors, not text.
-        pooling: One of POOLING; None where vectors of all tokens remain.
-        answers: The tokens whose logits a reranker compares, for and against; None where there are vectors.
-        tensors: Of the dense layers, as dense.0.linear.weight.
-        shards: The files that hold them.
-        warnings: What of the modules a caller has to do, since no GGUF file says it.
-        fault: Why no GGUF file can say what they do.
+        is_given: Whether there is a modules.json: the model then returns embeddings or scores, not text.
+        pooling: A key of POOLING; None if each token keeps its vector.
+        answers: The ids of the tokens (yes, no) whose logits a reranker compares; None if the result is embeddings.
+        tensors: The tensors of the dense layers by name, as dense.0.linear.weight.
+        shards: The open files that hold them.
+        warnings: Steps that callers have to do themselves, since a GGUF file cannot express them.
+        fault: Why a GGUF file cannot express these modules; None if it can.
     """
 
     is_given: bool = False
@@ -74,7 +75,7 @@ class Modules:
 
     @property
     def pooling_type(self) -> int | None:
-        """As llama.cpp counts them."""
+        """The number of llama.cpp's LLAMA_POOLING_TYPE_*; None if each token keeps its vector."""
         if self.answers is not None:
             return RANK
         return None if self.pooling is None else POOLING[self.pooling]
@@ -84,10 +85,10 @@ NO_MODULES = Modules()
 
 
 def read_modules(directory: Place, budget: Budget) -> Modules:
-    """The modules beside the model in `directory`; what is wrong with them is in `fault`.
+    """The modules in a model's folder. If they are malformed or unsupported, `fault` has the error.
 
     Raises:
-        BudgetError: The files that say it do not fit.
+        BudgetError: Their files do not fit in memory.
     """
     reader = _Reader(directory, budget)
     try:
@@ -101,7 +102,7 @@ def read_modules(directory: Place, budget: Budget) -> Modules:
 
 
 class _Reader:
-    """One run of `read_modules`; exists to close what it opened."""
+    """The state of `read_modules`, with the shards to close on an error."""
 
     def __init__(self, directory: Place, budget: Budget) -> None:
         self.directory, self.budget = directory, budget
@@ -120,19 +121,19 @@ class _Reader:
         if not self.file.exists():
             if any((self.directory / f"{number}_Dense").is_dir() for number in (1, 2, 3)):
                 raise SourceError(
-                    f"has dense layers, and no {MODULES} that says how they are used",
+                    f"has dense layers, but no {MODULES} to say how they are used",
                     file=self.directory,
-                    hint=f"download {MODULES} too, or remove their folders to convert the model alone",
+                    hint=f"download {MODULES} too, or remove their folders to convert the model without them",
                     code="modules-missing",
                 )
             return NO_MODULES
         modules = [self._module(entry) for entry in load_list(self.file, MAX_CONFIG_NBYTES, afford=self._afford)]
         if not modules or modules[0][0] != "Transformer":
-            raise self._not_modules("does not begin with a Transformer")
+            raise self._not_modules("its first module is not a Transformer")
         is_normalized = False
         for kind, full_name, folder in modules[1:]:
             if kind == "Normalize":
-                is_normalized = True  # the runtime's callers do that, or not, as they choose
+                is_normalized = True  # callers of the runtime choose whether to normalise
             elif self.answers or (kind in ("Pooling", "Dense", "LogitScore") and is_normalized):
                 raise self._beyond(f"{kind} after {'LogitScore' if self.answers else 'Normalize'}")
             elif kind == "Pooling":
@@ -142,7 +143,7 @@ class _Reader:
             elif kind == "LogitScore" and not self.pooling and not self.tensors:
                 self._read_answers(folder)
             elif kind not in _OUTSIDE:
-                raise self._beyond(f"a module {kind}")
+                raise self._beyond(f"the module {kind}")
         self._read_settings()
         return Modules(True, self.pooling, self.answers, self.tensors, tuple(self.shards), tuple(self.warnings))
 
@@ -164,18 +165,16 @@ class _Reader:
         if self.pooling is not None or not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLING:
             shown = " and ".join(map(str, modes)) if isinstance(modes, list) else repr(modes)
             what = "a second pooling" if self.pooling else f"pooling {shown:.80}"
-            raise self._beyond(what, folder, f"the runtime has {', '.join(POOLING)}")
+            raise self._beyond(what, folder, f"llama.cpp has {', '.join(POOLING)}")
         self.pooling = modes[0]
         if config.get("include_prompt") is False:
-            message = (
-                "the tokens of a prompt are no part of sentence-transformers' pooling, and of the runtime's they are"
-            )
+            message = "sentence-transformers leaves the tokens of a prompt out of the pooling; llama.cpp includes them"
             self.warnings.append(RunWarning("prompt-pooled", message))
 
     def _read_answers(self, folder: Place) -> None:
         config = self._config(folder)
         if config.get("false_token_id") is None:
-            raise self._beyond("a score that is one token's logit", folder, "the runtime compares two tokens")
+            raise self._beyond("a score from a single token's logit", folder, "llama.cpp compares two tokens")
         said = Config(config, folder / CONFIG)
         yes, no = said.integer("true_token_id", 0), said.integer("false_token_id", 0)
         if yes is None or no is None:
@@ -188,9 +187,9 @@ class _Reader:
         if activation is None:
             activation = _IDENTITY if full_name.startswith("pylate.") else "Tanh"  # the classes' own defaults
         if not isinstance(activation, str) or activation.rpartition(".")[2] != _IDENTITY:
-            raise self._beyond(f"a dense layer with {activation!s:.80}", folder, "the runtime's are linear")
+            raise self._beyond(f"a dense layer with {activation!s:.80}", folder, "llama.cpp's are linear")
         if config.get("use_residual"):
-            raise self._beyond("a dense layer with a residual", folder, "the runtime's has none")
+            raise self._beyond("a dense layer with a residual", folder, "llama.cpp's have none")
         if not (folder / WHOLE).exists():
             raise _no_weights(folder)
         shard = Shard(folder / WHOLE, self.budget)
@@ -205,12 +204,12 @@ class _Reader:
             raise SourceError("no linear.weight", file=shard.path, hint="download it again", code="no-weights")
         stated = [config.get("out_features"), config.get("in_features")]
         if any(one is not None and [one] != [found] for one, found in zip(stated, weight.shape, strict=False)):
-            what = f"has shape {list(weight.shape)}, and {CONFIG} beside it says {stated}"
+            what = f"has shape {list(weight.shape)}, but the {CONFIG} next to it says {stated}"
             hint = "download both again"
             raise SourceError(what, file=shard.path, tensor=weight.name, hint=hint, code="shape-mismatch")
 
     def _read_settings(self) -> None:
-        """What is done with texts before the model sees them."""
+        """Warn about text processing that sentence-transformers does before the model."""
         settings, old = (self._optional(name) for name in (SETTINGS, OLD_SETTINGS))
         prompts = settings.get("prompts")
         said = dict(prompts) if isinstance(prompts, dict) else {}
@@ -218,10 +217,10 @@ class _Reader:
         shown = [f"{name} {text!r:.60}" for name, text in said.items() if isinstance(text, str) and text]
         if shown:
             more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-            message = f"a GGUF file has no place for the prompts that stand before texts: {', '.join(shown[:4])}{more}"
+            message = f"a GGUF file cannot hold the prompts that are put before texts: {', '.join(shown[:4])}{more}"
             self.warnings.append(RunWarning("prompts-left-out", message))
         if old.get("do_lower_case") is True:
-            message = "sentence-transformers puts texts in lower case first, and the runtime does not"
+            message = "sentence-transformers converts texts to lower case first; llama.cpp does not"
             self.warnings.append(RunWarning("lower-case", message))
 
     def _optional(self, name: str) -> Mapping[str, Any]:
@@ -240,7 +239,9 @@ class _Reader:
     def _not_modules(self, what: str) -> SourceError:
         return SourceError(what, file=self.file, hint="download it again", code="modules-malformed")
 
-    def _beyond(self, what: str, folder: Place | None = None, why: str = "no GGUF file says that") -> SourceError:
+    def _beyond(
+        self, what: str, folder: Place | None = None, why: str = "a GGUF file cannot express that"
+    ) -> SourceError:
         return SourceError(f"{what}: {why}", file=folder or self.file, hint=_HINT, code="module-unsupported")
 
 

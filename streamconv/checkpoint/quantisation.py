@@ -1,7 +1,7 @@
-"""Whether a checkpoint is quantised: its tensors decide, not what its config says.
+"""Whether a checkpoint is quantised: its tensors decide, not its config.
 
 A model that was trained on a quantised base and merged to 16 bits often keeps the base's `quantization_config`, and
-some quantised ones have lost theirs.
+some quantised models have lost theirs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from streamconv.checkpoint.config import Config
 from streamconv.checkpoint.safetensors import SourceTensor
 from streamconv.errors import RunWarning, SourceError
 
-KEYS = ("quantization_config", "quantization")  # of transformers, of mlx-lm
+KEYS = ("quantization_config", "quantization")  # in transformers, in mlx-lm
 
-# Methods whose 16-bit weights are quantised while the model runs, as it was trained: plain weights are another model.
+# Methods that quantise 16-bit weights while the model runs, as it was trained: without that, outputs would differ.
 # transformers, utils/quantization_config.py: BitNetQuantConfig, whose `linear_class` autobitlinear does so.
 _RUN_TIME_METHODS = frozenset({"bitnet"})
 
@@ -24,8 +24,8 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "C64"})
 _INDICES = frozenset({"I64", "BOOL"})  # positions, counters, masks
 _BUFFERS = (".bias", ".masked_bias", "position_ids", "_mask")  # small integers that are not weights
 
-# What lies beside packed weights, by method (safetensors names; FACTS of transformers, AutoGPTQ, AutoAWQ, mlx-lm,
-# compressed-tensors, hqq, optimum-quanto, DeepSeek, ModelOpt).
+# Names of the tensors that belong to packed weights, by method: bitsandbytes; GPTQ, AWQ, MLX; FP8 (DeepSeek, ModelOpt)
+# and compressed-tensors; HQQ and optimum-quanto; then MXFP4 in transformers.
 _BESIDE = re.compile(
     r"\.(absmax|quant_map|nested_absmax|quant_state\..+|SCB|weight_format"
     r"|qweight|qzeros|g_idx|scales|biases|qbiases"
@@ -36,14 +36,15 @@ _BESIDE = re.compile(
 
 
 def check_quantisation(config: Config, tensors: Mapping[str, SourceTensor]) -> list[RunWarning]:
-    """Warnings of a checkpoint that its config calls quantised, and that is not.
+    """A warning if the config says that the checkpoint is quantised, and it is not.
 
     Args:
         config: Its config.json.
         tensors: All its tensors by their stored names.
 
     Raises:
-        SourceError: It is quantised (`quantised`), or its 16-bit weights are while it runs (`quantised-at-runtime`).
+        SourceError: It is quantised (`quantised`), or its method quantises 16-bit weights while the model runs
+            (`quantised-at-runtime`).
     """
     methods = dict(_methods(config))
     packed = list(quantised_names(tensors))
@@ -58,8 +59,8 @@ def check_quantisation(config: Config, tensors: Mapping[str, SourceTensor]) -> l
         raise SourceError(what, file=config.file, hint=hint, code="quantised")
     for key, method in methods.items():
         if method in _RUN_TIME_METHODS:
-            what = f"{key} is {method}, which quantises these weights at runtime; without that they are another"
-            raise SourceError(f"{what} model", file=config.file, hint=_RUN_IT, code="quantised-at-runtime")
+            what = f"{key} is {method}, which quantises these weights at runtime; llama.cpp would run them unquantised"
+            raise SourceError(what, file=config.file, hint=_RUN_IT, code="quantised-at-runtime")
     if not methods:
         return []
     said = " and ".join(f"{key} ({method})" if method != key else key for key, method in methods.items())
@@ -71,7 +72,7 @@ _RUN_IT = "run it with transformers; llama.cpp has an architecture of its own fo
 
 
 def quantised_names(tensors: Mapping[str, SourceTensor]) -> Iterator[str]:
-    """The tensors that hold packed weights, or that only packed weights need."""
+    """The names of tensors that hold packed weights, or that belong to them."""
     for name, tensor in tensors.items():
         is_packed = tensor.dtype not in _FLOATS and tensor.dtype not in _INDICES and not name.endswith(_BUFFERS)
         if is_packed or _BESIDE.search(name):
@@ -79,7 +80,7 @@ def quantised_names(tensors: Mapping[str, SourceTensor]) -> Iterator[str]:
 
 
 def _methods(config: Config) -> Iterator[tuple[str, str]]:
-    """The method's name by the config's key; the key itself where the method is unknown."""
+    """(key in the config, name of the method or, if it is unknown, the key again)."""
     sections: list[Mapping[str, Any]] = [config.raw]
     sections += [section for section in config.raw.values() if isinstance(section, dict) and "model_type" in section]
     for section in sections:
@@ -89,7 +90,7 @@ def _methods(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _method(settings: Any) -> str | None:
-    """A method's name; mlx-lm states none, and always both of these (mlx_lm/utils.py, quantize_model)."""
+    """A method's name. mlx-lm gives no name, but always bits and group_size (mlx_lm/utils.py, quantize_model)."""
     if not isinstance(settings, dict):
         return None
     method = settings.get("quant_method")

@@ -1,9 +1,9 @@
-"""One safetensors file: its header, validated before anything of it is believed, and where each tensor's bytes lie.
+"""One safetensors file: its header, validated before it is used, and the position of each tensor's bytes.
 
-The header is judged here first, in bounded memory and addresses, so that an error names tensor and cause; then by the
-safetensors library wherever that fits (library.py).
+The header is checked here first, in bounded memory and address space, so that an error names the tensor and the cause;
+then by the safetensors library if that fits (library.py).
 
-Format: https://github.com/huggingface/safetensors#format; its reader's rules: safetensors/src/tensor.rs there.
+Format: https://github.com/huggingface/safetensors#format; rules of its reader: safetensors/src/tensor.rs there.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from streamconv.lazy.leaves import Source
 from streamconv.lazy.node import TensorSpec
 
 MAX_HEADER_NBYTES: Final = 100_000_000  # safetensors' own limit (tensor.rs, MAX_HEADER_SIZE)
-MAX_EXTENT: Final = (1 << 64) - 1  # its numbers are usize
+MAX_EXTENT: Final = (1 << 64) - 1  # the library's numbers are usize
 METADATA: Final = "__metadata__"  # the entry of a header that is not a tensor
 
-# What an entry of `Shard.tensors` takes, and each of its extents, beside its name's letters. Measured: 300 and 36.
+# Bounds on the memory of `Shard.tensors`, in bytes: for each entry, each of its extents, and each character of its
+# name. Measured: 300 and 36; a Python string takes at most 4 bytes a character.
 _TENSOR_NBYTES: Final = 340
 _EXTENT_NBYTES: Final = 40
-_LETTER_NBYTES: Final = 4  # at most
+_LETTER_NBYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """A stored tensor: its dtype as safetensors names it, row-major shape, and place in its shard."""
+    """A stored tensor: dtype (safetensors' name), row-major shape, and position in its shard."""
 
     name: str
     dtype: str
@@ -51,7 +52,11 @@ class SourceTensor:
     nbytes: int
 
     def lazy(self) -> Source:
-        """The tensor as a graph's source; SourceError where its dtype is none that converts."""
+        """The tensor as a lazy one.
+
+        Raises:
+            SourceError: Its dtype cannot be converted.
+        """
         dtype = DTYPES[self.dtype]
         if dtype not in FLOATS:
             raise SourceError(
@@ -65,11 +70,20 @@ class SourceTensor:
 
 
 class Shard:
-    """One safetensors file, open for positioned reads. `tensors` is its validated table, in the header's order.
+    """One safetensors file, open for reads at any position.
+
+    Args:
+        path: The file.
+        budget: Reserves the memory of the table; by default nothing is limited.
+
+    Attributes:
+        tensors: The validated table of tensors by name, in the header's order.
+        metadata: The header's `__metadata__`.
+        header_sha256: The digest of the header's text.
 
     Raises:
-        SourceError: the file is malformed, truncated, or of another kind.
-        BudgetError: parsing the header would take more than `budget` has left; nothing of it was parsed.
+        SourceError: The file is malformed, truncated, or of another kind.
+        BudgetError: Parsing the header would take more than `budget` has left; nothing was parsed.
     """
 
     def __init__(self, path: Place, budget: Budget | None = None) -> None:
@@ -95,7 +109,7 @@ class Shard:
 
     @property
     def parsed_nbytes(self) -> int:
-        """An upper bound of the memory that `tensors` takes."""
+        """An upper bound on the memory of `tensors`, in bytes."""
         return sum(
             _TENSOR_NBYTES + _EXTENT_NBYTES * len(tensor.shape) + _LETTER_NBYTES * len(tensor.name)
             for tensor in self.tensors.values()
@@ -103,14 +117,18 @@ class Shard:
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the bytes without reading them all: the identity of the blob, and the header's digest."""
+        """Identifies the bytes without reading them all: the identity of the blob, and the header's digest."""
         return f"{self.file.identity.lasting} {self.header_sha256}"
 
     def close(self) -> None:
         self.file.close()
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill `out` from `offset`. SourceError where the file ends early or the disk fails."""
+        """Fill `out` from byte `offset` on.
+
+        Raises:
+            SourceError: The file ends early, or the disk fails.
+        """
         self.file.read_into(offset, out)
 
     @property
@@ -121,11 +139,15 @@ class Shard:
         return self.file.map(offset, nbytes)
 
     def check_unchanged(self) -> None:
-        """SourceError if the file under this path is no longer the one that was opened, as it was then."""
+        """Check that the file at this path is still the one that was opened, and unchanged.
+
+        Raises:
+            SourceError: It is not.
+        """
         self.file.check_unchanged()
 
     def _read_header(self, budget: Budget) -> bytearray:
-        """The header's JSON text, once it is certain that parsing it fits."""
+        """The header's JSON text; BudgetError if parsing it would not fit."""
         if self.nbytes < 8:
             raise self._malformed(f"a file of {self.nbytes} bytes is not a safetensors file", code="safetensors-length")
         prefix = bytearray(8)
@@ -142,7 +164,7 @@ class Shard:
         return text
 
     def _parse(self, header: bytearray) -> dict[str, SourceTensor]:
-        """The table that the header describes, which covers the file's data without a hole or an overlap."""
+        """The table of tensors, which must cover the file's data without gaps or overlaps."""
         try:
             if header[:1] != b"{":
                 raise SourceError("the header does not begin with {", code="header-start")
@@ -163,12 +185,12 @@ class Shard:
         }
 
     def _ask_library(self, header: bytearray) -> None:
-        """SourceError where the library refuses what our own rules accept."""
+        """SourceError if the safetensors library refuses a header that passed the checks here."""
         if words := library.objection(len(header).to_bytes(8, "little") + header, self.nbytes):
             raise self._malformed(f"not a valid safetensors file: {words}", code="safetensors-library")
 
     def _check_cover(self, infos: Mapping[str, _Info], start: int) -> None:
-        """SourceError unless the tensors lie one behind the other from `start` to the file's end."""
+        """SourceError unless the tensors fill the file from `start` to its end, without gaps or overlaps."""
         end, largest = 0, max((last for *_, last in infos.values()), default=0)
         for name, (_, _, first, last) in sorted(infos.items(), key=lambda item: item[1][2:]):
             if start + last > self.nbytes:
@@ -181,7 +203,7 @@ class Shard:
                 )
             if first != end:
                 raise self._malformed(
-                    f"not a valid safetensors file: its data begins at byte {first:,} of all data, expected {end:,}",
+                    f"not a valid safetensors file: this tensor begins at byte {first:,} of the data, expected {end:,}",
                     name,
                     code="data-cover",
                 )
@@ -191,7 +213,7 @@ class Shard:
             raise self._malformed(f"not a valid safetensors file: {what}", code="data-cover")
 
     def _malformed(self, message: str, tensor: str | None = None, *, code: str) -> SourceError:
-        """`message`, unless the file is of another kind, whose name says more."""
+        """An error with `message`, or a clearer one if the file is of another kind."""
         head = bytearray(min(magic.HEAD_NBYTES, self.nbytes))
         self.file.read_into(0, head)
         if other := magic.guess_other(bytes(head), magic.SAFETENSORS):
@@ -202,7 +224,11 @@ class Shard:
 
 
 def header_nbytes(path: Place) -> int:
-    """The size that a file claims for its header, as far as it can be true. SourceError where it cannot be read."""
+    """The size of the header according to the file, at most MAX_HEADER_NBYTES.
+
+    Raises:
+        SourceError: The file cannot be read.
+    """
     return min(int.from_bytes(read_start(path, 8), "little"), MAX_HEADER_NBYTES)
 
 
@@ -210,7 +236,7 @@ _Info = tuple[str, tuple[int, ...], int, int]  # dtype, shape, first byte and en
 
 
 def _read_entry(name: str, entry: Any) -> _Info:
-    """What a header says of a tensor; SourceError where its dtype, shape and bytes do not fit together."""
+    """A tensor's entry in the header; SourceError if its dtype, shape and size do not agree."""
     if not isinstance(entry, dict):
         raise SourceError("its entry is not an object", tensor=name, code="header-entry")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -229,7 +255,7 @@ def _read_entry(name: str, entry: Any) -> _Info:
             )
     n_bits = n_elements * DTYPES[dtype].n_bits
     if n_bits > MAX_EXTENT or n_bits % 8 or n_bits // 8 != offsets[1] - offsets[0]:
-        what = f"shape {shape} of {dtype} has {n_bits / 8:,.15g} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+        what = f"shape {shape} of {dtype} has {n_bits / 8:,.15g} bytes, data_offsets say {offsets[1] - offsets[0]:,}"
         raise SourceError(what, tensor=name, code="header-nbytes")
     return sys.intern(dtype), tuple(shape), offsets[0], offsets[1]
 
@@ -239,7 +265,7 @@ def _is_numbers(value: Any) -> TypeGuard[list[int]]:
 
 
 def _read_metadata(value: Any) -> dict[str, str]:
-    """The `__metadata__` of a header. SourceError unless it is absent, null or a map of texts."""
+    """The `__metadata__` of a header; SourceError unless it is absent, null or an object of strings."""
     texts = [*value, *value.values()] if isinstance(value, dict) else [] if value is None else [None]
     if not all(map(_is_unicode, texts)):
         raise SourceError(f"{METADATA} is not an object of strings", code="header-metadata")
@@ -247,7 +273,7 @@ def _read_metadata(value: Any) -> dict[str, str]:
 
 
 def _is_unicode(text: Any) -> bool:
-    """Whether `text` is one, and has no half of a surrogate pair, which JSON can write."""
+    """Whether `text` is a string without lone surrogates, which JSON can contain."""
     return isinstance(text, str) and text == text.encode("utf-8", "replace").decode("utf-8")
 
 

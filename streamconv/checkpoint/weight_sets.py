@@ -1,7 +1,7 @@
-"""Which files of a folder are the model's weights: folders of checkpoints can hold more than one set of them.
+"""Which files in a folder are the model's weights: a checkpoint folder can hold more than one set of them.
 
-The index decides. Without one, two complete sets are an error: neither their names nor their times say which one is
-meant. transformers leaves such folders behind where a model is saved again with other shard sizes.
+The index decides. Without an index, two complete sets are an error, since neither names nor times show which one is
+meant. transformers leaves such folders behind when a model is saved again with another shard size.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from streamconv.files.store import Place
 
 INDEX = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
-WHOLE = "model.safetensors"  # transformers' name of weights in one file
+WHOLE = "model.safetensors"  # transformers' name for weights in one file
 
-_PREFIX = "model"  # transformers' name of shards is PREFIX-00001-of-00002.safetensors
-_FILE_NAME = re.compile(rb"[^\0/\\]{1,255}")  # longer ones no filesystem takes
+_PREFIX = "model"  # transformers names shards PREFIX-00001-of-00002.safetensors
+_FILE_NAME = re.compile(rb"[^\0/\\]{1,255}")  # no filesystem allows longer names
 _NUMBERED_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 NamesOf = Callable[[Place], Collection[str]]
@@ -30,8 +30,8 @@ class WeightSet:
     """The files that together hold the weights of one model, in order.
 
     Attributes:
-        label: What messages call it.
-        paths: Its files; of those that are missing only the first.
+        label: Its name in messages.
+        paths: Its files, including the first missing one, but no further missing ones.
     """
 
     label: str
@@ -54,7 +54,13 @@ class WeightSet:
 
 @dataclass(slots=True)
 class Choice:
-    """The set that is read. `index`: the weight_map to check it against, empty where none applies."""
+    """The set that will be read.
+
+    Attributes:
+        chosen: The set.
+        index: The weight_map to check it against; empty if there is none.
+        warnings: About sets that were left out.
+    """
 
     chosen: WeightSet
     index: Mapping[str, str] = field(default_factory=dict)
@@ -62,7 +68,7 @@ class Choice:
 
 
 def named_set(file: Place) -> WeightSet:
-    """The set that a single .safetensors file stands for: itself, or all shards of which it is the first.
+    """The set that a single .safetensors file names: the file itself, or all shards if it is the first of several.
 
     Raises:
         SourceError: `file` is, by its name, a later shard.
@@ -81,10 +87,10 @@ def indexed_set(index: Mapping[str, Any], file: Place) -> Choice:
 
     Args:
         index: Its parsed content.
-        file: Where it lies.
+        file: The index file.
 
     Raises:
-        SourceError: It has no map of tensors, or names a file outside its folder.
+        SourceError: It has no weight_map, or names a file outside its folder.
     """
     weight_map = _weight_map(index, file)
     paths = tuple(file.parent / name for name in sorted(set(weight_map.values())))
@@ -96,12 +102,12 @@ def choose_weights(directory: Place, index: Mapping[str, Any] | None, names_of: 
 
     Args:
         directory: The checkpoint's folder.
-        index: The content of its INDEX, None where it has none.
-        names_of: The names of the tensors in a file; none where it cannot be read.
+        index: The content of its INDEX; None if there is no such file.
+        names_of: Returns the names of the tensors in a file; none if it cannot be read.
 
     Raises:
-        SourceError: There are no weights, the index names a file outside the folder, or two complete sets have tensors
-            of the same names and no index (`weight-sets`).
+        SourceError: There are no weights, the index names a file outside the folder, or, without an index, two complete
+            sets have tensors with the same names (`weight-sets`).
     """
     sets = list(_find_sets(directory))
     if index is not None:
@@ -124,7 +130,7 @@ def choose_weights(directory: Place, index: Mapping[str, Any] | None, names_of: 
 def _without_index(directory: Place, sets: Sequence[WeightSet], names_of: NamesOf) -> Choice:
     complete = [one for one in sets if one.is_complete]
     if not complete:
-        return Choice(sets[0])  # whose missing shard is an error
+        return Choice(sets[0])  # opening its missing shard raises the error
     preferred = complete[0] if len(complete) == 1 else next((one for one in complete if one.is_canonical), None)
     if preferred is None:
         raise _several(directory, complete)
@@ -136,7 +142,7 @@ def _without_index(directory: Place, sets: Sequence[WeightSet], names_of: NamesO
 
 
 def _left_out(chosen: WeightSet, others: Sequence[WeightSet], names_of: NamesOf) -> Iterator[RunWarning]:
-    """A warning for each set that could be taken for the model's weights."""
+    """A warning for each other set that has tensors with the same names."""
     for other in others:
         if _share_names(chosen, other, names_of):
             state = "" if other.is_complete else ", which is incomplete,"
@@ -145,7 +151,7 @@ def _left_out(chosen: WeightSet, others: Sequence[WeightSet], names_of: NamesOf)
 
 
 def _share_names(one: WeightSet, other: WeightSet, names_of: NamesOf) -> bool:
-    """Whether both sets hold a tensor of the same name. Files that both have do not count."""
+    """Whether both sets have a tensor of the same name, not counting files that belong to both."""
     theirs = [path for path in other.paths if path not in one.paths and path.exists()]
     names = {name for path in theirs for name in names_of(path)}
     return bool(names) and any(not names.isdisjoint(names_of(path)) for path in one.paths if path.exists())
@@ -163,7 +169,7 @@ def _several(directory: Place, sets: Sequence[WeightSet]) -> SourceError:
 
 
 def _find_sets(directory: Place) -> Iterator[WeightSet]:
-    """All sets by the names of their files, transformers' own names first."""
+    """All sets in a folder, judged by file names; those with transformers' own names come first."""
     numbered: dict[tuple[str, str], list[int]] = {}
     sets = []
     for path in sorted(directory.glob("*.safetensors"), key=lambda path: path.name):
@@ -177,7 +183,7 @@ def _find_sets(directory: Place) -> Iterator[WeightSet]:
 
 
 def _numbered(directory: Place, prefix: str, count: str, found: Sequence[int]) -> WeightSet:
-    """The shards `found`, in order, and the first that is missing (a name may claim 99,999 of them)."""
+    """The shards `found`, in order, and the first missing one (only that: a name can claim 99,999 shards)."""
     missing = next((number for number, other in enumerate(found, 1) if number != other), len(found) + 1)
     numbers = [*found, missing] if missing <= int(count) else found
     paths = tuple(directory / f"{prefix}-{number:05d}-of-{count}.safetensors" for number in sorted(numbers))
@@ -185,14 +191,14 @@ def _numbered(directory: Place, prefix: str, count: str, found: Sequence[int]) -
 
 
 def _weight_map(index: Mapping[str, Any], file: Place) -> Mapping[str, str]:
-    """The files by tensor; SourceError on a map that leaves the directory, or is none."""
+    """The file name of each tensor; SourceError if there is no such map, or it names files outside the folder."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError("the index has no weight_map", file=file, hint="download it again", code="index")
     for tensor, name in weight_map.items():
         raw = name.encode("utf-8", "surrogatepass") if isinstance(name, str) else b""
         if not _FILE_NAME.fullmatch(raw) or name in (".", ".."):
-            what = f"the index names {name!r:.80}, which is not a file beside it"
+            what = f"the index names {name!r:.80}, which is not a file in the same folder"
             raise SourceError(what, file=file, tensor=tensor, code="index")
     return weight_map
 
