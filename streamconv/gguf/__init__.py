@@ -1,1 +1,1 @@
-"""GGUF files: what they are (format), and a strict reader of one (reader) or of a split set (set)."""
+"""GGUF files: the format (format), and strict readers of a file (reader) and of a split set (splits)."""

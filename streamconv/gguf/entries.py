@@ -1,4 +1,4 @@
-"""What a GGUF file holds besides weights: typed keys and the list of tensors, and the defects found in them."""
+"""The contents of a GGUF file besides weights: typed keys, the list of tensors, and the defects found in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamconv.gguf.format import (
     Scalar,
 )
 
-# The largest vocabularies (262,144 tokens, 514,906 merges) take some 20 MB, a tokenizer.json in a string as much again.
+# The largest vocabularies (262,144 tokens, 514,906 merges) take about 20 MB, and a tokenizer.json in a string the same.
 MAX_HEADER_NBYTES = 128 << 20
 
 _Utf8 = codecs.getincrementaldecoder("utf-8")
@@ -28,7 +28,14 @@ TYPE_IDS = frozenset(GGMLQuantizationType)
 
 @dataclass(frozen=True, slots=True)
 class FileProblem:
-    """A defect for which a strict loader refuses the file. `code` is stable; `tensor` is named where there is one."""
+    """A defect for which a strict loader refuses the file.
+
+    Attributes:
+        code: The cause in kebab-case; stable.
+        message: A sentence, which may change between versions.
+        file: The file.
+        tensor: The tensor that it concerns, if it is one.
+    """
 
     code: str
     message: str
@@ -37,11 +44,19 @@ class FileProblem:
 
 
 def refuse(problems: Iterable[FileProblem], ignore: Collection[str] = ()) -> None:
-    """SourceError with the first problem whose code is not in `ignore`, if there is one."""
+    """Raise the first problem as an error, if there is any.
+
+    Args:
+        problems: The defects of one or more files.
+        ignore: Codes of problems that are accepted.
+
+    Raises:
+        SourceError: With the code and message of the first problem whose code is not in `ignore`.
+    """
     found = [problem for problem in problems if problem.code not in ignore]
     if found:
-        more = f", and {len(found) - 1} more like it" if len(found) > 1 else ""
-        hint = f"streamconv inspect {found[0].file} lists what is wrong"
+        more = f" ({len(found) - 1} more problems)" if len(found) > 1 else ""
+        hint = f"streamconv inspect {found[0].file} lists all problems"
         raise SourceError(
             found[0].message + more, file=found[0].file, tensor=found[0].tensor, hint=hint, code=found[0].code
         )
@@ -49,12 +64,20 @@ def refuse(problems: Iterable[FileProblem], ignore: Collection[str] = ()) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A value left in the file: an array, or one string above MAX_TEXT_NBYTES. Iterating reads it piece by piece."""
+    """A value that stays in the file: an array, or a string longer than MAX_TEXT_NBYTES. Iterating reads it in pieces.
+
+    Attributes:
+        file: The open file.
+        element: The type of its values.
+        length: The number of values.
+        offset: Of the first value, from the start of the file.
+        nbytes: The size of all values in the file.
+    """
 
     file: Blob = field(repr=False)
     element: GGUFValueType
     length: int
-    offset: int  # of the first value, from the start of the file
+    offset: int
     nbytes: int
 
     def __len__(self) -> int:
@@ -64,11 +87,11 @@ class Span:
         return self.values()
 
     def first(self, n: int, text_nbytes: int = MAX_HEADER_NBYTES) -> list[Scalar]:
-        """The first `n` values, or all where there are fewer; only the first `text_nbytes` bytes of each string."""
+        """The first `n` values, or all if there are fewer; strings are cut off after `text_nbytes` bytes."""
         return list(islice(self.values(text_nbytes), n))
 
     def values(self, text_nbytes: int = MAX_HEADER_NBYTES) -> Iterator[Scalar]:
-        """All values in order, through one window of memory."""
+        """All values in order, in constant memory; strings are cut off after `text_nbytes` bytes."""
         cursor = Cursor(self.file, self.offset, self.offset + self.nbytes, "the file changed while it was read")
         if self.element == GGUFValueType.STRING:
             for _ in range(self.length):
@@ -84,7 +107,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class GGUFKey:
-    """One metadata key with its exact type; `value` is a Span where it stayed in the file."""
+    """One metadata key with its exact type; `value` is a Span if it stays in the file."""
 
     name: str
     type: GGUFValueType
@@ -92,7 +115,7 @@ class GGUFKey:
 
     @property
     def type_name(self) -> str:
-        """As "uint32", "string", "array[int32]"."""
+        """The type for messages: "uint32", "string", "array[int32]"."""
         if self.type == GGUFValueType.ARRAY and isinstance(self.value, Span):
             return f"array[{self.value.element.name.lower()}]"
         return self.type.name.lower()
@@ -100,9 +123,15 @@ class GGUFKey:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of the list. `shape` is row-major; `offset` counts from the start of the file.
+    """One entry of the list of tensors.
 
-    `nbytes` is None where the type is unknown or a row does not divide into its blocks (both listed problems).
+    Attributes:
+        name: The name.
+        shape: Row-major.
+        type_id: GGML's number of the type, known or not.
+        offset: Of the data, from the start of the file.
+        nbytes: The size of the data; None if the type is unknown or a row does not divide into whole blocks, both of
+            which are listed as problems.
     """
 
     name: str
@@ -113,6 +142,7 @@ class StoredTensor:
 
     @property
     def type(self) -> GGMLQuantizationType | None:
+        """The type; None if the gguf package does not know it."""
         return GGMLQuantizationType(self.type_id) if self.type_id in TYPE_IDS else None
 
     @property

@@ -20,7 +20,7 @@ from streamconv.ggml.element_types import tensor_nbytes
 MAGIC = b"GGUF"
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
-MAX_KEY_NBYTES = 65535  # ggml/docs/gguf.md: a key has at most 2^16 - 1 bytes
+MAX_KEY_NBYTES = 65535  # ggml's docs/gguf.md: a key has at most 2^16 - 1 bytes
 MAX_NAME_NBYTES = 63  # ggml's GGML_MAX_NAME is 64 with the terminating NUL
 MAX_DIMS = 4  # ggml's GGML_MAX_DIMS
 
@@ -44,7 +44,13 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, slots=True)
 class PackedArray:
-    """An array value already in the file's own bytes, so that a vocabulary needs no list of Python objects."""
+    """An array value, already encoded as in the file, so that a vocabulary does not become a list of Python objects.
+
+    Attributes:
+        element: The type of its values.
+        length: The number of values.
+        payload: Their bytes.
+    """
 
     element: GGUFValueType
     length: int
@@ -52,7 +58,7 @@ class PackedArray:
 
     @classmethod
     def of_strings(cls, values: Iterable[str | bytes]) -> PackedArray:
-        """Strings as length (uint64) and UTF-8 bytes, one after the other."""
+        """An array of strings, each encoded as its length (uint64) and its UTF-8 bytes."""
         payload = bytearray()
         length = 0
         for value in values:
@@ -62,19 +68,23 @@ class PackedArray:
 
     @classmethod
     def of_numbers(cls, element: GGUFValueType, values: Sequence[int | float] | NDArray[np.generic]) -> PackedArray:
-        """Numbers of exactly the type `element`; OverflowError where one does not fit."""
+        """An array of numbers of exactly the type `element`.
+
+        Raises:
+            OverflowError: A number does not fit.
+        """
         dtype = np.dtype(SCALAR_FORMATS[element])
         return cls(element, len(values), np.asarray(values, dtype=dtype).tobytes())
 
     def has_string(self, text: str) -> bool:
-        """Whether a string is among them; found in the bytes, with its length before it."""
+        """Whether the array contains the string `text`, judged by its encoded bytes."""
         payload = self.payload if isinstance(self.payload, bytes | bytearray) else bytes(self.payload)
         return encode_string(text) in payload
 
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """One metadata key with the exact type that the file will carry. `type` is ARRAY where value is a PackedArray."""
+    """One metadata key with the exact type that is written. `type` is ARRAY if `value` is a PackedArray."""
 
     key: str
     type: GGUFValueType
@@ -120,17 +130,18 @@ class TensorInfo:
 
 
 def encode_string(value: str | bytes) -> bytes:
+    """A string as GGUF stores it: the length (uint64), then the UTF-8 bytes."""
     raw = value.encode("utf-8") if isinstance(value, str) else value
     return struct.pack("<Q", len(raw)) + raw
 
 
 def align(offset: int, alignment: int = DEFAULT_ALIGNMENT) -> int:
-    """The first multiple of `alignment` that is not below `offset`."""
+    """`offset` rounded up to a multiple of `alignment`."""
     return -(-offset // alignment) * alignment
 
 
 class Header:
-    """All bytes before the tensor data, in pieces that lie where they were made: no vocabulary is held twice."""
+    """All bytes before the tensor data, in pieces that are not copied, so that no vocabulary is held twice."""
 
     __slots__ = ("nbytes", "pieces")
 
@@ -139,7 +150,11 @@ class Header:
         self.nbytes = sum(map(len, self.pieces))
 
     def fill(self, out: NDArray[np.uint8], start: int) -> int:
-        """How many bytes, from byte `start` of the header on, were put at the beginning of `out`."""
+        """Copy the header's bytes from `start` on to the beginning of `out`.
+
+        Returns:
+            The number of bytes copied.
+        """
         filled, passed = 0, 0
         for piece in self.pieces:
             first = start + filled - passed
@@ -154,7 +169,16 @@ class Header:
 def encode_header(
     keys: Sequence[KeyValue], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
 ) -> Header:
-    """All bytes before the tensor data, padding included. ValueError on what no loader takes."""
+    """All bytes before the tensor data, padding included.
+
+    Args:
+        keys: The metadata, in the order in which it is written.
+        tensors: The list of tensors.
+        alignment: Of the tensor data, in bytes.
+
+    Raises:
+        ValueError: A name is duplicate or too long, or a tensor has too many dimensions.
+    """
     _check(keys, tensors)
     pieces: list[Buffer] = []
     out = bytearray(struct.pack("<4sIQQ", MAGIC, VERSION, len(tensors), len(keys)))

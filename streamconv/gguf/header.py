@@ -1,8 +1,8 @@
 """One pass over the header of an untrusted GGUF file, in bounded time and memory.
 
-No count, length or offset in the file is trusted: each is checked against the bytes that are there before anything is
-allocated or repeated. The size of the header, and of what is kept from it, have fixed limits. The rules are those of
-ggml's loader: https://github.com/ggml-org/ggml, src/gguf.cpp, gguf_init_from_reader.
+Counts, lengths and offsets in the file are not trusted: each is checked against the size of the file before memory is
+allocated or a loop begins. The size of the header, and the memory kept from it, have fixed limits. The rules are those
+of ggml's loader: https://github.com/ggml-org/ggml, src/gguf.cpp, gguf_init_from_reader.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from streamconv.gguf.format import (
     align,
 )
 
-# Names and values that stay in memory. 46,000 tensors (a mixture of experts before stacking) take 25 MB of it.
+# Limit on the memory of names and values. 46,000 tensors (a mixture of experts before stacking) take 25 MB.
 MAX_KEPT_NBYTES = 32 << 20
-ENTRY_NBYTES = 440  # of Python objects for one key or tensor beside its text; measured: 429 for a tensor, 140 for a key
+# Memory of the Python objects for one key or tensor, besides its text. Measured: 429 for a tensor, 140 for a key.
+ENTRY_NBYTES = 440
 # A longer string stays in the file, as arrays do. The longest chat templates have 20 KB.
 MAX_TEXT_NBYTES = 64 << 10
-HEADERS = "GGUF headers"  # their term in the ledger, which grows by so much at a time:
-_STEP_NBYTES = 128 << 10
-MAX_PROBLEMS = 100  # beyond them only their number is told
+HEADERS = "GGUF headers"  # their name in the budget
+_STEP_NBYTES = 128 << 10  # reserved at a time
+MAX_PROBLEMS = 100  # further ones are only counted
 
 _MIN_KEY_NBYTES = 8 + 4 + 1  # length of the name, type, a one-byte value
 _MIN_TENSOR_NBYTES = 8 + 4 + 4 + 8  # length of the name, number of dimensions, type, offset
@@ -48,12 +49,18 @@ _VALUE_TYPE_IDS = frozenset(GGUFValueType)
 
 
 class HeaderParser:
-    """One pass over a header."""
+    """One pass over a header.
+
+    Args:
+        file: The open file.
+        budget: Reserves the memory for names and values.
+        term: The name under which it is reserved.
+    """
 
     def __init__(self, file: Blob, budget: Budget, term: str) -> None:
         self.file, self.budget, self.term = file, budget, term
         self.reserved_nbytes = 0
-        self.cursor = Cursor(file, 0, min(file.nbytes, MAX_HEADER_NBYTES), "no model's header is as large")
+        self.cursor = Cursor(file, 0, min(file.nbytes, MAX_HEADER_NBYTES), "no model has a header of that size")
         self.keys: dict[str, GGUFKey] = {}
         self.infos: list[tuple[str, tuple[int, ...], int, int]] = []  # name, shape, type, offset in the data
         self.problems: list[FileProblem] = []
@@ -61,7 +68,12 @@ class HeaderParser:
         self.kept_nbytes = 0
 
     def parse(self) -> tuple[int, int, int, dict[str, GGUFKey], dict[str, StoredTensor], tuple[FileProblem, ...], int]:
-        """The fields of a GGUFFile after `file`."""
+        """The fields of a GGUFFile that follow `file`.
+
+        Raises:
+            SourceError: The header cannot be parsed.
+            BudgetError: Its names and values do not fit in memory.
+        """
         version = self._version()
         cursor = self.cursor
         n_tensors, n_keys = cursor.u64(), cursor.u64()
@@ -131,9 +143,9 @@ class HeaderParser:
         self._keep(ENTRY_NBYTES)
         shown = f"the name of {what} {_short(name)}"
         if not 0 < nbytes <= max_nbytes:
-            self._problem("name", f"{shown} has {nbytes} bytes, loaders take 1 to {max_nbytes}")
+            self._problem("name", f"{shown} has {nbytes} bytes; loaders accept 1 to {max_nbytes}")
         if b"\x00" in raw:
-            self._problem("name", f"{shown} has a NUL, at which loaders cut it off")
+            self._problem("name", f"{shown} contains a NUL byte, at which loaders cut it off")
         return name
 
     def _text(self, raw: bytes) -> str:
@@ -179,7 +191,7 @@ class HeaderParser:
         cursor = self.cursor
         element = self._value_type()
         if element == GGUFValueType.ARRAY:
-            cursor.fail(f"{cursor.where} is an array of arrays, which no loader takes", code="nested-array")
+            cursor.fail(f"{cursor.where} is an array of arrays, which no loader accepts", code="nested-array")
         length = cursor.u64()
         start = cursor.position
         if element == GGUFValueType.STRING:
@@ -204,9 +216,9 @@ class HeaderParser:
             return DEFAULT_ALIGNMENT
         value = key.value
         if key.type != GGUFValueType.UINT32 or not isinstance(value, int) or value.bit_count() != 1:
-            shown = value if isinstance(value, int) else "no number"
-            message = f"general.alignment is {shown} ({key.type_name}), loaders take a power of two of type uint32"
-            self._problem("alignment", f"{message}; offsets are shown for {DEFAULT_ALIGNMENT}")
+            shown = value if isinstance(value, int) else "not an integer"
+            message = f"general.alignment is {shown} ({key.type_name}); loaders accept a power of two of type uint32"
+            self._problem("alignment", f"{message}. Offsets are computed for {DEFAULT_ALIGNMENT}")
             return DEFAULT_ALIGNMENT
         return value
 
@@ -219,14 +231,14 @@ class HeaderParser:
             if tensors.setdefault(name, tensor) is not tensor:
                 self._problem("duplicate-tensor", "occurs twice", name)
             if expected is not None and offset != expected:
-                self._problem("offset", f"its data is at {offset}, loaders expect it at {expected}", name)
+                self._problem("offset", f"its data is at {offset}; loaders expect it at {expected}", name)
             if tensor.offset + (tensor.nbytes or 0) > self.file.nbytes:
                 beyond.append(tensor)
             expected = None if tensor.nbytes is None else align(offset + tensor.nbytes, alignment)
         if beyond:
             needed = max(tensor.offset + (tensor.nbytes or 0) for tensor in beyond)
-            sizes = f"the file has {self.file.nbytes:,} bytes, its tensor data needs {needed:,}"
-            message = f"{sizes}: {len(beyond)} of {len(self.infos)} tensors are not complete, this one is the first"
+            sizes = f"the file has {self.file.nbytes:,} bytes, but its tensor data needs {needed:,}"
+            message = f"{sizes}: {len(beyond)} of {len(self.infos)} tensors are incomplete; this is the first"
             self._problem("truncated", message, beyond[0].name)
         return tensors
 
@@ -245,5 +257,5 @@ class HeaderParser:
 
 
 def _short(name: str) -> str:
-    """`name` as it fits in a message."""
+    """`name`, shortened for messages."""
     return name if len(name) <= 80 else f"{name[:77]}..."

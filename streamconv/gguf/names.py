@@ -1,4 +1,4 @@
-"""The names under which a tensor is written: llama.cpp's, and those of Ollama's first LFM2 release.
+"""The names of tensors in a file: llama.cpp's, and those of Ollama's first LFM2 release.
 
 One name differs. llama.cpp (all versions since LFM2.5) and today's Ollama read LFM2's output norm as
 `token_embd_norm.weight` and refuse a file without it; Ollama's first release wrote `output_norm.weight`.
@@ -24,7 +24,7 @@ def written_name(target: str, dialect: str) -> str:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """`name`, then the names that other dialects have for the same tensor."""
+    """`name`, then the names of the same tensor in other dialects."""
     yield name
     for renames in RENAMES.values():
         for one, other in renames.items():

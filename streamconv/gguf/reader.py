@@ -1,7 +1,7 @@
-"""Read untrusted GGUF files: typed keys and the tensor list (header.py), and weights on request.
+"""Read untrusted GGUF files: typed keys and the list of tensors (header.py), and weights on request.
 
-A defect after which the rest cannot be parsed is a SourceError. One that only a loader would refuse is listed in
-`GGUFFile.problems`, so that the rest can still be inspected; `refuse` turns it into an error.
+A defect that makes the rest unreadable is a SourceError. A defect for which only a loader would refuse the file is
+listed in `GGUFFile.problems`, so that the file can still be inspected; `refuse` turns it into an error.
 """
 
 from __future__ import annotations
@@ -22,24 +22,40 @@ T = TypeVar("T", str, int, float, bool)
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """Keys and tensors in file order, and the problems found; a context manager that holds the file open for reads."""
+    """An open GGUF file: a context manager that closes it.
+
+    Attributes:
+        file: The open file.
+        version: GGUF's version, 2 or 3.
+        alignment: Of the tensor data, in bytes.
+        data_offset: Of the tensor data, from the start of the file.
+        keys: All keys by name, in file order.
+        tensors: All tensors by name, in file order.
+        problems: The defects for which a loader would refuse the file.
+        kept_nbytes: About the memory that keys and tensors take.
+    """
 
     file: Blob
     version: int
     alignment: int
-    data_offset: int  # from the start of the file
+    data_offset: int
     keys: dict[str, GGUFKey]
     tensors: dict[str, StoredTensor]
     problems: tuple[FileProblem, ...]
-    kept_nbytes: int  # of memory, about
+    kept_nbytes: int
 
     @classmethod
     def open(cls, path: str | Place, budget: Budget | None = None, term: str = HEADERS) -> Self:
-        """The file at `path`, its header parsed; what is kept of it is reserved from `budget`, as `term`.
+        """Open a file and parse its header.
+
+        Args:
+            path: The file.
+            budget: Reserves the memory for keys and tensors; by default nothing is limited.
+            term: The name under which it is reserved.
 
         Raises:
-            SourceError: It cannot be parsed.
-            BudgetError: What it has would not fit.
+            SourceError: The file cannot be opened or parsed.
+            BudgetError: Its keys and tensors do not fit in memory.
         """
         file = open_blob(Path(path) if isinstance(path, str) else path)
         try:
@@ -59,7 +75,11 @@ class GGUFFile:
         return self.file.path
 
     def scalar(self, key: str, kind: type[T]) -> T | None:
-        """The value of `key`, None where the file lacks it; SourceError where it is not exactly a `kind`."""
+        """The value of `key`; None if the file does not have it.
+
+        Raises:
+            SourceError: Its type is not exactly `kind`.
+        """
         entry = self.keys.get(key)
         if entry is None:
             return None
@@ -70,7 +90,11 @@ class GGUFFile:
         return entry.value
 
     def read_into(self, tensor: StoredTensor, offset: int, buffer: Buffer) -> None:
-        """Fill `buffer` with the bytes of `tensor` from its byte `offset` on. SourceError where some are missing."""
+        """Fill `buffer` with the bytes of `tensor` from its byte `offset` on.
+
+        Raises:
+            SourceError: The tensor or the file ends first, or the disk fails.
+        """
         end = offset + len(buffer)
         if tensor.nbytes is None or end > tensor.nbytes:
             raise SourceError(

@@ -1,4 +1,4 @@
-"""A GGUF file as a source of tensors: what nodes read from, and what identifies it."""
+"""A GGUF file as a source of lazy tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamconv.gguf.reader import GGUFFile
 
 
 class GGUFShard:
-    """One open file, for `lazy.leaves.Source`; whoever opened the file closes it."""
+    """One open file, for `lazy.leaves.Source`. The caller that opened the file closes it."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._file = file.file
@@ -30,7 +30,7 @@ class GGUFShard:
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the bytes without reading them all: the identity of the file, and its list of tensors."""
+        """Identifies the bytes without reading them all: the identity of the file, and its list of tensors."""
         return f"{self._file.identity.lasting} {self._digest}"
 
     @property

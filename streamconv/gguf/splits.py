@@ -1,7 +1,7 @@
-"""The GGUF files of a model as one: a single file, or the parts of a split in order.
+"""The GGUF files of a model: a single file, or the parts of a split set in order.
 
-As in llama.cpp's loader, the claims of the parts are checked: part 1 says how many parts and tensors there are, each
-part says which one it is, and no tensor is in two of them.
+The same is checked as in llama.cpp's loader: part 1 states how many parts and tensors there are, each part states its
+number, and no tensor is in two parts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from streamconv.gguf.entries import FileProblem, GGUFKey, StoredTensor
 from streamconv.gguf.header import HEADERS, MAX_KEPT_NBYTES
 from streamconv.gguf.reader import GGUFFile
 
-LISTED_NBYTES = 200  # of a tensor in the list of all; measured: 168
+LISTED_NBYTES = 200  # memory for a tensor in the list of all parts' tensors; measured: 168
 _PART_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFSet:
-    """Files in the order of their parts, those that are missing left out; a context manager that holds them open."""
+    """The open files of a model: a context manager that closes them.
+
+    Attributes:
+        files: In the order of their parts, without those that are missing.
+        tensors: The tensors of all parts by name, each with its file.
+        problems: The defects of all files and of the set.
+    """
 
     files: tuple[GGUFFile, ...]
     tensors: dict[str, tuple[GGUFFile, StoredTensor]]
@@ -32,10 +38,17 @@ class GGUFSet:
 
     @classmethod
     def open(cls, path: str | Place, budget: Budget | None = None) -> Self:
-        """The file at `path` and, where it is the first part of a split, the other parts beside it.
+        """Open a file and, if it is the first part of a split set, the other parts in the same folder.
 
-        What is kept of their headers is reserved from `budget`. SourceError where a file cannot be parsed; a part that
-        is missing or does not belong is a listed problem.
+        A part that is missing, or does not belong to the set, is listed as a problem.
+
+        Args:
+            path: A single file, or the first part.
+            budget: Reserves the memory for keys and tensors; by default nothing is limited.
+
+        Raises:
+            SourceError: A file cannot be opened or parsed.
+            BudgetError: The keys and tensors do not fit in memory.
         """
         budget = budget or unbounded()
         files = [GGUFFile.open(path, budget)]
@@ -65,7 +78,7 @@ class GGUFSet:
 
     @property
     def keys(self) -> dict[str, GGUFKey]:
-        """The first part's, which has the model's."""
+        """The keys of the first part, which has all keys of the model."""
         return self.files[0].keys
 
 
@@ -92,7 +105,7 @@ def _exists(path: Place) -> bool:
 
 
 def _open_others(files: list[GGUFFile], budget: Budget) -> Iterator[FileProblem]:
-    """Append the other parts of a set whose first file is given; what is wrong with the set, in order."""
+    """Open the other parts of a set, append them to `files`, and yield the problems found."""
     first = files[0]
     count, number = _integer(first, "split.count"), _integer(first, "split.no")
     if count is None or count < 2:
@@ -103,7 +116,7 @@ def _open_others(files: list[GGUFFile], budget: Budget) -> Iterator[FileProblem]
             f"it is part {number + 1} of {count}" if number is not None else f"it has split.count {count}, no split.no"
         )
         yield FileProblem(
-            "split", f"{what}, but its name does not say so, and the other parts cannot be found", first.path
+            "split", f"{what}, but its name does not match, so the other parts cannot be found", first.path
         )
         return
     if number > 0:
@@ -126,7 +139,7 @@ def _open_others(files: list[GGUFFile], budget: Budget) -> Iterator[FileProblem]
             missing.append(i + 1)
     if missing:
         shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        yield FileProblem("split-missing", f"parts missing (or unreadable) beside it: {shown} of {count}", first.path)
+        yield FileProblem("split-missing", f"missing or unreadable parts: {shown} of {count}", first.path)
 
 
 def _check_part(part: GGUFFile, number: int, count: int) -> Iterator[FileProblem]:

@@ -63,7 +63,7 @@ def test_all_parts_in_order(tmp_path: Path) -> None:
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     first = make_part(tmp_path, 1, 14)
     make_part(tmp_path, 5, 14)
-    expected = "split-missing: parts missing (or unreadable) beside it: 2, 3, 4, 6, 7, 8, 9, 10 and 4 more of 14"
+    expected = "split-missing: missing or unreadable parts: 2, 3, 4, 6, 7, 8, 9, 10 and 4 more of 14"
     assert messages(first) == [f"{first.name}: {expected}"]
 
 

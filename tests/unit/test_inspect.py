@@ -132,7 +132,7 @@ class TestGGUF:
         third.unlink()
         found = inspect(first)
         assert [problem.code for problem in found.problems] == ["split-missing"]
-        assert "parts missing (or unreadable) beside it: 3 of 3" in "\n".join(render(found))
+        assert "missing or unreadable parts: 3 of 3" in "\n".join(render(found))
 
     @pytest.mark.parametrize(("content", "code"), LISTED.values(), ids=LISTED.keys())
     def test_malformed_files_are_shown_with_their_problems(self, content: bytes, code: str, tmp_path: Path) -> None:
