@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard streamconv/ggml/kernels/*.[ch] streamconv/files/*.c)
-CON1.40.2S := tests/golden $(patsubst %,tests/unit/test_%.py,convert adapter merge verify batch_dask sources cli vocab*)
+CONVERSIONS := tests/golden $(patsubst %,tests/unit/test_%.py,convert adapter merge verify batch_dask sources cli vocab*)
 TORCH ?= torch==2.13.0
 PYRIGHT ?= basedpyright==1.40.2
-export PIP_DISABLE_PIP_1.40.2_CHECK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -70,10 +70,10 @@ types: $(VENV)/.ready .venv-types/.ready ## the public names as mypy and pyright
 	.venv-types/bin/basedpyright -p tests/typing --pythonpath $(BIN)/python
 
 lowest: .venv-lowest/.ready ## the conversions with the oldest Python here and the lowest versions that pyproject.toml admits
-	.venv-lowest/bin/pytest -q $(CON1.40.2S)
+	.venv-lowest/bin/pytest -q $(CONVERSIONS)
 
 newest: .venv-newest/.ready ## the conversions with the newest Python here and the newest version of everything
-	.venv-newest/bin/pytest -q $(CON1.40.2S)
+	.venv-newest/bin/pytest -q $(CONVERSIONS)
 
 docs: $(VENV)/.ready ## the pages made of the source: docs/cli.md, docs/errors.md, docs/architectures.md
 	$(BIN)/python -m tests.tools.cli_docs

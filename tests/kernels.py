@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -68,6 +69,8 @@ def _built(name: str, flags: str) -> Path:
         (tree / "streamconv" / "ggml" / "kernels").mkdir(parents=True)
         for source in sources:
             shutil.copy(ROOT / source, tree / source)
+        project = tree / "pyproject.toml"  # without the command that adds shared files, which needs the whole package
+        project.write_text(re.sub(r"\[tool\.setuptools\.cmdclass\]\n[^[]*", "", project.read_text("utf-8")), "utf-8")
         (tree / "README.md").touch()
         command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
         environ = {**os.environ, "CFLAGS": f"{os.environ.get('CFLAGS', '')} {flags}"}

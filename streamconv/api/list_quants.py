@@ -77,7 +77,6 @@ class Quants:
 
 
 @public()
-@public()
 @noting_files()
 @memory_failures()
 def quants(src: Source, *, adapters: Sequence[AdapterSpec] = (), recipes: Sequence[RecipeSource] = ()) -> Quants:
