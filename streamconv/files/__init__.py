@@ -1,1 +1,1 @@
-"""Sources: bounds-checked reads of untrusted files, where a model lies, what a file really is, strict JSON."""
+"""Sources: bounds-checked reads of untrusted files, finding a model, recognising file types, strict JSON."""

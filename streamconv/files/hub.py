@@ -1,4 +1,4 @@
-"""Find a model by what users give: a folder, a single file, an entry of the Hugging Face cache, or its repo id.
+"""Find the model that a user names: a folder, a single file, an entry of the Hugging Face cache, or a repo id.
 
 Nothing is downloaded.
 """
@@ -14,14 +14,14 @@ from streamconv.errors import SourceError
 from streamconv.files.local import local_path, local_place
 from streamconv.files.store import Place, Store, StorePath
 
-Source = str | Store | Path | StorePath  # as callers give it
+Source = str | Store | Path | StorePath  # the ways in which callers can name a source
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # a model's, an adapter's
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # of a model, of an adapter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
-# A URL, as Path leaves it, too; of the Hub, with the repo's id in it.
+# A URL, also with its slashes merged by Path; the group is the rest after the Hub's host, or after the scheme.
 _URL = re.compile(r"(?:[a-z][a-z+]*:/+(?:(?:www\.)?(?:huggingface\.co|hf\.co)/)?|(?:huggingface\.co|hf\.co)/)(.*)")
-_FILE_ENDINGS = frozenset({".gguf", ".safetensors"})  # of a mistyped file, and no repo
+_FILE_ENDINGS = frozenset({".gguf", ".safetensors"})  # a missing file, rather than a repo id
 _CACHE_ENTRY = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _REVISION = re.compile(rb"[\w-]{1,64}")
 _MAX_REF_NBYTES = 1024
@@ -29,7 +29,7 @@ _MAX_REF_NBYTES = 1024
 
 @contextmanager
 def source_failures() -> Iterator[None]:
-    """Every OSError inside, as of a folder that may not be searched, becomes a SourceError."""
+    """Turn every OSError inside the `with` into a SourceError, such as for a folder without read permission."""
     try:
         yield
     except OSError as error:
@@ -38,7 +38,11 @@ def source_failures() -> Iterator[None]:
 
 @source_failures()
 def find_source(source: Source | Place) -> Place:
-    """The location of `source`: in its store, or as `find_path` finds it. SourceError as there."""
+    """The location of a source: in its store, or the path that `find_path` returns.
+
+    Raises:
+        SourceError: As `find_path`.
+    """
     if isinstance(source, Store):
         return StorePath(source)
     return source if isinstance(source, StorePath) else local_place(find_path(str(source)))
@@ -46,9 +50,12 @@ def find_source(source: Source | Place) -> Place:
 
 @source_failures()
 def find_path(source: str | Path) -> Path:
-    """The path that `source` means: itself where it exists, or a repo id's snapshot in the local Hugging Face cache.
+    """The path of a source: `source` itself if it exists, or a repo id's snapshot in the local Hugging Face cache.
 
-    SourceError where it could be a repo id and is not there; a repo id needs the `hub` extra.
+    Repo ids need the `hub` extra.
+
+    Raises:
+        SourceError: `source` is a URL, or could be a repo id and is not in the cache.
     """
     path = Path(source)
     if (url := _URL.fullmatch(str(source))) and not path.exists():
@@ -59,7 +66,7 @@ def find_path(source: str | Path) -> Path:
         found = find_cached(str(source))
     except ImportError:
         raise SourceError(
-            "no such folder; a repo id is looked up in the local cache with huggingface_hub",
+            "no such folder; looking up a repo id in the local cache needs huggingface_hub",
             file=path,
             hint="pip install '.[hub]' in streamconv's folder",
             code="source-missing",
@@ -78,14 +85,18 @@ def _remote(url: str, rest: str) -> SourceError:
     repo_id = "/".join(rest.split("/")[:2])
     is_of_hub = is_repo_id(repo_id) and (url.startswith("hf:") or "huggingface.co/" in url or "hf.co/" in url)
     hint = f"hf download {repo_id}, then give {repo_id}" if is_of_hub else "download it first, then give the folder"
-    return SourceError("is a URL, and nothing is downloaded here", file=url, hint=hint, code="source-remote")
+    return SourceError("is a URL, and streamconv downloads nothing", file=url, hint=hint, code="source-remote")
 
 
 def find_cached(repo_id: str) -> Path | None:
-    """The folder of a repo in the local Hugging Face cache, None where it is not there. ImportError without `hub`."""
+    """The folder of a repo in the local Hugging Face cache; None if it is not there.
+
+    Raises:
+        ImportError: huggingface_hub is not installed (the `hub` extra).
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    with suppress(ValueError):  # "a--b/c" is not a repo id for it
+    with suppress(ValueError):  # huggingface_hub rejects some ids, such as "a--b/c"
         for config in (CONFIG, ADAPTER_CONFIG):
             found = try_to_load_from_cache(repo_id, config)
             if isinstance(found, str):
@@ -94,12 +105,12 @@ def find_cached(repo_id: str) -> Path | None:
 
 
 def is_repo_id(source: str) -> bool:
-    """Whether `source` could be a repo id, as LiquidAI/LFM2-1.2B; many relative paths could be one."""
+    """Whether `source` has the form of a repo id, such as LiquidAI/LFM2-1.2B; many relative paths do, too."""
     return _REPO_ID.fullmatch(source) is not None
 
 
 def _snapshot(path: Path) -> Path:
-    """The newest snapshot inside a cache entry (models--owner--name), any other path as it is."""
+    """The snapshot to use in a cache entry (models--owner--name): refs/main, or the newest; other paths unchanged."""
     if _CACHE_ENTRY.fullmatch(path.name) and (path / "snapshots").is_dir():
         if (main := _main_revision(path)) and (path / "snapshots" / main).is_dir():
             return path / "snapshots" / main
@@ -110,7 +121,7 @@ def _snapshot(path: Path) -> Path:
 
 
 def _main_revision(entry: Path) -> str | None:
-    """The commit that refs/main names, None where it names none."""
+    """The commit in refs/main; None if there is no valid one."""
     main = entry / "refs" / "main"
     if not main.is_file():
         return None
@@ -120,7 +131,7 @@ def _main_revision(entry: Path) -> str | None:
 
 
 def model_name(place: Place) -> str:
-    """The name of the model at `place`: that of its folder, or of its repo if it is in the Hugging Face cache."""
+    """The name of the model at `place`: its folder's name, or its repo's if it is in the Hugging Face cache."""
     path = local_path(place)
     if path is None:
         return place.stem if place.is_file() else place.name

@@ -1,7 +1,7 @@
-"""Files of this machine as blobs, bounds-checked: reads at an offset, or forward through a small window.
+"""Local files as blobs, with bounds-checked reads: at an offset, or forward through a small window.
 
-Nothing is read or allocated for a length that a file does not have, and every file that a run reads is opened here, so
-that none of them is written over.
+No memory is allocated for a length that exceeds the file. Every local file that a run reads is opened here and noted,
+so that the run cannot overwrite it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streamconv.files.store import Blob, Buffer, Identity, Place, Store, StorePa
 from streamconv.files.window import Mapped, is_local, mapping_module
 
 WINDOW_NBYTES = 64 << 10
-_COMPARED_NBYTES = 64 << 10  # at a time
+_COMPARED_NBYTES = 64 << 10  # compared at a time
 
 FileId = tuple[int, int]  # device and inode: the same under every name
 
@@ -36,7 +36,7 @@ _U64 = struct.Struct("<Q")
 
 @contextmanager
 def noting_files() -> Iterator[None]:
-    """Inside, `files_read` knows every file that was opened since the beginning, by whatever name."""
+    """Note every file that is opened inside the `with`, for `files_read`."""
     token = _opened.set({})
     try:
         yield
@@ -45,13 +45,13 @@ def noting_files() -> Iterator[None]:
 
 
 def files_read() -> Mapping[FileId, Path]:
-    """The files that were opened so far inside `noting_files`; none outside of it."""
+    """The files opened so far inside `noting_files`, with the first path of each; empty outside of it."""
     return dict(_opened.get() or {})
 
 
 @dataclass(frozen=True, slots=True)
 class LocalStore(Store):
-    """A folder of this machine."""
+    """A local folder as a store."""
 
     folder: Path
 
@@ -82,13 +82,17 @@ class LocalStore(Store):
 
 
 class LocalBlob(Blob):
-    """An open regular file, read at given positions. SourceError where it cannot be opened."""
+    """An open regular file.
+
+    Raises:
+        SourceError: It cannot be opened, or is not a regular file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._path = path
         try:
-            # Not blocking: opening a FIFO would wait for its writer.
+            # O_NONBLOCK, since opening a FIFO would wait for its writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise SourceError(
@@ -107,7 +111,7 @@ class LocalBlob(Blob):
         view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
         if offset + len(view) > self.nbytes:
             raise SourceError(
-                f"has {self.nbytes:,} bytes, {offset + len(view):,} are needed", file=self.path, code="truncated"
+                f"has {self.nbytes:,} bytes, but {offset + len(view):,} are needed", file=self.path, code="truncated"
             )
         while view:
             try:
@@ -117,7 +121,7 @@ class LocalBlob(Blob):
                 hint = "once the disk works again, run the same command to continue"
                 raise SourceReadError(message, file=self.path, hint=hint, code="read-failed") from None
             if not n_read:
-                message = f"ends at byte {offset}, it had {self.nbytes:,} bytes when it was opened"
+                message = f"ends at byte {offset:,}; it had {self.nbytes:,} bytes when it was opened"
                 raise SourceError(
                     message, file=self.path, hint="do not change the file while it is being read", code="source-changed"
                 )
@@ -125,7 +129,7 @@ class LocalBlob(Blob):
 
     @cached_property
     def is_mapped(self) -> bool:
-        """Whether the system can map it in windows, and its filesystem is this machine's own."""
+        """Whether the system can map it in windows, and its filesystem is a local one."""
         return is_local(self._fd)
 
     def map(self, offset: int, nbytes: int) -> Mapped | None:
@@ -133,18 +137,22 @@ class LocalBlob(Blob):
         return None if module is None else module.Window(self._fd, offset, nbytes)
 
     def check_unchanged(self) -> None:
-        """SourceError if the file under this path is no longer the one that was opened, as it was then."""
+        """Check that the file at this path is still the one that was opened, and unchanged.
+
+        Raises:
+            SourceError: It is not.
+        """
         try:
             now = self._path.stat()
         except OSError:
-            raise self._changed("it is gone from its path") from None
+            raise self._changed("it was removed or renamed") from None
         if _identity(os.fstat(self._fd)) != self.identity:
-            raise self._changed("its size or time is not what it was")
+            raise self._changed("its size or time is different")
         if _identity(now) != self.identity:
             raise self._changed("another file has taken its place")
 
     def _changed(self, how: str) -> SourceError:
-        hint = "wait until nothing writes to it, then start again"
+        hint = "wait until no program writes to it, then start again"
         return SourceError(f"changed while it was read: {how}", file=self.path, hint=hint, code="source-changed")
 
     def close(self) -> None:
@@ -154,33 +162,41 @@ class LocalBlob(Blob):
 
 
 def _identity(status: os.stat_result) -> Identity:
-    """Device and inode may be others after a restart, or where a folder was moved; size and time stay."""
+    """Size and time as the lasting part: device and inode can change when the machine restarts or a folder moves."""
     return Identity(f"{status.st_size} {status.st_mtime_ns}", (status.st_dev, status.st_ino))
 
 
 def local_place(path: Path) -> StorePath:
-    """A path of this machine as a place in the store of its folder, or as a store where it is a folder itself."""
+    """A local path as a place: a folder as a store of its own, a file in the store of its folder."""
     return StorePath(LocalStore(path)) if path.is_dir() else StorePath(LocalStore(path.parent), path.name)
 
 
 def local_path(place: Place) -> Path | None:
-    """The path of this machine that is at `place`; None where it has none here."""
+    """The local path of `place`; None if it has none."""
     return place.store.local_path(place.key) if isinstance(place, StorePath) else Path(str(place))
 
 
 def absolute(place: Place) -> str:
-    """What messages call `place` where a path from the current directory would say too little."""
+    """The absolute path of `place`, for messages in which a relative path would say too little."""
     path = local_path(place)
     return str(place if path is None else path.absolute())
 
 
 def open_blob(place: Place) -> Blob:
-    """The file at `place`, which is the only way to read of a source. SourceError where it cannot be opened."""
+    """The opened file at `place`; all reads of sources go through this.
+
+    Raises:
+        SourceError: It cannot be opened.
+    """
     return place.open() if isinstance(place, StorePath) else LocalBlob(Path(str(place)))
 
 
 def file_nbytes(place: Place) -> int:
-    """The size of the file at `place`, 0 where there is none. SourceError where it cannot be opened."""
+    """The size of the file at `place` in bytes; 0 if there is none.
+
+    Raises:
+        SourceError: It cannot be opened.
+    """
     if not place.exists():
         return 0
     with open_blob(place) as blob:
@@ -188,7 +204,11 @@ def file_nbytes(place: Place) -> int:
 
 
 def read_start(place: Place, max_nbytes: int) -> bytearray:
-    """The file's bytes, as many of them as `max_nbytes`. SourceError where it cannot be read."""
+    """The first `max_nbytes` bytes of the file, or all if it has fewer.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
     with open_blob(place) as blob:
         text = bytearray(min(blob.nbytes, max_nbytes))
         blob.read_into(0, text)
@@ -196,7 +216,11 @@ def read_start(place: Place, max_nbytes: int) -> bytearray:
 
 
 def has_same_content(one: Place, other: Place) -> bool:
-    """Whether both files hold the same bytes. SourceError where one cannot be read."""
+    """Whether both files have the same bytes.
+
+    Raises:
+        SourceError: One of them cannot be read.
+    """
     with open_blob(one) as ours, open_blob(other) as theirs:
         if ours.nbytes != theirs.nbytes:
             return False
@@ -209,9 +233,18 @@ def has_same_content(one: Place, other: Place) -> bool:
 
 
 class Cursor:
-    """Reads forward from `position` to `end`, a window at a time; what would pass the end is an error.
+    """Reads a file forward, a window at a time; reading past `end` is a SourceError.
 
-    For messages: `where` says what is being read, `tensor` of which tensor, `limit` why `end` is not the file's end.
+    Args:
+        file: The open file.
+        position: The offset at which to begin.
+        end: The offset at which to stop.
+        limit: For messages: why `end` is not the end of the file.
+
+    Attributes:
+        window: The bytes held; `take` returns positions in it.
+        where: For messages: the part of the file that is being read.
+        tensor: For messages: the tensor that it belongs to.
     """
 
     def __init__(self, file: Blob, position: int, end: int, limit: str) -> None:
@@ -233,7 +266,7 @@ class Cursor:
         raise SourceError(message, file=self.file.path, tensor=self.tensor, hint=hint, code=code)
 
     def expect(self, nbytes: int) -> None:
-        """SourceError unless `nbytes` more are there."""
+        """Raise SourceError unless `nbytes` more bytes follow."""
         if nbytes <= self.n_left:
             return
         if self.end < self.file.nbytes:
@@ -244,7 +277,7 @@ class Cursor:
         )
 
     def take(self, nbytes: int) -> int:
-        """Where in `window` the next `nbytes` (at most WINDOW_NBYTES) are."""
+        """Advance over the next `nbytes` (at most WINDOW_NBYTES) and return their position in `window`."""
         at = self.position - self._start
         if at + nbytes > self._n_held:
             self.expect(nbytes)
@@ -261,7 +294,7 @@ class Cursor:
         return int(_U64.unpack_from(self.window, self.take(8))[0])
 
     def raw(self, nbytes: int) -> bytes:
-        """The next `nbytes`, whatever their number."""
+        """The next `nbytes`, which may be more than the window holds."""
         self.expect(nbytes)
         if nbytes <= len(self.window):
             at = self.take(nbytes)
@@ -276,7 +309,7 @@ class Cursor:
         self.position += nbytes
 
     def skip_strings(self, count: int) -> None:
-        """Pass over `count` strings without an object for each."""
+        """Skip `count` strings, each a length (uint64) and its bytes, without creating an object for each."""
         self.expect(count * 8)
         unpack, window = _U64.unpack_from, self.window
         while count:

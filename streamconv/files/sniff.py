@@ -1,6 +1,6 @@
-"""Recognise, from its first bytes, a file that is not what its name says, for error messages only.
+"""Recognise the type of a file by its first bytes, for error messages only.
 
-Whether a file's content is wrong is decided by its reader; nothing is parsed because of a guess made here.
+Whether a file is valid is decided by its reader; a guess made here never causes anything to be parsed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ HEAD_NBYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """`what` completes "this is ..."; `hint` says what to do about it."""
+    """A type of file.
+
+    Attributes:
+        what: Completes "this is ...".
+        hint: What to do about it.
+    """
 
     what: str
     hint: str
@@ -28,13 +33,13 @@ _OLD_GGML = Guess(
     "a GGML file from before GGUF (August 2023)", "get a newer file of the model, or convert its checkpoint"
 )
 _PACKED = "unpack it first"
-SAFETENSORS = Guess("a safetensors file", "give it where a checkpoint or adapter is asked for")
+SAFETENSORS = Guess("a safetensors file", "give it where a checkpoint or adapter is expected")
 JSON = Guess("JSON text", "give the model file, not its index or config")
 
-UTF_16 = Guess("text in UTF-16, and it has to be UTF-8", "convert it: iconv -f utf-16 -t utf-8 FILE")
+UTF_16 = Guess("text in UTF-16, but it must be UTF-8", "convert it: iconv -f utf-16 -t utf-8 FILE")
 
 _BINARY: tuple[tuple[bytes, Guess], ...] = (
-    (b"GGUF", Guess("a GGUF file", "give it where a GGUF file is asked for")),
+    (b"GGUF", Guess("a GGUF file", "give it where a GGUF file is expected")),
     (b"PK\x03\x04", _PICKLE),
     (b"\x80\x02", _PICKLE),
     (b"\x80\x03", _PICKLE),
@@ -70,12 +75,19 @@ _TEXT: tuple[tuple[bytes, Guess], ...] = (  # in lower case, after white space
 
 
 def guess(head: bytes) -> Guess | None:
-    """The kind of file that begins with `head` (HEAD_NBYTES are enough); None if it is not recognised."""
+    """The type of a file by its first bytes.
+
+    Args:
+        head: The first HEAD_NBYTES of the file, or all if it has fewer.
+
+    Returns:
+        None if it is not recognised.
+    """
     if not head:
         return Guess("an empty file", "download or copy it again")
     if not head.strip(b"\x00"):
         return Guess("a file that begins with zeros", "the download did not finish: get the file again")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:  # safetensors' limit of a header
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000:  # safetensors' limit on a header
         return SAFETENSORS
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for start, table in ((head, _BINARY), (text, _TEXT)):
@@ -86,13 +98,18 @@ def guess(head: bytes) -> Guess | None:
 
 
 def guess_other(head: bytes, own: Guess) -> Guess | None:
-    """Like `guess`, but None if the file is of the expected kind `own`."""
+    """Like `guess`, but None if the file has the expected type `own`."""
     found = guess(head)
     return None if found is own else found
 
 
 def misplaced(path: Place, asked: str, config: str) -> SourceError:
-    """The error for a file given in place of `asked` (with its article), a folder with a file `config`.
+    """The error for a file that was given instead of something else.
+
+    Args:
+        path: The file.
+        asked: What was expected, with its article, as "a checkpoint directory".
+        config: The name of a file in the expected folder: if it is next to `path`, the hint names that folder.
 
     Raises:
         SourceError: The file cannot be read.

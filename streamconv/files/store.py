@@ -1,8 +1,8 @@
-"""Where sources come from: a `Store` names files and opens them as `Blob`s, which give bytes at positions.
+"""Where sources come from: a `Store` lists files and opens them as `Blob`s, which read bytes at any position.
 
-A folder of this machine is one store (local.py); whatever else can list names and read ranges of bytes can be another,
-such as an archive, a bucket or memory. Everything that is read of a model comes through here: config, index, tokenizer,
-templates, model card, shards, adapters, GGUF bases.
+A local folder is one kind of store (local.py). Anything else that can list names and read ranges of bytes can be
+another, such as an archive, a bucket or memory. All files of a model are read through these classes: config, index,
+tokenizer, templates, model card, shards, adapters and GGUF bases.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Identity:
 
 
 class Blob(ABC):
-    """A file of a store, open for reading at positions from any number of threads. A context manager that closes it.
+    """A file of a store, open for reads at any position from any number of threads. A context manager that closes it.
 
     Attributes:
         path: Its path as messages show it; the last component is its name.
@@ -61,10 +61,14 @@ class Blob(ABC):
 
     @abstractmethod
     def check_unchanged(self) -> None:
-        """Raise SourceError if it has changed since it was opened."""
+        """Check that the blob has not changed since it was opened.
+
+        Raises:
+            SourceError: It has.
+        """
 
     def view(self, offset: int, nbytes: int) -> AbstractContextManager[memoryview]:
-        """`nbytes` bytes from `offset` on, read-only, valid inside the `with`. By default a copy is read.
+        """`nbytes` bytes from `offset` on, read-only and valid inside the `with`. By default they are a copy.
 
         Raises:
             SourceError: The blob ends first, or it cannot be read.
@@ -83,10 +87,14 @@ class Blob(ABC):
         return False
 
     def map(self, offset: int, nbytes: int) -> Mapped | None:
-        """The mapped bytes, from a multiple of 2 MiB on; None if they can only be read.
+        """The mapped bytes; None if they can only be read.
+
+        Args:
+            offset: A multiple of 2 MiB.
+            nbytes: The number of bytes.
 
         Raises:
-            OSError: Some of them are missing; `read_into` gives the error for that.
+            OSError: Some of them are missing; the caller then uses `read_into`, which raises the error to report.
         """
         return None
 
@@ -105,7 +113,7 @@ class Store(ABC):
     """A set of named files. Names may contain folders, as `a/b.json`.
 
     Attributes:
-        name: The name of a model in it, if no file gives another.
+        name: The name of the model in it, unless one of its files gives another.
     """
 
     name: str
@@ -116,10 +124,14 @@ class Store(ABC):
 
     @abstractmethod
     def open(self, name: str) -> Blob:
-        """The file of this name. SourceError where there is none, or it cannot be opened."""
+        """The opened file of this name.
+
+        Raises:
+            SourceError: There is none, or it cannot be opened.
+        """
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name, or a folder."""
+        """Whether there is a file or a folder of this name."""
         folder, _, last = name.rpartition("/")
         return last in self.names(folder) or self.is_folder(name)
 
@@ -131,7 +143,7 @@ class Store(ABC):
         return posixpath.join(self.name, name) if name else self.name
 
     def local_path(self, name: str) -> Path | None:
-        """The path of the file on this machine; None if it has none."""
+        """The local path of the file; None if it has none."""
         return None
 
 
@@ -192,7 +204,7 @@ class StorePath:
         return self.store.is_folder(self.key)
 
     def glob(self, pattern: str, /) -> Iterator[StorePath]:
-        """The files whose names match `pattern`, in this folder or in the one that the pattern begins with."""
+        """The files that match `pattern` in this folder, or in the folder with which the pattern begins."""
         folder, _, last = pattern.rpartition("/")
         place = self / folder if folder else self
         return (place / name for name in place.store.names(place.key) if fnmatchcase(name, last))

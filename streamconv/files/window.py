@@ -1,9 +1,10 @@
-"""Mapped reads: a worker sees the page cache through a window, and encodes from it without a copy between.
+"""Mapped reads: a worker sees the page cache through a window, and encodes from it without a copy.
 
-Measured on Linux 6.18 (ext4): large folios are mapped up to 2 MiB at a time, by one entry of the page table, where
-window and file position are multiples of that; smaller windows cost more than a copy does. What is lent of a window is
-populated right before, in one call, which reports what is missing as an error; the window is given back whole. What may
-still vanish while it is read is noticed (mapped.c), and read again at positions, which says what is wrong.
+Measured on Linux 6.18 (ext4): large folios are mapped up to 2 MiB at a time, with one page table entry, if window and
+file position are multiples of 2 MiB; smaller windows are slower than a copy. The part of a window that is lent is
+populated right before, in one call, which reports missing bytes as an error. The window is unmapped as a whole. If
+bytes vanish while they are being read, that is detected (mapped.c), and they are read again with `read_into`, which
+raises the error to report.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW_NBYTES: Final = 1 << 22  # two huge pages, which are the largest folios that are mapped at a time
+WINDOW_NBYTES: Final = 1 << 22  # two huge pages, the largest folios that are mapped at a time
 
-# Filesystems whose pages are this machine's own (statfs(2), linux/magic.h). On others a fault waits for a server or for
-# another process, and the memory of what is mapped is not ours to judge.
+# Local filesystems (statfs(2), linux/magic.h). On others a page fault waits for a server or another process, and the
+# memory that mapped pages take is unknown.
 _LOCAL: Final = frozenset({
     0xEF53,  # ext2, ext3, ext4
     0x58465342,  # xfs
@@ -40,14 +41,14 @@ _LOCAL: Final = frozenset({
 
 
 class Unread(Exception):
-    """What was lent cannot be relied on, or looked at: it is to be read in its place."""
+    """Lent bytes turned out to be unusable: the caller has to read them instead."""
 
 
 class Mapped(Protocol):
-    """A read-only buffer of a blob's bytes; `is_lost` where some of them were not there any more.
+    """A read-only buffer of a blob's bytes.
 
-    `populate` maps a part of it in one call, and raises OSError where that is not there: what is mapped page by page is
-    mapped no more often than it is used.
+    `populate` maps a part of it in one call, and raises OSError if the file does not have these bytes any more.
+    `is_lost` is True once a read found some of them missing.
     """
 
     @property
@@ -57,11 +58,11 @@ class Mapped(Protocol):
 
 
 class Mappable(Protocol):
-    """A file that may be mapped.
+    """A file that can be mapped.
 
     Attributes:
         nbytes: Its size.
-        is_mapped: Whether that is the better way to read it.
+        is_mapped: Whether mapping is the better way to read it.
     """
 
     @property
@@ -72,10 +73,10 @@ class Mappable(Protocol):
 
 
 class Window:
-    """The stretch of a file that one worker has mapped: the next reads are likely to fall into it as well.
+    """The range of a file that one worker has mapped. Its next reads are likely to be in the same range.
 
     Args:
-        maps_all: Whether files are mapped, too, that are better read.
+        maps_all: Whether to map also files whose `is_mapped` is False.
     """
 
     def __init__(self, maps_all: bool = False) -> None:
@@ -85,15 +86,15 @@ class Window:
         self._first = self._end = 0
 
     def maps(self, blob: Mappable) -> bool:
-        """Whether it maps such a file at all."""
+        """Whether this window maps `blob`."""
         return blob.is_mapped or self._maps_all
 
     @contextmanager
     def lend(self, blob: Mappable, offset: int, nbytes: int) -> Iterator[NDArray[np.uint8] | None]:
-        """The bytes where they lie, valid inside the `with`; None where they must be read, as across two windows.
+        """The mapped bytes, valid inside the `with`; None if they must be read, such as across two windows.
 
         Raises:
-            Unread: At the end of the `with`: not all of them were there, whatever was made of them is void.
+            Unread: At the end of the `with`, if some bytes were missing; results computed from them are invalid.
         """
         mapped = self._map(blob, offset, nbytes)
         try:
@@ -113,12 +114,12 @@ class Window:
                 raise Unread
 
     def rows_before_border(self, offset: int, row_nbytes: int, n_rows: int) -> int:
-        """How many of `n_rows` rows from `offset` on one loan can give; 1 where the first lies across a border."""
+        """How many of `n_rows` rows from `offset` on are in the same window; 1 if the first crosses its border."""
         border = (offset // WINDOW_NBYTES + 1) * WINDOW_NBYTES
         return max(1, min(n_rows, (border - offset) // row_nbytes))
 
     def close(self) -> None:
-        """Give back what is mapped."""
+        """Unmap the current range."""
         self._blob = self._mapped = None
 
     def _map(self, blob: Mappable, offset: int, nbytes: int) -> Mapped | None:
@@ -128,7 +129,7 @@ class Window:
         end = min(first + WINDOW_NBYTES, blob.nbytes)
         if offset + nbytes > end or not self.maps(blob):
             return None
-        self.close()  # before another is mapped: the budget counts one
+        self.close()  # before mapping another: the budget counts one window
         try:
             self._mapped = blob.map(first, end - first)
         except OSError:
@@ -139,7 +140,7 @@ class Window:
 
 @cache
 def mapping_module() -> ModuleType | None:
-    """The extension that maps; None where it was not built, or the system cannot populate a window (Linux 5.14 can)."""
+    """The extension module that maps; None if it was not built, or Linux is older than 5.14 and cannot populate."""
     try:
         module = importlib.import_module("streamconv.files._mapped")
         fd = os.memfd_create("streamconv-probe")
@@ -156,6 +157,6 @@ def mapping_module() -> ModuleType | None:
 
 
 def is_local(fd: int) -> bool:
-    """Whether an open file lies on a filesystem of this machine's own."""
+    """Whether an open file is on a local filesystem."""
     module = mapping_module()
     return module is not None and module.filesystem(fd) in _LOCAL
