@@ -1,7 +1,7 @@
 """The `general.*` keys that describe a model, from its model card, its configs and its name.
 
-gguf's own heuristics find them; this module carries their answer over with exact types. A model card is untrusted:
-whatever it contains gives keys or a warning, never a failed conversion.
+gguf's own heuristics find them; this module converts the result to keys with exact types. A model card is untrusted:
+whatever it contains, the result is keys or a warning, never a failed conversion.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.lazy.node import TensorSpec
 
 CARD = "README.md"
-FENCE = "---"  # around its front matter
+FENCE = "---"  # before and after the front matter
 MAX_CARD_NBYTES = 1 << 20
-MAX_FRONT_MATTER_NBYTES = 64 << 10  # YAML takes up to 340 bytes of memory for each; published ones have a few thousand
+MAX_FRONT_MATTER_NBYTES = (
+    64 << 10
+)  # parsing takes up to 340 bytes of memory per byte; published ones have a few thousand bytes
 
-# What a model card says of one model alone, and not of another that was made of it.
+# Fields that describe only the model itself, not models derived from it.
 _OWN_FIELDS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
 
 
 @dataclass(frozen=True, slots=True)
 class General:
-    """The general.* keys of a file, the stem of its conventional name (without type), and what to tell the user."""
+    """The general.* keys of a file, warnings for the user, and the metadata for the conventional file name."""
 
     keys: tuple[KeyValue, ...]
     warnings: tuple[RunWarning, ...]
     metadata: Any  # gguf.Metadata, for the naming convention
 
     def file_name(self, outtype: str, kind: str | None = None) -> str:
-        """GGUF's naming convention: Name-1.2B-BF16.gguf, with `kind` "LoRA" for adapters."""
+        """Return the conventional file name, such as Name-1.2B-BF16.gguf. `kind` is "LoRA" for adapters."""
         from gguf.utility import naming_convention
 
         m = self.metadata
-        # A card may say 5, or a list, where a name is expected.
+        # A card may have a number or a list instead of a name.
         name, base, finetune, version, size = (
             None if part is None else str(part) for part in (m.name, m.basename, m.finetune, m.version, m.size_label)
         )
@@ -62,10 +64,15 @@ def read_general(
     kind: str = "model",
     merged: Sequence[Place] = (),
 ) -> General:
-    """The keys as llama.cpp's converter writes them, general.architecture and general.type first.
+    """Return the general.* keys as llama.cpp's converter writes them, general.architecture and general.type first.
 
-    `specs`: every target's logical name and spec, for the size label. `name` overrides what the card says. `merged`:
-    the folders of adapters that are merged into the model, which is then another one's fine-tune.
+    Args:
+        directory: The model's or adapter's folder.
+        arch: GGUF's name of the architecture.
+        name: Overrides the name in the model card.
+        specs: Name and spec of every tensor, for the size label.
+        kind: The value of general.type.
+        merged: Folders of adapters merged into the model, which makes it a fine-tune of the model in `directory`.
     """
     from gguf.metadata import Metadata
     from gguf.utility import size_label
@@ -76,16 +83,16 @@ def read_general(
     fallback = name or model_name(directory)
     with _quiet("metadata"):
         try:
-            # A negative total is gguf's sign for an adapter, whose name may tell its base's size.
+            # gguf takes a negative total as the sign of an adapter, whose name may contain the size of its base.
             metadata = _read_cards(directory, merged, -total if kind == "adapter" else total)
             if name:
                 metadata.name, metadata.basename = name, None if merged else metadata.basename
             metadata.name = metadata.name or fallback
             metadata.size_label = metadata.size_label or label
             keys = tuple(_keys(metadata, arch))
-        except Exception as error:  # gguf and yaml raise whatever comes; the card is optional
+        except Exception as error:  # gguf and yaml raise many types; the card is optional
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            warnings.append(RunWarning("model-card", f"the model card was left out: {what}"))
+            warnings.append(RunWarning("model-card", f"the model card was ignored: {what}"))
             metadata = Metadata(name=fallback, size_label=label)
             keys = tuple(_keys(metadata, arch))
     head = (KeyValue.string("general.architecture", arch), KeyValue.string("general.type", kind))
@@ -94,7 +101,7 @@ def read_general(
 
 
 def _read_cards(directory: Place, merged: Sequence[Place], n_parameters: int) -> Any:
-    """gguf's metadata of what is in `directory`, with adapters merged into it. ValueError where a card is too large."""
+    """gguf's metadata of the model in `directory` with `merged` adapters. ValueError if a card is too large."""
     metadata = _load(directory, n_parameters)
     if merged:
         _make_fine_tune(metadata, [_load(folder, -1) for folder in merged])
@@ -102,9 +109,9 @@ def _read_cards(directory: Place, merged: Sequence[Place], n_parameters: int) ->
 
 
 def _read_card(path: Place) -> dict[str, Any]:
-    """The front matter of a model card, read as gguf's Metadata.load_model_card does; empty where there is none.
+    """The front matter of a model card, as gguf's Metadata.load_model_card reads it; empty if there is none.
 
-    ValueError where reading it would take more memory than the bound leaves for what nobody counts.
+    ValueError if parsing it could take more memory than is reserved for it.
     """
     import yaml
 
@@ -119,15 +126,15 @@ def _read_card(path: Place) -> dict[str, Any]:
     matter = "\n".join(lines[: lines.index(FENCE)] if FENCE in lines else lines) + "\n"
     if len(matter) > MAX_FRONT_MATTER_NBYTES:
         raise ValueError(f"its front matter is larger than {MAX_FRONT_MATTER_NBYTES:,} bytes")
-    # Norway is not false, and a tab is two spaces.
+    # As in gguf: "no" is Norwegian, not false, and a tab counts as two spaces.
     data = yaml.safe_load(matter.replace("- no\n", '- "no"\n').replace("\t", "  "))
     return data if isinstance(data, dict) else {}
 
 
 def _load(directory: Place, n_parameters: int) -> Any:
-    """gguf's metadata of what is in `directory`; in the Hugging Face cache, with the repo's name for the folder's.
+    """gguf's metadata of `directory`; in the Hugging Face cache, the repo's name replaces that of the folder.
 
-    As gguf's Metadata.load, which takes JSON with a byte-order mark for malformed.
+    Like gguf's Metadata.load, but it also accepts JSON with a byte-order mark.
     """
     from gguf.metadata import Metadata
 
@@ -143,7 +150,7 @@ def _load(directory: Place, n_parameters: int) -> Any:
 
 
 def _make_fine_tune(metadata: Any, adapters: Sequence[Any]) -> None:
-    """A base's metadata become those of a model that adapters were merged into."""
+    """Turn a base's metadata into those of a model that adapters were merged into."""
     cards = [entry for adapter in adapters for entry in adapter.base_models or ()]
     own = {field: value for field in _OWN_FIELDS if (value := getattr(metadata, field))}
     names = [str(adapter.name) for adapter in adapters]
@@ -157,7 +164,10 @@ def _make_fine_tune(metadata: Any, adapters: Sequence[Any]) -> None:
 
 
 def count_parameters(specs: Iterable[tuple[str, TensorSpec]]) -> tuple[int, int, int, int]:
-    """(all, shared, of one expert, experts), as GGUFWriter.get_total_parameter_count in gguf counts them."""
+    """Return the numbers of parameters (total, shared, of one expert) and of experts.
+
+    Source: GGUFWriter.get_total_parameter_count in gguf.
+    """
     total = shared = expert = n_experts = 0
     for target, spec in specs:
         total += spec.n_elements
@@ -170,7 +180,7 @@ def count_parameters(specs: Iterable[tuple[str, TensorSpec]]) -> tuple[int, int,
 
 
 def _keys(metadata: Any, arch: str) -> Iterator[KeyValue]:
-    """What gguf would write of `metadata`, with exact types."""
+    """The keys that gguf would write for `metadata`, with exact types."""
     from gguf.gguf_writer import GGUFWriter
 
     writer = GGUFWriter("", arch)
@@ -193,7 +203,7 @@ def _utf8(value: object) -> str:
 
 @contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """A library that prints is made silent: its remarks on a model card are not ours to show."""
+    """Disable a library's logger, whose remarks on a model card would confuse users."""
     logger = logging.getLogger(logger_name)
     before, logger.disabled = logger.disabled, True
     try:

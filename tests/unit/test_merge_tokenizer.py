@@ -117,7 +117,7 @@ def test_the_trained_end_token_and_template_are_written(
     assert file[TEMPLATE] == TRAINED
     assert file.golden()["tensors"] == plain.golden()["tensors"]
     assert list(warnings) == ["tokenizer-of-adapter"]
-    assert "eos_token_id 4 in place of 2" in warnings["tokenizer-of-adapter"]
+    assert "eos_token_id 4 instead of 2" in warnings["tokenizer-of-adapter"]
     assert nothing == {}
     assert streamconv.verify(tmp_path / "out.gguf", base, adapters=[adapter]).verified
 

@@ -108,7 +108,7 @@ def test_an_eos_that_is_left_out_is_said_to_be_the_eos(tmp_path: Path, kind: str
     edit(folder / "tokenizer_config.json", lambda value: value.update(eos_token="[PAD]"))
     report = streamconv.convert(folder, tmp_path / "out.gguf")
     found = {warning.code: warning.message for warning in report.warnings}
-    assert "cannot stop by it" in found["special-token-range"]
+    assert "cannot end an answer" in found["special-token-range"]
     assert ggufs.read(report.output)["tokenizer.ggml.eos_token_id"] == 2  # config.json's
 
 

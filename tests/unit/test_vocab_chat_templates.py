@@ -93,7 +93,7 @@ def test_hostile_files(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="not UTF-8 at byte 2"):
         templates(tmp_path)
     path.write_bytes(b"x" * (MAX_NBYTES + 1))
-    with pytest.raises(SourceError, match="more than the 1,048,576 bytes"):
+    with pytest.raises(SourceError, match="larger than the limit of 1,048,576"):
         templates(tmp_path)
     path.unlink()
     path.mkdir()

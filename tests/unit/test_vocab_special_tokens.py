@@ -73,7 +73,7 @@ def test_disagreement(files: dict[str, Any], chosen: int) -> None:
     assert ids_of(**files) == ({"eos": chosen}, ["special-token-disagreement"])
 
 
-@pytest.mark.parametrize(("other", "words"), [(9, "nothing to do"), (8, "act only if answers do not end")])
+@pytest.mark.parametrize(("other", "words"), [(9, "nothing to do"), (8, "only if answers do not end")])
 def test_the_warning_says_whether_to_act(other: int, words: str) -> None:
     """llama.cpp ends an answer at tokens of known texts, whatever eos is."""
     beside = companions(tokenizer_config={"eos_token": END}, generation_config={"eos_token_id": other})

@@ -243,8 +243,8 @@ def added_edit(**fields: Any) -> Edit:
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
-        (vocab_edit(x=N_VOCAB), "token 'x' has id 40, the model has 40 rows"),
-        (vocab_edit(x=10**9), "token 'x' has id 1,000,000,000, the model has 40 rows"),
+        (vocab_edit(x=N_VOCAB), "token 'x' has id 40, but the model has only 40 rows"),
+        (vocab_edit(x=10**9), "token 'x' has id 1,000,000,000, but the model has only 40 rows"),
         (vocab_edit(x=10**12), 'expected a token and its id, then .* found \'"x": 1000000000000'),
         (vocab_edit(x=-1), 'expected a token and its id, found \'"x": -1'),
         (vocab_edit(x=1.5), "expected a token and its id, then ',' or '}', found '\"x\": 1.5"),
@@ -254,9 +254,9 @@ def added_edit(**fields: Any) -> Edit:
         (vocab_edit(x={}), "expected a token and its id"),
         (vocab_edit(**{"\ud800": 39}), "surrogate"),
         (vocab_edit(**{f"t{n}": 1 for n in range(60)}), "more tokens than the model's 40 rows"),
-        (merges_edit("ab"), "merge 'ab' is not two tokens and one space"),
-        (merges_edit("a b", "a  b"), "merge 'a  b' is not two tokens and one space"),
-        (merges_edit("a b", "a b é"), "merge 'a b é' is not two tokens and one space"),
+        (merges_edit("ab"), "merge 'ab' is not two tokens separated by one space"),
+        (merges_edit("a b", "a  b"), "merge 'a  b' is not two tokens separated by one space"),
+        (merges_edit("a b", "a b é"), "merge 'a b é' is not two tokens separated by one space"),
         (merges_edit(" a"), "merge of '' and 'a' names '', which is not a token"),
         (merges_edit("a b", "a x"), "merge of 'a' and 'x' names 'x', which is not a token"),
         (merges_edit("b a"), "merge of 'b' and 'a' names 'ba', which is not a token"),
@@ -270,23 +270,23 @@ def added_edit(**fields: Any) -> Edit:
         (lambda value: value["model"].update(vocab=3), "merge of 'a' and 'b' names 'a', which is not a token"),
         (lambda value: value.update(model=[]), "expected '{'"),
         (lambda value: value.pop("model"), "the file has no 'model'"),
-        (added_edit(id=-1), r"added token 'a' has the id -1, which is not a whole number from 0 to 2\^64 - 1"),
-        (added_edit(id=2**64), rf"added token 'a' has the id {2**64}, which is not a whole number from 0 to 2\^64 - 1"),
-        (added_edit(id=1.0), "has the id 1.0, which is not a whole number"),
-        (added_edit(id=True), "has the id True, which is not a whole number"),
-        (added_edit(id="1"), "has the id '1', which is not a whole number"),
-        (added_edit(id=None), "has the id None, which is not a whole number"),
-        (added_edit(content=""), "an added token has a text for 'content', not ''"),
-        (added_edit(content=None), "an added token has a text for 'content', not None"),
+        (added_edit(id=-1), r"added token 'a' has the id -1, not a whole number from 0 to 2\^64 - 1"),
+        (added_edit(id=2**64), rf"added token 'a' has the id {2**64}, not a whole number from 0 to 2\^64 - 1"),
+        (added_edit(id=1.0), "has the id 1.0, not a whole number"),
+        (added_edit(id=True), "has the id True, not a whole number"),
+        (added_edit(id="1"), "has the id '1', not a whole number"),
+        (added_edit(id=None), "has the id None, not a whole number"),
+        (added_edit(content=""), "'content' of an added token must be a string, not ''"),
+        (added_edit(content=None), "'content' of an added token must be a string, not None"),
         (added_edit(content="\udfff"), "half of a surrogate pair"),
-        (added_edit(special=1), "has 1 for 'special', which is true or false"),
-        (added_edit(rstrip="no"), "has 'no' for 'rstrip', which is true or false"),
+        (added_edit(special=1), "is 1; it must be true or false"),
+        (added_edit(rstrip="no"), "is 'no'; it must be true or false"),
         (lambda value: value.update(added_tokens=[[]]), r"expected an added token, found '\[\]"),
         (lambda value: value.update(added_tokens={}), r"expected '\['"),
         (lambda value: value.update(added_tokens=[added(1, "x")] * 41), "more added tokens than the model's 40 rows"),
         (
             lambda value: value.update(added_tokens=[added(n, "x" * 60_000) for n in range(30)]),
-            "more added tokens than the model's 40 rows, or of too many bytes",
+            "more added tokens than the model's 40 rows, or their texts are too long",
         ),
         (added_edit(content="x" * 70_000), "expected an added token, found"),
         (added_edit(more=[]), "expected an added token, found"),
@@ -310,9 +310,9 @@ def test_hostile_content(edit: Edit, problem: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ('"b": 2', '"a": 2', "token 'a' stands twice, with ids 0 and 2"),
-        ('"b": 2', '"a": 0', "token 'a' stands twice, with ids 0 and 0"),
-        ('"b": 2', '"\\u0061": 2', "token 'a' stands twice, with ids 0 and 2"),
+        ('"b": 2', '"a": 2', "token 'a' occurs twice, with ids 0 and 2"),
+        ('"b": 2', '"a": 0', "token 'a' occurs twice, with ids 0 and 0"),
+        ('"b": 2', '"\\u0061": 2', "token 'a' occurs twice, with ids 0 and 2"),
         ('"b": 2', '"b": 02', "then ',' or '}', found '\"b\": 02"),
         ('"b": 2', '"b": 2e0', "then ',' or '}', found '\"b\": 2e0"),
         ('"b": 2,', '"b": 2', "then ',' or '}', found '\"b\": 2 \"q"),
@@ -335,7 +335,7 @@ def test_hostile_spelling(old: str, new: str, problem: str, tmp_path: Path) -> N
 def test_a_token_that_stands_in_two_batches(tmp_path: Path) -> None:
     tokens = ", ".join(f'"t{index}": {index}' for index in range(BATCH + 5))
     path = write(tmp_path, f'{{"model": {{"vocab": {{{tokens}, "t3": 3}}}}}}'.encode())
-    with pytest.raises(SourceError, match="token 't3' stands twice, with ids 3 and 3"):
+    with pytest.raises(SourceError, match="token 't3' occurs twice, with ids 3 and 3"):
         read_tokenizer_json(path, BATCH + 10)
 
 

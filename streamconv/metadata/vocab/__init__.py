@@ -1,7 +1,7 @@
-"""From the tokenizer files of a checkpoint to the `tokenizer.*` keys of a GGUF file.
+"""Make the `tokenizer.*` keys of a GGUF file from the tokenizer files of a checkpoint.
 
-Decides which kind of tokenizer a folder has. The keys depend only on the files and on the number of rows of the
-embedding. A tokenizer that llama.cpp cannot run is a SourceError; one that it runs slightly differently is a warning.
+The keys depend only on these files and on the number of rows of the embedding. A tokenizer that llama.cpp cannot run
+raises a SourceError; one that it runs slightly differently gives a warning.
 """
 
 from __future__ import annotations
@@ -61,13 +61,21 @@ def read_vocabulary(
     special: SpecialTokens = NO_SPECIAL_TOKENS,
     templates: Mapping[str, str] = NO_TEMPLATES,
 ) -> Vocabulary:
-    """The tokenizer in `directory` as keys, with `n_vocab` tokens, the embedding's rows.
+    """Return the tokenizer in `directory` as GGUF keys.
 
-    `over` is a folder whose files count before those of `directory`, as an adapter's before its base's. `default_pre`
-    names the pre-tokenizer of an unknown structure (a warning), None makes that an error; `pre` is the user's own
-    name for it; `special` is what the architecture says of special tokens, `templates`
-    what it adds to those of the files. SourceError on anything missing, malformed
-    or unsupported, UsageError on a `pre` that llama.cpp does not know.
+    Args:
+        directory: The folder with the tokenizer files.
+        config: The model's config.json.
+        n_vocab: Number of rows of the embedding, and so of tokens.
+        default_pre: Name of the pre-tokenizer for an unknown structure, with a warning; None makes that an error.
+        pre: Name of the pre-tokenizer that the user chose.
+        over: A folder whose files take precedence over those of `directory`, such as an adapter's.
+        special: Special tokens that the architecture defines.
+        templates: Named chat templates that the architecture adds to those in the files.
+
+    Raises:
+        SourceError: A file is missing, malformed or not supported.
+        UsageError: llama.cpp has no pre-tokenizer of the name `pre`.
     """
     if pre is not None:
         check_name(pre)
@@ -90,13 +98,13 @@ def read_vocabulary(
 
 @dataclass(slots=True)
 class _Source:
-    """A tokenizer that llama.cpp has a model for: `gpt2` is byte-level BPE, `llama` SentencePiece's BPE."""
+    """A tokenizer that llama.cpp supports: model `gpt2` is byte-level BPE, `llama` SentencePiece BPE."""
 
     model: str
     tokens: TokenList
     tokenizer: TokenizerJson | None
     add_space_prefix: bool = True
-    roles: SpecialTokens = NO_SPECIAL_TOKENS  # of tokens that the kind of file names itself
+    roles: SpecialTokens = NO_SPECIAL_TOKENS  # special tokens that the file format itself defines
 
     @property
     def merges(self) -> Merges | None:
@@ -107,10 +115,10 @@ def _read_source(companions: Companions, n_vocab: int) -> _Source:
     files = companions.files
     path, model_path = files.find(TOKENIZER_JSON), files.find(SENTENCEPIECE_MODEL)
     tokenizer = None
-    if not path.exists() and files.find(TEKKEN).exists():  # before a tokenizer.model, as for mistral-common
+    if not path.exists() and files.find(TEKKEN).exists():  # takes precedence over tokenizer.model, as in mistral-common
         return _read_tekken(files.find(TEKKEN), companions, n_vocab)
     if model_path.exists():
-        # A byte-level tokenizer beside a tokenizer.model is Llama 3's, whose tokenizer.model is not SentencePiece.
+        # Llama 3 has a byte-level tokenizer.json beside a tokenizer.model that is not SentencePiece.
         tokenizer = read_tokenizer_json(path, n_vocab, tokens=False) if path.exists() else None
         if tokenizer is None or not _is_byte_level(tokenizer):
             fast = FastTokens(read_tokenizer_json(path, n_vocab, merges=False), n_vocab) if tokenizer else None
@@ -124,7 +132,7 @@ def _read_source(companions: Companions, n_vocab: int) -> _Source:
             return _read_fast(path, companions, n_vocab, difference)
     if not path.exists():
         problem = f"no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE_MODEL} nor {TEKKEN}"
-        hint = "download the tokenizer's files too; a slow tokenizer's become tokenizer.json by save_pretrained"
+        hint = "download the tokenizer files too; for a slow tokenizer, save_pretrained makes a tokenizer.json"
         raise SourceError(problem, file=files.folder, hint=hint, code="tokenizer-missing")
     return _read_fast(path, companions, n_vocab)
 
@@ -132,12 +140,14 @@ def _read_source(companions: Companions, n_vocab: int) -> _Source:
 def _read_tekken(path: Place, companions: Companions, n_vocab: int) -> _Source:
     tokenizer = read_tekken(path, n_vocab)
     tokens = byte_level_tokens(tokenizer, companions, n_vocab)
-    tokens.scores = np.zeros(n_vocab, dtype=np.float32)  # which llama.cpp's converter writes, and no loader needs
+    tokens.scores = np.zeros(
+        n_vocab, dtype=np.float32
+    )  # llama.cpp's converter writes them, though no loader needs them
     return _Source("gpt2", tokens, tokenizer, roles=TEKKEN_ROLES)
 
 
 def _read_fast(path: Place, companions: Companions, n_vocab: int, difference: str | None = None) -> _Source:
-    """The tokenizer in a tokenizer.json. `difference`: from the tokenizer.model beside it, which is then left out."""
+    """The tokenizer in a tokenizer.json; `difference` describes why the tokenizer.model beside it is ignored."""
     if difference is None:
         return _read_json(path, companions, n_vocab)
     try:
@@ -146,7 +156,7 @@ def _read_fast(path: Place, companions: Companions, n_vocab: int, difference: st
         problem = f"the two tokenizers differ: {difference}; {error.message}"
         hint = f"remove the one that the model was not trained with; transformers reads {TOKENIZER_JSON}"
         raise SourceError(problem, file=path, hint=hint, code="tokenizers-differ") from None
-    message = f"{SENTENCEPIECE_MODEL} was left out, as transformers reads {TOKENIZER_JSON}: {difference}"
+    message = f"{SENTENCEPIECE_MODEL} was ignored, since transformers reads {TOKENIZER_JSON}: {difference}"
     source.tokens.warnings.append(RunWarning("tokenizers-differ", message))
     return source
 
@@ -157,25 +167,25 @@ def _read_json(path: Place, companions: Companions, n_vocab: int) -> _Source:
     if _is_byte_level(tokenizer):
         return _Source("gpt2", byte_level_tokens(tokenizer, companions, n_vocab), tokenizer)
     if not tokenizer.model.get("byte_fallback"):
-        problem = "a BPE of characters, and llama.cpp has it of bytes alone: no ByteLevel step, and no byte_fallback"
+        problem = "a character-level BPE (no ByteLevel step, no byte_fallback); llama.cpp supports only byte-level BPE"
         raise SourceError(
             problem,
             file=path,
-            hint=f"where there is a {SENTENCEPIECE_MODEL}, put it beside",
+            hint=f"if the model has a {SENTENCEPIECE_MODEL}, put it beside tokenizer.json",
             code="tokenizer-unsupported",
         )
     prefix = space_prefix(tokenizer.parts["normalizer"], tokenizer.parts["pre_tokenizer"])
     if prefix is None:
-        hint = f"put the model's {SENTENCEPIECE_MODEL} beside it"
+        hint = f"put the model's {SENTENCEPIECE_MODEL} beside tokenizer.json"
         raise SourceError(
-            "normalizer and pre-tokenizer are not those of Llama's tokenizers",
+            "the normalizer and pre-tokenizer are not those of a Llama tokenizer",
             file=path,
             hint=hint,
             code="tokenizer-unsupported",
         )
     tokens = byte_fallback_tokens(tokenizer, merges, companions, n_vocab)
     if fault := space_fault(tokenizer.parts["pre_tokenizer"]):
-        message = f"llama.cpp puts a space {fault}, where the tokenizer (Metaspace) puts none"
+        message = f"llama.cpp inserts a space {fault}, but the tokenizer (Metaspace) does not"
         tokens.warnings.append(RunWarning("space-prefix", message))
     return _Source("llama", tokens, tokenizer, prefix)
 
@@ -186,29 +196,33 @@ def _is_byte_level(tokenizer: TokenizerJson) -> bool:
 
 def _check_supported(tokenizer: TokenizerJson) -> Merges:
     if tokenizer.model_type != "BPE":
-        problem = f"a tokenizer model {shown(tokenizer.model_type)} is not supported, BPE and SentencePiece's are"
+        problem = f"tokenizer model {shown(tokenizer.model_type)} is not supported; BPE and SentencePiece are"
         raise SourceError(
             problem,
             file=tokenizer.path,
-            hint=f"where there is a {SENTENCEPIECE_MODEL}, put it beside",
+            hint=f"if the model has a {SENTENCEPIECE_MODEL}, put it beside tokenizer.json",
             code="tokenizer-unsupported",
         )
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if tokenizer.model.get(name):
             raise SourceError(
-                f"llama.cpp has no {name!r}, which the model has", file=tokenizer.path, code="tokenizer-unsupported"
+                f"the tokenizer model uses {name!r}, which llama.cpp does not support",
+                file=tokenizer.path,
+                code="tokenizer-unsupported",
             )
     for name in ("byte_fallback", "ignore_merges"):
         if not isinstance(tokenizer.model.get(name, False), bool | None):
-            problem = f"{name!r} is {shown(tokenizer.model[name])}, which is true or false"
+            problem = f"{name!r} is {shown(tokenizer.model[name])}; it must be true or false"
             raise SourceError(problem, file=tokenizer.path, code="tokenizer-malformed")
     if not tokenizer.vocab or tokenizer.merges is None:
-        raise SourceError("the model has no vocabulary or no merges", file=tokenizer.path, code="tokenizer-unsupported")
+        raise SourceError(
+            "the tokenizer model has no vocabulary or no merges", file=tokenizer.path, code="tokenizer-unsupported"
+        )
     return tokenizer.merges
 
 
 def _pre_tokenizer(source: _Source, default_pre: str | None, pre: str | None) -> str:
-    """Its name; warnings go to the tokens'."""
+    """The name for `tokenizer.ggml.pre`; warnings are added to those of the tokens."""
     tokenizer, merges, tokens = source.tokenizer, source.merges, source.tokens
     assert tokenizer is not None and merges is not None
     ignore_merges = bool(tokenizer.model.get("ignore_merges"))
@@ -229,7 +243,7 @@ def _pre_tokenizer(source: _Source, default_pre: str | None, pre: str | None) ->
         if n_words:
             state = "ignores" if found.ignore_merges else "follows"
             message = (
-                f"llama.cpp {state} merges under {found.name!r}, unlike the file; {n_words} tokens are made by none"
+                f"llama.cpp {state} merges with {found.name!r}, unlike the file; no merge makes {n_words} of the tokens"
             )
             tokens.warnings.append(RunWarning("ignore-merges", message))
     return found.name
@@ -253,17 +267,19 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int, special
     tokens.warnings += warnings
     adds = roles.add
     if source.model == "gpt2" or (tokenizer is not None and tokenizer.vocab):
-        adds.setdefault("bos", False)  # llama.cpp would add one under some names of pre-tokenizers
+        adds.setdefault("bos", False)  # for some pre-tokenizers llama.cpp would add one by default
     for role in ("bos", "eos") if source.model == "gpt2" else ():
         if role not in ids:
             adds[role] = False
-            message = f"no file names the {role} token, and llama.cpp takes token 11 for it"
+            message = f"no file names the {role} token, so llama.cpp uses token 11"
             tokens.warnings.append(RunWarning("special-token-missing", message))
     keys = [KeyValue.u32(ID_KEYS[role], id_) for role, id_ in ids.items()]
     keys += [KeyValue.boolean(key, adds[role]) for role, key in ADD_KEYS.items() if role in adds]
     prefix = companions.tokenizer_config.get("add_prefix_space")
     if source.model == "llama" and isinstance(prefix, bool) and prefix != source.add_space_prefix:
-        message = f"add_prefix_space in tokenizer_config.json is {prefix}, unlike the tokenizer itself: it is written"
+        message = (
+            f"add_prefix_space is {prefix} in tokenizer_config.json, unlike the tokenizer itself; {prefix} was written"
+        )
         tokens.warnings.append(RunWarning("space-prefix", message))
     if isinstance(prefix, bool):
         keys.append(KeyValue.boolean(Keys.Tokenizer.ADD_PREFIX, prefix))
@@ -273,5 +289,5 @@ def _special_keys(source: _Source, companions: Companions, n_vocab: int, special
 
 
 def _encoded(text: str) -> bytes:
-    """A text to look for; one that is not UTF-8 is not a token."""
+    """`text` as bytes for a lookup. Half of a surrogate pair encodes to bytes that no token has."""
     return text.encode("utf-8", "surrogatepass")

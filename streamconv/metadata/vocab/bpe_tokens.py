@@ -1,7 +1,7 @@
 """The token list of a tokenizer.json: byte-level BPE, and llama-style BPE with byte fallback.
 
-Gives added tokens their ids and texts, and makes scores that stand for merges. A text gets the ids that the
-`tokenizers` library gives it; if GGUF cannot represent that, there is a warning.
+Assigns ids and texts to added tokens, and computes scores that reproduce the order of merges. Texts get the same ids as
+from the `tokenizers` library; if GGUF cannot represent that, there is a warning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamconv.metadata.vocab.pretokenizers import is_byte_level
 from streamconv.metadata.vocab.token_list import TokenList, added_text, added_type
 from streamconv.metadata.vocab.tokenizer_json import AddedToken, Merges, TokenizerJson, shown
 
-NEVER_MERGED_SCORE = -1e6  # below that of every merge
+NEVER_MERGED_SCORE = -1e6  # below the score of any merge
 
 MAX_NAMES_SHOWN = 4
 
@@ -28,12 +28,12 @@ _BYTE = re.compile(rb"<0x[0-9A-Fa-f]{2}>")
 
 
 def byte_level_tokens(tokenizer: TokenizerJson, companions: Companions, n_vocab: int) -> TokenList:
-    """For the tokenizer model `gpt2`: vocabulary and added tokens, no scores."""
+    """Return the token list for the tokenizer model `gpt2`: vocabulary and added tokens, no scores."""
     tokens = TokenList.of(tokenizer.path, tokenizer.vocab, n_vocab)
     decodes = is_byte_level(tokenizer.parts["decoder"])
 
     def text_of(token: AddedToken) -> bytes:
-        # llama.cpp looks for the text itself, so its converter writes what the decoder makes of the token.
+        # llama.cpp matches plain text, so its converter writes the decoded token.
         return _decoded(token.text) if decodes and not token.normalized else token.text
 
     _place_added(tokens, _added_tokens(tokens, tokenizer, companions), text_of)
@@ -41,12 +41,15 @@ def byte_level_tokens(tokenizer: TokenizerJson, companions: Companions, n_vocab:
 
 
 def byte_fallback_tokens(tokenizer: TokenizerJson, merges: Merges, companions: Companions, n_vocab: int) -> TokenList:
-    """For the tokenizer model `llama`, which joins the pair whose token has the best score: the rank of its merge."""
+    """Return the token list for the tokenizer model `llama`, which merges the pair whose token has the best score.
+
+    Scores are negated merge ranks, so that the order of merges is kept.
+    """
     tokens = TokenList.of(tokenizer.path, tokenizer.vocab, n_vocab)
     tokens.scores = np.where(merges.ranks < 0, NEVER_MERGED_SCORE, -merges.ranks).astype(np.float32)
     if not merges.grouped or merges.lines.length != sum(_n_splits(text, tokens.ids) for text in tokens.ids):
         message = (
-            "llama.cpp merges by one score a token, these merges have no such order: some texts may split otherwise"
+            "llama.cpp merges by token score, but these merges have no such order: some texts may split differently"
         )
         tokens.warnings.append(RunWarning("merges-without-scores", message))
     for text, id_ in tokens.ids.items():
@@ -57,7 +60,7 @@ def byte_fallback_tokens(tokenizer: TokenizerJson, merges: Merges, companions: C
 
 
 def _added_tokens(tokens: TokenList, tokenizer: TokenizerJson, companions: Companions) -> Iterator[AddedToken]:
-    """tokenizer.json's, with the flags that tokenizer_config.json has for them, then what only the latter has."""
+    """Those of tokenizer.json, with flags from tokenizer_config.json, then those that only the latter has."""
     configured = {token.text: token for token in companions.added_tokens()}
     for token in tokenizer.added:
         flags = configured.pop(token.text, None)
@@ -77,7 +80,7 @@ def _place_added(tokens: TokenList, added: Iterator[AddedToken], text_of: Callab
         type_ = added_type(text, token.special)
         tokens.put(row, added_text(text, type_), type_, NEVER_MERGED_SCORE)
         if row != token.id:
-            moved.append(f"{shown(token.text)} {row} in place of {token.id}")
+            moved.append(f"{shown(token.text)} {row} instead of {token.id}")
         n_spaced += token.lstrip or token.rstrip or token.single_word
     if moved:
         message = (
@@ -86,26 +89,31 @@ def _place_added(tokens: TokenList, added: Iterator[AddedToken], text_of: Callab
         tokens.warnings.append(RunWarning("added-token-ids", f"{message}: {', '.join(moved[:MAX_NAMES_SHOWN])}"))
     tokens.warn_of_left_out()
     if n_spaced:
-        message = f"{n_spaced} added tokens take spaces beside them or stand alone (lstrip, rstrip, single_word)"
-        tokens.warnings.append(RunWarning("added-token-spaces", f"{message}; llama.cpp takes them as they are"))
+        message = (
+            f"{n_spaced} added tokens strip spaces around them or match only whole words (lstrip, rstrip, single_word)"
+        )
+        tokens.warnings.append(RunWarning("added-token-spaces", f"{message}; llama.cpp ignores these flags"))
 
 
 class _Placement:
-    """Finds the row that each added token has in use.
+    """Finds the row of each added token.
 
-    The tokenizers library numbers those that the vocabulary does not have, one after the other; the file's own number
-    holds where that one is taken. A token whose own number is beyond the model's rows is left out: no prompt can hold
-    it.
+    The tokenizers library numbers tokens that are not in the vocabulary consecutively; if that row is taken, the id in
+    the file is used. A token whose id is beyond the model's rows is left out, since no prompt can use it.
     """
 
     def __init__(self, tokens: TokenList) -> None:
         self.tokens = tokens
         self.next_row = len(tokens.ids)
-        self.rows = np.full(len(tokens.texts), -1, dtype=np.int32)  # in use, by the file's ids
+        self.rows = np.full(len(tokens.texts), -1, dtype=np.int32)  # the row of each id in the file
         self.is_placed = np.zeros(len(tokens.texts), dtype=np.bool_)
 
     def row_of(self, token: AddedToken) -> int | None:
-        """None for an entry that was there before. SourceError where two tokens share an id or one has two."""
+        """Return the row of `token`, or None for a repeated entry or a token that is left out.
+
+        Raises:
+            SourceError: Two tokens share an id, or one token has two.
+        """
         texts, known = self.tokens.texts, self.tokens.ids.get(token.text)
         if token.id >= len(texts):
             return self._row_of_beyond(token, known)
@@ -122,7 +130,7 @@ class _Placement:
         elif known == token.id:
             row = known
         else:
-            problem = f"token {shown(token.text)} has the id {known} and, as an added token, {token.id}"
+            problem = f"token {shown(token.text)} has the id {known}, but {token.id} as an added token"
             raise SourceError(problem, file=self.tokens.file, code="token-ids")
         self.rows[token.id] = row
         self.is_placed[row] = True
@@ -130,7 +138,7 @@ class _Placement:
         return row
 
     def _row_of_beyond(self, token: AddedToken, known: int | None) -> int | None:
-        """The row of a token whose own id is beyond the rows: that of the vocabulary, where it stands there as well."""
+        """The row of a token whose added id is beyond the rows: its id in the vocabulary, if it has one."""
         if known is None and token.text not in self.tokens.left_out:
             self.tokens.left_out[token.text] = token.id
             self.next_row += 1
@@ -140,19 +148,19 @@ class _Placement:
         return known
 
     def _fail_shared(self, held: bytes | None, token: AddedToken) -> None:
-        """SourceError if there is a token `held` already."""
+        """Raise if another token, `held`, already has the id."""
         if held is not None:
             problem = f"tokens {shown(held)} and {shown(token.text)} both have the id {token.id}"
             raise SourceError(problem, file=self.tokens.file, code="token-ids")
 
 
 def spelled(raw: bytes) -> bytes:
-    """The letters that stand for these bytes in byte-level BPE."""
+    """Return the byte-level BPE letters of `raw`, as UTF-8."""
     return raw.decode("latin-1").translate(_LETTER_OF_BYTE).encode("utf-8")
 
 
 def _decoded(text: bytes) -> bytes:
-    """What a byte-level decoder makes of a token; the token itself where that is not text."""
+    """The bytes that a byte-level decoder makes of a token; the token itself if they are not text."""
     try:
         raw = bytes(map(_BYTE_OF_LETTER.__getitem__, text.decode("utf-8")))
         raw.decode("utf-8")
@@ -162,7 +170,7 @@ def _decoded(text: bytes) -> bytes:
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the others follow from U+0100 on."""
+    """GPT-2's letters for bytes: printable Latin-1 characters as they are, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
@@ -173,7 +181,7 @@ _LETTER_OF_BYTE = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
 
 
 def _n_splits(text: bytes, ids: Mapping[bytes, int]) -> int:
-    """In how many ways two tokens make this one."""
+    """The number of ways in which two tokens make this one."""
     letters = text.decode("utf-8")
     ends = accumulate(len(letter.encode("utf-8")) for letter in letters[:-1])
     return sum(text[:end] in ids and text[end:] in ids for end in ends)

@@ -1,6 +1,6 @@
-"""Chat templates as metadata: the default one and those with names. They are copied as text and never run.
+"""Copy chat templates into the metadata: the default one and named ones. They are never executed.
 
-They are searched in the same files, with the same precedence, as in llama.cpp's converter.
+Files and their precedence are those of llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from streamconv.metadata.vocab.companions import Companions
 from streamconv.metadata.vocab.files import OLD_TEMPLATE, TEMPLATE, TOKENIZER_CONFIG, template_files
 from streamconv.metadata.vocab.tokenizer_json import shown
 
-MAX_NBYTES = 1 << 20  # of all; published ones have up to 40 KB
+MAX_NBYTES = 1 << 20  # of all templates together; published ones have up to 40 KB
 DEFAULT = "default"
 
-# Whose publisher leaves templates to a program of its own, mistral-common, and whose format is not ChatML.
+# Models whose prompt format is not ChatML, and which are published for mistral-common, without a template.
 _OWN_FORMAT = frozenset(("mistral", "mixtral", "mistral3", "ministral3"))
 
 NO_TEMPLATES: Mapping[str, str] = MappingProxyType({})
@@ -35,16 +35,21 @@ _NAME_LETTERS = frozenset(string.ascii_letters + string.digits)
 def chat_template_keys(
     companions: Companions, added: Mapping[str, str] = NO_TEMPLATES
 ) -> tuple[list[KeyValue], list[RunWarning]]:
-    """`tokenizer.chat_template`, `.NAME` for each named one, and the list of names; no key for an empty template.
+    """Return the keys `tokenizer.chat_template`, `.NAME` for each named template, and the list of names.
 
-    `added`: those that an architecture has by name, where the files have none.
+    Args:
+        companions: The files to search. An empty template gives no key.
+        added: Templates by name that the architecture defines, used if the files do not have them.
+
+    Raises:
+        SourceError: A template is malformed, too large, or not UTF-8.
     """
     templates, warnings = _find(companions)
     templates = {**added, **templates}
     if not templates and companions.config.get("model_type") in _OWN_FORMAT:
         message = (
-            "no chat template, and llama.cpp then takes ChatML, which Mistral's models do not know: put the model's "
-            f"{TEMPLATE} beside the tokenizer, or run with --chat-template mistral-v1, -v3, -v3-tekken, -v7, "
+            "no chat template: llama.cpp falls back to ChatML, which Mistral models were not trained on; put the "
+            f"model's {TEMPLATE} beside the tokenizer, or run with --chat-template mistral-v1, -v3, -v3-tekken, -v7, "
             "-v7-tekken"
         )
         warnings.append(RunWarning("chat-template-missing", message))
@@ -63,7 +68,7 @@ def _find(companions: Companions) -> tuple[dict[str, str], list[RunWarning]]:
     path = companions.files.find(TOKENIZER_CONFIG)
     in_config = _from_value(companions.tokenizer_config.get("chat_template"), path)
     if in_config and in_files and in_config.get(DEFAULT) != in_files.get(DEFAULT):
-        message = f"{TOKENIZER_CONFIG} and {TEMPLATE} have different chat templates; the former is written"
+        message = f"{TOKENIZER_CONFIG} and {TEMPLATE} have different chat templates; the former was written"
         warnings.append(RunWarning("chat-template-twice", message))
     templates = in_config or in_files
     if sum(map(len, templates.values())) > MAX_NBYTES:
@@ -74,13 +79,13 @@ def _find(companions: Companions) -> tuple[dict[str, str], list[RunWarning]]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            problem = f"chat template {shown(name)} has half of a surrogate pair, which is not a character"
+            problem = f"chat template {shown(name)} contains half of a surrogate pair, which is not a character"
             raise SourceError(problem, file=path, code="not-utf8") from None
     return templates, warnings
 
 
 def _from_files(directory: Place) -> dict[str, str]:
-    """chat_template.jinja with its named companions, else the older chat_template.json."""
+    """chat_template.jinja and named templates beside it, else the older chat_template.json."""
     if (directory / TEMPLATE).exists():
         named = [(DEFAULT if path.name == TEMPLATE else path.stem, path) for path in template_files(directory)]
         return _by_name([(name, _read_text(path)) for name, path in named if path.suffix == ".jinja"], directory)
@@ -89,7 +94,7 @@ def _from_files(directory: Place) -> dict[str, str]:
 
 
 def _from_value(value: Any, path: Place) -> dict[str, str]:
-    """One template as a string, or a list of them with names. SourceError for anything else but null."""
+    """Templates by name from a string, a list of named templates, or null."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -99,7 +104,7 @@ def _from_value(value: Any, path: Place) -> dict[str, str]:
     named = [(name, text) for name, text in pairs if isinstance(name, str) and isinstance(text, str)]
     if len(named) < len(entries):
         raise SourceError(
-            "'chat_template' is a text, or a list of objects with 'name' and 'template'",
+            "'chat_template' must be a string, or a list of objects with 'name' and 'template'",
             file=path,
             code="chat-template-malformed",
         )
@@ -107,7 +112,7 @@ def _from_value(value: Any, path: Place) -> dict[str, str]:
 
 
 def _by_name(named: list[tuple[str, str]], file: Place) -> dict[str, str]:
-    """Templates by the names that keys can have; one without a letter is left out, as llama.cpp's converter does."""
+    """Templates by names that are valid in keys; llama.cpp's converter also drops names without a letter."""
     result: dict[str, str] = {}
     for name, text in named:
         key = "".join(letter if letter in _NAME_LETTERS else "_" for letter in name)
@@ -115,7 +120,7 @@ def _by_name(named: list[tuple[str, str]], file: Place) -> dict[str, str]:
             raise SourceError(f"two chat templates would have the name {key!r}", file=file, code="chat-template-names")
         if len(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=key)) > MAX_KEY_NBYTES:
             raise SourceError(
-                f"the chat template {shown(key)} has a name of {len(key):,} letters, more than a key of GGUF can have",
+                f"the name of chat template {shown(key)} has {len(key):,} letters, too long for a GGUF key",
                 file=file,
                 code="chat-template-names",
             )
@@ -127,7 +132,7 @@ def _by_name(named: list[tuple[str, str]], file: Place) -> dict[str, str]:
 def _read_text(path: Place) -> str:
     raw = read_start(path, MAX_NBYTES + 1)
     if len(raw) > MAX_NBYTES:
-        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path, code="chat-template-size")
+        raise SourceError(f"larger than the limit of {MAX_NBYTES:,} bytes", file=path, code="chat-template-size")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""Which tokenizer a merged model gets: its base's, or the one that was trained and saved beside an adapter.
+"""Choose the tokenizer of a merged model: the base's, or one saved beside an adapter.
 
-An adapter that brings rows of the embedding or head brings their tokens. One that brings none may still have been
-trained with another end token or chat template, which trainers save beside it; these are written where the tokens are
-the base's, one for one, so that an id means the same.
+An adapter that replaces rows of the embedding or head also brings their tokens. Other adapters may still have been
+trained with a different end token or chat template, which trainers save beside them. These are used only if all tokens
+are those of the base, so that ids keep their meaning.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from streamconv.metadata.vocab.files import has_tokens, tokenizer_files
 Preference = Literal["auto", "base", "adapter"]
 PREFERENCES: tuple[str, ...] = get_args(Preference)
 
-Read = Callable[[Place, Place | None], Vocabulary]  # of a folder, and of another one over it
+Read = Callable[[Place, Place | None], Vocabulary]  # of a folder, with a second folder that takes precedence
 Values = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizers:
-    """The folders that may have the tokenizer of a model.
+    """The folders in which a model's tokenizer may be.
 
     Attributes:
-        base: The model's own.
-        adapters: Those of the adapters that are merged into it, in order.
-        with_rows: The adapter's whose rows of the embedding or head the model has, with a tokenizer; else None.
+        base: The base model's folder.
+        adapters: The folders of the merged adapters, in order.
+        with_rows: The folder of the adapter that replaces rows of the embedding or head, if it has a tokenizer.
     """
 
     base: Place
@@ -45,23 +45,25 @@ class Tokenizers:
 
 
 def choose_vocabulary(tokenizers: Tokenizers, preference: str, read: Read) -> Vocabulary:
-    """The vocabulary of a model, with a warning where another folder has a tokenizer of its own.
+    """Return the vocabulary of a model, with a warning for each other folder that has a different tokenizer.
 
     Args:
-        tokenizers: Where to look.
-        preference: `base` or `adapter` where the user decided.
-        read: Reads one folder, with another one over it.
+        tokenizers: The folders to search.
+        preference: `base` or `adapter` if the user chose one, else `auto`.
+        read: Reads the vocabulary of a folder, with an optional second folder that takes precedence.
 
     Raises:
-        SourceError: A tokenizer that would be written cannot be.
-        UsageError: `adapter`, and no adapter has a tokenizer.
+        SourceError: The chosen tokenizer is malformed or not supported.
+        UsageError: `preference` is `adapter`, but no adapter has a tokenizer.
     """
     taken = tokenizers.base
     if tokenizers.with_rows is not None and preference != "base":
         return _of_the_rows(tokenizers.with_rows, tokenizers, read)
     own = [folder for folder in tokenizers.adapters if _first_own_file(folder, taken) is not None]
     if preference == "adapter" and not any(any(tokenizer_files(folder)) for folder in tokenizers.adapters):
-        raise UsageError("--tokenizer adapter, and no adapter has a tokenizer beside it", code="tokenizer-missing")
+        raise UsageError(
+            "--tokenizer adapter was given, but no adapter has a tokenizer beside it", code="tokenizer-missing"
+        )
     if not own or preference == "base":
         return _with_left_out(read(taken, None), taken, own)
     if preference == "adapter" or not has_tokens(taken):
@@ -70,7 +72,7 @@ def choose_vocabulary(tokenizers: Tokenizers, preference: str, read: Read) -> Vo
 
 
 def _of_the_rows(taken: Place, tokenizers: Tokenizers, read: Read) -> Vocabulary:
-    """The vocabulary of the adapter that has the rows, with what it says otherwise than the base of the same tokens."""
+    """The vocabulary of the adapter that replaces rows, with a warning for each difference from the base."""
     before = None
     if has_tokens(tokenizers.base) and _first_own_file(taken, tokenizers.base) is not None:
         with suppress(SourceError):  # the base's tokens are not written
@@ -79,14 +81,14 @@ def _of_the_rows(taken: Place, tokenizers: Tokenizers, read: Read) -> Vocabulary
     after = _values(vocabulary)
     if before is not None and after != before and after[Keys.Tokenizer.LIST] == before[Keys.Tokenizer.LIST]:
         del vocabulary
-        vocabulary = read(tokenizers.base, taken)  # what the adapter is silent of is as in the base
+        vocabulary = read(tokenizers.base, taken)  # the base fills in what the adapter does not specify
         after = _values(vocabulary)
         vocabulary = _with(vocabulary, [_of_adapter(taken, before, after)] if after != before else [])
     return _with_left_out(vocabulary, taken, tokenizers.adapters)
 
 
 def _trained(base: Place, own: Sequence[Place], read: Read) -> Vocabulary:
-    """The vocabulary with the first of the folders `own` that has the base's tokens and says anything else of them."""
+    """The vocabulary from the first of the folders `own` that has the base's tokens but other settings for them."""
     before, known = _digested(read(base, None))
     warnings: list[RunWarning] = []
     for number, folder in enumerate(own):
@@ -97,11 +99,11 @@ def _trained(base: Place, own: Sequence[Place], read: Read) -> Vocabulary:
             continue
         after = _values(vocabulary)
         if after[Keys.Tokenizer.LIST] != before[Keys.Tokenizer.LIST]:
-            warnings.append(_left_out(folder, base, ", which has other tokens, and the adapter has no rows for them"))
+            warnings.append(_left_out(folder, base, ", which has other tokens, but the adapter has no rows for them"))
         elif after != before:
             warnings.append(_of_adapter(folder, before, after))
             return _with_left_out(_with(vocabulary, warnings), base, own[number + 1 :])
-        else:  # what it says may have been in vain, as an end token that the vocabulary does not have
+        else:  # its settings may have had no effect, such as an end token that the vocabulary lacks
             warnings += (warning for warning in vocabulary.warnings if warning not in known)
     return _with(read(base, None), warnings)
 
@@ -122,11 +124,13 @@ def _with_left_out(vocabulary: Vocabulary, taken: Place, folders: Sequence[Place
 
 
 def _left_out(what: Place, taken: Place, why: str) -> RunWarning:
-    return RunWarning("tokenizer-left-out", f"{what} was left out{why}: {taken} has the tokenizer that is written")
+    return RunWarning(
+        "tokenizer-left-out", f"{what} was left out{why}: the tokenizer that is written comes from {taken}"
+    )
 
 
 def _first_own_file(folder: Place, taken: Place) -> Place | None:
-    """A tokenizer's file of `folder` that is another one than in `taken`, or that is not there; None: there is none."""
+    """The first tokenizer file of `folder` that differs from the one in `taken` or is missing there, else None."""
     for name in tokenizer_files(folder):
         ours, theirs = folder / name, taken / name
         if folder != taken and not (theirs.is_file() and has_same_content(ours, theirs)):
@@ -135,12 +139,12 @@ def _first_own_file(folder: Place, taken: Place) -> Place | None:
 
 
 def _digested(vocabulary: Vocabulary) -> tuple[Values, Sequence[RunWarning]]:
-    """What is compared of a vocabulary, without its tokens, so that two are never in memory."""
+    """The values to compare, without the tokens, so that two vocabularies are never in memory at once."""
     return _values(vocabulary), vocabulary.warnings
 
 
 def _values(vocabulary: Vocabulary) -> Values:
-    """Keys and values, arrays and long texts as digests."""
+    """Keys and values, with arrays as digests."""
     return {key.key: _value(key.value) for key in vocabulary.keys}
 
 
@@ -151,14 +155,14 @@ def _value(value: object) -> object:
 
 
 def _differences(before: Values, after: Values) -> Iterator[str]:
-    """What changed, key by key, in the words of the keys."""
+    """The changed keys, each with its old and new value if these are ids or flags."""
     for key in dict.fromkeys((*after, *before)):
         old, new = before.get(key), after.get(key)
         if old == new:
             continue
         name = key.removeprefix("tokenizer.").removeprefix("ggml.")
         if all(value is None or isinstance(value, int) for value in (old, new)):
-            yield f"{name} {_number(new)} in place of {_number(old)}"
+            yield f"{name} {_number(new)} instead of {_number(old)}"
         else:
             yield name
 

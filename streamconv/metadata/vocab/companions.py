@@ -28,12 +28,12 @@ CHAT_TEMPLATE = "chat_template"
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """Their contents, each empty where there is no such file. `config` is the model's.
+    """The contents of these files, empty for a missing one. `config` is that of the model.
 
     Attributes:
-        templates: The folder whose template files count.
-        brought: Where one folder lies over another: what it says otherwise than that of special tokens, by the fields'
-            names (eos_token is a text, eos_token_id an id), each with its file.
+        templates: The folder whose template files are used.
+        brought: Special tokens that an adapter's folder defines differently from the base's, by field name (eos_token
+            is a text, eos_token_id an id), each with the file that defines it.
     """
 
     files: TokenizerFiles
@@ -53,7 +53,7 @@ class Companions:
         tokenizer_config, special_tokens, generation = (a | b for a, b in zip(below, above, strict=True))
         own = above[0].get(CHAT_TEMPLATE)
         if own == below[0].get(CHAT_TEMPLATE):
-            own = None  # a copy of what lies below says less than a template file of its own
+            own = None  # a copy of the base's template; a separate template file takes precedence
         if own is not None or template_files(files.over):
             templates = files.over
             tokenizer_config[CHAT_TEMPLATE] = own
@@ -61,19 +61,25 @@ class Companions:
         return cls(files, config, tokenizer_config, special_tokens, generation, templates, brought)
 
     def added_tokens(self) -> Iterator[AddedToken]:
-        """tokenizer_config's `added_tokens_decoder`. Ids may be beyond the model's rows; SourceError for no token."""
+        """Tokens of `added_tokens_decoder` in tokenizer_config.json, whose ids may be beyond the model's rows.
+
+        Raises:
+            SourceError: An entry is not a token.
+        """
         path = self.files.find(TOKENIZER_CONFIG)
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, Mapping):
             raise SourceError(
-                "'added_tokens_decoder' is an object of added tokens by id", file=path, code="tokenizer-malformed"
+                "'added_tokens_decoder' must be an object that maps ids to added tokens",
+                file=path,
+                code="tokenizer-malformed",
             )
         for key, entry in decoder.items():
             id_ = int(key) if key.isascii() and key.isdigit() and len(key) < 20 else key
             yield parse_added_token(entry if not isinstance(entry, Mapping) else {**entry, "id": id_}, path)
 
     def old_added_tokens(self) -> Iterator[AddedToken]:
-        """added_tokens.json, beside old SentencePiece models: ids by text."""
+        """Ids by text from added_tokens.json, a file of older SentencePiece models."""
         path = self.files.find(ADDED_TOKENS)
         for text, id_ in load_object_if_present(path).items():
             yield parse_added_token({"content": text, "id": id_}, path)
@@ -89,7 +95,7 @@ def _load(folder: Place) -> _Contents:
 
 
 def _brought(below: _Contents, above: _Contents, folder: Place) -> dict[str, tuple[Place, Any]]:
-    """The special tokens that the files `above` name otherwise than those `below`; the first file's word counts."""
+    """The special tokens that the files `above` define differently from those `below`; the first file wins."""
     brought: dict[str, tuple[Place, Any]] = {}
     for name, ours, theirs in zip(_MERGED, above, below, strict=True):
         for key, value in ours.items():
@@ -101,12 +107,12 @@ def _brought(below: _Contents, above: _Contents, folder: Place) -> dict[str, tup
 
 
 def token_text(entry: Any) -> str | None:
-    """The text of a special token, which is a string or an object with `content`; None for anything else."""
+    """Return the text of a special token, given as a string or as an object with `content`, else None."""
     content = entry.get("content") if isinstance(entry, Mapping) else entry
     return content if isinstance(content, str) and content else None
 
 
 def token_id(entry: Any) -> int | None:
-    """A token id, of a list the first; None for anything else."""
+    """Return a token id, the first one if `value` is a list; None for anything else."""
     first = entry[0] if isinstance(entry, list) and entry else entry
     return first if isinstance(first, int) and not isinstance(first, bool) and first >= 0 else None

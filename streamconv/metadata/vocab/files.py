@@ -1,4 +1,4 @@
-"""Where the files of a tokenizer lie: in one folder, or in two, as an adapter's over its base's."""
+"""Find the files of a tokenizer in one folder, or in an adapter's and its base's, of which the former comes first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamconv.files.store import Place
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_MODEL = "tokenizer.model"
-TEKKEN = "tekken.json"  # Mistral's own
+TEKKEN = "tekken.json"  # Mistral's own format
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -24,20 +24,20 @@ _COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG, ADDED_TO
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """The files of `folder`, and in place of some of them those that `over` has."""
+    """The files of `folder`, or those of the same name in `over` if it has them."""
 
     folder: Place
     over: Place | None = None
 
     @property
     def folders(self) -> tuple[Place, ...]:
-        """The one that counts first."""
+        """The folders in order of precedence."""
         return (self.folder,) if self.over is None else (self.over, self.folder)
 
     def find(self, name: str) -> Place:
-        """The file of this name, which need not be there.
+        """Return the path of the file `name`, which may not exist.
 
-        A folder that has tokens of its own goes without the other's tokenizer.json: the two would be two vocabularies.
+        If the first folder has its own tokens, tokenizer.json is not taken from the second: that is another vocabulary.
         """
         for folder in self.folders:
             if (folder / name).exists() or (name == TOKENIZER_JSON and has_tokens(folder)):
@@ -46,18 +46,18 @@ class TokenizerFiles:
 
 
 def has_tokens(folder: Place) -> bool:
-    """Whether a folder has a vocabulary."""
+    """Return whether `folder` has a vocabulary."""
     return any((folder / name).is_file() for name in _TOKENS)
 
 
 def template_files(folder: Place) -> list[Place]:
-    """The files that hold nothing but templates, the default one first, in the order of their names."""
+    """Return the files that contain only chat templates: the default one, named ones in order, the old format."""
     named = sorted(folder.glob(f"{NAMED_TEMPLATES}/*.jinja"), key=lambda path: path.name)
     return [path for path in (folder / TEMPLATE, *named, folder / OLD_TEMPLATE) if path.exists()]
 
 
 def tokenizer_files(folder: Place) -> Iterator[str]:
-    """The names of all files of `folder` that say anything of a tokenizer."""
+    """Yield the names of all tokenizer files in `folder`."""
     names = (*_TOKENS, *_COMPANIONS, TEMPLATE, OLD_TEMPLATE)
     yield from (name for name in names if (folder / name).is_file())
     yield from (f"{NAMED_TEMPLATES}/{path.name}" for path in folder.glob(f"{NAMED_TEMPLATES}/*.jinja"))

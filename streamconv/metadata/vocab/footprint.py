@@ -1,6 +1,6 @@
-"""An upper bound on the memory of a vocabulary, from byte counts of its files, before anything in them is trusted.
+"""An upper bound on the memory of a vocabulary, from byte counts of its files, before they are parsed.
 
-read_vocabulary allocates less, whatever the files contain; tests check that for real shapes and for the worst cases of
+read_vocabulary allocates less, whatever the files contain; tests check this for real files and for the worst cases of
 the grammar.
 """
 
@@ -25,41 +25,49 @@ from streamconv.metadata.vocab.tokenizer_json import (
 
 _PIECE_NBYTES = 64 << 10
 _LENGTH_NBYTES = 8  # of a string in GGUF
-# How the tokenizers library indents tokens and merges, and the two texts of a merge. A string of JSON has no line break
-# in it, so nothing of this is text.
+# The indentation that the tokenizers library writes before tokens and merges, and before the two texts of a merge.
+# A JSON string contains no line break, so these bytes are never part of a text.
 _INDENT = b"\n" + b" " * 6
 _DEEPER = _INDENT + b" " * 2
-# A row of the header: the length of its text, its type, its score, and `[PADn]` where it has no text of its own.
+# A row of the header: the length of its text, its type, its score, and `[PADn]` if it has no text of its own.
 _ROW_NBYTES = 8 + 4 + 4 + 16
-# A row once it is read: its text as an object (48), its id as one (32). Then what is made of all rows, when nothing is
-# read any more: a list (8), arrays (16), and what it means in a second tokenizer (8).
+# A row in memory: its text as an object (48) and its id (32). After reading, for all rows: a list (8), arrays (16), and
+# a hash of the token in a second tokenizer (8).
 _ENTRY_NBYTES = 80
 _LISTED_NBYTES = 32
-# A dict has room for two thirds of a power of two, and 20 bytes for each of that (24 an entry, 4 an index). While it
-# grows there is half of it once more, for fewer rows.
+# A dict has room for two thirds of a power of two, at 20 bytes for each slot (24 per entry, 4 per index). While it
+# grows, the old table, half as large, is still there.
 _DICT_NBYTES = 25
-# A window, a batch as text and as objects, and what it is packed by. Measured: 3 MiB.
+# A window, a batch as text and as objects, and the scratch for packing it. Measured: 3 MiB.
 _WORKING_NBYTES = 4 << 20
-_LISTING_NBYTES = 1 << 20  # what the list is packed by, a piece at a time
-# The added tokens that are made of a companion's objects, for each of its bytes. Measured on the worst: 15.
+_LISTING_NBYTES = 1 << 20  # scratch for packing the list, a block at a time
+# Added tokens made from a companion file, in bytes per byte of the file. Measured on the worst case: 15.
 _ADDED_PER_BYTE = 20
 
 
 def vocabulary_nbytes(directory: Place, n_vocab: int, over: Place | None = None) -> tuple[int, int]:
-    """(bytes of the keys, which stay; bytes on top of them while the files are read), each an upper bound.
+    """Return upper bounds in bytes: of the keys, and of the additional memory while the files are read.
 
-    `over`: the folder whose files count first. SourceError where a file cannot be read.
+    Args:
+        directory: The folder with the tokenizer files.
+        n_vocab: Number of rows of the embedding.
+        over: A folder whose files take precedence.
+
+    Raises:
+        SourceError: A file cannot be read.
     """
     files = TokenizerFiles(directory, over)
     tokenizer_json, model = file_nbytes(files.find(TOKENIZER_JSON)), file_nbytes(files.find(SENTENCEPIECE_MODEL))
     lengths, texts, longest = _strings_nbytes(files.find(TOKENIZER_JSON))
     tekken = 0 if tokenizer_json else file_nbytes(files.find(TEKKEN))
-    texts += tekken  # which its reader holds tokens and merges to
+    texts += tekken  # its reader limits tokens and merges to the size of the file
     companions = [path for folder in files.folders for name in FILE_NAMES if file_nbytes(path := folder / name)]
     n_companions = sum(map(file_nbytes, companions))
     templates = sum(file_nbytes(path) for folder in files.folders for path in template_files(folder))
     payload = max(lengths + texts, model * 11 // 6)  # a piece has at least 6 bytes, 3 of them text
-    kept = payload * 9 // 8 + n_vocab * _ROW_NBYTES + 4 * (n_companions + templates)  # it grows by an eighth at a time
+    kept = (
+        payload * 9 // 8 + n_vocab * _ROW_NBYTES + 4 * (n_companions + templates)
+    )  # a bytearray grows by an eighth at a time
     extra = n_vocab * _ENTRY_NBYTES + _DICT_NBYTES * (1 << (n_vocab * 3 // 2).bit_length())
     extra += max(texts, model // 6) + 2 * model + 8 * templates
     extra += max(_WORKING_NBYTES, n_vocab * _LISTED_NBYTES + _LISTING_NBYTES)
@@ -70,15 +78,15 @@ def vocabulary_nbytes(directory: Place, n_vocab: int, over: Place | None = None)
 
 
 def _strings_nbytes(path: Place) -> tuple[int, int, int]:
-    """(bytes of the lengths, of the texts, of the longest) of a tokenizer.json's strings as GGUF has them, at most.
+    """Upper bounds in bytes of a tokenizer.json's strings as stored in GGUF: (lengths, texts, longest text).
 
-    Each string is in quotes, and a mark follows it; a space may become a letter of two bytes. An escaped quote counts
-    as half a string: its length is more than what it takes off the texts.
+    Each string has two quotes and is followed by a comma, colon or bracket; a space may become a letter of two bytes.
+    An escaped quote counts as half a string, which adds more to the lengths than it removes from the texts.
     """
     nbytes = n_quotes = n_spaces = longest = run = 0
     ends_escaping = False
     for piece in _pieces(path):
-        # No string is longer than the pieces in a row without a quote that may end it, and the two around them.
+        # No string is longer than a run of pieces without a quote that may end it, plus the pieces on either side.
         n_escaped = piece.count(b'\\"') + (ends_escaping and piece.startswith(b'"'))
         run = (run if piece.count(b'"') <= n_escaped else _PIECE_NBYTES) + len(piece)
         longest, ends_escaping = max(longest, run), piece.endswith(b"\\")
@@ -91,7 +99,7 @@ def _strings_nbytes(path: Place) -> tuple[int, int, int]:
 
 
 def _pieces(path: Place) -> Iterator[bytearray]:
-    """The file's bytes, some at a time; nothing of one that is larger than a tokenizer.json may be, or not there."""
+    """The file's bytes in pieces; none if it is missing or larger than a tokenizer.json may be."""
     if not 0 < file_nbytes(path) <= MAX_NBYTES:
         return
     with open_blob(path) as blob:

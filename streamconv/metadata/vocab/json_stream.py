@@ -1,4 +1,4 @@
-"""Parse a large JSON file forward through a window: large members in batches, small ones as values, nothing as a tree.
+"""Parse a large JSON file in one pass: large members in batches, small ones as values, without building a tree.
 
 Memory holds a window and one batch or one value, whatever the size of the file. A malformed byte in a requested member
 is a SourceError with its position; in skipped members, only matching brackets and terminated strings are checked.
@@ -20,18 +20,18 @@ from streamconv.files.strict_json import objects_nbytes, parse_object
 from streamconv.metadata.vocab.packing import joined, split
 
 WINDOW_NBYTES = 128 << 10
-MAX_ENTRY_NBYTES = 64 << 10  # a batch, and so an entry of it; a key. A real token has at most a few hundred bytes
-MAX_STRING_NBYTES = 512 << 10  # in what is passed over: T5's normalizer has a string of 0.3 MB
+MAX_ENTRY_NBYTES = 64 << 10  # limit of a batch, and so of an entry, and of a key; real tokens have a few hundred bytes
+MAX_STRING_NBYTES = 512 << 10  # in skipped values: T5's normalizer has a string of 0.3 MB
 MAX_KEYS = 1024
 MAX_DEPTH = 64
-BATCH = 4096  # entries; bounds what a batch costs as Python objects
+BATCH = 4096  # entries; bounds the Python objects of a batch
 
-# Building blocks of patterns. None goes back on what it has matched, so that a match takes linear time: (?>(?:X)*) is
-# (?:X)*+, which Python before 3.11.5 gets wrong where X matches in several ways (gh-106052). It takes 128 bytes for
-# each X until it has matched; a string, which may be long, is written without it: as escapes, each with what follows.
+# Building blocks of patterns. None backtracks, so matching takes linear time. (?>(?:X)*) is (?:X)*+, which Python
+# before 3.11.5 gets wrong if X can match in several ways (gh-106052). It takes 128 bytes per X while it matches, so
+# STRING, which may be long, is written without it: as escapes, each with the text after it.
 SPACE = rb"[ \t\n\r]*+"
 STRING = rb'"[^"\\\x00-\x1f]*+(?:\\[\x20-\xff][^"\\\x00-\x1f]*+)*+"'
-FLAT = rb'(?>(?:[^"\[\]{}]++|' + STRING + rb")*)"  # what is inside brackets that have no others in them
+FLAT = rb'(?>(?:[^"\[\]{}]++|' + STRING + rb")*)"  # the inside of brackets that contain no others
 
 _SPACE = re.compile(SPACE)
 _STRING = re.compile(STRING)
@@ -39,8 +39,8 @@ _SCALAR = re.compile(rb'[^ \t\n\r,:"\[\]{}]++')
 _PLAIN = re.compile(rb'(?>(?:[^"\[\]{}]++|' + STRING + rb"|\[" + FLAT + rb"\]|\{" + FLAT + rb"\})*)")
 _CLOSING = {ord("["): ord("]"), ord("{"): ord("}")}
 
-# Escapes become the bytes they stand for while a batch is still whole: a quote and a backslash are marked by bytes that
-# UTF-8 never has until the strings are told apart.
+# Escapes are replaced in a whole batch at once: an escaped quote or backslash becomes a byte that UTF-8 never has until
+# the strings have been split.
 _QUOTE, _BACKSLASH = b"\xfd", b"\xfe"
 _UNMARK = bytes.maketrans(_QUOTE + _BACKSLASH, b'"\\')
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})(?:\\u([dD][c-fC-F][0-9a-fA-F]{2}))?|([/bfnrt]))")
@@ -48,7 +48,7 @@ _LETTERS = {b"/": b"/", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t"
 
 
 class EntryKind:
-    """What the entries of one large object or array look like, `entry` being a pattern without groups."""
+    """The syntax of the entries of a large object or array. `entry` is a pattern without groups."""
 
     def __init__(self, name: str, opening: bytes, entry: bytes, closing: bytes) -> None:
         self.name = name
@@ -60,13 +60,17 @@ class EntryKind:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Whole entries as they stand in the file, commas included, from byte `position` on."""
+    """Whole entries as in the file, commas included, starting at byte `position`."""
 
     position: int
     text: bytes
 
     def strings(self) -> tuple[list[bytes], list[bytes]]:
-        """All strings of the entries, unescaped, and what stands behind each. ValueError on what is not UTF-8 text."""
+        """Return all strings of the entries, unescaped, and the text after each.
+
+        Raises:
+            ValueError: The text is not UTF-8, or an escape is invalid.
+        """
         self.text.decode("utf-8")
         text = _resolve(self.text) if b"\\" in self.text else self.text
         parts = text.split(b'"')
@@ -76,7 +80,11 @@ class Batch:
         return strings, parts[2::2]
 
     def values(self, file: Place) -> list[Any]:
-        """The entries of an array as Python objects. SourceError naming `file` on what is not JSON in them."""
+        """Return the entries of an array as Python objects.
+
+        Raises:
+            SourceError: They are not JSON; the message names `file`.
+        """
         values: list[Any] = parse_object(b'{"":[' + self.text.rstrip(b" \t\n\r,") + b"]}", file)[""]
         return values
 
@@ -86,7 +94,7 @@ def _resolve(text: bytes) -> bytes:
     if b"\\" in text:
         text = _ESCAPE.sub(_character, text)
         if b"\\" in text:
-            raise ValueError("an escape that JSON does not have")
+            raise ValueError("not an escape of JSON")
     return text
 
 
@@ -103,7 +111,7 @@ def _character(escape: re.Match[bytes]) -> bytes:
 
 
 class JsonStream:
-    """One JSON document, read from its start. Each method leaves the position behind what it has read."""
+    """One JSON document, read from its start. Each method leaves the position after the text that it has read."""
 
     def __init__(self, path: Place, max_nbytes: int) -> None:
         self._file = open_blob(path)
@@ -113,7 +121,7 @@ class JsonStream:
         if self._file.nbytes > max_nbytes:
             self.close()
             raise SourceError(
-                f"{self._file.nbytes:,} bytes, more than the {max_nbytes:,} it may have",
+                f"{self._file.nbytes:,} bytes, over the limit of {max_nbytes:,}",
                 file=path,
                 code="json-too-large",
             )
@@ -132,11 +140,11 @@ class JsonStream:
 
     @property
     def position(self) -> int:
-        """The next byte's place in the file."""
+        """Offset of the next byte in the file."""
         return self._n_read - len(self._window) + self._at
 
     def seek(self, position: int) -> None:
-        """Go on reading from `position`."""
+        """Continue reading at `position`."""
         self._window, self._at, self._n_read = b"", 0, position
 
     def fail(self, problem: str, position: int | None = None, *, code: str) -> NoReturn:
@@ -144,7 +152,7 @@ class JsonStream:
         raise SourceError(f"byte {place:,}: {problem}", file=self._file.path, code=code)
 
     def expected(self, what: str) -> NoReturn:
-        """The error for bytes that the grammar does not have here, showing the first of them."""
+        """Raise a SourceError for a syntax error here, showing the bytes found."""
         self.peek()
         self._fill(magic.HEAD_NBYTES)
         if self.position == self._start and (other := magic.guess_other(self._window[: magic.HEAD_NBYTES], magic.JSON)):
@@ -153,12 +161,12 @@ class JsonStream:
             )
         found = self._window[self._at : self._at + 40].decode("utf-8", "replace")
         self.fail(
-            f"expected {what}, found {found!r}" if found else f"the file ends where {what} should come",
+            f"expected {what}, found {found!r}" if found else f"the file ends where {what} is expected",
             code="json-malformed",
         )
 
     def peek(self) -> int:
-        """The next byte that is not white space, -1 at the end of the file; the white space is passed over."""
+        """Skip white space and return the next byte without consuming it, -1 at the end of the file."""
         while self._fill(1):
             match = _SPACE.match(self._window, self._at)
             self._at = match.end() if match else self._at
@@ -167,24 +175,24 @@ class JsonStream:
         return -1
 
     def take(self, byte: bytes) -> None:
-        """Pass over `byte`, which must come next."""
+        """Consume `byte`; SourceError if another one comes next."""
         if not self._takes(byte):
             self.expected(repr(byte.decode()))
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Raise a SourceError unless the file ends here."""
         if self.peek() >= 0:
             self.expected("the end of the file")
 
     def opens_with(self, brackets: bytes) -> bool:
-        """Whether the next value starts with `brackets`, white space aside. Nothing is taken."""
+        """Return whether the next value starts with `brackets`, ignoring white space. Consumes nothing."""
         self.peek()
         self._fill(MAX_ENTRY_NBYTES)
         ahead = self._window[self._at : self._at + MAX_ENTRY_NBYTES]
         return ahead.translate(None, b" \t\n\r").startswith(brackets)
 
     def members(self) -> Iterator[str]:
-        """The keys of an object, each with the position at its value, which the caller reads or skips."""
+        """Yield the keys of an object. After each, the caller must read or skip its value."""
         seen: set[str] = set()
         self.take(b"{")
         if self._takes(b"}"):
@@ -196,7 +204,7 @@ class JsonStream:
                 self.fail(f"duplicate key {key!r}", position, code="json-duplicate-key")
             seen.add(key)
             if len(seen) > MAX_KEYS:
-                self.fail(f"an object of more than {MAX_KEYS:,} keys", code="json-too-large")
+                self.fail(f"an object has more than {MAX_KEYS:,} keys", code="json-too-large")
             self.take(b":")
             yield key
             if self._takes(b"}"):
@@ -204,7 +212,7 @@ class JsonStream:
             self.take(b",")
 
     def batches(self, kind: EntryKind) -> Iterator[Batch]:
-        """A large object or array of small entries, some thousands of them at a time."""
+        """Yield the entries of a large object or array, up to BATCH at a time."""
         self.take(kind.opening)
         if self._takes(kind.closing):
             return
@@ -229,16 +237,20 @@ class JsonStream:
             return
 
     def value(self, max_nbytes: int) -> Any:
-        """The next value as Python objects. SourceError if these may take more than `max_nbytes` of memory."""
+        """Return the next value as Python objects.
+
+        Raises:
+            SourceError: The objects may take more than `max_nbytes` of memory, or the value is malformed.
+        """
         value = self.value_or(max_nbytes, _TOO_LARGE)
         if value is _TOO_LARGE:
             self.fail(
-                f"a value that may take more than {max_nbytes:,} bytes of memory ends here", code="json-too-large"
+                f"the value that ends here may take more than {max_nbytes:,} bytes of memory", code="json-too-large"
             )
         return value
 
     def value_or(self, max_nbytes: int, oversized: Any) -> Any:
-        """As `value`, with `oversized` in place of what may take more."""
+        """Like `value`, but return `oversized` if the objects may take more than `max_nbytes`."""
         self.peek()
         position = self.position
         self.skip()
@@ -254,7 +266,7 @@ class JsonStream:
             self.fail(error.message, position, code=error.code)
 
     def skip(self) -> None:
-        """Pass over the next value."""
+        """Skip the next value."""
         closings: list[int] = []
         while True:
             byte = self.peek()
@@ -274,7 +286,7 @@ class JsonStream:
                 return
 
     def _pass_over_plain(self) -> bool:
-        """Pass over strings, scalars and flat brackets as far as the window holds them whole; False if none is next."""
+        """Skip strings, scalars and flat brackets that are complete in the window; False if there are none."""
         match = _PLAIN.match(self._window, self._at)
         moved = match is not None and match.end() > self._at
         self._at = match.end() if match else self._at
@@ -290,7 +302,7 @@ class JsonStream:
             self.fail(str(error), position, code="json-malformed")
 
     def _literal(self, max_nbytes: int) -> bytes:
-        """A string, or a bare word such as a number or `null`, as it is written."""
+        """A string, or a bare word such as a number or `null`, as in the file."""
         match = self._whole_literal() or (self._fill(max_nbytes) and self._whole_literal())
         if not match:
             self.expected("a value" if self.peek() != ord('"') else f"a string of at most {max_nbytes:,} bytes")
@@ -298,7 +310,7 @@ class JsonStream:
         return match.group()
 
     def _whole_literal(self) -> re.Match[bytes] | None:
-        """The literal that comes next, None where it may go on behind the window."""
+        """The next literal, or None if it may continue beyond the window."""
         match = _STRING.match(self._window, self._at) or _SCALAR.match(self._window, self._at)
         is_whole = match and (match.group()[:1] == b'"' or match.end() < len(self._window) or not self._n_left)
         return match if is_whole else None
@@ -311,11 +323,11 @@ class JsonStream:
 
     @property
     def _n_left(self) -> int:
-        """Bytes of the file behind the window."""
+        """Bytes of the file after the window."""
         return self._file.nbytes - self._n_read
 
     def _fill(self, nbytes: int) -> bool:
-        """Have `nbytes` in the window, or all that are left; False if none are."""
+        """Read until the window has `nbytes`, or all that are left; False if none are left."""
         missing = nbytes - (len(self._window) - self._at)
         if missing > 0 and self._n_left:
             chunk = bytearray(min(max(missing, WINDOW_NBYTES), self._n_left))

@@ -11,24 +11,24 @@ from collections.abc import Sequence
 import numpy as np
 
 BETWEEN = b"\xff"
-MAX_SCATTERED_NBYTES = 128 << 10  # of some 20 bytes of scratch each
-_SHIFT = 8 - len(BETWEEN)  # a length of 8 bytes comes before each string, for the byte that came behind it
+MAX_SCATTERED_NBYTES = 128 << 10  # each takes about 20 bytes of scratch
+_SHIFT = 8 - len(BETWEEN)  # a length of 8 bytes before each string replaces the separator after it
 _LENGTH = struct.Struct("<Q")
 
 
 def joined(strings: Sequence[bytes]) -> bytes:
-    """The strings, each followed by BETWEEN."""
+    """Return the strings, each followed by BETWEEN."""
     return BETWEEN.join((*strings, b"")) if strings else b""
 
 
 def split(text: bytes) -> list[bytes]:
-    """What `joined` had."""
+    """Return the strings of which `joined` made `text`."""
     return text.split(BETWEEN)[:-1]
 
 
 def encode_joined(text: bytes) -> bytes:
-    """An array's payload, each string behind its length (uint64)."""
-    if len(text) > MAX_SCATTERED_NBYTES:  # long strings: few objects, and no scratch for each letter
+    """Return the payload of a GGUF string array: each string after its length (little-endian uint64)."""
+    if len(text) > MAX_SCATTERED_NBYTES:  # a loop over objects, without scratch for each byte
         return b"".join(_LENGTH.pack(len(string)) + string for string in split(text))
     letters = np.frombuffer(text, dtype=np.uint8)
     ends = np.flatnonzero(letters == BETWEEN[0])
@@ -37,6 +37,6 @@ def encode_joined(text: bytes) -> bytes:
     places = np.arange(8, 8 + len(letters))
     places += np.repeat(shifts, lengths + 1)
     payload = np.empty(len(letters) + _SHIFT * len(ends) + 1, dtype=np.uint8)
-    payload[places] = letters  # the last BETWEEN lands behind the payload, the others where lengths come
+    payload[places] = letters  # the last separator lands after the payload, lengths overwrite the others
     payload[(ends - lengths + shifts)[:, None] + np.arange(8)] = lengths.astype("<u8").view(np.uint8).reshape(-1, 8)
     return payload[:-1].tobytes()

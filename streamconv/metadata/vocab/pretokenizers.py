@@ -1,7 +1,7 @@
-"""Which of llama.cpp's pre-tokenizers does what a tokenizer.json describes: a table from structure to name.
+"""Map the structure of a pre-tokenizer in tokenizer.json to the name of the same one in llama.cpp.
 
 A name depends only on the structure, not on token ids, so added tokens and other vocabularies do not change it. Tests
-compare each row with the runtime; where the two are known to differ, the row says so.
+compare each row with the runtime; known differences are noted in the row.
 Source: llm_tokenizer_bpe and llama_vocab::impl::load in src/llama-vocab.cpp of the llama.cpp inside llama-cpp-python
 0.3.36.
 """
@@ -16,11 +16,11 @@ from typing import Any
 from streamconv.errors import RunWarning, SourceError, UsageError
 from streamconv.files.store import Place
 
-# A canonical structure: what is split at, step by step, before the bytes are spelled as letters.
+# A canonical structure: the patterns split at, in order, before bytes are mapped to letters.
 Steps = tuple[str, ...]
 DIGITS = "Digits, one by one"
 GPT2 = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel splits at by itself
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # the built-in pattern of ByteLevel
 )
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -64,7 +64,7 @@ EXAONE_MOE = _either(
     r"\s+(?!\S)",
     r"\s+",
 )
-THREE_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"  # from the right, as a number is written
+THREE_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"  # groups of three from the right
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 DEEPSEEK_V3 = _either(
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
@@ -78,14 +78,20 @@ DEEPSEEK_V3 = _either(
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A name of llama.cpp's; whether it takes a word that is a token as that token, before any merge; known faults."""
+    """A pre-tokenizer of llama.cpp.
+
+    Attributes:
+        name: Its name.
+        ignore_merges: Whether a word that is itself a token is not split by merges.
+        differs: Where it is known to split differently from the structure in tokenizer.json.
+    """
 
     name: str
     ignore_merges: bool = False
     differs: str | None = None
 
 
-# The first name fits, unless the recipe asks for another or another has the `ignore_merges` of the file.
+# The first name is used unless the recipe asks for another, or only another has the file's `ignore_merges`.
 PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
     (CL100K,): (
         *(Runtime(name, True) for name in ("llama-bpe", "lfm2", "glm4")),
@@ -130,7 +136,7 @@ PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
 }
 
 
-# Every name that the runtime knows; a file with another one is refused by it ("unknown pre-tokenizer type").
+# All names that the runtime accepts; it refuses a file with another one ("unknown pre-tokenizer type").
 NAMES = frozenset(
     """
     a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx
@@ -147,7 +153,7 @@ NAMES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The name for `tokenizer.ggml.pre`. `ignore_merges` is the runtime's, None where the table has no such name."""
+    """The value of `tokenizer.ggml.pre`. `ignore_merges` is the runtime's, None if the name is not in the table."""
 
     name: str
     ignore_merges: bool | None
@@ -157,9 +163,18 @@ class Match:
 def identify(
     pre_tokenizer: Any, normalizer: Any, ignore_merges: bool, *, file: Place, default: str | None, override: str | None
 ) -> Match:
-    """The pre-tokenizer of a byte-level BPE.
+    """Return the pre-tokenizer of a byte-level BPE.
 
-    SourceError for an unknown structure without `default` or `override`, and for one without bytes as letters.
+    Args:
+        pre_tokenizer: That part of tokenizer.json.
+        normalizer: That part of tokenizer.json.
+        ignore_merges: The flag of the tokenizer model.
+        file: The file that errors name.
+        default: Name for an unknown structure, with a warning.
+        override: Name that the user chose.
+
+    Raises:
+        SourceError: The structure is unknown and there is no `default` or `override`, or it is not byte-level.
     """
     steps = canonical_steps(pre_tokenizer)
     known = PRE_TOKENIZERS.get(steps or (), ()) if _is_kept(normalizer) else ()
@@ -168,9 +183,9 @@ def identify(
     if not known:
         what = "the pre-tokenizer" if _is_kept(normalizer) else "the normalizer"
         if default is None or not is_byte_level(pre_tokenizer):
-            problem = f"{what} is none that is known to be one of llama.cpp's"
-            raise SourceError(problem, file=file, hint="name one of llama.cpp's with --pre NAME", code="pre-unknown")
-        message = f"{what} is none that is known; {default!r} is written, as this architecture's models have it"
+            problem = f"{what} does not match any pre-tokenizer of llama.cpp"
+            raise SourceError(problem, file=file, hint="choose one of llama.cpp's with --pre NAME", code="pre-unknown")
+        message = f"{what} is unknown; {default!r} was written, the usual one of this architecture"
         return Match(default, _ignores_merges(default), (RunWarning("pre-tokenizer-unknown", message),))
     names = [runtime.name for runtime in known]
     fitting = [runtime for runtime in known if runtime.ignore_merges == ignore_merges]
@@ -179,14 +194,14 @@ def identify(
 
 
 def canonical_steps(pre_tokenizer: Any) -> Steps | None:
-    """The structure as a key of the table, flags without effect left out; None where it is none of that kind."""
+    """Return the structure as a key of the table, without flags that have no effect; None if it has other steps."""
     steps: list[str] = []
     is_byte_level = False
     for part in _flattened(pre_tokenizer, "pretokenizers"):
         step = _step(part)
         if (
             is_byte_level or step is None
-        ):  # after ByteLevel the text is spelled in letters, and classes mean other things
+        ):  # after ByteLevel the text consists of byte letters, where character classes match differently
             return None
         is_byte_level = part["type"] == "ByteLevel"
         steps += step
@@ -194,14 +209,14 @@ def canonical_steps(pre_tokenizer: Any) -> Steps | None:
 
 
 def is_byte_level(part: Any) -> bool:
-    """Whether a pre-tokenizer or a decoder has a step that spells bytes as letters, or reads them."""
+    """Return whether a pre-tokenizer or decoder has a ByteLevel step."""
     inner = "pretokenizers" if isinstance(part, Mapping) and "pretokenizers" in part else "decoders"
     return any(step.get("type") == "ByteLevel" for step in _flattened(part, inner))
 
 
 def space_prefix(normalizer: Any, pre_tokenizer: Any) -> bool | None:
-    """Whether a llama-style tokenizer.json puts a space before a text; None where it does something else as well."""
-    # Gemma splits at spaces, of which its normalizer has left none.
+    """Return whether a llama-style tokenizer.json puts a space before a text; None if it does anything else."""
+    # Gemma splits at spaces, but its normalizer has already replaced them all.
     match _flattened(normalizer, "normalizers"), _flattened(pre_tokenizer, "pretokenizers"):
         case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], [
             {"type": "Split", "pattern": {"String": " "}}
@@ -221,10 +236,10 @@ def space_prefix(normalizer: Any, pre_tokenizer: Any) -> bool | None:
 
 
 def space_fault(pre_tokenizer: Any) -> str | None:
-    """Where llama.cpp's space before a text is another than a Metaspace pre-tokenizer's; None where it is not."""
+    """Return where llama.cpp inserts a space that a Metaspace pre-tokenizer does not; None if they agree."""
     match _flattened(pre_tokenizer, "pretokenizers"):
         case [{"prepend_scheme": "first"}]:
-            return "behind special tokens and before texts that begin with a space"
+            return "after special tokens and before texts that begin with a space"
         case [{"prepend_scheme": "always"}]:
             return "before texts that begin with a space"
         case _:
@@ -232,12 +247,12 @@ def space_fault(pre_tokenizer: Any) -> str | None:
 
 
 def check_name(name: str) -> None:
-    """UsageError where `name`, the user's for the pre-tokenizer, is none that llama.cpp knows."""
+    """Raise UsageError if llama.cpp has no pre-tokenizer of this name."""
     if name not in NAMES:
         alike = get_close_matches(name, sorted(NAMES), n=3) or ["llama-bpe", "gpt-2", "qwen2"]
-        hint = f"as llama.cpp has them: {', '.join(alike)}, {len(NAMES) - len(alike)} more"
+        hint = f"llama.cpp has {', '.join(alike)} and {len(NAMES) - len(alike)} more"
         raise UsageError(
-            f"--pre {name!r} is not a pre-tokenizer of llama.cpp's, which would not load the file",
+            f"--pre {name!r} is not a pre-tokenizer of llama.cpp, which would not load the file",
             hint=hint,
             code="pre-unknown",
         )
@@ -250,7 +265,7 @@ def _step(part: Mapping[str, Any]) -> Sequence[str] | None:
         case {"type": "Digits", "individual_digits": True}:
             return [DIGITS]
         case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}:
-            return [regex]  # inverted or not: what is between matches is isolated as well
+            return [regex]  # inverted or not: the text between matches is isolated as well
         case _:
             return None
 
@@ -267,13 +282,13 @@ def _flattened(part: Any, inner: str) -> list[Mapping[str, Any]]:
 
 
 def _is_kept(normalizer: Any) -> bool:
-    """llama.cpp has no normalizers for BPE. NFC changes few texts, and models that have it are run without."""
+    """Whether BPE works without this normalizer, since llama.cpp has none. NFC changes few texts and is accepted."""
     return all(part.get("type") == "NFC" for part in _flattened(normalizer, "normalizers"))
 
 
 def _overridden(name: str, known: tuple[Runtime, ...]) -> Match:
     if known and name not in [runtime.name for runtime in known]:
-        message = f"{name!r} is written as asked; the structure in tokenizer.json is that of {known[0].name!r}"
+        message = f"{name!r} was written as requested; the structure in tokenizer.json is that of {known[0].name!r}"
         return Match(name, _ignores_merges(name), (RunWarning("pre-tokenizer-override", message),))
     return Match(name, _ignores_merges(name))
 
@@ -285,10 +300,10 @@ def _ignores_merges(name: str) -> bool | None:
 def _faults(runtime: Runtime, normalizer: Any) -> list[RunWarning]:
     faults = []
     if runtime.differs:
-        message = f"llama.cpp's {runtime.name!r} splits some texts otherwise {runtime.differs}"
+        message = f"llama.cpp's {runtime.name!r} splits some texts differently: {runtime.differs}"
         faults.append(RunWarning("pre-tokenizer-differs", message))
     if _flattened(normalizer, "normalizers"):
         faults.append(
-            RunWarning("normalizer-ignored", "the tokenizer composes characters (NFC) and llama.cpp does not")
+            RunWarning("normalizer-ignored", "the tokenizer composes characters (NFC), but llama.cpp does not")
         )
     return faults

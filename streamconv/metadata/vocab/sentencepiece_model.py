@@ -1,6 +1,6 @@
 """Read tokenizer.model: SentencePiece's pieces, their scores and types, and its normalizer.
 
-A length or count in the file is accepted only if it stays inside the file and below the model's rows, so both bound
+A length or count is accepted only if it stays inside the file and below the model's number of rows, so these two bound
 time and memory. Format: sentencepiece_model.proto of https://github.com/google/sentencepiece (ModelProto.pieces = 1,
 trainer_spec = 2, normalizer_spec = 3) and the protobuf wire format.
 """
@@ -17,11 +17,11 @@ from streamconv.errors import SourceError
 from streamconv.files.local import read_start
 from streamconv.files.store import Place
 
-MAX_NBYTES = 64 << 20  # the largest published ones have some 5 MB
+MAX_NBYTES = 64 << 20  # the largest published ones have about 5 MB
 
 
 class PieceKind(IntEnum):
-    """SentencePiece.Type; the numbers are those of GGUF's token types too."""
+    """SentencePiece.Type. GGUF's token types have the same numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -42,7 +42,7 @@ class ModelType(IntEnum):
 
 @dataclass(slots=True)
 class SentencePieceModel:
-    """Piece i is token i. Fields that a file leaves out have the values that the .proto gives them."""
+    """A parsed tokenizer.model. Piece i is token i; missing fields have the defaults of the .proto."""
 
     path: Place
     texts: list[bytes] = field(default_factory=list)  # UTF-8
@@ -55,17 +55,25 @@ class SentencePieceModel:
 
 
 def read_sentencepiece_model(path: Place, n_vocab: int) -> SentencePieceModel:
-    """The file at `path`. SourceError if it is malformed or has more pieces than `n_vocab`."""
+    """Parse the tokenizer.model at `path`.
+
+    Args:
+        path: The file.
+        n_vocab: Number of rows of the model's embedding.
+
+    Raises:
+        SourceError: The file is malformed, or has more than `n_vocab` pieces.
+    """
     data = read_start(path, MAX_NBYTES + 1)
     if len(data) > MAX_NBYTES:
-        raise SourceError(f"more than the {MAX_NBYTES:,} bytes that it may have", file=path, code="sentencepiece-size")
+        raise SourceError(f"larger than the limit of {MAX_NBYTES:,} bytes", file=path, code="sentencepiece-size")
     result = SentencePieceModel(path)
     try:
         _read_model(data, result, n_vocab)
     except ValueError as error:
-        hint = "Llama 3's own tokenizer.model is of another kind: tokenizer.json is read in its place where it is there"
+        hint = "Llama 3's own tokenizer.model has another format: add tokenizer.json, which is then read instead"
         raise SourceError(
-            f"no SentencePiece model: {error}", file=path, hint=hint, code="sentencepiece-malformed"
+            f"not a SentencePiece model: {error}", file=path, hint=hint, code="sentencepiece-malformed"
         ) from None
     return result
 
@@ -99,9 +107,9 @@ def _read_piece(data: bytearray, span: slice, result: SentencePieceModel) -> Non
             kind = value
     index = len(result.texts)
     if kind not in PieceKind._value2member_map_:
-        raise ValueError(f"piece {index} is of the unknown type {kind}")
+        raise ValueError(f"piece {index} has the unknown type {kind}")
     if score != score:
-        raise ValueError(f"the score of piece {index} is not a number")
+        raise ValueError(f"the score of piece {index} is not a finite number")
     try:
         text.decode("utf-8")
     except UnicodeDecodeError:
@@ -112,7 +120,7 @@ def _read_piece(data: bytearray, span: slice, result: SentencePieceModel) -> Non
 
 
 def _numbers(data: bytearray, span: slice) -> dict[int, int]:
-    """The integer fields of a message, and of its strings the lengths."""
+    """Field numbers of a message with their integers; a string gives its length."""
     values = _fields(data, span.start, span.stop)
     return {
         number: value.stop - value.start if isinstance(value, slice) else int(value)
@@ -123,12 +131,12 @@ def _numbers(data: bytearray, span: slice) -> dict[int, int]:
 
 def _message(value: int | float | slice) -> slice:
     if not isinstance(value, slice):
-        raise ValueError("a number stands where a message is expected")
+        raise ValueError("found a number where a message is expected")
     return value
 
 
 def _fields(data: bytearray, at: int, end: int) -> Iterator[tuple[int, int | float | slice]]:
-    """A message's fields: number and value, for a string or a message its place in `data`. ValueError beyond `end`."""
+    """Field numbers of a message with their values; a string or message gives its span in `data`."""
     while at < end:
         tag, at = _varint(data, at, end)
         number, wire = tag >> 3, tag & 7
@@ -140,15 +148,15 @@ def _fields(data: bytearray, at: int, end: int) -> Iterator[tuple[int, int | flo
         if wire == 2:
             length, at = _varint(data, at, end)
         if length is None or not number:
-            raise ValueError(f"byte {at:,} starts no field")
+            raise ValueError(f"no field starts at byte {at:,}")
         if length > end - at:
-            raise ValueError(f"byte {at:,}: a field of {length:,} bytes where {end - at:,} are left")
+            raise ValueError(f"byte {at:,}: a field of {length:,} bytes, but only {end - at:,} are left")
         yield number, struct.unpack_from("<f", data, at)[0] if wire == 5 else slice(at, at + length)
         at += length
 
 
 def _varint(data: bytearray, at: int, end: int) -> tuple[int, int]:
-    """A number of at most 64 bits and where it ends."""
+    """The varint at `at` (at most 64 bits) and the position after it."""
     value = shift = 0
     while at < end and shift < 70:
         byte = data[at]
@@ -157,4 +165,4 @@ def _varint(data: bytearray, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise ValueError(f"byte {at:,} ends in the middle of a number")
+    raise ValueError(f"the data ends in the middle of a number, at byte {at:,}")

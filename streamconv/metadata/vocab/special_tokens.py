@@ -1,7 +1,7 @@
 """The ids of the special tokens, and which of them enclose a text: `tokenizer.ggml.*_token_id`, `add_*_token`.
 
-Decides which file takes precedence. If gguf-py's SpecialVocab finds an answer, this one is the same; an id that is
-written is a row of the model. Source: gguf-py/gguf/vocab.py of the llama.cpp inside llama-cpp-python 0.3.36.
+Wherever gguf-py's SpecialVocab finds an id, the result here is the same. An id that is written is always a row of the
+model. Source: gguf-py/gguf/vocab.py of the llama.cpp inside llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ID_KEYS = {
 ADD_KEYS = {"bos": Keys.Tokenizer.ADD_BOS, "eos": Keys.Tokenizer.ADD_EOS, "sep": Keys.Tokenizer.ADD_SEP}
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_BY_TEXT = {"eot": "▁<EOT>"}  # Code Llama's end of an infilled part, which no file names and llama.cpp does not know
+_BY_TEXT = {"eot": "▁<EOT>"}  # Code Llama's end of infilling, which no file names and llama.cpp does not recognise
 
-# Roles without whose token a model is used otherwise, and what to say of that.
-_IN_VAIN = {"bos": "", "eos": ": the model cannot stop by it"}
+# Roles whose missing token changes how a model is used, each with a remark on the effect.
+_IN_VAIN = {"bos": "", "eos": ": it cannot end an answer"}
 
-# Where llama.cpp ends an answer whatever eos is (llama-vocab.cpp, special_eog_ids, in llama-cpp-python 0.3.36).
+# llama.cpp ends an answer at these, whatever eos is (special_eog_ids in llama-vocab.cpp, llama-cpp-python 0.3.36).
 END_TEXTS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
@@ -52,14 +52,17 @@ Lookup = Callable[[str], int | None]
 
 @dataclass(slots=True)
 class Roles:
-    """The texts of special tokens by role, and whether each is added to a text, as far as the files say."""
+    """The texts of special tokens by role, and whether each is added to a text, as far as the files state it."""
 
     texts: dict[str, str] = field(default_factory=dict)
     add: dict[str, bool] = field(default_factory=dict)
 
 
 def find_roles(companions: Companions, post_processor: Any) -> Roles:
-    """What tokenizer_config.json and a tokenizer.json's post-processor say; the latter decides what is added."""
+    """Return the roles that tokenizer_config.json and the post-processor of tokenizer.json define.
+
+    The post-processor takes precedence on which tokens are added.
+    """
     config = companions.tokenizer_config
     roles = Roles({role: text for role in _ROLES if (text := token_text(config.get(f"{role}_token")))})
     for role, stand_in in (("bos", "cls"), ("eos", "sep")):
@@ -96,7 +99,7 @@ def _read_pair_processing(processor: Mapping[str, Any], roles: Roles) -> None:
 
 
 def _read_template(processor: Mapping[str, Any], roles: Roles) -> None:
-    """`single` is BOS, the text, EOS; `pair` has a separator between the texts. Either end may be missing."""
+    """`single` is BOS, text, EOS, and `pair` has a separator between two texts; BOS and EOS are optional."""
     single, pair = _pieces(processor.get("single")), _pieces(processor.get("pair"))
     texts, first, last = roles.texts, None, None
     if len(single) > 1:
@@ -108,7 +111,7 @@ def _read_template(processor: Mapping[str, Any], roles: Roles) -> None:
         roles.add["bos"] = first in (texts.get("bos"), texts.get("cls"))
     if last is not None:
         if last != texts.get("eos") and "eos" in texts:
-            # What was the end of a sequence ends a turn, then.
+            # Then the configured EOS ends a turn instead.
             texts["eom" if "eot" in texts else "eot"] = texts["eos"]
         texts["eos"] = last
         roles.add["eos"] = True
@@ -145,9 +148,13 @@ def _id_of(piece: Any, kind: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """How the names and ids of special tokens are looked up in a vocabulary of `n_rows` rows.
+    """Lookups of special tokens in a vocabulary.
 
-    `added` gives an added token's id by its text, `any` that of any token; `has` says whether a row has a token.
+    Attributes:
+        n_rows: Number of rows of the embedding.
+        added: Returns the id of the added token with a given text, or None.
+        any: The same for all tokens.
+        has: Returns whether a row has a token.
     """
 
     n_rows: int
@@ -159,17 +166,24 @@ class Tokens:
 def find_ids(
     roles: Roles, companions: Companions, tokens: Tokens, special: SpecialTokens = NO_SPECIAL_TOKENS
 ) -> tuple[dict[str, int], list[RunWarning]]:
-    """Ids by role, and what the files disagree on or name in vain. special: what the architecture says of them."""
+    """Return ids by role, with warnings for tokens that do not exist and for disagreements between files.
+
+    Args:
+        roles: Texts by role from the tokenizer files.
+        companions: The small files beside the tokenizer.
+        tokens: Lookups in the vocabulary.
+        special: Special tokens that the architecture defines.
+    """
     ids: dict[str, int] = {}
     warnings: list[RunWarning] = []
     for role in ID_KEYS:
         inside: list[tuple[str, int]] = []
         for source, id_ in _candidates(role, roles, companions, tokens, special):
             if id_ >= tokens.n_rows:
-                message = f"{source} names token {shown(id_)} as {role}, the model has {tokens.n_rows:,} rows"
+                message = f"{source} names token {shown(id_)} as {role}, but the model has only {tokens.n_rows:,} rows"
                 warnings.append(RunWarning("special-token-range", message + _IN_VAIN.get(role, "")))
             elif role in _IN_VAIN and not tokens.has(id_):
-                message = f"{source} names token {id_} as {role}, and the vocabulary has no such token"
+                message = f"{source} names token {id_} as {role}, but the vocabulary has no such token"
                 warnings.append(RunWarning("special-token-unknown", message + _IN_VAIN[role]))
             else:
                 inside.append((source, id_))
@@ -185,7 +199,7 @@ def find_ids(
 def _candidates(
     role: str, roles: Roles, companions: Companions, tokens: Tokens, special: SpecialTokens
 ) -> Iterator[tuple[str, int]]:
-    """Sources and ids, the first one wins. What a folder over another brought, then SpecialVocab's two."""
+    """Files and ids in order of precedence: an adapter's own, then those of gguf-py's SpecialVocab."""
     for path, named in _brought(role, companions):
         id_ = named if isinstance(named, int) else _first(tokens.added(named), tokens.any(named))
         if id_ is not None:
@@ -216,12 +230,12 @@ def _first(*ids: int | None) -> int | None:
 
 
 def _unknown(role: str, roles: Roles, companions: Companions, tokens: Tokens) -> Iterator[RunWarning]:
-    """A warning for each text that names a token which the vocabulary does not have, where that changes a model."""
+    """A warning for each token name that is not in the vocabulary, if the role matters for running the model."""
     mapped = token_text(companions.special_tokens_map.get(f"{role}_token"))
     sources = {mapped: SPECIAL_TOKENS_MAP, roles.texts.get(role): TOKENIZER_CONFIG}
     for text, source in sources.items():
         if role in _IN_VAIN and text and tokens.added(text) is None and tokens.any(text) is None:
-            message = f"{source} names {shown(text)} as {role}, which the vocabulary does not have"
+            message = f"{source} names {shown(text)} as {role}, but the vocabulary does not have it"
             yield RunWarning("special-token-unknown", message + _IN_VAIN[role])
 
 
@@ -231,7 +245,7 @@ def _config_id(role: str, companions: Companions) -> Any:
 
 
 def _disagreement(role: str, source: str, chosen: int, companions: Companions, tokens: Tokens) -> Iterator[RunWarning]:
-    """A warning for each file that names another token for this role, and not this one among several."""
+    """A warning for each file that gives this role another id, or a list without the chosen one."""
     others = (
         (CONFIG, _config_id(role, companions)),
         (GENERATION_CONFIG, companions.generation_config.get(f"{role}_token_id")),
@@ -240,15 +254,15 @@ def _disagreement(role: str, source: str, chosen: int, companions: Companions, t
         named = value if isinstance(value, list) else [value]
         first = token_id(value)
         if first is not None and first < tokens.n_rows and tokens.has(first) and chosen not in named:
-            message = f"{role} is token {chosen} by {source} and {shown(value)} by {name}; {chosen} is written"
+            message = f"{role} is token {chosen} in {source} but {shown(value)} in {name}; {chosen} was written"
             if role == "eos":
                 message += _whether_to_act([id_ for id_ in named if isinstance(id_, int)], tokens)
             yield RunWarning("special-token-disagreement", message)
 
 
 def _whether_to_act(others: Sequence[int], tokens: Tokens) -> str:
-    """What the user should do about an end token that is not written."""
+    """Advice on an end token that is not written."""
     ends = {tokens.added(text) for text in END_TEXTS} | {tokens.any(text) for text in END_TEXTS}
     if ends.issuperset(others):
-        return "; nothing to do, llama.cpp ends an answer at either"
-    return "; act only if answers do not end: correct eos_token in tokenizer_config.json, and convert again"
+        return "; nothing to do: llama.cpp ends an answer at either"
+    return "; only if answers do not end, correct eos_token in tokenizer_config.json and convert again"

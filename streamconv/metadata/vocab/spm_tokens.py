@@ -1,7 +1,7 @@
-"""The token list of a tokenizer.model: SentencePiece's pieces, and the tokens that files beside it add.
+"""The token list of a tokenizer.model: its pieces, and the tokens that other files add.
 
-The precedence of those files is that of llama.cpp's converter. A row that no file names stays empty; a token beyond the
-model's rows is left out with a warning.
+Files take precedence as in llama.cpp's converter. A row that no file names stays empty; a token beyond the model's rows
+is left out with a warning.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from streamconv.metadata.vocab.tokenizer_json import AddedToken, shown
 def sentencepiece_tokens(
     model: SentencePieceModel, companions: Companions, added: Iterable[AddedToken], n_vocab: int
 ) -> TokenList:
-    """For the tokenizer model `llama`. `added` are tokenizer.json's, for rows that nothing else names.
+    """Return the token list for the tokenizer model `llama`.
 
-    They also say which pieces are found in a text before any merge, as configs of transformers 5 no longer do.
+    Args:
+        model: The parsed tokenizer.model.
+        companions: The small files beside it.
+        added: Added tokens of tokenizer.json, for rows that no other file names. They also mark the pieces that match
+            before any merge, which the config files of transformers 5 no longer do.
+        n_vocab: Number of rows of the embedding.
     """
     ids: dict[bytes, int] = {}
     for index, text in enumerate(model.texts):
         if ids.setdefault(text, index) != index:
-            problem = f"llama.cpp aborts on piece {shown(text)} standing twice, at {ids[text]} and {index}"
+            problem = f"piece {shown(text)} occurs twice, at {ids[text]} and {index}, which makes llama.cpp abort"
             raise SourceError(problem, file=model.path, code="token-twice")
     tokens = TokenList.of(model.path, ids, n_vocab)
     n_pieces = len(model.texts)
     kinds = np.frombuffer(model.kinds, dtype=np.uint8)
-    # As llama.cpp's converter has them, but for those that are found before any merge: behind one of type USER_DEFINED
-    # llama.cpp puts the space that SentencePiece puts before a text, so where there is such a space it stays as it is.
+    # As in llama.cpp's converter, except for pieces that match before any merge: after a USER_DEFINED token llama.cpp
+    # inserts the space that SentencePiece puts before a text, so models with such a space have them as NORMAL.
     own = TokenType.NORMAL if model.add_dummy_prefix else TokenType.USER_DEFINED
     tokens.types[:n_pieces] = np.where(kinds == PieceKind.USER_DEFINED, own, kinds)
     tokens.scores = np.full(n_vocab, PADDING_SCORE, dtype=np.float32)
@@ -79,16 +84,16 @@ def _faults(model: SentencePieceModel) -> list[RunWarning]:
     faults = []
     if model.model_type != ModelType.BPE:
         message = (
-            "the SentencePiece model is not of type BPE; llama.cpp tokenizes it as if it were, some texts otherwise"
+            "the SentencePiece model is not BPE, but llama.cpp treats it as BPE: some texts are tokenized differently"
         )
         faults.append(RunWarning("sentencepiece-type", message))
     n_own = model.kinds.count(PieceKind.USER_DEFINED) if model.add_dummy_prefix else 0
     if n_own:
         message = (
-            f"SentencePiece finds {n_own} user-defined pieces before any merge, llama.cpp makes them of merges or not"
+            f"SentencePiece matches {n_own} user-defined pieces before any merge; llama.cpp only makes them by merges"
         )
         faults.append(RunWarning("sentencepiece-user-defined", message))
     if model.remove_extra_whitespaces or model.has_character_map:
-        message = "the SentencePiece model normalizes texts (spaces or characters), and llama.cpp does not"
+        message = "the SentencePiece model normalizes text (spaces or characters), but llama.cpp does not"
         faults.append(RunWarning("normalizer-ignored", message))
     return faults

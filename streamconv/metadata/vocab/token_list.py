@@ -18,31 +18,31 @@ from streamconv.gguf.format import PackedArray
 from streamconv.metadata.vocab.packing import encode_joined, joined
 from streamconv.metadata.vocab.tokenizer_json import shown
 
-ADDED_SCORE = -1000.0  # what llama.cpp's converter gives an added token, which is found before any merge
-PADDING_SCORE = -10000.0  # as llama.cpp's converter
-_BLOCK = 4096  # tokens that are packed at a time
+ADDED_SCORE = -1000.0  # llama.cpp's converter writes this for added tokens, which match before any merge
+PADDING_SCORE = -10000.0  # as in llama.cpp's converter
+_BLOCK = 4096  # tokens packed at a time
 _MAX_NAMES_SHOWN = 4
 
 _SPM_SPACE = "▁".encode()
-# What llama.cpp's converter takes for a control token though its file does not say so (does_token_look_special).
+# llama.cpp's converter treats these as control tokens even if no file marks them (does_token_look_special).
 _CONTROL_TEXTS = frozenset((b"<pad>", b"<mask>", b"<2mass>", b"[@BOS@]"))
 _CONTROL_ENDS = tuple((a.encode(), b.encode()) for a, b in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">")))
 
 
 def added_type(text: bytes, special: bool) -> TokenType:
-    """The type of an added token, as llama.cpp's converter decides it."""
+    """Return the type of an added token by the rules of llama.cpp's converter."""
     looks_special = text in _CONTROL_TEXTS or any(text.startswith(a) and text.endswith(b) for a, b in _CONTROL_ENDS)
     return TokenType.CONTROL if special or looks_special else TokenType.USER_DEFINED
 
 
 def added_text(text: bytes, type_: TokenType) -> bytes:
-    """The text that llama.cpp looks for: of a user's own token with plain spaces."""
+    """Return the text that llama.cpp matches; USER_DEFINED tokens have plain spaces."""
     return text.replace(_SPM_SPACE, b" ") if type_ == TokenType.USER_DEFINED else text
 
 
 @dataclass(slots=True)
 class TokenList:
-    """Tokens by id, `ids` the other way round. Rows without a token are UNUSED and get a text in `packed`."""
+    """Tokens by id, and `ids` by text. Rows without a token are UNUSED; `packed` gives them a text."""
 
     file: Place
     ids: dict[bytes, int]
@@ -50,11 +50,15 @@ class TokenList:
     types: NDArray[np.int32]
     scores: NDArray[np.float32] | None = None
     warnings: list[RunWarning] = field(default_factory=list)
-    left_out: dict[bytes, int] = field(default_factory=dict)  # added tokens beyond the rows, with their files' ids
+    left_out: dict[bytes, int] = field(default_factory=dict)  # ids, as in the files, of added tokens beyond the rows
 
     @classmethod
     def of(cls, file: Place, ids: dict[bytes, int], n_vocab: int) -> TokenList:
-        """All of `ids` as NORMAL tokens. SourceError where two of them have one id."""
+        """Make a list of NORMAL tokens.
+
+        Raises:
+            SourceError: Two tokens have the same id.
+        """
         texts: list[bytes | None] = [None] * n_vocab
         for text, id_ in ids.items():
             texts[id_] = text
@@ -68,7 +72,11 @@ class TokenList:
         return cls(file, ids, texts, types)
 
     def put(self, id_: int, text: bytes, type_: TokenType, score: float = ADDED_SCORE) -> None:
-        """Let row `id_` be this token, whatever it was."""
+        """Set row `id_` to this token, replacing the previous one.
+
+        Raises:
+            SourceError: Another row has the same text.
+        """
         held = self.texts[id_]
         if held != text:
             if held is not None:
@@ -86,17 +94,21 @@ class TokenList:
             self.scores[id_] = score
 
     def warn_of_left_out(self) -> None:
-        """A warning that names the added tokens that no row was left for."""
+        """Add a warning that lists the added tokens beyond the rows."""
         if self.left_out:
             names = ", ".join(f"{shown(text)} ({id_})" for text, id_ in [*self.left_out.items()][:_MAX_NAMES_SHOWN])
             n = len(self.left_out)
             more = f" and {n - _MAX_NAMES_SHOWN} more" if n > _MAX_NAMES_SHOWN else ""
-            what = f"the model has {len(self.texts):,} rows, and no prompt can hold what is beyond them: {names}{more}"
+            what = f"no prompt can use tokens beyond the model's {len(self.texts):,} rows: {names}{more}"
             message = f"{n} added token{'s were' if n > 1 else ' was'} left out: {what}"
             self.warnings.append(RunWarning("tokens-beyond-rows", message))
 
     def packed(self) -> tuple[PackedArray, PackedArray, PackedArray | None]:
-        """Texts, types and scores; rows without a token are `[PADn]`. SourceError for what llama.cpp would abort on."""
+        """Return texts, types and scores as GGUF arrays. Rows without a token become `[PADn]`.
+
+        Raises:
+            SourceError: llama.cpp would abort on the list.
+        """
         for id_ in [id_ for id_, text in enumerate(self.texts) if text is None]:
             self.put(id_, b"[PAD%d]" % id_, TokenType.UNUSED, PADDING_SCORE)
         payload = bytearray()
@@ -113,9 +125,11 @@ class TokenList:
         )
 
     def _check_cuts(self, start: int, texts: list[bytes]) -> None:
-        """llama.cpp reads a text up to its first NUL: SourceError where that is another token."""
+        """Raise if two tokens are equal up to a NUL, where llama.cpp stops reading."""
         for id_, text in enumerate(texts, start):
             cut = text.partition(b"\0")[0]
             if cut and self.ids.setdefault(cut, id_) != id_:
-                problem = f"llama.cpp reads token {id_} as {shown(cut)}, which is token {self.ids[cut]} too"
+                problem = (
+                    f"llama.cpp reads token {id_} as {shown(cut)} (up to the NUL), which is also token {self.ids[cut]}"
+                )
                 raise SourceError(problem, file=self.file, code="token-twice")

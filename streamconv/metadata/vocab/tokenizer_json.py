@@ -1,7 +1,7 @@
-"""Read tokenizer.json: vocabulary, merges and added tokens in batches, the few other members as values.
+"""Read tokenizer.json: vocabulary, merges and added tokens in batches, other members as values.
 
-Checks that the fields are consistent: ids of the vocabulary are below the model's rows, no token occurs twice, merges
-name known tokens. Memory is independent of the size of the file, except for the bytes of the merges; the vocabulary is
+Checks that the fields are consistent: ids are below the model's number of rows, no token occurs twice, merges name
+known tokens. Memory is independent of the size of the file, except for the bytes of the merges; the vocabulary is
 a dict of at most `n_vocab` entries.
 Format: the serialisation of https://github.com/huggingface/tokenizers, version 1.0.
 """
@@ -24,15 +24,15 @@ from streamconv.gguf.format import PackedArray
 from streamconv.metadata.vocab.json_stream import FLAT, SPACE, STRING, Batch, EntryKind, JsonStream
 from streamconv.metadata.vocab.packing import BETWEEN, encode_joined, joined, split
 
-MAX_NBYTES = 256 << 20  # the largest published ones have some 35 MB
-MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a model of speech has 28,000 of 20 bytes
-MAX_PART_NBYTES = 256 << 10  # of memory, of a pre-tokenizer, a post-processor: real ones take at most some 20 KB
+MAX_NBYTES = 256 << 20  # the largest published ones have about 35 MB
+MAX_ADDED_NBYTES = 1 << 20  # the texts of all added tokens; a speech model has 28,000 of 20 bytes
+MAX_PART_NBYTES = 256 << 10  # memory of one of PARTS; real ones take at most about 20 KB
 MAX_FIELD_NBYTES = 1 << 10
-MAX_ID = (1 << 64) - 1  # of an added token, which may be far beyond the rows of the model
+MAX_ID = (1 << 64) - 1  # of an added token, which may be far beyond the model's rows
 
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 FIELDS = ("type", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-# Stands for a part that is too large to be one that llama.cpp has, such as a normalizer with a map of characters.
+# Replaces a part that is too large for llama.cpp to support it, such as a normalizer with a character map.
 TOO_LARGE = {"type": f"that may take more than {MAX_PART_NBYTES:,} bytes of memory"}
 
 _ADDED = EntryKind("an added token", b"[", rb"\{" + FLAT + rb"\}", b"]")
@@ -52,7 +52,7 @@ _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that is found in a text before the model sees it."""
+    """A token that is matched in a text before the tokenizer model runs."""
 
     id: int
     text: bytes
@@ -64,7 +64,7 @@ class AddedToken:
 
 
 class AddedTokens:
-    """The added tokens in file order, some bytes each: models of speech have ten thousands."""
+    """The added tokens in file order, packed into a few bytes each: speech models have tens of thousands."""
 
     def __init__(self) -> None:
         self._ids = array("Q")
@@ -94,16 +94,16 @@ class AddedTokens:
 
 @dataclass(frozen=True, slots=True)
 class Merges:
-    """The merges as GGUF has them, and what they make."""
+    """The merges as stored in GGUF, and which tokens they make."""
 
-    lines: PackedArray  # of "left right"
-    ranks: NDArray[np.int32]  # [n_vocab], the first merge that makes a token, -1 where none does
-    grouped: bool  # all merges that make a token stand together
+    lines: PackedArray  # each "left right"
+    ranks: NDArray[np.int32]  # [n_vocab], index of the first merge that makes a token, -1 if none does
+    grouped: bool  # all merges that make the same token are adjacent
 
 
 @dataclass(slots=True)
 class TokenizerJson:
-    """What was read. `model` holds those of FIELDS that there are; `vocab` maps token text (UTF-8) to id."""
+    """A parsed tokenizer.json. `model` has the FIELDS that are present; `vocab` maps token text (UTF-8) to id."""
 
     path: Place
     added: AddedTokens = field(default_factory=AddedTokens)
@@ -114,14 +114,21 @@ class TokenizerJson:
 
     @property
     def model_type(self) -> str:
-        """BPE, Unigram, WordPiece or WordLevel. Old files leave it out."""
+        """BPE, Unigram, WordPiece or WordLevel, guessed if the file is an old one that does not state it."""
         return str(self.model.get("type") or ("BPE" if self.merges else "of no type"))
 
 
 def read_tokenizer_json(path: Place, n_vocab: int, *, tokens: bool = True, merges: bool = True) -> TokenizerJson:
-    """The file at `path`, without vocabulary and merges unless `tokens`, without the latter unless `merges`.
+    """Read the tokenizer.json at `path`.
 
-    SourceError on anything malformed in it.
+    Args:
+        path: The file.
+        n_vocab: Number of rows of the model's embedding.
+        tokens: Whether to read vocabulary and merges.
+        merges: Whether to read merges, if `tokens` is true.
+
+    Raises:
+        SourceError: The file is malformed.
     """
     with JsonStream(path, MAX_NBYTES) as stream:
         return _Reader(stream, path, n_vocab, tokens, tokens and merges).read()
@@ -133,7 +140,7 @@ class _Reader:
         self.n_vocab = n_vocab
         self.tokens, self.merges = tokens, merges
         self.result = TokenizerJson(path)
-        self.early_merges: int | None = None  # where merges stand that come before the vocabulary they are checked by
+        self.early_merges: int | None = None  # position of merges that come before the vocabulary that they refer to
 
     def read(self) -> TokenizerJson:
         has_model = False
@@ -181,7 +188,7 @@ class _Reader:
                 added.append(parse_added_token(entry, path))
             if len(added) > self.n_vocab or added.text_nbytes > MAX_ADDED_NBYTES:
                 self.stream.fail(
-                    f"more added tokens than the model's {self.n_vocab:,} rows, or of too many bytes",
+                    f"more added tokens than the model's {self.n_vocab:,} rows, or their texts are too long",
                     code="tokens-beyond-rows",
                 )
 
@@ -192,13 +199,13 @@ class _Reader:
             tokens, rests = self._strings(batch)
             ids = list(map(int, b"".join(rests).translate(None, b" \t\r\n:").rstrip(b",").split(b",")))
             highest = max(ids)
-            if highest >= self.n_vocab and beyond:  # added tokens may stand in the vocabulary too
+            if highest >= self.n_vocab and beyond:  # the vocabulary may contain added tokens too
                 tokens, ids = _without(tokens, ids, beyond, self.n_vocab)
                 highest = max(ids, default=-1)
             if highest >= self.n_vocab:
                 token = shown(tokens[ids.index(highest)])
                 self.stream.fail(
-                    f"token {token} has id {highest:,}, the model has {self.n_vocab:,} rows",
+                    f"token {token} has id {highest:,}, but the model has only {self.n_vocab:,} rows",
                     batch.position,
                     code="tokens-beyond-rows",
                 )
@@ -216,7 +223,7 @@ class _Reader:
         for token, id_ in zip(tokens, ids, strict=True):
             if token in seen:
                 self.stream.fail(
-                    f"token {shown(token)} stands twice, with ids {vocab[token]} and {id_}",
+                    f"token {shown(token)} occurs twice, with ids {vocab[token]} and {id_}",
                     batch.position,
                     code="token-twice",
                 )
@@ -255,7 +262,9 @@ class _Reader:
                 if merges is None:
                     wrong = next(line for line in lines if line.count(b" ") != 1)
                     self.stream.fail(
-                        f"merge {shown(wrong)} is not two tokens and one space", batch.position, code="merge-malformed"
+                        f"merge {shown(wrong)} is not two tokens separated by one space",
+                        batch.position,
+                        code="merge-malformed",
                     )
                 yield batch, merges
 
@@ -282,7 +291,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _MergeBatch:
-    """Merges of one batch: `parts` are left, right, left, right; `lines` is the joined text of what GGUF has."""
+    """Merges of one batch: `parts` alternates left and right; `lines` is the joined text for GGUF."""
 
     parts: list[bytes]
     made: list[bytes]
@@ -301,7 +310,7 @@ class _MergeBatch:
 
     @classmethod
     def of_lines(cls, strings: list[bytes]) -> _MergeBatch | None:
-        """None unless each is two parts and a space between."""
+        """The merges, or None unless each consists of two parts separated by one space."""
         text = joined(strings)
         letters = np.frombuffer(text, dtype=np.uint8)
         marks = letters[(letters == ord(" ")) | (letters == BETWEEN[0])]
@@ -311,26 +320,30 @@ class _MergeBatch:
 
 
 def _without(tokens: list[bytes], ids: list[int], texts: set[bytes], n_vocab: int) -> tuple[list[bytes], list[int]]:
-    """Tokens and ids without those of `texts` that are beyond the rows."""
+    """Tokens and ids, without those tokens of `texts` whose ids are beyond the rows."""
     kept = [(token, id_) for token, id_ in zip(tokens, ids, strict=True) if id_ < n_vocab or token not in texts]
     return [token for token, _ in kept], [id_ for _, id_ in kept]
 
 
 def _pairs_without_spaces(parts: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """A space inside a part becomes byte-level BPE's letter for it, as llama.cpp's converter has it."""
+    """Replace a space inside a part by its byte-level BPE letter, as llama.cpp's converter does."""
     clean = [part.replace(b" ", _SPACE_LETTER) for part in parts]
     return zip(clean[::2], clean[1::2], strict=True)
 
 
 def _keep_first(ranks: NDArray[np.int32], made: NDArray[np.int32], start: int) -> None:
-    """Note the ranks from `start` on of the tokens `made` that have none yet; of a token made twice, the first."""
+    """Set ranks, counting from `start`, of tokens `made` that have none yet; the first merge of a token counts."""
     order = np.arange(start, start + len(made), dtype=np.int32)
     new = ranks[made] < 0
-    ranks[made[new][::-1]] = order[new][::-1]  # of values for one index numpy keeps the last
+    ranks[made[new][::-1]] = order[new][::-1]  # numpy keeps the last value for a repeated index
 
 
 def parse_added_token(entry: Any, file: Place) -> AddedToken:
-    """An added token from its JSON object. SourceError unless it has a text, an id and true flags."""
+    """Return an added token from its JSON object.
+
+    Raises:
+        SourceError: It has no text or id, or a flag is not a boolean.
+    """
     problem = _added_problem(entry)
     if problem:
         raise SourceError(problem, file=file, code="tokenizer-malformed")
@@ -339,24 +352,24 @@ def parse_added_token(entry: Any, file: Place) -> AddedToken:
 
 def _added_problem(entry: Any) -> str | None:
     if not isinstance(entry, Mapping):
-        return f"an added token is an object, not {shown(entry)}"
+        return f"an added token must be an object, not {shown(entry)}"
     id_, text = entry.get("id"), entry.get("content")
     if not isinstance(text, str) or not text:
-        return f"an added token has a text for 'content', not {shown(text)}"
+        return f"'content' of an added token must be a string, not {shown(text)}"
     token = f"added token {shown(text)}"
     if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ <= MAX_ID:
-        return f"{token} has the id {shown(id_)}, which is not a whole number from 0 to 2^64 - 1"
+        return f"{token} has the id {shown(id_)}, not a whole number from 0 to 2^64 - 1"
     for name in _FLAGS:
         if not isinstance(entry.get(name, False), bool):
-            return f"{token} has {shown(entry[name])} for {name!r}, which is true or false"
+            return f"{name!r} of {token} is {shown(entry[name])}; it must be true or false"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return f"{token} has half of a surrogate pair, which is not a character"
+        return f"{token} contains half of a surrogate pair, which is not a character"
     return None
 
 
 def shown(value: Any) -> str:
-    """What a message shows of a file's value: a token's bytes as text, and not more than a line of anything."""
+    """Return `value` for display in a message: bytes as text, shortened to one line."""
     text = repr(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
