@@ -1,2 +1,2 @@
-"""An output file: its names and space (destination), its bytes (directio), what survives a crash (journal), and the
-order that makes it safe (sink); manifest says what is in it."""
+"""Writing an output: its names, locks and space (destination), its bytes (directio), its progress on disk (journal),
+the safe order of steps (sink), and the files written with it (manifest, modelfile)."""

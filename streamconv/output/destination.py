@@ -1,9 +1,9 @@
-"""Where an output will be: what may be replaced, whether another run is writing it, whether there is room.
+"""The destination of an output: what may be replaced, whether another run is writing it, whether there is room.
 
-Names every file that a run writes, makes refusals before any work, locks the destination, renames the finished file,
-and translates the system's errors into messages. No file that the run reads is ever written over; another existing file
-is replaced only if that is allowed, in one step, once the new one is complete. A part file is touched only under the
-lock on its journal, and only if that journal says that streamconv wrote it.
+This module names every file that a run writes, refuses bad destinations before any work, locks the destination, renames
+the finished file, and turns system errors into messages. Files that the run reads are never overwritten. Another
+existing file is replaced only if that is allowed, in one step, once the new one is complete. A part file is touched
+only under the lock on its journal, and only if that journal shows that streamconv wrote it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from streamconv.output.directio import (
 )
 
 _FIELD = re.compile(r"\{(name|outtype|ftype|OUTTYPE|FTYPE)\}")
-_LOCK_ATTEMPTS = 100  # each lost to another run that finished or began at that very moment
-# A batch looks for a moment whether a lock is held, and takes it for that; a run holds it for as long as it writes.
+_LOCK_ATTEMPTS = 100  # each fails only if another run starts or ends at that very moment
+# A batch takes the lock for a moment to test it; a run holds it as long as it writes.
 _LOCK_PATIENCE_SECONDS = 0.25
 _LOCK_PAUSE_SECONDS = 0.01
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
@@ -47,7 +47,7 @@ _AGAIN = "run the same command again to continue"
 
 
 class _Words(NamedTuple):
-    """How an errno is reported."""
+    """The message, hint and code for an errno."""
 
     message: str
     hint: str | None
@@ -65,7 +65,7 @@ _WORDS: dict[int, _Words] = {
     errno.EACCES: _Words("permission denied", _ELSEWHERE, code="permission-denied"),
     errno.EPERM: _Words("the system does not allow it to be written", _ELSEWHERE, code="permission-denied"),
     errno.ENOENT: _Words("the folder for it does not exist", "create it first", code="folder-missing"),
-    errno.ENOTDIR: _Words("a part of its path is not a directory", _ELSEWHERE, code="folder-missing"),
+    errno.ENOTDIR: _Words("a component of its path is not a directory", _ELSEWHERE, code="folder-missing"),
     errno.EISDIR: _Words("is a directory", "give a file in it", code="is-folder"),
     errno.ELOOP: _Words("is a loop of symbolic links", _ELSEWHERE, code="link-loop"),
     errno.ENAMETOOLONG: _Words("its name is too long", "choose a shorter one", code="name-too-long"),
@@ -74,13 +74,13 @@ _WORDS: dict[int, _Words] = {
         "raise it with ulimit -n, or make larger parts",
         code="open-files-limit",
     ),
-    errno.EEXIST: _Words("exists already", "--force replaces it, once the new file is complete", code="exists"),
+    errno.EEXIST: _Words("exists already", "--force replaces it once the new file is complete", code="exists"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The three names of one file to write: where it will be, and its siblings while it is made."""
+    """The three names of an output file: the final one, the part file's, and the journal's."""
 
     path: Path
 
@@ -97,15 +97,20 @@ class Place:
         return self.path, self.part, self.journal
 
     def refuse_existing(self) -> None:
+        """Raise DestinationError if the final name exists."""
         if os.path.lexists(self.path):
             raise failure(FileExistsError(errno.EEXIST, ""), self.path)
 
 
 @dataclass(slots=True)
 class OpenFile:
-    """A file of a run, open.
+    """An open file of a run.
 
-    is_new: it was not there before. is_locked: nobody else has it; false on a filesystem without locks.
+    Attributes:
+        path: Its name.
+        fd: Its descriptor; -1 once it is closed.
+        is_new: Whether this run created it.
+        is_locked: Whether this run holds a lock on it; False on a filesystem without locks.
     """
 
     path: Path
@@ -117,14 +122,20 @@ class OpenFile:
         return os.fstat(self.fd)
 
     def is_there(self) -> bool:
-        """Whether the name is still that of the open file."""
+        """Whether `path` still names the open file."""
         there = _status(self.path, follow_symlinks=False)
         return there is not None and os.path.samestat(there, self.status())
 
     def take_name(self, path: Path, *, replaces: bool) -> None:
-        """This file becomes the one at `path`. OSError where there is one, unless `replaces`.
+        """Rename this file to `path`.
 
-        DestinationError where something else has this file's name by now: that must not become it.
+        Args:
+            path: The new name.
+            replaces: Whether an existing file may be replaced.
+
+        Raises:
+            OSError: `path` exists and must not be replaced, or the system refuses.
+            DestinationError: Another program has removed or replaced this file.
         """
         if not self.is_there():
             raise DestinationError(
@@ -137,7 +148,7 @@ class OpenFile:
         sync_directory(path.parent)
 
     def remove(self) -> None:
-        """Removes the name, if it still is that of the open file; a lock stays until `close`."""
+        """Remove the name if it still belongs to the open file. A lock is held until `close`."""
         unlink_own(self.path, self.fd)
 
     def close(self) -> None:
@@ -147,16 +158,16 @@ class OpenFile:
 
 
 def failure(exc: OSError, path: Path) -> DestinationError:
-    """What the system said, in our words; `path` where it did not say of which file."""
+    """The DestinationError for a system error; `path` is named if the error does not name a file."""
     words = _WORDS.get(exc.errno or 0, _Words(exc.strerror or str(exc), None, code="cannot-write"))
-    # The system names an open file by its number, and of a missing folder the first file that was to lie in it.
-    is_told = isinstance(exc.filename, str | Path) and exc.errno != errno.ENOENT
-    return DestinationError(words.message, file=exc.filename if is_told else path, hint=words.hint, code=words.code)
+    # For an open file the name is its number, and for a missing folder it is the first file that was created in it.
+    is_named = isinstance(exc.filename, str | Path) and exc.errno != errno.ENOENT
+    return DestinationError(words.message, file=exc.filename if is_named else path, hint=words.hint, code=words.code)
 
 
 @contextmanager
 def failures(path: Path) -> Iterator[None]:
-    """Every OSError inside becomes a DestinationError."""
+    """Turn every OSError inside the `with` into a DestinationError."""
     try:
         yield
     except OSError as exc:
@@ -164,12 +175,19 @@ def failures(path: Path) -> Iterator[None]:
 
 
 def output_path(dst: str | Path | None, default: str, *, name: str, outtype: str) -> Path:
-    """What a caller named as the output; `default`, in the current directory, where that is nothing.
+    """The path of the output: `dst` with its fields filled in, or `default` in the current directory if it is None.
 
-    {name}, {outtype} and {ftype} in it are filled in, in capitals for {OUTTYPE} and {FTYPE}: as in a jobs file and in
-    --outfile of llama.cpp's converters. Other braces are part of a name.
+    Args:
+        dst: A path with fields, as in a jobs file and in --outfile of llama.cpp's converters: {name}, {outtype} and
+            {ftype}, and {OUTTYPE} and {FTYPE} for capitals. Other braces are part of the name.
+        default: The path to use without `dst`.
+        name: The model's name.
+        outtype: The file's type.
+
+    Raises:
+        DestinationError: `dst` ends in a slash.
     """
-    if isinstance(dst, str) and dst.endswith(os.sep):  # which Path would drop
+    if isinstance(dst, str) and dst.endswith(os.sep):  # Path would drop the slash
         raise failure(IsADirectoryError(errno.EISDIR, ""), Path(dst))
     if dst is None:
         return Path(default)
@@ -178,7 +196,15 @@ def output_path(dst: str | Path | None, default: str, *, name: str, outtype: str
 
 
 def claim(paths: Sequence[Path], sources: Mapping[FileId, Path]) -> list[Place]:
-    """The names for every file that one run writes. DestinationError where two of them are the same; as `resolve`."""
+    """The names of every file that one run writes.
+
+    Args:
+        paths: The final names.
+        sources: The files that the run reads.
+
+    Raises:
+        DestinationError: Two names are the same, or as `resolve`.
+    """
     places = [resolve(path, sources) for path in paths]
     for name, count in Counter(name for place in places for name in place.names).items():
         if count > 1:
@@ -187,10 +213,15 @@ def claim(paths: Sequence[Path], sources: Mapping[FileId, Path]) -> list[Place]:
 
 
 def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) -> Place:
-    """The names for `dst`. A symbolic link is followed: what it points to is what will be replaced.
+    """The names for an output. A symbolic link is followed: its target is the file that will be replaced.
 
-    Raises DestinationError where `dst` could never be written: a directory, a pipe, a device, one of `sources`; or
-    where something else than an unfinished output has one of its names.
+    Args:
+        dst: The final name.
+        sources: The files that the run reads.
+
+    Raises:
+        DestinationError: `dst` can never be written, because it is a directory, a pipe, a device or one of `sources`,
+            or one of its other names is not a regular file.
     """
     try:
         found = _status(dst)
@@ -199,7 +230,7 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
         siblings = {path: status for path in place.names[1:] if (status := _status(path, follow_symlinks=False))}
     except OSError as exc:
         raise failure(exc, dst) from None
-    except ValueError as exc:  # a NUL, or characters that the system's encoding lacks
+    except ValueError as exc:  # a NUL, or characters that the system's encoding does not have
         raise DestinationError(
             f"is not a file name: {exc}", file=repr(str(dst)), hint=_ELSEWHERE, code="file-name"
         ) from None
@@ -209,7 +240,7 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
         raise DestinationError(
             "is a pipe or a device",
             file=dst,
-            hint="an output is not written in order, so give a regular file",
+            hint="outputs are not written in order: name a regular file",
             code="not-regular-file",
         )
     for status in taken:
@@ -223,22 +254,28 @@ def resolve(dst: Path, sources: Mapping[FileId, Path] = MappingProxyType({})) ->
 
 
 def write_text(place: Place, text: str, *, replaces: bool) -> None:
-    """`text` in a small file, as `write_bytes` writes it."""
+    """Write a small text file in UTF-8, as `write_bytes` does."""
     write_bytes(place, text.encode(), replaces=replaces)
 
 
 def write_bytes(place: Place, data: bytes, *, replaces: bool) -> None:
-    """`data` in a small file: all of it or, where this fails, what was there before.
+    """Write a small file completely, or leave what was there before.
 
-    Raises DestinationError; also where there is a file with other bytes, unless `replaces`.
+    Args:
+        place: The names of the file.
+        data: Its content. If the file already has it, nothing is written.
+        replaces: Whether a file with other content may be replaced.
+
+    Raises:
+        DestinationError: The file cannot or must not be written.
     """
     with failures(place.path), suppress(FileNotFoundError):
         if place.path.stat().st_size == len(data) and place.path.read_bytes() == data:
-            return  # written by the run that this one resumes
+            return  # the run that this one resumes wrote it
     with failures(place.path), ExitStack() as stack:
         part = open_locked(place.part)
         stack.callback(part.close)
-        stack.callback(part.remove)  # where it still has that name
+        stack.callback(part.remove)  # if it still has that name
         os.ftruncate(part.fd, 0)
         write_all(part.fd, memoryview(data), 0)
         os.fsync(part.fd)
@@ -246,7 +283,11 @@ def write_bytes(place: Place, data: bytes, *, replaces: bool) -> None:
 
 
 def open_locked(path: Path) -> OpenFile:
-    """The file at `path`, locked, made where it was missing. DestinationError where another run has it."""
+    """The file at `path`, opened or created, and locked.
+
+    Raises:
+        DestinationError: Another run holds the lock.
+    """
     deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
     for _ in range(_LOCK_ATTEMPTS):
         file = _open_or_create(path)
@@ -254,7 +295,7 @@ def open_locked(path: Path) -> OpenFile:
             continue
         try:
             file.is_locked = _lock(file.fd, deadline)
-            # The run that held the lock before may have renamed or removed the file that was opened here.
+            # The previous holder of the lock may have renamed or removed the file that was opened here.
             if file.is_there():
                 return file
         except BlockingIOError:
@@ -270,7 +311,7 @@ def open_locked(path: Path) -> OpenFile:
 
 
 def create_part(path: Path) -> OpenFile:
-    """A new part file. DestinationError where something else has taken its name."""
+    """A new part file; DestinationError if its name is taken."""
     try:
         return OpenFile(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True)
     except FileExistsError:
@@ -278,7 +319,7 @@ def create_part(path: Path) -> OpenFile:
 
 
 def open_part(path: Path) -> OpenFile | None:
-    """The part file that an earlier run left; None where there is none."""
+    """The part file of an earlier run; None if there is none."""
     if (there := _status(path, follow_symlinks=False)) is None:
         return None
     _check_sibling(path, there)
@@ -288,9 +329,9 @@ def open_part(path: Path) -> OpenFile | None:
 
 
 def foreign(path: Path) -> DestinationError:
-    """The error for a file that has the name of an unfinished output and was not written by streamconv."""
+    """The error for a file with the name of a part file or journal that streamconv did not write."""
     return DestinationError(
-        "was not written by streamconv, and is not touched",
+        "was not written by streamconv, so it is left as it is",
         file=path,
         hint=f"move it away, or {_ELSEWHERE}",
         code="part-foreign",
@@ -298,7 +339,11 @@ def foreign(path: Path) -> DestinationError:
 
 
 def check_folder(place: Place) -> None:
-    """DestinationError where the folder of a file that is written last would not take it: better told first."""
+    """Check, before any work, that the folder of a file that is written at the end is writable.
+
+    Raises:
+        DestinationError: It is missing or not writable.
+    """
     with failures(place.path):
         folder = place.path.parent
         folder.stat()
@@ -307,9 +352,16 @@ def check_folder(place: Place) -> None:
 
 
 def check_room(places: Sequence[Place], sizes: Sequence[int]) -> None:
-    """DestinationError, with the numbers, where all of them together need more than their filesystem has.
+    """Check that there is enough disk space for all outputs of a run together.
 
-    What unfinished outputs take already, or have as finished ones, is not needed again.
+    Space that earlier runs have already taken for these outputs counts as available.
+
+    Args:
+        places: The outputs; all are on one filesystem.
+        sizes: Their sizes in bytes.
+
+    Raises:
+        DestinationError: There is not enough; the message has the numbers.
     """
     with failures(places[0].path):
         needed = sum(max(0, size - _held_nbytes(one)) for one, size in zip(places, sizes, strict=True))
@@ -320,16 +372,23 @@ def check_room(places: Sequence[Place], sizes: Sequence[int]) -> None:
 
 
 def reserve_space(fd: int, nbytes: int, path: Path) -> None:
-    """Gives the open file its full size and, where the filesystem can, the disk space for it.
+    """Give the open file its full size and, if the filesystem supports that, its disk space.
 
-    Raises DestinationError with the numbers where there is too little; OSError on other faults.
+    Args:
+        fd: The file.
+        nbytes: Its full size.
+        path: Its name, for messages.
+
+    Raises:
+        DestinationError: There is not enough space; the message has the numbers.
+        OSError: Another fault.
     """
     needed = max(0, nbytes - os.fstat(fd).st_blocks * 512)
     volume = os.fstatvfs(fd)
     available = volume.f_bavail * volume.f_frsize
-    is_known = volume.f_blocks > 0  # some network filesystems say nothing
+    is_known = volume.f_blocks > 0  # some network filesystems report nothing
 
-    # Asking for more than there is would take all of it from everybody else until the refusal.
+    # A request for more than there is would occupy all free space until it fails.
     if is_known and needed > volume.f_bfree * volume.f_frsize:
         raise _too_little(needed, available, path)
     try:
@@ -337,11 +396,11 @@ def reserve_space(fd: int, nbytes: int, path: Path) -> None:
     except OSError as exc:
         if exc.errno not in _NO_ROOM:
             raise
-        volume = os.fstatvfs(fd)  # as it is now: another may have taken it
+        volume = os.fstatvfs(fd)  # once more: another program may have taken the space
         available = volume.f_bavail * volume.f_frsize
         if needed > available:
             raise _too_little(needed, available, path) from None
-        raise failure(exc, path) from None  # such as a quota: the numbers would say that there is room
+        raise failure(exc, path) from None  # such as a quota, for which the numbers would be misleading
     if not is_reserved and is_known and needed > available:
         raise _too_little(needed, available, path)
 
@@ -356,7 +415,7 @@ def _too_little(needed: int, available: int, path: Path) -> DestinationError:
 
 
 def _held_nbytes(place: Place) -> int:
-    """Disk space that an earlier run has taken for this output."""
+    """The disk space that an earlier run has already taken for this output, in bytes."""
     if (part := _status(place.part, follow_symlinks=False)) is not None:
         return part.st_blocks * 512
     published = _status(place.path) if os.path.lexists(place.journal) else None
@@ -366,19 +425,22 @@ def _held_nbytes(place: Place) -> int:
 def _check_sibling(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise DestinationError(
-            "is in the place of the unfinished output", file=path, hint="move it away", code="part-foreign"
+            "is not a regular file, but has the name of the unfinished output",
+            file=path,
+            hint="move it away",
+            code="part-foreign",
         )
 
 
 def _open_or_create(path: Path) -> OpenFile | None:
-    """None where it vanished between two looks."""
+    """The file at `path`, opened or created; None if it vanished in between."""
     with suppress(FileExistsError):
         return OpenFile(path, open_plain(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), is_new=True)
     return open_part(path)
 
 
 def _lock(fd: int, deadline: float) -> bool:
-    """True once this process has the lock; BlockingIOError where another still has it at the deadline."""
+    """Lock the file; False if its filesystem has no locks. BlockingIOError if another process keeps it too long."""
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,12 @@
 """A file of known size, filled in chunks past the page cache if the filesystem supports that.
 
-Wraps the system calls of writing, their fallbacks, and those that Python's `os` lacks. `write` returns when every byte
-of its piece has been accepted, however the system split or refused the calls; at most WRITE_BEHIND_NBYTES wait in the
-page cache; `sync` reports every fault of the disk.
+This module wraps the system calls for writing, their fallbacks, and calls that Python's `os` does not have. `write`
+returns when every byte has been accepted, however the system split or refused the calls; at most WRITE_BEHIND_NBYTES
+wait in the page cache; `sync` reports every fault of the disk.
 
-Measured on ext4 (2.34 GB, two threads): direct writes into reserved space cost half the CPU time of the page cache at
-the same speed, and do not fill a small cgroup with dirty pages; without the reservation they take 1.3 times as long.
+Measured on ext4 (2.34 GB, two threads): direct writes into reserved space take half the CPU time of writes through the
+page cache at the same speed, and do not fill a small cgroup with dirty pages; without the reservation they take 1.3
+times as long.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 DIRECT_ALIGNMENT = 4096  # address, offset and length: the largest logical block of common disks
 WRITE_BEHIND_NBYTES = 32 << 20
 
-# What filesystems answer to a call that they do not know; any other error is a fault.
+# The errors of filesystems that do not support a call; any other error is a fault.
 UNSUPPORTED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY, errno.EXDEV})
 
 _FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
@@ -39,22 +40,26 @@ _OFF = ctypes.c_int64
 
 
 class ChunkFile:
-    """A regular file, written at any offset from any number of threads. `fd` stays the caller's.
+    """A regular file, written at any offset from any number of threads.
 
-    Every method raises OSError as the system gives it.
+    All methods raise the system's OSError.
+
+    Args:
+        fd: A descriptor of the file, which the caller closes.
+        path: Its name.
     """
 
     def __init__(self, fd: int, path: Path) -> None:
         self.fd = fd
-        # Direct writes need a descriptor of their own. So does writing behind: a disk's fault is told once to each
-        # descriptor, and the one to hear it must be the one that `sync` asks.
+        # Direct writes need a descriptor of their own. So does writing behind: the system reports a disk fault once to
+        # each descriptor, and `sync` must receive it on `fd`.
         self._second_fd, self._is_direct = _open_second(fd, path)
         self._waiting: deque[tuple[int, int]] = deque()
         self._waiting_nbytes = 0
         self._lock = Lock()
 
     def write(self, view: NDArray[np.uint8], offset: int) -> None:
-        """Writes all of `view` at `offset`; fastest where both start on a page and whole pages follow."""
+        """Write all of `view` at `offset`; fastest if memory, offset and length are multiples of DIRECT_ALIGNMENT."""
         rest = view.data
         if self._is_direct and not (view.ctypes.data | offset) % DIRECT_ALIGNMENT:
             done = self._write_direct(rest[: len(rest) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT], offset)
@@ -64,18 +69,21 @@ class ChunkFile:
             self._write_behind(offset, len(rest))
 
     def sync_data(self) -> None:
-        """Returns when all that was written before the call is on the disk."""
+        """Return once everything written before the call is on the disk."""
         sync_data(self.fd)
 
     def sync(self) -> None:
-        """As `sync_data`, with the file's size and times."""
+        """Like `sync_data`, including the file's size and times."""
         _sync(self.fd, os.fsync)
 
     def close(self) -> None:
         os.close(self._second_fd)
 
     def _write_direct(self, view: memoryview, offset: int) -> int:
-        """Bytes accepted: all, or fewer where the filesystem refuses direct writes or splits one within a block."""
+        """Write directly, and return the number of bytes accepted.
+
+        That is all, or fewer if the filesystem refuses direct writes or accepts a part of a block.
+        """
         done = 0
         while done < len(view) and done % DIRECT_ALIGNMENT == 0:
             try:
@@ -88,7 +96,7 @@ class ChunkFile:
         return done
 
     def _write_behind(self, offset: int, nbytes: int) -> None:
-        """Starts the transfer of a range to the disk, and sees the oldest ones out of the page cache."""
+        """Start writing a range to the disk, and drop the oldest ranges from the page cache once they are written."""
         _sync_range(self._second_fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
         with self._lock:
             self._waiting.append((offset, nbytes))
@@ -103,21 +111,27 @@ class ChunkFile:
 
 
 def open_plain(path: Path, flags: int) -> int:
-    """A descriptor of `path` that no child inherits. Never follows a symbolic link or waits for a FIFO's other end."""
+    """A descriptor of `path` that child processes do not inherit.
+
+    It never follows a symbolic link, and never waits for the other end of a FIFO.
+    """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def write_all(fd: int, view: memoryview, offset: int) -> None:
-    """Writes all of `view` at `offset`, in however many calls the system takes it."""
+    """Write all of `view` at `offset`, in as many calls as the system needs."""
     done = 0
     while done < len(view):
         done += _accepted(os.pwrite(fd, view[done:], offset + done))
 
 
 def reserve(fd: int, nbytes: int) -> bool:
-    """Gives the file `nbytes` of size and disk space; False where the filesystem can only set the size.
+    """Give the file a size of `nbytes` and the disk space for it.
 
-    posix_fallocate is not used: where a filesystem cannot reserve, glibc writes into every block instead.
+    posix_fallocate is not used: if a filesystem cannot reserve space, glibc writes into every block instead.
+
+    Returns:
+        Whether the space was reserved; if not, only the size was set.
     """
     if _reserve(fd, 0, nbytes):
         return True
@@ -126,17 +140,17 @@ def reserve(fd: int, nbytes: int) -> bool:
 
 
 def reserve_beyond_end(fd: int, nbytes: int) -> None:
-    """Keeps disk space for `nbytes` without changing the file's size, where the filesystem can."""
+    """Reserve disk space for `nbytes` without changing the file's size, if the filesystem supports that."""
     _reserve(fd, _FALLOC_FL_KEEP_SIZE, nbytes)
 
 
 def sync_data(fd: int) -> None:
-    """fdatasync, or the nearest thing that the system has."""
+    """fdatasync, or fsync if the system does not have it."""
     _sync(fd, getattr(os, "fdatasync", os.fsync))
 
 
 def sync_directory(path: Path) -> None:
-    """Returns when the names in the directory `path` are on the disk, where a directory can be synced at all."""
+    """Return once the names in the directory `path` are on the disk, if the system can sync directories."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:
@@ -151,7 +165,7 @@ def sync_directory(path: Path) -> None:
 
 
 def rename_new(src: Path, dst: Path) -> None:
-    """Renames `src` to `dst` unless that name is taken: FileExistsError."""
+    """Rename `src` to `dst`; FileExistsError if that name is taken."""
     try:
         if _call("renameat2", (_AT_FDCWD, os.fsencode(src), _AT_FDCWD, os.fsencode(dst), _RENAME_NOREPLACE)):
             return
@@ -164,7 +178,7 @@ def rename_new(src: Path, dst: Path) -> None:
 
 
 def unlink_own(path: Path, fd: int) -> None:
-    """Removes the name `path` if it still is that of the open file `fd`."""
+    """Remove the name `path` if it still belongs to the open file `fd`."""
     with suppress(FileNotFoundError):
         if os.path.samestat(path.lstat(), os.fstat(fd)):
             path.unlink()
@@ -189,7 +203,7 @@ def _open_second(fd: int, path: Path) -> tuple[int, bool]:
 
 
 def _accepted(nbytes: int) -> int:
-    if nbytes == 0:  # no progress and no reason given: trying again would not end
+    if nbytes == 0:  # no progress and no error: a retry could loop forever
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return nbytes
 
@@ -208,7 +222,7 @@ def _sync_range(fd: int, offset: int, nbytes: int, flags: int) -> None:
 
 
 def _forget(fd: int, offset: int, nbytes: int) -> None:
-    """Lets the page cache drop a range that is on the disk: advice, which systems may lack or refuse."""
+    """Advise the system to drop a range that is on the disk from the page cache."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -219,7 +233,7 @@ def _reserve(fd: int, mode: int, nbytes: int) -> bool:
 
 
 def _call(name: str, arguments: tuple[object, ...]) -> bool:
-    """Calls the C library's `name`; False where system or filesystem do not have it. Raises OSError on a fault."""
+    """Call a function of the C library; False if the system or filesystem does not support it, OSError on a fault."""
     function = getattr(_libc(), name, None)
     if function is None:
         return False

@@ -1,9 +1,9 @@
-r"""The journal beside an unfinished output: what it is made from, and how much of it has reached the disk.
+r"""The journal of an unfinished output: what the output is made from, and how much of it is on the disk.
 
-A line of `OUT.part.journal` is `<digest> <JSON>\n`. The first one is the header; each later one replaces the one
-before it. Every digest covers its line and the line before it, so a torn, missing or foreign line ends the journal
-there: whatever is read back was written whole, by one run and those that resumed it. sink.py syncs the data before it
-writes a record.
+A line of `OUT.part.journal` is `<digest> <JSON>\n`. The first line is the header; each later line is a record that
+replaces the one before it. Every digest covers its line and the previous digest, so a torn, missing or foreign line
+ends the journal there: every line that is read back was written completely, by one run and those that resumed it.
+sink.py syncs the data before it writes a record.
 """
 
 from __future__ import annotations
@@ -19,23 +19,29 @@ from typing import Any
 from streamconv.output.directio import open_plain, reserve_beyond_end, sync_data, unlink_own, write_all
 
 VERSION = 1
-MAX_LINE_NBYTES = 16 << 20  # far above a header that names every shard of a large model
+MAX_LINE_NBYTES = 16 << 20  # far more than a header that names every shard of a large model
 _DIGEST_NBYTES = 16
-_RECORD_ALLOWANCE_NBYTES = 1024  # disk space kept for one record
+_RECORD_ALLOWANCE_NBYTES = 1024  # disk space reserved for one record
 _MAX_NAMED_DIFFERENCES = 4
 _MAX_SHOWN_CHARS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """All that decides the bytes of the output. `identity` maps the name of an input or option to its value."""
+    """Everything that determines the bytes of the output.
+
+    Attributes:
+        nbytes: The size of the output.
+        identity: The value of every input and option, by name.
+        version: Of the journal's format.
+    """
 
     nbytes: int
     identity: Mapping[str, str]
     version: int = VERSION
 
     def differences(self, other: Header) -> str:
-        """What differs in `other`, in words, old value first; empty where the two describe the same output."""
+        """The differences from `other`, for a message, with this header's value first; empty if there are none."""
         mine, theirs = self._items(), other._items()
         names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
         named = [_change(name, mine.get(name), theirs.get(name)) for name in names[:_MAX_NAMED_DIFFERENCES]]
@@ -49,7 +55,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """A finished file, recognisable under another name: a rename changes none of the three."""
+    """Identifies a finished file: a rename changes none of these."""
 
     inode: int
     nbytes: int
@@ -62,9 +68,12 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Bytes 0 to `prefix_nbytes` are on the disk. `state` is the caller's own, of exactly these bytes.
+    """How far an output has got.
 
-    `finished` is there once the whole file has been synced and only its rename is missing.
+    Attributes:
+        prefix_nbytes: This many bytes from the start are on the disk.
+        state: The caller's data about exactly these bytes.
+        finished: Set once the whole file is on the disk and only has to be renamed.
     """
 
     prefix_nbytes: int = 0
@@ -74,7 +83,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a journal holds: its header, its last whole record, and where and with which digest that one ends."""
+    """The valid part of a journal: its header and last record, and the offset and digest at the end of that record."""
 
     header: Header
     record: Record
@@ -83,9 +92,10 @@ class Contents:
 
 
 def read(path: Path) -> Contents | None:
-    """What the journal at `path` holds up to its first invalid line; None where there is no valid header.
+    """The valid part of the journal at `path`, up to its first invalid line; None if there is no valid header.
 
-    Raises OSError where the file is there and cannot be read.
+    Raises:
+        OSError: The file exists, but cannot be read.
     """
     try:
         fd = open_plain(path, os.O_RDONLY)
@@ -107,16 +117,17 @@ def read(path: Path) -> Contents | None:
 
 
 def is_torn(path: Path) -> bool:
-    """Whether a file that `read` gives nothing of can be a header that a power cut left empty, or in pieces.
+    """Whether a file without a valid header can be a journal whose header a power cut left empty or incomplete.
 
-    Raises OSError where the file cannot be read.
+    Raises:
+        OSError: The file cannot be read.
     """
     with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
         return not file.read(2 * _DIGEST_NBYTES).strip(b"0123456789abcdef\0")
 
 
 class Journal:
-    """An open journal, ready for the next record. Every method raises OSError as the system gives it."""
+    """An open journal, ready for the next record. All methods raise the system's OSError."""
 
     def __init__(self, path: Path, fd: int, end: int, digest: bytes) -> None:
         self._path = path
@@ -126,9 +137,9 @@ class Journal:
 
     @classmethod
     def begin(cls, path: Path, fd: int, header: Header) -> Journal:
-        """A journal in the open file at `path`, in place of what was there, its header durable.
+        """Start a journal in the open file at `path`, replacing its content; return once the header is on the disk.
 
-        `fd` belongs to the journal from now on.
+        The journal owns `fd` from then on.
         """
         journal = cls(path, fd, 0, b"")
         if os.fstat(fd).st_size:
@@ -138,19 +149,19 @@ class Journal:
 
     @classmethod
     def reopen(cls, path: Path, fd: int, contents: Contents) -> Journal:
-        """The journal that `contents` was read from. What follows its last whole record is written over."""
+        """Continue the journal that `contents` was read from, overwriting what follows its last valid record."""
         return cls(path, fd, contents.end, contents.digest)
 
     def reserve(self, n_records: int) -> None:
-        """Takes disk space for so many records: others that fill the disk must not stop a run that has its space."""
+        """Reserve disk space for `n_records` records, so that a run with its space is not stopped by a full disk."""
         reserve_beyond_end(self._fd, self._end + n_records * _RECORD_ALLOWANCE_NBYTES)
 
     def append(self, record: Record) -> None:
-        """Returns when the record is durable. The caller has synced what it covers."""
+        """Append a record and return once it is on the disk. The caller must have synced the bytes that it covers."""
         self._append(asdict(record))
 
     def remove(self) -> None:
-        """Removes the file, unless the name belongs to another run by now."""
+        """Remove the file, unless its name now belongs to another run."""
         unlink_own(self._path, self._fd)
 
     def close(self) -> None:
@@ -167,7 +178,7 @@ class Journal:
 
 
 def _valid_lines(lines: Iterator[bytes]) -> Iterator[tuple[bytes, int, bytes]]:
-    """(JSON, end of the line in the file, its digest) of each line up to the first that is not whole."""
+    """(JSON, end of the line in the file, digest) of each line up to the first invalid one."""
     digest, end = b"", 0
     for line in lines:
         found, _, payload = line.removesuffix(b"\n").partition(b" ")
@@ -183,7 +194,7 @@ def _digest(previous: bytes, payload: bytes) -> bytes:
 
 
 def _header(value: dict[str, Any]) -> Header:
-    """Of any version. TypeError, here as below, on what no version writes."""
+    """The header in a line, of any version; TypeError if no version writes such a line."""
     identity, version = value.get("identity", {}), value["version"]
     if type(version) is not int or not all(isinstance(item, str) for item in identity.values()):
         raise TypeError
@@ -191,6 +202,7 @@ def _header(value: dict[str, Any]) -> Header:
 
 
 def _record(value: dict[str, Any], nbytes: int) -> Record:
+    """The record in a line; TypeError if no version writes such a line."""
     prefix, state, finished = value["prefix_nbytes"], value["state"], value["finished"]
     if type(prefix) is not int or not 0 <= prefix <= nbytes or not isinstance(state, dict):
         raise TypeError

@@ -1,6 +1,6 @@
 """Digests of a finished file: of the whole file and of each tensor's data (OUT.manifest.json, schema 1).
 
-The bytes are read back from the file, so that the digests describe what is on the disk.
+The bytes are read back from the file, so the digests describe the file on the disk.
 """
 
 from __future__ import annotations
@@ -22,14 +22,22 @@ BUFFER_NBYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """sha256 in hexadecimal: of the whole file, and of each tensor's data by target name, in file order."""
+    """SHA-256 in hexadecimal: of the whole file, and of each tensor's data by name, in file order."""
 
     whole: str
     tensors: dict[str, str]
 
 
 def digest(path: Path, layout: Layout) -> Digests:
-    """The digests of the file at `path`, which `layout` describes. SourceError where it cannot be read."""
+    """The digests of a finished file.
+
+    Args:
+        path: The file.
+        layout: Its layout.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
     file = LocalBlob(path)
     try:
         whole = hashlib.sha256()
@@ -60,12 +68,12 @@ def _blocks(file: LocalBlob, start: int, end: int) -> Iterator[memoryview]:
 
 
 def manifest_path(dst: Path) -> Path:
-    """Beside the file at `dst`."""
+    """The path of the manifest of the file at `dst`, in the same folder."""
     return dst.with_name(f"{dst.name}.manifest.json")
 
 
 def manifest_text(dst: Path, layout: Layout, digests: Digests) -> str:
-    """The manifest of the file at `dst`; shapes row-major, offsets from its start."""
+    """The manifest of the file at `dst` as JSON: shapes are row-major, offsets count from the start of the file."""
     tensors: list[dict[str, Any]] = [
         {
             "name": step.target,

@@ -1,7 +1,7 @@
 """Ollama's Modelfile for a finished output: the file to run, and the prompt format if it is known for certain.
 
-A chat template is recognised by its complete text or not at all; for any other one Ollama derives a prompt format from
-the GGUF. The formats are those for chats without tools, and without BOS, which the tokenizer adds.
+A chat template is recognised only by its complete text; for all others, Ollama derives a prompt format from the GGUF.
+The formats are for chats without tools, and do not contain BOS, which the tokenizer adds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's form in Go's template language, and the tokens that end an answer."""
+    """A prompt format in Go's template language, and the tokens that end an answer."""
 
     template: str
     stops: tuple[str, ...]
@@ -41,13 +41,13 @@ LLAMA_3 = Prompt(
     ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
 
-# sha256 of a chat template, stripped, with line ends inside of it as \n: so they stand in tokenizer_config.json too.
+# SHA-256 of a chat template, stripped, with its line breaks as \n, as they are in tokenizer_config.json.
 _KNOWN: Mapping[str, Prompt] = {
-    # ChatML: as transformers had it by default; with a default for add_generation_prompt; with the BOS token before it.
+    # ChatML: transformers' former default; with a default for add_generation_prompt; with a BOS token before it.
     "fcf7a096fe99a48fd9ad2b250bf9237e96e8f48bffec1c7ea4d3f225176cd40e": CHATML,
     "d7b5b8c7b58f7a6bf868aa46a5f73ee976d7292f40fcb9c3e7a1defd8d235cfb": CHATML,
     "bbb11deafc46a882550f9757a6fb189cfe6c8a47c1ebacd37ca8f8cc20836a30": CHATML,
-    # LFM2's, of which this is the form without tools (LFM2.5-1.2B-Base's chat_template.jinja).
+    # LFM2's, which is ChatML for chats without tools (LFM2.5-1.2B-Base's chat_template.jinja).
     "dbdb865950da4567c1fbcf449414b82100f25a1cf52a29f38a877869ba41da7a": CHATML,
     # Llama 3's first one, without tools (Meta-Llama-3-8B-Instruct's tokenizer_config.json).
     "4f46ecd43418f216df8c26936c60e5d04bcc81db47db5d86fbe889f64212dd4c": LLAMA_3,
@@ -55,19 +55,25 @@ _KNOWN: Mapping[str, Prompt] = {
 
 
 def find_prompt(chat_template: str) -> Prompt | None:
-    """The prompt of a chat template in Jinja, None where it is none of the known ones."""
+    """The prompt format of a chat template in Jinja; None if it is not a known one."""
     text = chat_template.strip().replace("\n", "\\n")
     return _KNOWN.get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
 
 
 def modelfile_path(output: Path) -> Path:
-    """LFM2-1.2B-Q8_0.Modelfile beside LFM2-1.2B-Q8_0.gguf."""
+    """The path of the Modelfile for an output: LFM2-1.2B-Q8_0.Modelfile for LFM2-1.2B-Q8_0.gguf."""
     return output.with_name(f"{output.name.removesuffix('.gguf')}.Modelfile")
 
 
 @dataclass(frozen=True, slots=True)
 class Modelfile:
-    """All of it is known before the output is written."""
+    """A Modelfile, planned before the output is written.
+
+    Attributes:
+        path: Where it will be written.
+        text: Its content.
+        has_prompt: Whether it contains a prompt format.
+    """
 
     path: Path
     text: str
@@ -75,11 +81,16 @@ class Modelfile:
 
 
 def plan_modelfile(output: Part, place: Place | None = None, projectors: Sequence[Path] = ()) -> Modelfile:
-    """The Modelfile beside `output`, for the model in it, or for the adapter in it on the base at `place`.
+    """The Modelfile for an output, in the same folder.
 
-    projectors: of a vision model, which Ollama takes as further lines of FROM.
+    Args:
+        output: A model, or an adapter.
+        place: The base of an adapter.
+        projectors: The projectors of a vision model, which Ollama takes as further FROM lines.
 
-    UsageError where Ollama could not take it: a part of a split, an adapter whose base is not a GGUF file.
+    Raises:
+        UsageError: Ollama could not import it: the output is split, or an adapter's base is not a local GGUF file, or a
+            path cannot be written in a Modelfile.
     """
     if output.is_of_split:
         raise UsageError("--modelfile needs a single file: Ollama cannot import split ones", code="option-conflict")
@@ -88,7 +99,7 @@ def plan_modelfile(output: Part, place: Place | None = None, projectors: Sequenc
         raise UsageError(
             "--modelfile needs the base's GGUF, to which Ollama applies the adapter",
             file=place,
-            hint="convert the base first and give its GGUF as --base",
+            hint="convert the base first and give its GGUF file as --base",
             code="option-conflict",
         )
     path = modelfile_path(output.path)
@@ -105,8 +116,8 @@ def plan_modelfile(output: Part, place: Place | None = None, projectors: Sequenc
 
 
 def _beside(target: Path, path: Path) -> str:
-    """`target` as seen from the Modelfile, with the ./ or ../ by which Ollama knows a path from a model's name."""
-    # Only between real folders does ../ lead from one to the other.
+    """`target` relative to the Modelfile, beginning with ./ or ../ so that Ollama takes it for a path."""
+    # Symbolic links are resolved first, since ../ leads to the parent of the real folder.
     seen = os.path.relpath(Path(os.path.realpath(target.parent), target.name), os.path.realpath(path.parent))
     if not seen.isprintable():
         raise UsageError("a Modelfile cannot name this path", file=target, code="modelfile-path")

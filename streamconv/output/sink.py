@@ -1,16 +1,16 @@
-"""The output file: a sibling part file that becomes the destination once every declared byte is in it and on the disk.
+"""The output file: a part file next to the destination, which it becomes once all its bytes are on the disk.
 
-Whatever stops a run, the destination is the old file or the complete new one (for a set: the old one, the complete new
-one, or one without its first part, which nothing loads), and a journal never claims more than the disk holds. This
-follows from the order of steps:
+Whatever stops a run, the destination is either the old file or the complete new one (for a set: the old set, the
+complete new one, or one without its first part, which no program loads), and a journal never claims more than is on the
+disk. This follows from the order of steps:
 
     lock the journal > its header, synced > part file, its space     a power cut here: nothing to resume
     > chunks > sync them > journal record > ...                      a record follows the bytes that it describes
     > sync the file > "finished" record > rename > sync the directory > remove the journal
 
-So a part file without a journal does not belong to a run, and is never touched. For the same reason a part file is
-removed before its journal, with the directory synced in between. A journal without a part file is started over before
-there is a part file again, so that it can never describe another file's bytes.
+So a part file without a journal does not belong to a run, and is never touched. For the same reason, a part file is
+removed before its journal, with the directory synced in between. A journal without a part file is rewritten before a
+new part file is created, so that it never describes another file's bytes.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ from streamconv.output.destination import (
 from streamconv.output.directio import ChunkFile, sync_directory
 from streamconv.output.journal import Contents, Header, Journal, Record, Stamp
 
-MIN_RECORD_STEP_NBYTES = 64 << 20  # the journal's disk space is reserved for records no closer than this
+MIN_RECORD_STEP_NBYTES = 64 << 20  # disk space for the journal is reserved for one record per this many bytes
 
 _Begun: TypeAlias = tuple[OpenFile, Journal]
 
 
 class Sink:
-    """One output being written. A context manager: left before `publish`, it leaves the destination as it was.
+    """One output being written. A context manager: if it is left before `publish`, the destination is as before.
 
-    Once there was a write the part file and its journal stay, whatever ended the run, and the next one goes on with
-    them; unless what was written is known to be wrong, as it is after a SourceError or a VerifyError. Leaving waits for
-    the writes that other threads have begun.
+    After the first write, the part file and its journal are kept whatever ends the run, so that the next run can
+    continue. They are removed if the bytes are known to be wrong, as after a SourceError or a VerifyError. Leaving
+    waits for writes that other threads have started.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Sink:
         self._file = None if part is None else ChunkFile(part.fd, part.path)
         self._journal = journal
         self._begun_with = begun_with
-        self.recorded_nbytes = begun_with.prefix_nbytes  # that survive whatever stops the run
+        self.recorded_nbytes = begun_with.prefix_nbytes  # kept whatever stops the run
         self._state = begun_with.state
         self._replaces = replaces
-        self._is_published = part is None  # by an earlier run, of which only the journal was left
+        self._is_published = part is None  # by an earlier run, which left only its journal
         self._covered = Coverage(begun_with.prefix_nbytes)
         self._has_work = begun_with.prefix_nbytes > 0
         self._idle = Condition()
@@ -96,20 +96,20 @@ class Sink:
     def create(
         cls, place: Place, nbytes: int, *, identity: Mapping[str, str], force: bool = False, restart: bool = False
     ) -> Self:
-        """A sink for the `nbytes` at `place`: its space is reserved, its journal begun or taken up.
+        """A sink for an output, with its space reserved and its journal started or continued.
 
-        What an earlier run of the same conversion left is continued.
+        The unfinished work of an earlier run of the same conversion is continued.
 
         Args:
-            place: the names of the output.
-            nbytes: the output's size.
-            identity: every input and option that changes bytes, by name.
-            force: an existing file may be replaced.
-            restart: what an earlier run left is discarded.
+            place: The names of the output.
+            nbytes: The size of the output.
+            identity: The value of every input and option that affects the bytes, by name.
+            force: Whether an existing file may be replaced.
+            restart: Whether unfinished work is discarded.
 
         Raises:
-            DestinationError: `place` cannot or must not be written; then all is as it was before.
-            ResumeError: another conversion left its work there; then all is as it was before.
+            DestinationError: `place` cannot or must not be written; nothing was changed.
+            ResumeError: There is unfinished work of another conversion; nothing was changed.
         """
         if nbytes <= 0:
             raise ValueError("an output has at least one byte")
@@ -132,10 +132,11 @@ class Sink:
                 part, journal = None if is_published else left, Journal.reopen(place.journal, lock.fd, taken_up)
             else:
                 if left is not None and not restart:
-                    notes += (RunWarning("stale-part", f"{place.part} was changed since its run: it was started over"),)
+                    what = f"{place.part} was changed since its run, so it was started over"
+                    notes += (RunWarning("stale-part", what),)
                 part, journal = _begin(place, header, lock, left, undo)
             record = Record() if taken_up is None else taken_up.record
-            if part is not None and record.finished is None:  # a finished file has its space, and its stamp to keep
+            if part is not None and record.finished is None:  # a finished file has its space, and must keep its stamp
                 reserve_space(part.fd, nbytes, place.path)
                 journal.reserve(nbytes // MIN_RECORD_STEP_NBYTES + 2)
             sink = cls(place, nbytes, part, journal, record, replaces=force, notes=notes)
@@ -144,27 +145,31 @@ class Sink:
 
     @property
     def resumed_nbytes(self) -> int:
-        """Bytes from the file's beginning that an earlier run has put on the disk; what is written again is refused."""
+        """How many bytes from the start of the file an earlier run has written. They must not be written again."""
         return self._begun_with.prefix_nbytes
 
     @property
     def resumed_state(self) -> Mapping[str, Any]:
-        """What that run gave to `record` with these bytes."""
+        """The state that the earlier run recorded with these bytes."""
         return self._begun_with.state
 
     @property
     def readable_path(self) -> Path:
-        """Where the bytes can be read back: under the part file's name until they are published."""
+        """The path from which the bytes can be read back: the part file until `publish`, then the destination."""
         return self._place.path if self._is_published else self._place.part
 
     def write(self, offset: int, view: NDArray[np.uint8]) -> None:
-        """Puts all of `view` at `offset`. From any thread, in any order, each byte of the file once.
+        """Write all of `view` at `offset`. Any thread may call this, in any order; each byte is written once.
 
-        Fastest where `view` starts on a page of memory and `offset` is a multiple of the page. `view` is free again
-        afterwards. Raises DestinationError.
+        Args:
+            offset: From the start of the file; a multiple of the page size is fastest.
+            view: The bytes, fastest if they start on a page. The caller may reuse the memory afterwards.
+
+        Raises:
+            DestinationError: The system refuses the write.
         """
         if offset < 0 or offset + view.nbytes > self._nbytes:
-            raise ValueError(f"{view.nbytes} bytes at {offset} lie outside of a file of {self._nbytes}")
+            raise ValueError(f"{view.nbytes} bytes at {offset} lie outside a file of {self._nbytes}")
         with self._idle:
             if self._is_closed:
                 raise ValueError("written after the sink was left")
@@ -183,10 +188,17 @@ class Sink:
                 self._idle.notify_all()
 
     def record(self, prefix_nbytes: int, state: Mapping[str, Any]) -> None:
-        """Makes the first `prefix_nbytes`, all written, and the caller's `state` of them survive anything from here on.
+        """Record that the first `prefix_nbytes` are complete, so that a later run can continue from there.
 
-        Costs a flush of the disk (some 10 ms): call it in steps of MIN_RECORD_STEP_NBYTES or more, from one thread,
-        which need not be one that writes. Raises DestinationError.
+        This flushes the disk (about 10 ms). Call it in steps of MIN_RECORD_STEP_NBYTES or more, always from the same
+        thread; that thread need not write.
+
+        Args:
+            prefix_nbytes: All these bytes must have been written.
+            state: The caller's data about these bytes, kept as JSON.
+
+        Raises:
+            DestinationError: The disk fails.
         """
         if prefix_nbytes > self._covered.prefix:
             raise ValueError(f"a record of {prefix_nbytes} bytes, of which {self._covered.prefix} were written")
@@ -197,9 +209,14 @@ class Sink:
         self._state, self.recorded_nbytes = dict(state), prefix_nbytes
 
     def complete(self, state: Mapping[str, Any] | None = None) -> None:
-        """The whole file is on the disk, still under its other name. state: by default that of the last record.
+        """Put the whole file on the disk, still under the part file's name.
 
-        Raises DestinationError; StreamconvError where a byte was never written.
+        Args:
+            state: As in `record`; by default that of the last record.
+
+        Raises:
+            DestinationError: The disk fails, or another program changed the file.
+            StreamconvError: Some bytes were never written, which is a bug.
         """
         if self._is_published or self._part is None or self._file is None:
             return
@@ -220,10 +237,13 @@ class Sink:
         self.recorded_nbytes = self._nbytes
 
     def publish(self) -> None:
-        """The completed file takes the destination's name. Raises DestinationError.
+        """Rename the complete file to the destination.
 
-        The journal stays until the context is left in peace: of several outputs published together, those that had
-        their turn before an interrupt are known again when the rest is resumed.
+        The journal stays until the context is left without an error. If an interrupt stops a run between several
+        outputs, a resumed run recognises those that were published already by their journals.
+
+        Raises:
+            DestinationError: The destination exists and must not be replaced, or the system refuses.
         """
         if self._is_published or self._part is None:
             return
@@ -232,9 +252,10 @@ class Sink:
         self._is_published = True
 
     def withdraw_old(self) -> None:
-        """An old file that this one replaces goes first: of a set, no part of either may pass for the other's.
+        """Remove the old file that this one replaces, so that parts of an old and a new set are never mixed.
 
-        Raises DestinationError.
+        Raises:
+            DestinationError: The system refuses.
         """
         if self._is_published or not self._replaces:
             return
@@ -243,7 +264,7 @@ class Sink:
             sync_directory(self._place.path.parent)
 
     def seal(self, state: Mapping[str, Any] | None = None) -> Path:
-        """The destination, complete: `complete` and `publish`."""
+        """`complete` and `publish`; returns the destination's path."""
         self.complete(state)
         self.publish()
         return self._place.path
@@ -256,7 +277,7 @@ class Sink:
     ) -> None:
         with self._idle:
             self._is_closed = True
-            # A descriptor closed under a write could be another file's by the time it is used.
+            # If a descriptor were closed during a write, its number could already belong to another file.
             self._idle.wait_for(lambda: self._n_writing == 0)
         with ExitStack() as closing:
             closing.callback(self._journal.close)  # and with it the lock, last
@@ -267,16 +288,16 @@ class Sink:
                 _forget(None if self._is_published else self._part, self._journal, self._place)
 
     def _keeps(self, error: BaseException | None) -> bool:
-        """Whether what was done is of use after `error`: all of it is, but for bytes that are known to be wrong."""
+        """Whether to keep the unfinished work after `error`: yes, unless the bytes are known to be wrong."""
         if isinstance(error, Interrupted | KeyboardInterrupt):
             return True
         if isinstance(error, VerifyError | SourceError) and not isinstance(error, SourceReadError | ResumeError):
             return False
-        return error is not None and self._has_work  # it may be of another output, before any work on this one
+        return error is not None and self._has_work  # the error may concern another output, before any work on this one
 
 
 class Coverage:
-    """Which bytes of a file were written: disjoint ranges, few of them as long as writing goes forward."""
+    """Which bytes of a file were written, as disjoint ranges; there are few while writing proceeds forward."""
 
     def __init__(self, prefix: int) -> None:
         self._starts = [0]
@@ -284,11 +305,15 @@ class Coverage:
 
     @property
     def prefix(self) -> int:
-        """The first byte that is missing."""
+        """The offset of the first missing byte."""
         return self._ends[0]
 
     def add(self, start: int, end: int) -> None:
-        """ValueError where a byte of it was there already."""
+        """Add a range.
+
+        Raises:
+            ValueError: Some of it was added before.
+        """
         index = bisect_right(self._starts, start)
         if self._ends[index - 1] > start or (index < len(self._starts) and self._starts[index] < end):
             raise ValueError(f"bytes {start} to {end} were written twice")
@@ -301,19 +326,23 @@ class Coverage:
 
 
 def refuse_taken(place: Place, *, force: bool) -> None:
-    """DestinationError where there is a file that must stay; one beside a journal may be that run's own, finished."""
+    """Refuse an existing destination, unless there is a journal: then the file may be that run's own, finished.
+
+    Raises:
+        DestinationError: The destination exists and must not be replaced.
+    """
     if not force and not os.path.lexists(place.journal):
         place.refuse_existing()
 
 
 def is_begun(place: Place) -> bool:
-    """Whether an earlier run left a journal there."""
+    """Whether an earlier run left a journal for this output."""
     with failures(place.path):
         return journals.read(place.journal) is not None
 
 
 def _lock(place: Place, undo: ExitStack) -> OpenFile:
-    """The journal's file, locked; empty where it is new."""
+    """The journal's file, created if necessary and locked."""
     lock = open_locked(place.journal)
     undo.callback(lock.close)
     if lock.is_new:
@@ -322,13 +351,17 @@ def _lock(place: Place, undo: ExitStack) -> OpenFile:
 
 
 def refuse_foreign(place: Place) -> None:
-    """DestinationError where a file has the part file's name, or the journal's, that streamconv did not write."""
+    """Refuse files with the name of the part file or the journal that streamconv did not write.
+
+    Raises:
+        DestinationError: There is such a file.
+    """
     with failures(place.path):
         _refuse_foreign(place, journals.read(place.journal))
 
 
 def _refuse_foreign(place: Place, past: Contents | None) -> None:
-    """A run makes its journal durable before it makes its part file, and renames that before the journal goes."""
+    """As `refuse_foreign`: a run writes its journal before its part file, and removes it after the rename."""
     if (past is None or _was_renamed(place, past)) and os.path.lexists(place.part):
         raise foreign(place.part)
     if past is None and os.path.lexists(place.journal) and not journals.is_torn(place.journal):
@@ -342,14 +375,14 @@ def _without_locks(lock: OpenFile) -> tuple[RunWarning, ...]:
 
 
 def _find_past(header: Header, past: Contents | None, part: OpenFile | None) -> Contents | None:
-    """What an earlier run left that this one can go on with. ResumeError where that one was another conversion."""
+    """The journal of an earlier run that this run can continue; ResumeError if that was another conversion."""
     if past is None or part is None:
         return None
     if difference := past.header.differences(header):
         raise ResumeError(
             f"belongs to another conversion: {difference}",
             file=part.path,
-            hint="use the same inputs and options, or discard the unfinished work with --restart",
+            hint="use the same inputs and options, or discard the unfinished work: --restart",
             code="resume-mismatch",
         )
     status, finished = part.status(), past.record.finished
@@ -358,7 +391,7 @@ def _find_past(header: Header, past: Contents | None, part: OpenFile | None) -> 
 
 
 def _is_published(place: Place, header: Header, past: Contents | None) -> bool:
-    """Whether a run of the same conversion got as far as the rename, and only its journal was left."""
+    """Whether a run of the same conversion has already renamed its file, and left only its journal."""
     return past is not None and not past.header.differences(header) and _was_renamed(place, past)
 
 
@@ -369,11 +402,11 @@ def _was_renamed(place: Place, past: Contents) -> bool:
 
 
 def _begin(place: Place, header: Header, lock: OpenFile, old: OpenFile | None, undo: ExitStack) -> _Begun:
-    """An empty part file behind a durable journal; the part file of an earlier run goes before."""
+    """A new journal, on the disk, then an empty part file; the part file of an earlier run is removed first."""
     if old is not None:
         old.remove()
         old.close()
-        sync_directory(place.path.parent)  # or else, after a power cut, the new journal could speak of the old file
+        sync_directory(place.path.parent)  # else, after a power cut, the new journal could describe the old file
     with ExitStack() as failing:
         failing.callback(lock.remove)
         journal = Journal.begin(place.journal, lock.fd, header)
@@ -382,13 +415,13 @@ def _begin(place: Place, header: Header, lock: OpenFile, old: OpenFile | None, u
         failing.pop_all()
     undo.callback(part.close)
     undo.callback(_forget, part, journal, place)
-    sync_directory(place.path.parent)  # a record will speak of what has this name
+    sync_directory(place.path.parent)  # records will describe the file of this name
     return part, journal
 
 
 def _forget(part: OpenFile | None, journal: Journal, place: Place) -> None:
-    """Remove the part file, and its journal once that is durable: a part file alone would pass for a stranger's."""
-    with suppress(OSError):  # what stays is found by the next run
+    """Remove the part file, and its journal once that is on the disk: alone, a part file would count as foreign."""
+    with suppress(OSError):  # the next run finds what is left
         if part is not None:
             part.remove()
             sync_directory(place.path.parent)

@@ -676,7 +676,10 @@ def test_something_else_in_the_journal_s_place(tmp_path: Path, dst: Path, restar
         journal.symlink_to("elsewhere")
     with pytest.raises(DestinationError) as caught:
         create(dst, restart=restart)
-    assert str(caught.value) == f"{journal}: is in the place of the unfinished output (move it away)"
+    assert (
+        str(caught.value)
+        == f"{journal}: is not a regular file, but has the name of the unfinished output (move it away)"
+    )
     assert names(dst) == {journal.name}
 
 
