@@ -225,27 +225,108 @@ class RowMagnitudes(InPlace):
         if magnitudes.spec.shape != (self.spec.n_rows,):
             raise ValueError(f"{magnitudes.spec.shape} magnitudes for {self.spec.n_rows} rows")
         self.parents = (self.parents[0], widened(magnitudes))
+        self._factors: Once | None = None  # for columns alone
 
     def needs(self, rows: range) -> Iterator[Step]:
         yield tuple(Piece(parent, rows) for parent in self.parents)
 
-    def _piece_rows(self, n_rows: int) -> int:
-        return min(n_rows, max(1, FLOAT64_PIECE // self.spec.n_columns))
+    def columns(self, columns: range) -> LazyTensor | None:
+        """These columns only; the factors are still computed once, from whole rows."""
+        parent, magnitudes = self.parents
+        some = parent.columns(columns)
+        if some is None:
+            return None
+        if self._factors is None:
+            self._factors = Once(RowFactors(parent, magnitudes))
+        return TimesRowFactors(some, self._factors)
 
     def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
-        return padded_nbytes(8 * n_rows) + padded_nbytes(8 * self._piece_rows(n_rows) * self.spec.n_columns)
+        return _row_norms_nbytes(n_rows, self.spec.n_columns)
 
     def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
-        factors, step = others[0][:, 0], self._piece_rows(len(values))
-        with work.scratch.frame(), work.stopwatch.time("merge"):
-            norms = work.scratch.take(len(values), np.float64).view(np.float64)
-            squares = work.scratch.take((step, self.spec.n_columns), np.float64)
-            for start in range(0, len(values), step):
-                part = values[start : start + step]
-                np.add.reduce(_square(part, squares), axis=1, out=norms[start : start + step])
-            np.divide(factors, np.sqrt(norms, out=norms), out=norms)
-            factors[:] = norms
+        factors = others[0][:, 0]
+        with work.stopwatch.time("merge"):
+            _divide_by_norms(factors, values, work)
             np.multiply(values, factors[:, None], out=values)
+
+    def describe(self) -> str:
+        return ""
+
+
+def _squared_rows(n_rows: int, n_columns: int) -> int:
+    """How many of `n_rows` rows are squared at a time."""
+    return min(n_rows, max(1, FLOAT64_PIECE // n_columns))
+
+
+def _row_norms_nbytes(n_rows: int, n_columns: int) -> int:
+    """The scratch of `_divide_by_norms`."""
+    return padded_nbytes(8 * n_rows) + padded_nbytes(8 * _squared_rows(n_rows, n_columns) * n_columns)
+
+
+def _divide_by_norms(magnitudes: Floats, values: Floats, work: Workspace) -> None:
+    """Each of `magnitudes` [rows] divided by the norm of its row of `values`, in place, rounded once from F64."""
+    step = _squared_rows(*values.shape)
+    with work.scratch.frame():
+        norms = work.scratch.take(len(values), np.float64).view(np.float64)
+        squares = work.scratch.take((step, values.shape[1]), np.float64)
+        for start in range(0, len(values), step):
+            part = values[start : start + step]
+            np.add.reduce(_square(part, squares), axis=1, out=norms[start : start + step])
+        np.divide(magnitudes, np.sqrt(norms, out=norms), out=norms)
+        magnitudes[:] = norms
+
+
+class RowFactors(LazyTensor):
+    """Each row's magnitude divided by its norm, F32 [rows]: what `RowMagnitudes` multiplies its rows by.
+
+    Args:
+        parent: F32 [rows, columns].
+        magnitudes: F32 [rows].
+    """
+
+    def __init__(self, parent: LazyTensor, magnitudes: LazyTensor) -> None:
+        self.spec = magnitudes.spec
+        self.parents = (parent, magnitudes)
+        self._step = max(parent.least_rows, _squared_rows(self.spec.n_rows, parent.spec.n_columns))
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        for start in range(rows.start, rows.stop, self._step):
+            some = range(start, min(start + self._step, rows.stop))
+            yield tuple(Piece(parent, some) for parent in self.parents)
+
+    def largest(self, n_rows: int) -> Iterator[Step]:
+        yield tuple(Piece(parent, range(min(n_rows, self._step, self.spec.n_rows))) for parent in self.parents)
+
+    def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
+        return _row_norms_nbytes(min(n_rows, self._step), self.parents[0].spec.n_columns)
+
+    def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
+        some, factors = step[0].rows, slabs[1].view("<f4")
+        with work.stopwatch.time("merge"), np.errstate(all="ignore"):
+            _divide_by_norms(factors, _floats(slabs[0], self.parents[0].spec.n_columns), work)
+        out.view("<f4")[some.start - rows.start : some.stop - rows.start] = factors
+
+    def describe(self) -> str:
+        return ""
+
+
+class TimesRowFactors(InPlace):
+    """Each row of the parent times its factor.
+
+    Args:
+        parent: [rows, columns].
+        factors: F32 [rows].
+    """
+
+    def __init__(self, parent: LazyTensor, factors: LazyTensor) -> None:
+        super().__init__(parent)
+        self.parents = (self.parents[0], factors)
+
+    def needs(self, rows: range) -> Iterator[Step]:
+        yield tuple(Piece(parent, rows) for parent in self.parents)
+
+    def change(self, values: Floats, others: Sequence[Floats], work: Workspace) -> None:
+        np.multiply(values, others[0], out=values)
 
     def describe(self) -> str:
         return ""
@@ -254,13 +335,15 @@ class RowMagnitudes(InPlace):
 class ColumnSquares(LazyTensor):
     """The sum of each column's squares: [n, columns] to F64 [1, columns].
 
-    Rows are summed in blocks of a fixed size, so the result does not depend on slabs.
+    Rows are summed in blocks of a fixed size, so the result does not depend on slabs; several blocks are read together
+    where fewer rows would read a parent of the parent too often.
     """
 
     def __init__(self, parent: LazyTensor) -> None:
         self.spec = TensorSpec((1, parent.spec.n_columns), F64)
         self.parents = (widened(parent),)
-        self._step = max(1, FLOAT64_PIECE // parent.spec.n_columns)
+        self._block = max(1, FLOAT64_PIECE // parent.spec.n_columns)
+        self._step = self._block * -(-parent.least_rows // self._block)
 
     def needs(self, rows: range) -> Iterator[Step]:
         (parent,) = self.parents
@@ -272,7 +355,7 @@ class ColumnSquares(LazyTensor):
 
     def scratch_nbytes(self, n_rows: int, kernel: Kernel = REFERENCE) -> int:
         n_columns = self.spec.n_columns
-        return padded_nbytes(8 * n_columns) + padded_nbytes(8 * self._step * n_columns)
+        return padded_nbytes(8 * n_columns) + padded_nbytes(8 * self._block * n_columns)
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
         n_columns, total = self.spec.n_columns, out.view("<f8")
@@ -280,12 +363,14 @@ class ColumnSquares(LazyTensor):
             total[:] = 0
         with work.scratch.frame(), work.stopwatch.time("merge"), np.errstate(all="ignore"):
             sums = work.scratch.take(n_columns, np.float64).view(np.float64)
-            squares = work.scratch.take((self._step, n_columns), np.float64)
-            np.add.reduce(_square(_floats(slabs[0], n_columns), squares), axis=0, out=sums)
-            np.add(total, sums, out=total)
+            squares = work.scratch.take((self._block, n_columns), np.float64)
+            values = _floats(slabs[0], n_columns)
+            for start in range(0, len(values), self._block):
+                np.add.reduce(_square(values[start : start + self._block], squares), axis=0, out=sums)
+                np.add(total, sums, out=total)
 
     def describe(self) -> str:
-        return f"{self._step} rows at a time"
+        return f"{self._block} rows at a time"
 
 
 class ColumnFactors(LazyTensor):

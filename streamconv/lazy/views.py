@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
+from streamconv.lazy.leaves import Source, SourceColumns
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 
 # A transpose reads its parent in pieces of about this size: large enough for the disk, small enough for the cache.
@@ -82,6 +83,13 @@ class Reflow(LazyTensor):
         skipped = rows.start * self.spec.row_nbytes - piece.rows.start * piece.parent.spec.row_nbytes
         out[:] = slabs[0][skipped : skipped + out.nbytes]
 
+    def columns(self, columns: range) -> LazyTensor | None:
+        """Of a stored tensor, whose bytes are those of the same file under another shape; None of others."""
+        (parent,) = self.parents
+        if not isinstance(parent, Source) or isinstance(parent, SourceColumns):
+            return None
+        return Source(parent.name, parent.file, parent.offset, self.spec).columns(columns)
+
     def describe(self) -> str:
         return ""
 
@@ -105,28 +113,24 @@ class Transpose(LazyTensor):
         self.parents = (parent,)
         self._n_rows, self._n_columns = n_rows, n_columns  # of each matrix of the parent
         self._has_columns = parent.columns(range(1)) is not None
-        # How many rows of the parent to read at a time: whole rows, and runs of columns.
-        self._steps = tuple(
-            max(1, parent.least_rows, TRANSPOSE_PIECE_NBYTES // nbytes)
-            for nbytes in (parent.spec.row_nbytes, min(parent.spec.row_nbytes, TRANSPOSE_RUN_NBYTES))
-        )
 
     def needs(self, rows: range) -> Iterator[Step]:
         for matrix in range(rows.start // self._n_columns, -(-rows.stop // self._n_columns)):
             columns = self._columns_of(matrix, rows)
             parent = self._parent_of(columns)
-            step = self._steps[parent is not self.parents[0]]
+            step = self._step_of(self._run_nbytes(len(columns)) if parent is not self.parents[0] else None)
             for start in range(0, self._n_rows, step):
                 first = matrix * self._n_rows + start
                 yield (Piece(parent, range(first, first + min(step, self._n_rows - start))),)
 
     def largest(self, n_rows: int) -> Iterator[Step]:
-        whole, run = (range(min(step, self._n_rows)) for step in self._steps)
         widest = min(n_rows, (self._n_columns - 1) // 2)  # the most columns that are less than half
         if not self._has_columns or not widest or 2 * n_rows >= self._n_columns:
-            yield (Piece(self.parents[0], whole),)
-        if self._has_columns and widest:
-            yield (Piece(self._parent_of(range(widest)), run),)
+            yield (Piece(self.parents[0], range(min(self._step_of(None), self._n_rows))),)
+        while self._has_columns and widest:  # as many rows for all of a power of two; fewer for the next
+            run = self._run_nbytes(widest)
+            yield (Piece(self._parent_of(range(widest)), range(min(self._step_of(run), self._n_rows))),)
+            widest = run // 2 // self.spec.dtype.block_nbytes if run > TRANSPOSE_RUN_NBYTES else 0
 
     def apply(self, rows: range, step: Step, slabs: Sequence[Bytes], out: Bytes, work: Workspace) -> None:
         (piece,) = step
@@ -144,6 +148,19 @@ class Transpose(LazyTensor):
         most = max(1, TRANSPOSE_SLAB_NBYTES // max(self.spec.row_nbytes, 1))
         half, run = -(-self._n_columns // 2), -(-TRANSPOSE_RUN_NBYTES // self.spec.dtype.block_nbytes)
         return min(half if half <= most or not self._has_columns else run, most)
+
+    def _run_nbytes(self, n_columns: int) -> int:
+        """The bytes of so many columns of a row, rounded up to TRANSPOSE_RUN_NBYTES times a power of two."""
+        run = TRANSPOSE_RUN_NBYTES
+        while run < self.spec.dtype.row_nbytes(n_columns):
+            run *= 2
+        return run
+
+    def _step_of(self, run: int | None) -> int:
+        """How many rows of the parent to read at a time, in runs of `run` bytes; None: whole rows."""
+        (parent,) = self.parents
+        nbytes = parent.spec.row_nbytes if run is None else min(parent.spec.row_nbytes, run)
+        return max(1, parent.least_rows, TRANSPOSE_PIECE_NBYTES // nbytes)
 
     def _columns_of(self, matrix: int, rows: range) -> range:
         """The columns of one matrix of the parent that become some of `rows`."""

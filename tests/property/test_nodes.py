@@ -29,8 +29,10 @@ from streamconv.lazy.arithmetic import (
     NegExp,
     Once,
     PlusConstant,
+    RowFactors,
     RowMagnitudes,
     Scale,
+    TimesRowFactors,
     Widen,
 )
 from streamconv.lazy.dtype import BF16, F16, F32, F64, I32, U8, Dtype
@@ -194,8 +196,10 @@ def reflow(data: Draw) -> Made:
 def transpose(data: Draw) -> Made:
     shape = (*data.draw(st.sampled_from([(), (1,), (3,), (2, 2)])), size(data, 20), size(data, 20))
     tensor, array = stored(data, shape)
-    wrap = data.draw(st.sampled_from(["plain", "reflowed", "blocks"]))
-    if wrap == "reflowed":  # has no columns of its own
+    wrap = data.draw(st.sampled_from(["plain", "reflowed", "twice", "blocks"]))
+    if wrap == "twice":  # has no columns of its own
+        tensor = Reflow(Reflow(tensor, (1, array.size)), shape)
+    if wrap == "reflowed":
         tensor, array = (
             Reflow(tensor, (*shape[:-2], shape[-1], shape[-2])),
             array.reshape(*shape[:-2], shape[-1], shape[-2]),
@@ -305,6 +309,14 @@ def transpose_of_magnitudes(data: Draw) -> Made:
     return Transpose(scaled), rows_of(scaled, range(scaled.spec.n_rows)).view("<f4").reshape(scaled.spec.shape).T
 
 
+def transpose_of_row_magnitudes(data: Draw) -> Made:
+    """The bits are those of whole rows, whose norms are computed once."""
+    tensor, _ = factors_of(data)
+    vector, _ = floats(data, (tensor.spec.n_rows,))
+    scaled = RowMagnitudes(tensor, vector)
+    return Transpose(scaled), rows_of(scaled, range(scaled.spec.n_rows)).view("<f4").reshape(scaled.spec.shape).T
+
+
 def factors_of(data: Draw) -> tuple[LazyTensor, NDArray[np.float64]]:
     rows, columns, rank = size(data, 12), size(data, 9), size(data, 5)
     made = [floats(data, shape) for shape in ((rows, columns), (rows, rank), (columns, rank))]
@@ -322,6 +334,19 @@ def row_magnitudes(data: Draw) -> Made:
     tensor, total = factors_of(data)
     vector, magnitudes = floats(data, (tensor.spec.n_rows,))
     return RowMagnitudes(tensor, vector), total * (widened(magnitudes) / np.linalg.norm(total, axis=1))[:, None]
+
+
+def row_factors(data: Draw) -> Made:
+    tensor, _ = factors_of(data)
+    vector, magnitudes = stored(data, (tensor.spec.n_rows,), F32)
+    norms = np.sqrt((widened_sum(tensor).astype(np.float64) ** 2).sum(axis=1))
+    return RowFactors(tensor, vector), widened(magnitudes) / norms
+
+
+def times_row_factors(data: Draw) -> Made:
+    tensor, array = floats(data, matrix(data))
+    vector, factors = stored(data, (tensor.spec.n_rows,), F32)
+    return TimesRowFactors(tensor, vector), widened(array) * widened(factors)[:, None]
 
 
 def column_squares(data: Draw) -> Made:
@@ -387,10 +412,14 @@ def encode_blocks(data: Draw) -> Made:
 MAKERS: tuple[Callable[[Draw], Made], ...] = (
     source, source_columns, resident, zeros, generated, reshape, reflow, transpose, pairs, pairs_of_transpose,
     transpose_of_pairs, concatenate, stack, row_blocks, index_rows, index_columns, cut_columns,
-    widen, scale, plus_constant, neg_exp, transpose_of_sum, add_product, row_magnitudes, column_squares,
-    column_factors, column_magnitudes, once, encode, encode_with_weights, encode_blocks,
+    widen, scale, plus_constant, neg_exp, transpose_of_sum, add_product, row_magnitudes, row_factors,
+    times_row_factors, column_squares, column_factors, column_magnitudes, once, encode, encode_with_weights,
+    encode_blocks, transpose_of_product, transpose_of_magnitudes, transpose_of_row_magnitudes,
 )  # fmt: skip
-ROUNDED = (add_product, row_magnitudes, column_squares, column_factors, column_magnitudes, neg_exp)
+ROUNDED = (
+    add_product, row_magnitudes, row_factors, column_squares, column_factors, column_magnitudes, neg_exp,
+    transpose_of_product,
+)  # fmt: skip
 # What they take depends on where the rows lie, or on how many: the bound is that of the worst place.
 LOOSE = (
     encode_blocks,
@@ -402,6 +431,7 @@ LOOSE = (
     transpose_of_sum,
     transpose_of_product,
     transpose_of_magnitudes,
+    transpose_of_row_magnitudes,
     index_rows,
 )
 
@@ -418,6 +448,7 @@ def rows_of(tensor: LazyTensor, rows: range, work: Workspace | None = None) -> B
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors take several steps."""
     monkeypatch.setattr(views, "TRANSPOSE_PIECE_NBYTES", 96)
+    monkeypatch.setattr(views, "TRANSPOSE_RUN_NBYTES", 8)
     monkeypatch.setattr(arithmetic, "FLOAT64_PIECE", 21)
 
 
@@ -562,21 +593,39 @@ def test_columns_in_turns_are_read_once(
     assert tensor.file.n_read <= array.nbytes and tensor.file.n_calls <= 70_000
 
 
+def test_a_transpose_of_a_stored_tensor_under_another_shape_reads_it_once_or_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    from streamconv.engine.layout import slab_rows
+
+    tensor, array = source_of(array_of((1500, 4096), BF16, 1), BF16)
+    encoded = Encode(Transpose(Reflow(tensor, (3000, 2048))), "made", T.F32)
+    step = slab_rows(encoded)
+    parts = [rows_of(encoded, range(at, min(at + step, 2048))) for at in range(0, 2048, step)]
+    assert np.concatenate(parts).tobytes() == widened(array.reshape(3000, 2048)).T.tobytes()
+    assert isinstance(tensor.file, File)
+    assert len(parts) > 4 and tensor.file.n_read <= 2 * array.nbytes
+
+
 @pytest.mark.parametrize("in_turns", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("rank", [16, 160])
+@pytest.mark.parametrize("scaled", ["plain", "by column", "by row"])
 def test_a_transpose_of_what_is_merged_reads_its_source_once_or_twice(
-    monkeypatch: pytest.MonkeyPatch, scaled: bool, in_turns: bool
+    monkeypatch: pytest.MonkeyPatch, scaled: str, rank: int, in_turns: bool
 ) -> None:
     """As experts that an adapter changes and that are stored transposed; the bits are those of whole rows."""
     monkeypatch.undo()
     from streamconv.engine.layout import slab_rows
 
-    shapes = ((1536, 3000), (1536, 16), (16, 3000))
+    shapes = ((1536, 3000), (1536, rank), (rank, 3000))
     made = [source_of(array_of(shape, BF16, seed), BF16) for seed, shape in enumerate(shapes)]
     (w, left, right), (weight, _, factor) = zip(*made, strict=True)
     tensor: LazyTensor = AddProduct(w, left, right, 0.7)
-    if scaled:
+    if scaled == "by column":
         tensor = ColumnMagnitudes(tensor, source_of(array_of((3000,), F32, 4), F32)[0])
+    if scaled == "by row":
+        tensor = RowMagnitudes(tensor, source_of(array_of((1536,), F32, 4), F32)[0])
     if in_turns:
         tensor = IndexColumns(tensor, np.arange(1, 3000, 2))
     n_rows, n_columns = tensor.spec.shape
