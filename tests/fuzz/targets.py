@@ -35,6 +35,7 @@ from streamconv.recipe.registry import find_recipe
 
 LIMIT_NBYTES = 64 * MIB
 N_VOCAB = 64
+N_TEKKEN = 300
 OUTPUT_NBYTES = 8192
 IMPORTANCES = {"blk.0.attn_q.weight": (3, 8), "blk.1.ffn_down_exps.weight": (2, 3, 12)}
 
@@ -56,6 +57,12 @@ def check_vocabulary(directory: Path) -> None:
     vocabulary_nbytes(directory, N_VOCAB)
     found = read_vocabulary(directory, config={"eos_token_id": 2}, n_vocab=N_VOCAB, default_pre="lfm2", pre=None)
     assert found.keys
+
+
+def check_tekken(directory: Path) -> None:
+    """tekken.json alone. It has a token for each byte, so there are more rows."""
+    vocabulary_nbytes(directory, N_TEKKEN)
+    assert read_vocabulary(directory, config={}, n_vocab=N_TEKKEN, default_pre="tekken", pre=None).keys
 
 
 def check_plan(directory: Path) -> None:
@@ -146,6 +153,7 @@ def _first(directory: Path, pattern: str) -> Path:
 TARGETS: dict[str, tuple[str, Call]] = {
     "checkpoint": ("checkpoint", check_checkpoint),
     "vocabulary": ("vocabulary", check_vocabulary),
+    "tekken": ("tekken", check_tekken),
     "gguf": ("gguf", check_gguf),
     "adapter": ("adapter", check_adapter),
     "jobs": ("jobs", check_jobs),

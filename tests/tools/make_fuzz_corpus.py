@@ -23,6 +23,7 @@ from tests import tiny
 from tests.fuzz.loop import CORPUS
 from tests.fuzz.targets import IMPORTANCES, N_VOCAB, OUTPUT_NBYTES
 from tests.property.test_gguf_reader import VALID
+from tests.tiny.tokenizer import write_tekken
 from tests.tools import gguf_bytes
 
 BASES = CORPUS.parent / "bases"
@@ -95,6 +96,7 @@ def main() -> None:
         for name, make in MODELS.items():
             _model(name, make(scratch / name))
         _vocabularies(scratch)
+        _tekken(scratch)
         _adapters(scratch)
         _ggufs(scratch)
         _journal(scratch)
@@ -170,6 +172,18 @@ def _vocabularies(scratch: Path) -> None:
     }
     short = (CORPUS / "vocabulary" / "valid-lfm2" / "tokenizer.json").read_bytes()
     _write("vocabulary", "valid-templates", templates | {"tokenizer.json": short, "chat_template.jinja": b"{{ y }}"})
+
+
+def _tekken(scratch: Path) -> None:
+    """tekken.json without special tokens, as of version 3, and with, as of later ones; 14 tokens beyond the bytes."""
+    listed = [{"rank": rank, "token_str": text} for rank, text in enumerate(("<unk>", "<s>", "</s>"))]
+    later: dict[str, Any] = {"special_tokens": listed, "config": {"version": "v13"}}
+    for name, changes in (("v3", {}), ("v13", later)):
+        write_tekken(scratch, **changes)
+        value = json.loads((scratch / "tekken.json").read_bytes())
+        value["vocab"] = value["vocab"][: 256 + 14]
+        value["config"]["default_vocab_size"] = value["config"]["default_num_special_tokens"] + 256 + 12
+        _write("tekken", f"valid-{name}", {"tekken.json": json.dumps(value).encode()})
 
 
 def _shortened(text: bytes, keep: int) -> bytes:

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from streamconv.gguf.format import KeyValue
-from streamconv.metadata.vocab.pretokenizers import DIGITS, GPT2, NAMES, PRE_TOKENIZERS, Runtime, Steps
+from streamconv.metadata.vocab.pretokenizers import (
+    DIGITS,
+    GPT2,
+    NAMES,
+    PRE_TOKENIZERS,
+    PUNCTUATION,
+    Runtime,
+    Steps,
+)
 from tests import cases, vocab_cases, vocab_keys
 from tests.extras import sentencepiece, tokenizers
 from tests.oracles import runtime
@@ -41,9 +49,15 @@ MARKS = ("e\u0301 combining a\u0308o\u0308 n\u0303", "नमस्ते दु�
 SPACES = ("\u00a0nbsp\u00a0x \u3000wide\u3000space \u2003em \u200bzero", "\u2028ls\u2029ps\x0bvt\x0cff\x85nel")
 
 # Texts that a name splits otherwise, beside those of marks and spaces.
-DIFFERENT = {"tiny_aya": (PLAIN[14],), "cohere2moe": (PLAIN[14],), "superbpe": (PLAIN[2],)}
+DIFFERENT = {"tiny_aya": (PLAIN[14],), "cohere2moe": (PLAIN[14],), "superbpe": (PLAIN[2],), "youtu": (PLAIN[14],)}
 
 ROWS = [(steps, row) for steps, names in PRE_TOKENIZERS.items() for row in names]
+
+
+BY_NAME: dict[str, dict[str, Any]] = {
+    DIGITS: {"type": "Digits", "individual_digits": True},
+    PUNCTUATION: {"type": "Punctuation", "behavior": "Isolated"},
+}
 
 
 def structure(steps: Steps) -> dict[str, Any]:
@@ -51,7 +65,7 @@ def structure(steps: Steps) -> dict[str, Any]:
     inner: list[dict[str, Any]] = []
     for step in steps[: -1 if steps[-1] == GPT2 else None]:
         split = {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
-        inner.append({"type": "Digits", "individual_digits": True} if step == DIGITS else split)
+        inner.append(BY_NAME.get(step, split))
     use_regex = steps[-1] == GPT2
     inner.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex})
     return {"type": "Sequence", "pretokenizers": inner}

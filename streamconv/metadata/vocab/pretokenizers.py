@@ -19,6 +19,7 @@ from streamconv.files.store import Place
 # A canonical structure: the patterns split at, in order, before bytes are mapped to letters.
 Steps = tuple[str, ...]
 DIGITS = "Digits, one by one"
+PUNCTUATION = "Punctuation, one by one"
 GPT2 = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # the built-in pattern of ByteLevel
 )
@@ -66,14 +67,23 @@ EXAONE_MOE = _either(
 )
 THREE_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"  # groups of three from the right
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_AFTER_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+_MARKED_WORD = "[^\r\n" + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+_HAN_KANA = "[一-龥぀-ゟ゠-ヿ]+"
 DEEPSEEK_V3 = _either(
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-    "[^\r\n" + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+    _AFTER_PUNCTUATION,
+    _MARKED_WORD,
     r" ?[\p{P}\p{S}]+" + "[\r\n]*",
     r"\s*" + "[\r\n]+",
     r"\s+(?!\S)",
     r"\s+",
 )
+SPARK = _either(_AFTER_PUNCTUATION, _MARKED_WORD, r" ?[\p{P}\p{S}]+", "[\r\n]", r"\s+(?!\S)", r"\s+")
+YOUTU = (
+    "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
+    _either(*(f"{word}{_CONTRACTION}?" for word in _CASED), r"\p{N}", _PUNCTUATION_SLASH, _BLANK),
+)
+CHAMELEON = ("<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", r"([\t\n]|    |  )", DIGITS, PUNCTUATION, GPT2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +123,13 @@ PRE_TOKENIZERS: dict[Steps, tuple[Runtime, ...]] = {
     (SEED_CODER,): (Runtime("seed-coder"),),
     (JAIS2,): (Runtime("jais-2"),),
     (r"\p{N}{1,3}", MINICPM5): (Runtime("minicpm5", True),),
-    (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_V3): tuple(
-        Runtime(name) for name in ("deepseek-v3", "hunyuan-dense", "joyai-llm")
+    (r"\p{N}{1,3}", _HAN_KANA, DEEPSEEK_V3): tuple(
+        Runtime(name) for name in ("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4")
     ),
+    (r"\p{N}{1,3}", _HAN_KANA, SPARK, r"\p{N}"): (Runtime("spark2_5"),),
+    YOUTU: (Runtime("youtu", True, differs="at words such as iPhone"),),
+    ("[^\\n]+|[\\n]+", QWEN2): (Runtime("laguna"),),
+    CHAMELEON: (Runtime("chameleon"),),
     ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", DIGITS): (
         Runtime("deepseek-coder", differs="beside spaces that are not ASCII"),
     ),
@@ -142,11 +156,11 @@ NAMES = frozenset(
     a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx
     deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon
     falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o gpt3-finnish granite-docling granite-embed-multi-311m
-    granite-embed-multi-97m grok-2 hunyuan hunyuan-dense jais jais-2 jina-de jina-es jina-v1-en jina-v2-code
-    jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo lfm2 llada-moe llama-bpe llama-v3 llama3
+    granite-embed-multi-97m grok-2 hunyuan hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code
+    jina-v2-de jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe llama-v3 llama3
     llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 mmbert modern-bert mpt olmo phi-2 pixtral
-    poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open stablelm2 starcoder
-    superbpe talkie tekken tiny_aya trillion ufakzeka viking youtu
+    poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2
+    starcoder superbpe talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu
     """.split()  # noqa: SIM905
 )
 
@@ -264,6 +278,8 @@ def _step(part: Mapping[str, Any]) -> Sequence[str] | None:
             return [] if part.get("use_regex", True) is False else [GPT2]
         case {"type": "Digits", "individual_digits": True}:
             return [DIGITS]
+        case {"type": "Punctuation", "behavior": "Isolated"}:
+            return [PUNCTUATION]
         case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}:
             return [regex]  # inverted or not: the text between matches is isolated as well
         case _:
