@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from streamconv.errors import RunWarning, StreamconvError
 
 SCHEMA: Final = 2
+Gives = Literal["text", "vectors", "token vectors", "scores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Report:
 
     Attributes:
         resumed_nbytes: of the outputs, that an earlier run had written.
+        gives: what a model is run for: text; a vector of a text, or of each of its tokens; scores of a reranker.
         adapters: those that are merged into a model.
         beside: manifests and a Modelfile that lie beside the outputs; a picture.
         errors: of `verify(..., error=True)`: how far the file is from its source.
@@ -101,6 +103,7 @@ class Report:
     n_parameters: int
     types: Mapping[str, TypeTotal]
     outputs: Sequence[Output] = ()
+    gives: Gives = "text"
     seconds: float = 0.0
     peak_rss_nbytes: int = 0
     verified: bool | None = None

@@ -21,7 +21,7 @@ from streamconv.budget import in_words
 from streamconv.errors import DestinationError, printable
 
 if TYPE_CHECKING:
-    from streamconv.report import PlannedTensor, RelativeErrors, Report
+    from streamconv.report import Gives, PlannedTensor, RelativeErrors, Report
 
 MIB = 1 << 20
 BAR: Final = "{l_bar}{bar}| {done} of {whole} [{elapsed}<{remaining}, {speed}/s]"
@@ -234,6 +234,14 @@ def _say_summary(report: Report, options: argparse.Namespace) -> None:
         say(f"next: {command}")
 
 
+_RUN_WITH: dict[Gives, str] = {
+    "text": "llama-cli -m {}",
+    "vectors": "llama-embedding -m {} -p TEXT",
+    "token vectors": "llama-embedding -m {} -p TEXT --pooling none",
+    "scores": "llama-server -m {} --reranking",
+}
+
+
 def next_command(report: Report, base: Path | None) -> str | None:
     """How the result is run, to copy; None where that is not known. base: of an adapter."""
     modelfile = next((path for path in report.beside if path.name.endswith(".Modelfile")), None)
@@ -247,7 +255,7 @@ def next_command(report: Report, base: Path | None) -> str | None:
         return f"llama-mtmd-cli -m {shlex.quote(str(first.path))} --mmproj {shlex.quote(str(projector.path))}"
     number = re.search(r"-(\d{5})-of-\d{5}\.gguf$", first.path.name)
     is_whole = number is None or (int(number[1]) == 1 and others)
-    return f"llama-cli -m {shlex.quote(str(first.path))}" if first.role == "model" and is_whole else None
+    return _RUN_WITH[report.gives].format(shlex.quote(str(first.path))) if first.role == "model" and is_whole else None
 
 
 def error_lines(path: Path, errors: RelativeErrors) -> Iterator[str]:

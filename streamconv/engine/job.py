@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from streamconv.checkpoint.config import Config
+from streamconv.checkpoint.modules import RANK
 from streamconv.engine.layout import Step
 from streamconv.engine.split import Part
 from streamconv.errors import RunWarning
@@ -23,7 +24,7 @@ from streamconv.files.store import Place
 from streamconv.gguf.format import Buffer, KeyValue, PackedArray, Scalar
 from streamconv.lazy.leaves import sources
 from streamconv.lazy.node import Readable, description
-from streamconv.report import Output, Report, TypeTotal
+from streamconv.report import Gives, Output, Report, TypeTotal
 
 _MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer ones are told apart by their digests
 FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
@@ -127,10 +128,20 @@ class Job:
             n_tensors=sum(total.n_tensors for total in types.values()),
             n_parameters=sum(step.tensor.spec.n_elements for step in steps),
             types=types,
+            gives=_gives(self.keys) if self.role == "model" else "text",
             outputs=[Output(part.path, part.layout.nbytes, role=output.role) for output, part in self.files],
             adapters=tuple(dict.fromkeys(name for names in self.changed_by.values() for name in names)),
             warnings=[warning for output in self.outputs for warning in output.warnings],
         )
+
+
+def _gives(keys: Iterable[KeyValue]) -> Gives:
+    """What a model is run for, by the keys that a text model does not have."""
+    values = {entry.key.partition(".")[2]: entry.value for entry in keys}
+    if pooling := values.get("pooling_type"):
+        return "scores" if pooling == RANK else "vectors"
+    is_body = "embedding_length_out" in values or not values.get("attention.causal", True)
+    return "token vectors" if is_body else "text"
 
 
 def _distinct(names: Iterable[str]) -> Iterator[str]:

@@ -25,7 +25,7 @@ from streamconv import cli
 from streamconv.cli.output import _is_ascii, next_command
 from streamconv.cli.parser import build_parser
 from streamconv.recipe.registry import all_recipes
-from streamconv.report import Output, Report
+from streamconv.report import Gives, Output, Report
 from tests import terminal, tiny
 from tests.tools import cli_docs
 
@@ -363,8 +363,9 @@ def test_the_last_lines_say_what_was_asked_and_done(tmp_path: Path, capsys: pyte
 
 
 def test_the_next_command_fits_the_output() -> None:
-    def after(*outputs: Output, base: Path | None = None) -> str | None:
-        return next_command(Report("convert", outputs[0].path, "a", "d", "f16", 1, 1, {}, outputs), base)
+    def after(*outputs: Output, base: Path | None = None, gives: Gives = "text") -> str | None:
+        report = Report("convert", outputs[0].path, "a", "d", "f16", 1, 1, {}, outputs, gives)
+        return next_command(report, base)
 
     model = Output(Path("m.gguf"), 1)
     part_1, part_2 = (Output(Path(f"m-0000{number}-of-00002.gguf"), 1) for number in (1, 2))
@@ -376,6 +377,9 @@ def test_the_next_command_fits_the_output() -> None:
     )
     assert after(part_1, part_2) == "llama-cli -m m-00001-of-00002.gguf"
     assert after(part_1) is None and after(part_2) is None
+    assert after(model, gives="vectors") == "llama-embedding -m m.gguf -p TEXT"
+    assert after(model, gives="token vectors") == "llama-embedding -m m.gguf -p TEXT --pooling none"
+    assert after(model, gives="scores") == "llama-server -m m.gguf --reranking"
     assert after(adapter, base=Path("b.gguf")) == "llama-cli -m b.gguf --lora 'a b.gguf'"
     assert after(adapter, base=Path("folder")) == "llama-cli -m BASE.gguf --lora 'a b.gguf'"
 

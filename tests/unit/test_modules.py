@@ -130,6 +130,18 @@ def test_another_architecture_has_the_pooling_too(tmp_path: Path) -> None:
     assert converted(source, tmp_path / "out.gguf")[0].keys["llama.pooling_type"].value == POOLING_TYPES["lasttoken"]
 
 
+def test_what_the_result_is_run_for(tmp_path: Path) -> None:
+    def gives(source: Path) -> str:
+        return streamconv.convert(source, tmp_path / "out.gguf", force=True).gives
+
+    assert gives(tiny.llama(tmp_path / "text")) == "text"
+    assert gives(model(tmp_path / "pooled", pooling("mean"), **BOTH_SIDES)) == "vectors"
+    assert gives(model(tmp_path / "of tokens", dense())) == "token vectors"
+    assert gives(model(tmp_path / "both sides", **BOTH_SIDES)) == "token vectors"
+    assert gives(families.checkpoint("qwen3-reranker", tmp_path / "reranker")) == "scores"
+    assert streamconv.quantize(tmp_path / "out.gguf", tmp_path / "q8_0.gguf", outtype="q8_0").gives == "scores"
+
+
 # ---------------------------------------------------------------- the other commands
 
 
