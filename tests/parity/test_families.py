@@ -17,7 +17,6 @@ import torch
 import transformers
 
 import streamconv
-from streamconv.errors import SourceError
 from tests import families, tiny
 from tests.families.table import FAMILIES
 from tests.oracles import reference, runtime
@@ -66,12 +65,7 @@ def test_an_adapter_on_experts(tmp_path: Path, name: str) -> None:
     assert runtime.kl(families.logits(name)[0], runtime.normalized(logits)) > 1e-6, "the adapter changes nothing"
     base, merged, adapter = (tmp_path / f"{which}.gguf" for which in ("base", "merged", "adapter"))
     streamconv.convert(src, base, outtype="f32", max_memory=MEMORY)
-    if FAMILIES[name].hf_name.startswith(("GptOss", "GraniteMoe")):
-        with pytest.raises(SourceError) as refused:  # stored as one tensor, and not taken apart
-            streamconv.convert(src, merged, outtype="f32", adapters=[tmp_path / "adapter"], max_memory=MEMORY)
-        assert refused.value.code == "adapter-unmergeable"
-    else:
-        streamconv.convert(src, merged, outtype="f32", adapters=[tmp_path / "adapter"], max_memory=MEMORY)
-        assert runtime.kl(logits, families.run(name, merged)) < 1e-8
+    streamconv.convert(src, merged, outtype="f32", adapters=[tmp_path / "adapter"], max_memory=MEMORY, verify=True)
+    assert runtime.kl(logits, families.run(name, merged)) < 1e-8
     streamconv.convert_adapter(tmp_path / "adapter", src, adapter, outtype="f32", max_memory=MEMORY)
     assert runtime.kl(logits, families.run(name, base, [(adapter, 1.0)])) < 1e-8

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 import streamconv
 from streamconv.errors import SourceError
-from tests import cases, loras, tiny
+from tests import cases, families, loras, tiny
 from tests.oracles import ggufs, runtime
+from tests.raising import raises
 from tests.tiny import variants
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -362,3 +363,66 @@ def test_the_adapter_alone_is_refused_with_the_merge_as_the_way_out(tmp_path: Pa
     assert [problem["code"] for problem in caught.value.problems] == ["tokens"]
     assert "convert BASE --adapter" in (caught.value.hint or "")
     assert json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"] == list(ROWS)
+
+
+# ---------------------------------------------------------------- experts that no checkpoint has one by one
+
+
+def of_gpt_oss(gate_up: Matrix, down: Matrix) -> dict[str, Matrix]:
+    gate, up, down = (values.transpose(0, 2, 1) for values in (gate_up[..., ::2], gate_up[..., 1::2], down))
+    return {"gate": gate, "up": up, "down": down}
+
+
+def of_granite(gate_up: Matrix, down: Matrix) -> dict[str, Matrix]:
+    half = gate_up.shape[1] // 2
+    return {"gate": gate_up[:, :half], "up": gate_up[:, half:], "down": down}
+
+
+STACKS: dict[str, tuple[str, tuple[str, str], Callable[[Matrix, Matrix], dict[str, Matrix]]]] = {
+    "gpt-oss": ("mlp.experts", ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), of_gpt_oss),
+    "granitemoe": (
+        "block_sparse_moe.experts",
+        ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+        of_granite,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks_that_are_stored_as_one(tmp_path: Path, name: str) -> None:
+    module, stored, landed = STACKS[name]
+    source, layer = families.checkpoint(name, tmp_path / "model"), 1
+    tensors, deltas = {}, []
+    for depth, (parameter, of_base) in enumerate(zip((GATE_UP, DOWN), stored, strict=True)):
+        n_experts, n_out, n_in = tiny.tensors_of(source)[f"model.layers.{layer}.{of_base}"].shape
+        a = tiny.noise(f"{parameter}.A", (n_experts * RANK, n_in), 1 / np.sqrt(n_in)).astype(np.float64)
+        b = tiny.noise(f"{parameter}.B", (n_out, RANK * n_experts), 0.1).astype(np.float64)
+        wrapper = f"base_model.model.model.layers.{layer}.{module}{'.base_layer' * (1 - depth)}"
+        tensors |= {f"{wrapper}.lora_{x}.weight": tiny.Tensor.of(v, "F32") for x, v in (("A", a), ("B", b))}
+        of_each = b.reshape(n_out, RANK, n_experts), a.reshape(n_experts, RANK, n_in)
+        deltas.append(2.0 * np.einsum("ore,eri->eoi", *of_each))
+    targets = [f"{module}.{parameter}" for parameter in (GATE_UP, DOWN)]
+    config = loras.PEFT | {"r": RANK, "lora_alpha": 2 * RANK, "target_parameters": targets, "peft_version": "0.21.2"}
+    base, _ = written(source, tmp_path / "base.gguf")
+    merged, _ = written(source, tmp_path / "merged.gguf", loras.write(tmp_path / "adapter", tensors, config))
+    want = {key: base.float64(key) for key in base.tensors}
+    for part, change in landed(*deltas).items():
+        want[f"blk.{layer}.ffn_{part}_exps.weight"] = want[f"blk.{layer}.ffn_{part}_exps.weight"] + change
+    check(merged, want)
+
+
+def test_a_part_of_a_stack_that_is_stored_as_one(tmp_path: Path) -> None:
+    """MLX has gate and up apart, which a Granite-MoE stores together."""
+    source = families.checkpoint("granitemoe", tmp_path / "model")
+    n_experts, width, hidden = tiny.tensors_of(source)["model.layers.1.block_sparse_moe.input_linear.weight"].shape
+    module = "model.layers.1.block_sparse_moe.switch_mlp.gate_proj"
+    factors = {
+        f"{module}.lora_a": tiny.noise("a", (n_experts, RANK, hidden), 0.1),
+        f"{module}.lora_b": tiny.noise("b", (n_experts, width // 2, RANK), 0.1),
+    }
+    tensors = {name: tiny.Tensor.of(values, "F32") for name, values in factors.items()}
+    adapter = loras.write(tmp_path / "adapter", tensors, {"lora_parameters": {"rank": RANK, "scale": 2.0}})
+    with raises(SourceError, code="adapter-unmergeable") as refused:
+        written(source, tmp_path / "out.gguf", adapter)
+    assert [problem["code"] for problem in refused.value.problems] == ["experts"]
+    streamconv.convert_adapter(adapter, source, tmp_path / "adapter.gguf")  # the way out that it names

@@ -9,7 +9,7 @@ from streamconv.checkpoint.config import MAX_NUMBER
 from streamconv.files.store import Place
 from streamconv.lazy.arithmetic import AddProduct, ColumnMagnitudes, RowMagnitudes
 from streamconv.lazy.node import LazyTensor
-from streamconv.lazy.views import matrix_of, transposed
+from streamconv.lazy.views import Stack, matrix_of, transposed
 from streamconv.lora.base import N_VOCAB, BaseModel
 from streamconv.lora.config import LoraConfig, MlxConfig, Problem
 from streamconv.lora.merge.experts import single_rows, unstacked
@@ -21,6 +21,8 @@ from streamconv.recipe.language import Model
 from streamconv.recipe.names import fill
 from streamconv.recipe.operation import factors_through
 from streamconv.recipe.words import Tensor
+
+AT_RUNTIME = "apply the adapter at runtime instead (streamconv lora)"
 
 # Rules out a GGUF adapter and not a merge; whether they can be merged is found here.
 _MERGEABLE = frozenset(("dora", "tokens", *REPLACING))
@@ -74,17 +76,17 @@ def add_products(weights: Weights, base: BaseModel, adapter: Adapter, config: Lo
     made: dict[str, LazyTensor] = {}
     origins = []
     for module in resolved.modules:
-        if module.slot.n_experts and weights.recipe.tensors[module.slot.order[1]].target not in singles:
-            what = "experts that are stored as one cannot be merged with"
+        if _is_one(weights, module, singles) and _stored_stack(weights, module) is None:
+            what = f"the base stores other experts' matrices in the same tensor; {AT_RUNTIME}"
             findings.append(finding(adapter, "experts", what, module.name))
             continue
-        for product in _products(weights.model, module, singles):
+        for product in _products(weights, module, singles):
             before = made.get(product.name) or weights.now(product.name)
             fault = _fault(weights, adapter, module, product, before)
             if fault is not None:
                 findings.append(Finding(adapter, fault))
                 continue
-            changed: LazyTensor = AddProduct(before, product.left, product.right, module.scale * adapter.weight)
+            changed = _changed(before, product, module.scale * adapter.weight)
             norms = magnitudes.get(module.name)
             made[product.name] = changed if norms is None else norms.of(changed)
         origins.append(f"{module.name} {module.slot.order} {module.scale!r} {module.turned}")
@@ -107,11 +109,30 @@ def _fault(
     return None
 
 
-def _products(model: Model, module: LoraModule, singles: Mapping[str, Tensor]) -> Iterator[_Product]:
-    """The change of each stored tensor that the module changes; experts are stored one by one."""
-    slot, (layer, number, expert) = module.slot, module.slot.order
+def _changed(before: LazyTensor, product: _Product, scale: float) -> LazyTensor:
+    """`before` with the product added: to each of its matrices the product of the same number, where it is a stack."""
+    left, right = product.left, product.right
+    if len(before.spec.shape) == 2:
+        return AddProduct(before, left, right, scale)
+    n, n_rows, _ = before.spec.shape
+    n_left, n_right = left.spec.shape[-2], right.spec.shape[-2]
+    return Stack(
+        [
+            AddProduct(matrix_of(before, e, n_rows), matrix_of(left, e, n_left), matrix_of(right, e, n_right), scale)
+            for e in range(n)
+        ]
+    )
+
+
+def _products(weights: Weights, module: LoraModule, singles: Mapping[str, Tensor]) -> Iterator[_Product]:
+    """The change of each stored tensor that the module changes; experts that a recipe knows are seen one by one."""
+    model, slot, (layer, number, expert) = weights.model, module.slot, module.slot.order
     row = model.recipe.tensors[number]
-    if slot.n_experts and slot.expert is None:
+    if _is_one(weights, module, singles):
+        name = _stored_stack(weights, module)
+        assert name is not None
+        yield _Product(name, module.b, module.a)
+    elif slot.n_experts and slot.expert is None:
         yield from _products_of_stack(model, module, singles)
     elif slot.n_experts:
         yield _Product(fill(singles[row.target].source, layer, expert), module.b, module.a)
@@ -119,6 +140,27 @@ def _products(model: Model, module: LoraModule, singles: Mapping[str, Tensor]) -
         yield _Product(row.source, transposed(module.a), transposed(module.b))
     else:
         yield _Product(fill(row.source, layer, expert), module.b, module.a)
+
+
+def _is_one(weights: Weights, module: LoraModule, singles: Mapping[str, Tensor]) -> bool:
+    """Whether a module changes all experts of a layer at once, of a recipe that does not have them one by one."""
+    slot = module.slot
+    is_stack = bool(slot.n_experts) and slot.expert is None
+    return is_stack and weights.recipe.tensors[slot.order[1]].target not in singles
+
+
+def _stored_stack(weights: Weights, module: LoraModule) -> str | None:
+    """The stored tensor that is all experts of a layer, as the module has them; None where it is another one.
+
+    An adapter may have it by a name of its own, of a row that does the same with it.
+    """
+    layer, number, _ = module.slot.order
+    named = weights.recipe.tensors[number]
+    for row in weights.recipe.tensors:
+        name = fill(row.source, layer, 0)
+        if name in weights.stored and (row.target, row.shape, row.ops) == (named.target, named.shape, named.ops):
+            return name
+    return None
 
 
 def _products_of_stack(model: Model, module: LoraModule, singles: Mapping[str, Tensor]) -> Iterator[_Product]:
@@ -151,7 +193,10 @@ def _magnitudes(
         by_column = module.slot.is_embedding and not isinstance(config, MlxConfig)
         n = module.b.spec.shape[-2] if by_column or not module.slot.is_embedding else module.a.spec.shape[-1]
         tensor = tensors.pop(module.name, None)
-        if tensor is not None and tensor.shape == (n,):
+        if tensor is not None and module.slot.n_experts and module.slot.expert is None:
+            what = "has magnitudes of all experts at once, of which no trainer says what they are norms of"
+            findings.append(finding(adapter, "dora", what, module.name))
+        elif tensor is not None and tensor.shape == (n,):
             found[module.name] = _Magnitudes(tensor.lazy(), by_column)
         elif tensor is not None:
             what = f"has magnitudes {list(tensor.shape)}, and needs {[n]}"
