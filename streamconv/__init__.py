@@ -1,11 +1,11 @@
-"""Hugging Face safetensors checkpoints and LoRA adapters to GGUF, streaming, in bounded memory.
+"""Convert Hugging Face safetensors checkpoints and LoRA adapters to GGUF, streaming, in bounded memory.
 
     import streamconv
     report = streamconv.convert("LFM2-1.2B", "LFM2-1.2B-BF16.gguf", outtype="bf16")
     report = streamconv.convert_adapter("my-adapter", base="Llama-3.2-1B.gguf", dst="my-adapter.gguf")
 
-The library prints nothing. It raises StreamconvError and its subclasses, TypeError for a wrong keyword, and lets pass
-KeyboardInterrupt and the exceptions of a caller's own functions.
+The library prints nothing. It raises StreamconvError and its subclasses, and TypeError for a wrong keyword.
+KeyboardInterrupt and exceptions of the caller's own functions pass through.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
     "verify",
 ]
 
-# Loaded when first asked for: numpy and gguf take longer to import than `streamconv --help` may take.
+# Loaded on first use: importing numpy and gguf takes longer than `streamconv --help` should.
 _HOMES = {
     "Blob": "streamconv.files.store",
     "Identity": "streamconv.files.store",
@@ -77,7 +77,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # or else any name would be one to type checkers
+if not TYPE_CHECKING:  # type checkers would else accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
@@ -86,5 +86,5 @@ if not TYPE_CHECKING:  # or else any name would be one to type checkers
 
 
 def __dir__() -> list[str]:
-    """The public names, those that are not loaded yet among them: for dir(), help() and Tab."""
+    """The public names, including those not loaded yet: for dir(), help() and Tab."""
     return sorted({*globals(), *__all__})

@@ -1,10 +1,10 @@
-"""The bound on memory, and the one ledger of what a run holds under it.
+"""The memory limit of a run, and its ledger of reservations.
 
-Whatever allocates by the size of its input reserves here, by name, before it allocates. Four words: *allowed* is the
-bound, *reserved* what is held or lent by name, *projected* the most that will be resident at a time, *measured* what
-the system says was. A standing test holds measured <= projected, for each command.
+Code that allocates in proportion to its input reserves that memory here first, by name. Four words: *allowed* is the
+limit, *reserved* is held or lent memory by name, *projected* is the most memory that will be resident at any time, and
+*measured* is what the system reports afterwards. A test checks measured <= projected for each command.
 
-Units are bytes throughout.
+All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from streamconv.errors import BudgetError, UsageError
 
 MIB: Final = 1 << 20
 DEFAULT_LIMIT_NBYTES: Final = 256 * MIB
-CGROUP_SHARE: Final = 0.8  # the rest is for the page cache and the shell around us
+CGROUP_SHARE: Final = 0.8  # the rest is for the page cache and other processes in the same cgroup
 
-RUN_TO_RUN_NBYTES: Final = 2 * MIB  # by which the same process's resident set differs from one run to the next
-# What a plan may take beyond a bound that is smaller than the process already: so much is counted to the end, and what
-# is needed is said once and rightly. Typical configs, indexes and headers take less than a tenth of it.
+RUN_TO_RUN_NBYTES: Final = 2 * MIB  # how much the resident set of the same run varies
+# If the limit is smaller than the process itself, a plan may still reserve this much, so that it is completed and the
+# error names the limit that is needed. Typical configs, indexes and headers take less than a tenth of it.
 GRACE_NBYTES: Final = 8 * MIB
 
-PROCESS: Final = "process"  # the term that is measured
-UNACCOUNTED: Final = "unaccounted"  # what was measured in the end beyond everything reserved: 0, or a term is missing
+PROCESS: Final = "process"  # the term that is measured at the start
+UNACCOUNTED: Final = "unaccounted"  # measured memory beyond all reservations: 0 unless a reservation is missing
 
 _UNITS: Final = {
     "": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9,
@@ -37,7 +37,13 @@ _SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "96MiB", "1.5G", "300M", "4096": K M G are powers of 1000, KiB MiB GiB of 1024. UsageError otherwise."""
+    """The bytes of a size such as "96MiB", "1.5G", "300M" or "4096".
+
+    K, M and G are powers of 1000; KiB, MiB and GiB are powers of 1024.
+
+    Raises:
+        UsageError: `text` is not a size.
+    """
     match = _SIZE.fullmatch(text)
     unit = match and _UNITS.get(match[2].upper())
     if match is None or unit is None:
@@ -46,21 +52,22 @@ def parse_size(text: str) -> int:
 
 
 def in_words(nbytes: int) -> str:
-    """`nbytes` for people, never more than it is: "96 MiB", "39.9 MiB", "10 bytes"."""
+    """`nbytes` for messages, rounded down: "96 MiB", "39.9 MiB", "10 bytes"."""
     return f"{nbytes * 10 // MIB / 10:.15g} MiB" if nbytes >= MIB else f"{nbytes:,} bytes"
 
 
 def default_limit_nbytes() -> int:
-    """256 MiB, or 80% of what the cgroup allows where that is less.
+    """The default memory limit in bytes: 256 MiB, or 80% of the cgroup's limit if that is less.
 
-    In a process that holds much already, as a caller of the library may, half of the 256 MiB come on top of that.
+    In a process that already holds much memory, such as a caller of the library, it is at least the resident set plus
+    128 MiB, within the cgroup's limit.
     """
     usual = max(DEFAULT_LIMIT_NBYTES, resident_nbytes()[0] + DEFAULT_LIMIT_NBYTES // 2)
     return min(usual, int(CGROUP_SHARE * cgroup_limit_nbytes()))
 
 
 def cgroup_limit_nbytes() -> int:
-    """The smallest memory limit of this process's cgroup and its parents (v2 or v1); 2**63 where there is none."""
+    """The smallest memory limit of this process's cgroup and its parents (v2 or v1), in bytes; 2**63 without one."""
     smallest = 1 << 63
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -86,7 +93,7 @@ def cgroup_limit_nbytes() -> int:
 
 
 def resident_nbytes() -> tuple[int, int]:
-    """(resident set now, its peak so far) of this process."""
+    """(resident set now, its peak so far) of this process, in bytes."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
         return int(fields["VmRSS"].split()[0]) << 10, int(fields["VmHWM"].split()[0]) << 10
@@ -101,18 +108,18 @@ def resident_nbytes() -> tuple[int, int]:
 
 
 class Budget:
-    """What one call of the library may hold in memory, and what it does hold, term by term.
+    """The memory limit of one call of the library, and its reservations.
 
     Args:
-        allowed: The bound on the process's resident set.
-        process: What is resident already; measured by default.
-        grace: What a plan may take beyond a bound that is smaller than the process already.
+        allowed: The limit on the process's resident set.
+        process: The memory that is already resident; measured by default.
+        grace: How much a plan may reserve if the limit is smaller than the process itself.
         compares: Whether the result will be compared with its source, so that a plan must leave room for that.
 
     Attributes:
-        terms: What is held until the end, by name.
-        projected: The most that was held at a time so far, loans included.
-        peak_of: The name of the loan at that time; empty where nothing was lent.
+        terms: The reservations, by name.
+        projected: The most memory reserved at any time so far, loans included.
+        peak_of: The name of the loan at that time; empty if nothing was lent.
     """
 
     def __init__(
@@ -128,18 +135,27 @@ class Budget:
 
     @property
     def left(self) -> int:
-        """What may still be reserved while a run is planned."""
+        """How much more can be reserved while a run is planned."""
         return max(self.allowed, self.terms[PROCESS] + self.grace) - self.held
 
     def reserve(self, name: str, nbytes: int, *, file: object = None) -> None:
-        """Hold `nbytes` more until the end, under `name`. BudgetError, naming `file`, where they are not left."""
+        """Reserve memory until the end of the run.
+
+        Args:
+            name: The name of the reservation; repeated names are added up.
+            nbytes: The size.
+            file: The file that needs it, for the error.
+
+        Raises:
+            BudgetError: It does not fit.
+        """
         self.check(name, nbytes, file=file)
         self.terms[name] = self.terms.get(name, 0) + nbytes
         self._note("", 0)
 
     @contextmanager
     def lend(self, name: str, nbytes: int, *, file: object = None) -> Iterator[None]:
-        """Hold `nbytes` more inside the `with`. BudgetError, naming `file`, where they are not left."""
+        """Reserve memory inside the `with`; arguments and errors are those of `reserve`."""
         self.check(name, nbytes, file=file)
         self.terms[name] = self.terms.get(name, 0) + nbytes
         try:
@@ -150,25 +166,28 @@ class Budget:
                 del self.terms[name]
 
     def check(self, name: str, nbytes: int, *, file: object = None) -> None:
-        """BudgetError, naming `file`, unless `nbytes` could be reserved now; they are about to be held for a moment."""
+        """Check that memory needed for a moment fits, and count it in `projected`.
+
+        Arguments and errors are those of `reserve`.
+        """
         if nbytes > self.left:
-            raise too_small(self.allowed, self.held + nbytes, file, f"{name} may take {mib(nbytes)} MiB to read")
+            raise too_small(self.allowed, self.held + nbytes, file, f"reading {name} can take {mib(nbytes)} MiB")
         self._note(name, nbytes)
 
     def scratchpad(self) -> Budget:
-        """A ledger with the same terms, for what is read and forgotten at once."""
+        """A copy of this ledger, for data that is read and discarded at once."""
         other = Budget(self.allowed, 0, self.grace)
         other.terms = dict(self.terms)
         return other
 
     def settle(self) -> None:
-        """Measure what is resident, and hold what no term accounts for."""
+        """Measure the resident set, and reserve the part of it that no term accounts for."""
         self.terms[UNACCOUNTED] = max(0, resident_nbytes()[0] - self.held)
         self._note("", 0)
 
     @property
     def past(self) -> tuple[int, str]:
-        """What the plan took at most, now that it is made, and what for: as projected, or as measured if less."""
+        """The peak memory of planning (projected, or measured if that is less), and the loan that caused it."""
         return min(self.projected, resident_nbytes()[1]), self.peak_of or "planning"
 
     def _note(self, name: str, nbytes: int) -> None:
@@ -182,12 +201,19 @@ def mib(nbytes: int) -> int:
 
 
 def unbounded() -> Budget:
-    """A ledger that refuses nothing."""
+    """A budget without a limit."""
     return Budget(1 << 63, 0)
 
 
 def too_small(allowed: int, needed: int, file: object = None, why: str | None = None) -> BudgetError:
-    """The error for a bound under which `needed` bytes do not fit, with one under which they do."""
+    """The error for a memory limit that is too small, with a sufficient one as the hint.
+
+    Args:
+        allowed: The limit.
+        needed: The memory needed, in bytes.
+        file: The file that needs it.
+        why: The reason; by default, the limit that the conversion needs.
+    """
     bound = mib(needed + RUN_TO_RUN_NBYTES)
     return BudgetError(
         f"a memory bound of {in_words(allowed)} is too small: {why or f'this conversion needs {bound} MiB'}",

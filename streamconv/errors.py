@@ -34,7 +34,7 @@ class RunWarning:
     tensor: str | None = None
 
 
-Caution = RunWarning  # its name up to 0.1, which stays importable
+Caution = RunWarning  # the name up to 0.1, kept importable
 
 
 class StreamconvError(Exception):
@@ -100,7 +100,7 @@ class ResumeError(SourceError):
 
 
 class BudgetError(StreamconvError):
-    """The memory bound is too small: the message carries the bound that would be needed. Or the system gave less."""
+    """The memory limit is too small (the hint has a sufficient one), or the system refused memory or threads."""
 
     kind = "memory"
     exit_code = 4
@@ -137,7 +137,7 @@ class Interrupted(StreamconvError):
 
 
 def with_notes(error: Interrupted, noted: BaseException) -> Interrupted:
-    """`error`, its message with what the run noted, on the exception that stopped it, of the work that it leaves."""
+    """`error`, with the notes of the exception that stopped the run appended: they say what unfinished work it left."""
     error.message = "; ".join((error.message, *getattr(noted, "__notes__", ())))
     return error
 

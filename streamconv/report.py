@@ -15,7 +15,14 @@ Gives = Literal["text", "vectors", "token vectors", "scores"]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One file that was (or, in a dry run, would be) written. sha256 is None unless it was requested."""
+    """One file that was (or, in a dry run, would be) written.
+
+    Attributes:
+        path: The file.
+        nbytes: Its size.
+        sha256: Its SHA-256 in hexadecimal; None unless it was requested.
+        role: model, adapter, or the kind of a further output, such as mmproj.
+    """
 
     path: Path
     nbytes: int
@@ -25,13 +32,24 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class TypeTotal:
+    """The number and total size of all tensors of one type."""
+
     n_tensors: int
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the plan, with its sources. `changed_by`: the adapters that are merged into it."""
+    """One tensor of a plan.
+
+    Attributes:
+        source: The names of the stored tensors that it is computed from.
+        target: Its name in the file.
+        shape: Row-major.
+        type: GGML's name of its type, as Q4_K.
+        nbytes: The size of its data.
+        changed_by: The adapters that are merged into it.
+    """
 
     source: tuple[str, ...]
     target: str
@@ -43,15 +61,15 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorRelativeError:
-    """How far a tensor of a file is from its source.
+    """The error of a tensor in a file, relative to its source.
 
     Attributes:
-        name: in the file.
-        type: of the file's tensor, as `Q4_K`.
-        n_elements: its weights.
-        nbytes: of its data in the file.
-        relative_rms: sqrt(sum of squared errors / sum of squared weights); None where that is not a number, because
-            either holds a NaN or an infinity, or the source is all zeros and the file is not.
+        name: Its name in the file.
+        type: GGML's name of its type, as Q4_K.
+        n_elements: The number of its weights.
+        nbytes: The size of its data in the file.
+        relative_rms: sqrt(sum of squared errors / sum of squared weights). None if that is not a number: one of the two
+            has a NaN or an infinity, or the source is all zeros and the file is not.
     """
 
     name: str
@@ -67,11 +85,11 @@ class TensorRelativeError:
 
 @dataclass(frozen=True, slots=True)
 class RelativeErrors:
-    """How far a file is from its source: `verify(..., error=True)`.
+    """The error of a file, relative to its source: `verify(..., error=True)`.
 
     Attributes:
-        relative_rms: sqrt(sum of squared errors / sum of squared weights) over all tensors; None as for one.
-        tensors: all of them, the worst first.
+        relative_rms: sqrt(sum of squared errors / sum of squared weights) over all tensors; None as for a tensor.
+        tensors: The errors of all tensors, largest first.
     """
 
     relative_rms: float | None
@@ -84,14 +102,30 @@ class RelativeErrors:
 
 @dataclass(slots=True)
 class Report:
-    """What a run did, or in a dry run would do (`plan` is set then).
+    """The result of a run or, in a dry run, its plan.
 
     Attributes:
-        resumed_nbytes: of the outputs, that an earlier run had written.
-        gives: what a model is run for: text; a vector of a text, or of each of its tokens; scores of a reranker.
-        adapters: those that are merged into a model.
-        beside: manifests and a Modelfile that lie beside the outputs; a picture.
-        errors: of `verify(..., error=True)`: how far the file is from its source.
+        command: The command.
+        output: The main output; of a split one, its first part.
+        architecture: llama.cpp's name of the architecture.
+        dialect: The dialect of the tensors' names: llama.cpp or ollama-legacy.
+        outtype: The file's type.
+        n_tensors: The number of tensors in all outputs.
+        n_parameters: The number of elements in all outputs.
+        types: The tensors by type.
+        outputs: All files.
+        seconds: The duration of the run.
+        peak_rss_nbytes: The peak resident set of the process.
+        verified: Whether the result was compared with its source and is equal; None if it was not compared.
+        resumed: Whether unfinished work of an earlier run was continued.
+        resumed_nbytes: How many bytes of the outputs an earlier run had written.
+        gives: What the model is run for: text, an embedding of a text or of each of its tokens, or a reranker's score.
+        adapters: The adapters that are merged into a model.
+        beside: Further files that were written: manifests, a Modelfile, a plot.
+        warnings: Warnings about the result, which is complete.
+        plan: In a dry run, every tensor.
+        memory: The memory proof, see docs/json.md.
+        errors: With `verify(..., error=True)`, the errors relative to the source.
     """
 
     command: str
@@ -118,6 +152,7 @@ class Report:
 
     @property
     def nbytes(self) -> int:
+        """The total size of all outputs."""
         return sum(output.nbytes for output in self.outputs)
 
     def to_json(self) -> dict[str, Any]:
@@ -187,7 +222,7 @@ def _errors(errors: RelativeErrors) -> dict[str, Any]:
 
 def error_to_json(error: StreamconvError) -> dict[str, Any]:
     """The object that `--json` prints for a failure."""
-    said: dict[str, Any] = {
+    result: dict[str, Any] = {
         "kind": error.kind,
         "code": error.code,
         "exit_code": error.exit_code,
@@ -197,5 +232,5 @@ def error_to_json(error: StreamconvError) -> dict[str, Any]:
         "hint": error.hint,
     }
     if error.problems:
-        said["problems"] = [dict(problem) for problem in error.problems]
-    return {"schema": SCHEMA, "error": said}
+        result["problems"] = [dict(problem) for problem in error.problems]
+    return {"schema": SCHEMA, "error": result}

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 def start_threads(threads: Iterable[threading.Thread]) -> None:
-    """Begins all of `threads`, which from then on leave SIGINT and SIGTERM to others.
+    """Start all of `threads` with SIGINT and SIGTERM blocked, so that other threads handle these signals.
 
-    Signals wait meanwhile, since what a handler raises inside of `Thread.start` leaves a thread half begun. It is
-    raised here, once the last one has begun.
+    The signals are also blocked in the calling thread meanwhile, since an exception from a handler inside
+    `Thread.start` would leave a thread half started. A pending signal is handled once the last thread has started.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:

@@ -1,7 +1,7 @@
-"""Where a conversion's time and memory go: what `--profile FILE.json` writes.
+"""Time and memory of a conversion by phase, as written by `--profile FILE.json`.
 
-A profile of any length takes bounded memory (samples are thinned, keeping the highest of each interval). With profiling
-off, a timed phase costs one method call and reads no clock.
+A profile of any length takes bounded memory: samples are thinned out, keeping the highest of each interval. Without
+profiling, a timed phase is one method call that reads no clock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOTHING: Final = nullcontext()
 
 
 class Memory(NamedTuple):
-    """Resident bytes of this process: anon has no file behind it (shared buffers included), file is mapped files."""
+    """Resident memory of this process in bytes: anonymous (including shared buffers), and of mapped files."""
 
     rss_nbytes: int
     anon_nbytes: int
@@ -37,14 +37,14 @@ class Sample(NamedTuple):
 
 
 class Stopwatch:
-    """What the main path times its phases with; this one, of a run without `--profile`, does nothing."""
+    """Times the phases of a conversion. This base class, used without `--profile`, does nothing."""
 
     def time(self, phase: Phase, /) -> AbstractContextManager[None]:
         return _NOTHING
 
 
 class Timeline:
-    """Fewer than `limit` samples: when full, the larger of each two neighbours stays and the interval doubles."""
+    """Fewer than `limit` samples: when full, the larger of each two neighbours is kept and the interval doubles."""
 
     def __init__(self, interval_seconds: float, limit: int = 4096) -> None:
         self.interval_seconds = interval_seconds
@@ -60,10 +60,13 @@ class Timeline:
 
 
 class Profile(Stopwatch):
-    """Memory over time while the `with` block runs, and seconds by phase from any thread.
+    """Memory over time inside the `with`, and seconds by phase from any thread.
 
-    Phases are summed over threads, so together they may exceed the wall time. `path` is where the caller will write
-    it: a run refuses one that must not be written over.
+    Phases are summed over threads, so their total can exceed the wall time.
+
+    Args:
+        path: The file to which the caller will write the profile; a run refuses a path that must not be overwritten.
+        interval_seconds: The time between samples of memory, at first.
     """
 
     def __init__(self, path: Path | None = None, *, interval_seconds: float = 0.02) -> None:
@@ -93,7 +96,7 @@ class Profile(Stopwatch):
         self._add_sample()
         try:
             start_threads([self._sampler])
-        except BaseException:  # nobody leaves what was not entered
+        except BaseException:  # `__exit__` is not called if `__enter__` fails
             self._done.set()
             raise
         return self
@@ -105,7 +108,7 @@ class Profile(Stopwatch):
         self.wall_seconds = time.perf_counter() - self._started
 
     def as_json(self) -> dict[str, Any]:
-        """The profile as `--profile` writes it; memory rows are in the order of `memory.columns`."""
+        """The profile as `--profile` writes it; samples have the columns of `memory.columns`."""
         samples = self.timeline.samples
         return {
             "schema": SCHEMA,
@@ -128,9 +131,9 @@ class Profile(Stopwatch):
 
 
 def read_memory() -> Memory:
-    """Resident memory of this process now; where the system does not tell anon from file, all of it counts as anon."""
+    """Resident memory of this process now. If the system does not distinguish, all of it counts as anonymous."""
     try:
-        # psutil's `shared` adds anonymous shared buffers to mapped files, so on Linux the kernel's own split is read.
+        # psutil's `shared` includes anonymous shared buffers, so on Linux the kernel's own numbers are read.
         fields = {
             name: int(value.split()[0]) * 1024
             for name, _, value in (line.partition(b":") for line in _STATUS.read_bytes().splitlines())

@@ -1,1 +1,1 @@
-"""What is written where (layout), what decides it (job), and the workers that make it (pool)."""
+"""The layout and memory proof of an output (layout, split), its job (job), and the workers that make it (pool)."""

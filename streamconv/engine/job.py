@@ -1,6 +1,6 @@
-"""A job: everything that determines the bytes of one output, in one file or several, and how it is to be run.
+"""A job: everything that determines the bytes of one output, in one file or several.
 
-`convert` and `convert_adapter` make jobs; `run` and `verify` take them.
+`convert` and `convert_adapter` make jobs; `run` and `verify` use them.
 """
 
 from __future__ import annotations
@@ -26,26 +26,45 @@ from streamconv.lazy.leaves import sources
 from streamconv.lazy.node import Readable, description
 from streamconv.report import Gives, Output, Report, TypeTotal
 
-_MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer ones are told apart by their digests
-FORMAT_VERSION = "1"  # raised whenever the same input and options give other bytes than before
+_MAX_SHOWN_CHARS = 40  # of a key's value in a journal; longer values are replaced by their digests
+FORMAT_VERSION = "1"  # raised whenever the same input and options give different bytes than before
 
 
 class SourceFile(Readable, Protocol):
-    """A file of tensors."""
+    """An open file that holds source tensors."""
 
     @property
     def path(self) -> Place: ...
     @property
     def fingerprint(self) -> str:
-        """What identifies its bytes without reading them all."""
+        """Identifies its bytes without reading them all."""
         ...
 
 
 @dataclass(slots=True)
 class Job:
-    """Everything that decides the bytes of one output, and what its report says. Made once all of it was read.
+    """Everything that determines the bytes of one output, and the content of its report.
 
     A model's projector is an output of its own, with its own keys and layout: a companion of the model's job.
+
+    Attributes:
+        command: The command, for the report.
+        keys: The metadata of the output.
+        parts: The files of the output.
+        architecture: llama.cpp's name of the architecture.
+        dialect: The dialect of the tensors' names, see gguf/names.py.
+        outtype: The file's type.
+        shards: The open files of tensors.
+        configs: The parsed config files.
+        options: The options that affect the bytes, by name.
+        defaults: The values that loaders use for keys that are not written, by the key's name.
+        warnings: For the report.
+        changed_by: The adapters that are merged into a tensor, by its name.
+        base: The base model of an adapter.
+        role: model, adapter, or the kind of a companion, such as mmproj.
+        companions: Further outputs of the same checkpoint, published together with this one.
+        sources: Every file that was read; none of them may be overwritten.
+        started: The time at which the job began, as `time.monotonic`.
     """
 
     command: str
@@ -57,13 +76,13 @@ class Job:
     shards: Sequence[SourceFile]
     configs: Sequence[Config]
     options: Mapping[str, str]
-    defaults: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)  # of keys that are missing, by name
+    defaults: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
     warnings: list[RunWarning] = field(default_factory=list)
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    base: Place | None = None  # of an adapter: the model it is for
+    base: Place | None = None
     role: str = "model"
-    companions: Sequence[Job] = ()  # further files of the same checkpoint, sealed together with this one
-    sources: Mapping[FileId, Path] = field(default_factory=files_read)  # every file that was read, none to write over
+    companions: Sequence[Job] = ()
+    sources: Mapping[FileId, Path] = field(default_factory=files_read)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -73,19 +92,19 @@ class Job:
 
     @property
     def outputs(self) -> tuple[Job, ...]:
-        """This output and those that are sealed with it."""
+        """This output and its companions."""
         return (self, *self.companions)
 
     @property
     def files(self) -> tuple[tuple[Job, Part], ...]:
-        """Every file of all outputs, each with the output that it is of; the first is the one that loaders name."""
+        """Every file of all outputs, each with its output; the first is the one that users give to a loader."""
         return tuple((output, part) for output in self.outputs for part in output.parts)
 
     def identity(self, part: Part) -> dict[str, str]:
-        """All that decides a part's bytes, item by item: a run goes on with another only where all of it is the same.
+        """Everything that determines a part's bytes, by name: a run continues another only if all of it is equal.
 
-        The header's bytes, the chain of operations of every tensor and the sources' fingerprints leave nothing out,
-        whatever keys and operations there will be; the other items name what a user may have changed.
+        The header's bytes, the chain of operations of every tensor and the sources' fingerprints are complete by
+        construction. The other items exist so that a message can name what a user has changed.
         """
         from importlib.metadata import version
 
@@ -103,7 +122,7 @@ class Job:
         return items | {"header": _digest(part.layout.header.pieces), "operations": self._operations(part)}
 
     def _operations(self, part: Part) -> str:
-        """A digest of what is done to which stored bytes, for every tensor of a part."""
+        """A digest of the operations on stored bytes, for every tensor of a part."""
         numbers: dict[Readable, int] = {shard: number for number, shard in enumerate(self.shards)}
 
         def lines() -> Iterator[bytes]:
@@ -114,6 +133,7 @@ class Job:
         return _digest(lines())
 
     def report(self) -> Report:
+        """The report of this job, without the results of a run."""
         totals: dict[str, list[int]] = defaultdict(list)
         steps = [step for output in self.outputs for step in output.steps]
         for step in steps:
@@ -145,7 +165,7 @@ def _gives(keys: Iterable[KeyValue]) -> Gives:
 
 
 def _distinct(names: Iterable[str]) -> Iterator[str]:
-    """The names, each with a number where it was there before."""
+    """The names, with a number appended to repeated ones."""
     seen: Counter[str] = Counter()
     for name in names:
         seen[name] += 1

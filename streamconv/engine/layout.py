@@ -1,4 +1,4 @@
-"""Where each byte of an output goes, and the proof that making it fits in memory. No file is touched.
+"""The position of each byte of an output, and the proof that making it fits in memory. No file is touched.
 
 The layout fixes the order and offsets of tensors, the size of slabs and chunks, and the number of workers. The bytes of
 the output depend only on header and steps, never on memory, chunks or threads.
@@ -25,22 +25,21 @@ from streamconv.gguf.format import Header, KeyValue, TensorInfo, align, encode_h
 from streamconv.lazy.node import LazyTensor, peak_nbytes
 from streamconv.lazy.scratch import Overdraft, padded_nbytes
 
-# A slab's rows are read, encoded and forgotten while they lie in the cache. Measured in benchmarks/LOG.md.
+# The rows of a slab are read and encoded while they are in the cache. Measured in benchmarks/LOG.md.
 SLAB_NBYTES = 1 << 19
-# Chunks are what one worker makes and writes at a time, largest first; all are multiples of any page and disk block.
+# The sizes of a chunk, which one worker makes and writes at a time, preferred first; all are multiples of any page and
+# disk block.
 CHUNK_NBYTES = (4 * MIB, 2 * MIB, 1 * MIB, MIB // 4)
-# Chunks on their way to the disk beside those being made, most first. A disk with a queue wants several writes at once:
-# benchmarks/LOG.md.
+# The number of chunks being written in addition to those being made, preferred first. A disk with a queue is faster
+# with several writes at once: benchmarks/LOG.md.
 CHUNKS_WRITING = (4, 2, 0)
 THREAD_NBYTES = MIB // 2  # a thread's stack, its Python frames, allocator slack
-MODULES_NBYTES = (
-    4 * MIB
-)  # what is imported and allocated between the start and the end (model card, progress bar, report)
-MAX_WORKERS = 256  # more threads than any machine that this is for has cores
+MODULES_NBYTES = 4 * MIB  # modules and objects loaded during a run (model card, progress bar, report)
+MAX_WORKERS = 256  # more than the cores of any machine that this is meant for
 
 
 class Io(Enum):
-    """How sources are read: through windows on mapped files, at positions, or mapped where that is the better way."""
+    """How sources are read: mapped in windows, read at offsets (POSITIONED), or AUTO, the better way for each file."""
 
     AUTO = "auto"
     MAPPED = "mapped"
@@ -49,10 +48,14 @@ class Io(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PlacedTensor:
-    """A tensor that will be written: its name in the file, its rows before encoding, its sources' names, its type.
+    """A tensor that will be written.
 
     Attributes:
-        weights: how much each column matters, see `Encode`.
+        target: Its name in the file.
+        rows: Its rows before encoding.
+        sources: The names of the stored tensors that it is computed from.
+        type: Its type in the file.
+        weights: The importance of each column, see `Encode`.
     """
 
     target: str
@@ -64,12 +67,20 @@ class PlacedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor of the output: where its bytes lie and how many of its rows make a slab."""
+    """One tensor of the output.
+
+    Attributes:
+        target: Its name in the file.
+        tensor: Its encoded rows.
+        sources: The names of the stored tensors that it is computed from.
+        offset: Of its first byte, from the start of the file.
+        slab_rows: The number of rows in a slab.
+    """
 
     target: str
     tensor: Encode
     sources: tuple[str, ...]
-    offset: int  # from the start of the file
+    offset: int
     slab_rows: int
 
     @property
@@ -78,7 +89,7 @@ class Step:
 
     @property
     def scratch_nbytes(self) -> int:
-        """What a worker needs for a slab, and for one row more that a chunk's border cuts."""
+        """The scratch memory that a worker needs: for a slab, and for a row that the border of a chunk cuts."""
         return padded_nbytes(self.tensor.spec.row_nbytes) + peak_nbytes(self.tensor, self.slab_rows, best_kernel())
 
 
@@ -93,21 +104,24 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class MemoryProof:
-    """How a run works, and the terms that add up to the most that is resident at a time; all in bytes.
+    """The resources of a run, and the terms whose sum is the most memory that is resident at any time.
+
+    Sizes are in bytes.
 
     Attributes:
-        allowed: The bound.
-        held: What is there besides the work, by name: the process, and what was read to plan.
-        slab: The scratch of one worker.
-        chunk: What a worker makes and writes at a time.
-        workers: How many make chunks at a time.
-        writing: How many more chunks may be on their way to the disk meanwhile, so that neither waits for the other.
-        window: What a worker maps of a source at a time; 0: sources are read.
+        allowed: The limit.
+        held: Memory held throughout, by name: the process, and everything read for the plan.
+        slab: The scratch memory of one worker.
+        chunk: The size of a chunk, which a worker makes and writes at a time.
+        workers: How many chunks are made at the same time.
+        writing: How many more chunks can be written at the same time, so that workers and disk do not wait for each
+            other.
+        window: The size of a worker's mapped window on a source; 0 if sources are not mapped.
         io: How sources are read.
-        largest: The size of the largest file that is written: no more of the chunks is touched.
-        comparing: What comparing the result with its source takes, once it is written; 0 where that was not asked for.
-        comparers: The threads that then compare.
-        planning: The most that was held before, and what for.
+        largest: The size of the largest file that is written; no more memory of chunks than this is used.
+        comparing: The memory for comparing the result with its source, after writing; 0 if it is not compared.
+        comparers: The number of threads that compare.
+        planning: The most memory that was held while planning, and the name of its largest part.
     """
 
     allowed: int
@@ -125,7 +139,7 @@ class MemoryProof:
 
     @property
     def terms(self) -> dict[str, int]:
-        """By name, what is held at the moment when that is most. Their sum is what is projected."""
+        """The memory at the moment of highest use, by name. The sum is `projected`."""
         n_threads = self.workers + self.writing
         phases = {
             "chunks": min(n_threads * self.chunk, self.largest),
@@ -144,7 +158,7 @@ class MemoryProof:
 
     @property
     def memory(self) -> dict[str, Any]:
-        """The proof as reports give it."""
+        """The proof as it is shown in reports."""
         return {
             "allowed": self.allowed,
             "projected": self.projected,
@@ -155,7 +169,15 @@ class MemoryProof:
 
 
 def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> Layout:
-    """The file that holds `keys` and `tensors`, in this order."""
+    """The layout of a file.
+
+    Args:
+        keys: The metadata, in the order in which it is written.
+        tensors: The tensors, likewise.
+
+    Raises:
+        ValueError: A name is duplicate or too long (`encode_header`).
+    """
     infos, offset = [], 0
     encoded = [Encode(tensor.rows, tensor.target, tensor.type, tensor.weights) for tensor in tensors]
     for tensor in encoded:
@@ -170,7 +192,7 @@ def make_layout(keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor]) -> La
 
 
 def slab_rows(tensor: Encode) -> int:
-    """How many of its rows are made at a time: SLAB_NBYTES of them, before or after encoding, or `least_rows`."""
+    """The number of rows in a slab: as many as fit in SLAB_NBYTES before and after encoding, at least `least_rows`."""
     widest = max(tensor.spec.row_nbytes, tensor.parents[0].spec.row_nbytes)
     wanted = max(SLAB_NBYTES // max(widest, 1), tensor.least_rows)
     return max(1, min(wanted, tensor.spec.n_rows))
@@ -185,19 +207,18 @@ def prove_memory(
     comparer: int = 0,
     listed: int = 0,
 ) -> MemoryProof:
-    """How many workers with which chunks fit under the bound, and whether they map their sources.
+    """Choose the number of workers, the size of chunks and the way of reading that fit in memory.
 
     Args:
-        layouts: Of the files that are written one after the other.
-        budget: What is held already, everything parsed and the headers made.
-        threads: How many workers are wanted. Fewer are taken only where the smallest useful chunk does not let all of
-            them fit.
-        io: How sources are read. AUTO maps them where that takes nothing from the workers.
-        comparer: What one thread takes to compare the result with its source; 0 where that was not asked for.
-        listed: What all of them together take for the lists of what is compared.
+        layouts: The files to write, one after another.
+        budget: The memory that is already held, with everything parsed and the headers made.
+        threads: The number of workers wanted. There are fewer only if they do not fit even with the smallest chunk.
+        io: How sources are read. AUTO maps them if that leaves room for all workers.
+        comparer: The memory of one thread that compares the result with its source; 0 if it is not compared.
+        listed: The memory for the list of all comparisons, shared by the threads.
 
     Raises:
-        BudgetError: Not even one worker fits, or one comparing thread; with what would be needed.
+        BudgetError: Not even one worker, or one comparing thread, fits; the message has the limit that is needed.
     """
     budget.reserve("modules", MODULES_NBYTES)
     budget.settle()
@@ -209,7 +230,7 @@ def prove_memory(
     past = budget.past
 
     def proof(workers: int, chunk: int, writing: int) -> MemoryProof:
-        # A thread makes two chunks at least: one that makes one alone would end when another begins.
+        # Each thread makes at least two chunks: with only one, it would end before others have started.
         n_threads = max(1, min(workers + writing, -(-largest // (2 * chunk))))
         workers = min(workers, n_threads)
         writing = n_threads - workers
@@ -244,25 +265,25 @@ def prove_memory(
 
 
 def least_run_nbytes(steps: Sequence[Step]) -> int:
-    """What a run takes beside what is held: one worker with the smallest chunk, and what is loaded on the way."""
+    """The least memory of a run in addition to what is held: one worker with the smallest chunk, and loaded modules."""
     slab = max((step.scratch_nbytes for step in steps), default=0)
     return CHUNK_NBYTES[-1] + slab + THREAD_NBYTES + MODULES_NBYTES
 
 
 @contextmanager
 def memory_failures() -> Iterator[None]:
-    """What the system says when it has no more memory, or no thread, for this process becomes a BudgetError."""
+    """Turn the system's refusal of memory or threads inside the `with` into a BudgetError."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        if not _is_for_want_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         raise no_memory() from error
 
 
-def _is_for_want_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
-        return str(error) == "can't start new thread"  # CPython has no type for it
+        return str(error) == "can't start new thread"  # CPython has no exception type for this
     return not isinstance(error, Overdraft)

@@ -1,7 +1,7 @@
-"""Make an output file chunk by chunk. Any chunk is a function of the layout, so workers need no order among them.
+"""Make an output file chunk by chunk. Every chunk depends only on the layout, so workers make them in any order.
 
-A thread holds one chunk, and scratch memory while it makes it. The first failure in file order is the one reported. A
-chunk is reported as done only after its sources were checked for changes.
+A thread holds one chunk, and scratch memory while it makes it. Of several failures, the first in file order is raised.
+A chunk counts as done only after its sources were checked for changes.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from streamconv.lazy.scratch import Scratch, aligned_buffer
 from streamconv.threads import start_threads
 from streamconv.timing import Stopwatch
 
-RECORD_NBYTES = 128 << 20  # how much more must be written before it is made durable and recorded
+RECORD_NBYTES = 128 << 20  # progress is synced and recorded each time this many more bytes are written
 
 
-State = Mapping[str, list[int]]  # the tally as a journal keeps it: [NaNs, infinities] by target
+State = Mapping[str, list[int]]  # the tally as it is kept in a journal: [NaNs, infinities] by target
 
 
 class Writer(Protocol):
-    """Where chunks go (sink.Sink)."""
+    """The destination of chunks (output.sink.Sink)."""
 
     @property
     def resumed_nbytes(self) -> int: ...
@@ -42,7 +42,13 @@ class Writer(Protocol):
 
 
 def fill_chunk(layout: Layout, start: int, out: NDArray[np.uint8], work: Workspace) -> None:
-    """Fill `out` with the file's bytes from `start` on. A row that a border cuts is made in full, on either side."""
+    """Fill `out` with the file's bytes from offset `start` on.
+
+    A row that the border of a chunk cuts is made completely for both chunks.
+
+    Raises:
+        SourceError: A file cannot be read, or a value does not fit its type.
+    """
     end = start + out.nbytes
     at = start
     at += layout.header.fill(out, start)
@@ -59,7 +65,7 @@ def fill_chunk(layout: Layout, start: int, out: NDArray[np.uint8], work: Workspa
 
 
 def _fill_step(step: Step, first: int, out: NDArray[np.uint8], work: Workspace) -> None:
-    """Bytes of one tensor from its byte `first` on: slabs of whole rows, and at either end perhaps a part of one."""
+    """Fill `out` with a tensor's bytes from its byte `first` on: slabs of whole rows, and cut rows at either end."""
     width = step.tensor.spec.row_nbytes
     filled = 0
     while filled < out.nbytes:
@@ -68,7 +74,7 @@ def _fill_step(step: Step, first: int, out: NDArray[np.uint8], work: Workspace) 
             n = min(width - cut, out.nbytes - filled)
             with work.scratch.frame():
                 whole = work.scratch.take(width).view(np.uint8)
-                work.counting = cut == 0  # the chunk that has a row's beginning counts it
+                work.counting = cut == 0  # a cut row is counted in the chunk that has its beginning
                 _read(step, range(row, row + 1), whole, work)
                 work.counting = True
                 out[filled : filled + n] = whole[cut : cut + n]
@@ -78,7 +84,7 @@ def _fill_step(step: Step, first: int, out: NDArray[np.uint8], work: Workspace) 
 
 
 def _fill_rows(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> int:
-    """How many of `rows`, from the first on, were made at the beginning of `out`: what one loan gives, or a slab."""
+    """Make as many of `rows` as one loan or one slab allows, at the beginning of `out`; return their number."""
     width = step.tensor.spec.row_nbytes
     lendable = step.tensor.lendable(rows, work)
     if lendable and read_lent(step.tensor, rows[:lendable], out[: lendable * width], work):
@@ -102,7 +108,7 @@ def _read(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> N
 
 
 def _largest(step: Step, work: Workspace) -> float:
-    """The largest finite magnitude of a tensor that could not be encoded, read once more from its beginning."""
+    """The largest finite magnitude of a tensor that could not be encoded; reads it again from the start."""
     values = step.tensor.parents[0]
     largest = 0.0
     for start in range(0, values.spec.n_rows, step.slab_rows):
@@ -114,6 +120,7 @@ def _largest(step: Step, work: Workspace) -> float:
 
 
 def state_of(tally: Mapping[str, codecs.Stats]) -> State:
+    """The tally as it is kept in a journal."""
     return {name: [stats.n_nan, stats.n_inf] for name, stats in tally.items()}
 
 
@@ -126,9 +133,22 @@ def stream(
     cancelled: Callable[[], StreamconvError | None],
     stopwatch: Stopwatch,
 ) -> dict[str, codecs.Stats]:
-    """Write every chunk that `sink` does not have yet; the tally of non-finite values by target.
+    """Write every chunk that `sink` does not have yet.
 
-    `advance` is told the bytes done, in this thread; `cancelled` is asked between chunks. Raises what a worker raised.
+    Args:
+        layout: The file.
+        sink: The destination.
+        proof: The number of workers, and their memory.
+        advance: Called in this thread with the number of bytes just completed.
+        cancelled: Called between chunks; an error that it returns is raised.
+        stopwatch: Times each phase.
+
+    Returns:
+        The counts of non-finite values by target.
+
+    Raises:
+        SourceError: A file cannot be read or has changed, or a value does not fit its type.
+        DestinationError: A write failed.
     """
     pool = _Pool(layout, sink, proof, stopwatch)
     try:
@@ -140,7 +160,7 @@ def stream(
 
 
 class _Pool:
-    """Workers that take the next chunk until there is none; the calling thread follows what they finish."""
+    """Workers that take the next chunk until none is left; the calling thread collects their results."""
 
     def __init__(self, layout: Layout, sink: Writer, proof: MemoryProof, stopwatch: Stopwatch) -> None:
         self.layout, self.sink, self.proof, self.stopwatch = layout, sink, proof, stopwatch
@@ -154,7 +174,7 @@ class _Pool:
         self._finished: queue.SimpleQueue[tuple[int, dict[str, codecs.Stats] | BaseException]] = queue.SimpleQueue()
         n_threads = min(proof.workers + proof.writing, max(1, self._n_chunks - self._first))
         self._threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(n_threads)]
-        # A thread makes a chunk while it has one of these; while it writes, another has it.
+        # A thread needs one of these while it makes a chunk; while it writes, another thread can use it.
         self._workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
         kernel = codecs.best_kernel()
         for _ in range(min(proof.workers, n_threads)):
@@ -171,7 +191,7 @@ class _Pool:
                 thread.join()
 
     def collect(self, advance: Callable[[int], None], cancelled: Callable[[], StreamconvError | None]) -> None:
-        """Follow the chunks to the end of the file, recording the durable prefix as it grows."""
+        """Collect results until the file is complete, and record the completed prefix as it grows."""
         prefix, recorded = self._first, min(self._first * self.proof.chunk, self.layout.nbytes)
         ahead: dict[int, dict[str, codecs.Stats]] = {}
         advance(recorded)
@@ -185,7 +205,7 @@ class _Pool:
                 self._count(ahead.pop(prefix))
                 prefix += 1
             done = min(prefix * self.proof.chunk, self.layout.nbytes)
-            # Records lie on multiples of the largest chunk, so that a resumed run may use any.
+            # Records are at multiples of the largest chunk, so that a resumed run can use chunks of any size.
             if done - recorded >= RECORD_NBYTES and done % CHUNK_NBYTES[0] == 0 and done < self.layout.nbytes:
                 with self.stopwatch.time("sync"):
                     self.sink.record(done, state_of(self.tally))
@@ -198,7 +218,7 @@ class _Pool:
             self.tally[name] = self.tally.get(name, codecs.Stats(0, 0)) + stats
 
     def _first_failure(self, index: int, error: BaseException) -> BaseException:
-        """Of the failures of all workers, that of the earliest chunk, so that the message does not depend on timing."""
+        """The failure of the earliest chunk among those of all workers, so that it does not depend on timing."""
         self.stop()
         while not self._finished.empty():
             other, result = self._finished.get()
@@ -227,12 +247,12 @@ class _Pool:
                 with self.stopwatch.time("write"):
                     self.sink.write(start, out)
                 self._finished.put((index, counts))
-        except BaseException as error:  # carried to the thread that collects
+        except BaseException as error:  # raised again in the thread that collects
             self._stopping.set()
             self._finished.put((index, error))
 
     def _fill(self, start: int, out: NDArray[np.uint8]) -> tuple[dict[str, codecs.Stats], set[Readable]]:
-        """The tally of one chunk, made in `out` as soon as a workspace is free, and the files that were read for it."""
+        """Make one chunk in `out` as soon as a workspace is free; return its tally and the files that were read."""
         with self.stopwatch.time("wait"):
             work = self._workspaces.get()
         try:

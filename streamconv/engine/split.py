@@ -1,4 +1,4 @@
-"""One model as several files: where it is cut, and the name and `split.*` keys of each part.
+"""One model as several files: where it is split, and the name and `split.*` keys of each part.
 
 The rules are llama.cpp's (GGUFWriter in gguf-py): a part is full when the next tensor would exceed either limit; part 1
 has all keys, the others only `split.*`; each part states the total number of tensors.
@@ -20,7 +20,7 @@ from streamconv.gguf.splits import part_name
 from streamconv.options import SplitOptions
 
 SPLIT_COUNT = "split.count"
-MAX_COUNT = 65_535  # it is a uint16
+MAX_COUNT = 65_535  # split.count is a uint16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,16 @@ class Part:
 def make_parts(
     dst: Path, keys: Sequence[KeyValue], tensors: Sequence[PlacedTensor], options: SplitOptions
 ) -> tuple[Part, ...]:
-    """The files of one output: `dst` alone, or parts named after it. With `only_part`, that one of them.
+    """The files of one output: only `dst`, or parts named after it.
 
-    The layout of a part that is not written is not made.
+    Args:
+        dst: The path of the output.
+        keys: Its metadata.
+        tensors: Its tensors, in the order in which they are written.
+        options: The limits on parts; with `only_part`, only that part is returned, and no other layout is made.
+
+    Raises:
+        UsageError: There would be too many parts, or there is no part `only_part`.
     """
     groups = list(_groups(tensors, options)) if options.is_split else [tensors]
     count = len(groups)
