@@ -1,2 +1,2 @@
-"""LoRA adapters: read (config, file), met with their base (base_model, resolve), and either written as a GGUF adapter
-(fold; ollama for the legacy dialect) or merged into the base's weights (specs, merge)."""
+"""LoRA adapters: read them (config, files), match them with a base (base, resolve), then either write a GGUF adapter
+(fold; ollama for the legacy dialect) or merge them into the base's weights (specs, merge)."""

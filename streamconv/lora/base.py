@@ -1,7 +1,7 @@
-"""What an adapter needs to know of its base: which tensors there are, their shapes and heads. No weight is read.
+"""The base of an adapter: the names and shapes of its tensors, and its head counts. No weights are read.
 
-A base that is a GGUF file (gguf_base.py) and one that is a folder (open_base.py) are both seen through the
-architecture's recipe, so every architecture that has one has adapters.
+A GGUF file (gguf_base.py) and a folder (open_base.py) are both interpreted by the architecture's recipe, so adapters
+work for every architecture that has a recipe.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from streamconv.recipe.names import NONE, Found, fill, has_experts, stack_of
 from streamconv.recipe.operation import Op
 from streamconv.recipe.words import Tensor
 
-N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that have these names in every recipe
+N_LAYERS, N_EXPERTS, N_VOCAB = "L", "E", "V"  # dims that every recipe names like this
 
-# Tensors that llama.cpp's runtime uses without asking for an adapter (llama-adapter.cpp, llama-graph.cpp).
-_IGNORED_TARGETS = {"_norm.weight": "a norm, for which llama.cpp asks no adapter"}
+# Tensors for which llama.cpp's runtime never looks up an adapter (llama-adapter.cpp, llama-graph.cpp).
+_IGNORED_TARGETS = {"_norm.weight": "a norm, to which llama.cpp does not apply adapters"}
 
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """A tensor of the GGUF that a module's change arrives in, and the operations it goes through on its way."""
+    """A GGUF tensor that a module's change is part of, and the operations applied to the change."""
 
     target: str
-    order: tuple[int, int, int]  # its place among the base's tensors
+    order: tuple[int, int, int]  # sorts by the order of the base's tensors
     ops: tuple[Op, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One matrix of the base that a pair of factors may change; of stacked experts one, or all where `expert` is None.
+    """A matrix of the base that a pair of factors can change: of stacked experts one, or all if `expert` is None.
 
-    landings: what it becomes in the GGUF, several where a fused matrix is split. shape: row-major [out, in] as stored,
-    None where the base does not tell.
+    Attributes:
+        landings: The GGUF tensors made of it, several if a fused matrix is split.
+        shape: Row-major [out, in] as stored; None for an unknown extent.
     """
 
     landings: tuple[Landing, ...]
@@ -62,10 +63,12 @@ class Slot:
 class BaseModel:
     """A base as adapters see it.
 
-    model: its dims and kinds, as far as the base gives them. targets: the names of its tensors in GGUF, None where it
-    does not list them all. shapes: of those whose shapes it gives itself; the others follow from dims. is_tied: None
-    where the base does not tell. is_merged: whether adapters change it before it is written, so that it does not matter
-    for which tensors llama.cpp asks adapters.
+    Attributes:
+        model: Its dims and kinds of layers, as far as they are known.
+        targets: The names of its tensors in GGUF, None if it does not list them all.
+        shapes: Shapes that the base states; the others follow from its dims.
+        is_tied: Whether the head is the embedding, None if unknown.
+        is_merged: Whether adapters are merged into it, so that llama.cpp's support for adapters does not matter.
     """
 
     path: Place
@@ -90,24 +93,22 @@ class BaseModel:
         return self.model.n_layers
 
     def has(self, name: str) -> bool:
-        """Whether the model has a tensor of this name in its checkpoint; a tied base's head counts."""
+        """Return whether the checkpoint has a tensor of this name; the head of a tied base counts."""
         is_head = self.recipe.canonical(name) == self.recipe.head
         return is_head or any(self._rows(name)) or self.recipe.is_of_another(name)
 
     def slot(self, module: str) -> Slot | Problem:
-        """What `module` (as model.layers.0.self_attn.q_proj) is in this base, or why no adapter can change it."""
+        """Return the slot of `module` (such as model.layers.0.self_attn.q_proj), or why no adapter can change it."""
         return self.slot_of(f"{module}.weight")
 
     def slot_of(self, name: str) -> Slot | Problem:
-        """As `slot`, of a tensor by its own name, which need not end in .weight."""
+        """Like `slot`, for a tensor by its full name, which may not end in .weight."""
         module = name.removesuffix(".weight")
         if self.is_tied and self.recipe.canonical(name) == self.recipe.head:
-            return Problem("tied", "the base is tied: it has no head of its own that llama.cpp could adapt", (module,))
+            return Problem("tied", "the base is tied, so it has no separate head that llama.cpp could adapt", (module,))
         rows = list(self._rows(name))
         if not rows and self.recipe.is_of_another(name):
-            what = (
-                "it is of another file than the model's, such as a vision tower, for which llama.cpp takes no adapter"
-            )
+            what = "it belongs to another file (a vision tower's), for which llama.cpp does not support adapters"
             return Problem("other-output", what, (module,))
         if not rows:
             return Problem("no-module", f"the base ({self.recipe.arch}) has no such module", (module,))
@@ -127,7 +128,7 @@ class BaseModel:
         )
 
     def _rows(self, name: str) -> Iterator[tuple[int, Found, Tensor]]:
-        """The recipe's rows that take the tensor `name`, each with its number, as far as this base has them."""
+        """The recipe's rows that use the tensor `name`, each with its number, if the base has their targets."""
         found = self.recipe.find(name)
         if found is not None:
             for number, row in enumerate(self.recipe.tensors):
@@ -146,7 +147,7 @@ class BaseModel:
         return stack is None or axis not in self.model.kinds or self.model.kinds[axis][found.i] == kind
 
     def _shape(self, landing: Landing, row: Tensor) -> tuple[int | None, int | None]:
-        """[out, in] of a row's source: as the base has the target, where the operations leave it as it is."""
+        """[out, in] of a row's source: the target's shape in the base if no operation changes it, else from dims."""
         known = self.shapes.get(landing.target, ())
         if len(known) > 1 and all(op.keeps_shape for op in row.ops):
             return known[-2], known[-1]
@@ -155,13 +156,13 @@ class BaseModel:
 
 
 def _is_stack(row: Tensor) -> bool:
-    """Whether the source of a row is all experts of a layer in one tensor."""
+    """Return whether the source of a row is one tensor with all experts of a layer."""
     first, *matrix = (extent.text for extent in parse_shape(row.shape))
     return first == N_EXPERTS and len(matrix) == 2
 
 
 def _no_matrix(row: Tensor, *, is_merged: bool) -> str:
-    """Why a row of the recipe is nothing that a pair of factors could change; empty where it is."""
+    """Why a pair of factors cannot change a row of the recipe; empty if it can."""
     if row.no_adapter and not is_merged:
         return row.no_adapter
     for ending, what in _IGNORED_TARGETS.items():

@@ -1,7 +1,7 @@
-"""adapter_config.json, of PEFT and of MLX: the exact scale of every module, and what a GGUF adapter cannot hold.
+"""Read the adapter_config.json of PEFT or MLX: the scale of each module, and features that GGUF cannot represent.
 
-For every module, W' = W + s * B @ A with the s that training used, or there is a problem: no default that could make
-another s is used silently.
+For every module, W' = W + s * B @ A with the s used in training, or there is a problem: no default that could give a
+different s is used silently.
 
 Sources: PEFT 0.21.2, tuners/lora/{config,layer,variants}.py and get_pattern_key in utils/other.py; mlx-lm,
 tuner/lora.py and tuner/utils.py.
@@ -19,15 +19,15 @@ from typing import Any, Final, TypeVar
 from streamconv.checkpoint.config import Config
 from streamconv.errors import RunWarning, SourceError
 
-# PEFT's defaults, taken where a key is absent, as PEFT itself does when it loads such a file.
+# PEFT's defaults for absent keys, as PEFT itself uses them when it loads such a file.
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8.0
 
-# Initialisations that leave the base alone; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change its weights when
-# the adapter is loaded. An adapter that was saved as a conversion to plain LoRA says true.
+# Initialisations that do not change the base; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change its weights when
+# the adapter is loaded. An adapter that was converted to plain LoRA when it was saved has `true`.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# What PEFT 0.21.2 writes, and what Ollama reads beside it (ollama.py), which training does not. Another key is one
-# of a version that may compute something else.
+# Keys that PEFT 0.21.2 writes, and those that only Ollama reads (ollama.py). Other keys may come from a version that
+# computes something else.
 KNOWN_KEYS = frozenset(
     (
         "num_key_value_heads",
@@ -42,10 +42,10 @@ KNOWN_KEYS = frozenset(
     )
 )
 
-MAX_KINDS_SHOWN = 12  # of modules, in one problem: more than a layer has
+MAX_KINDS_SHOWN = 12  # kinds of modules shown in one problem; a layer has fewer
 MAX_PATTERN_LENGTH = 500
-MAX_CHOICES = 1 << 18  # of all patterns of a configuration, for one module: tens of milliseconds
-LONGEST_NAME, LONGEST_RUN = 64, 8  # of modules; of the same letter in one, or of digits
+MAX_CHOICES = 1 << 18  # for one module and all patterns of a configuration: tens of milliseconds
+LONGEST_NAME, LONGEST_RUN = 64, 8  # of a module's name; of one repeated letter, or of digits, in it
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ _CONFIG_REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why an adapter cannot be carried. `code` is stable; `modules` are those concerned, none where all are."""
+    """Why an adapter cannot be converted. `code` is stable; without `modules`, the whole adapter is concerned."""
 
     code: str
     message: str
@@ -67,7 +67,7 @@ class Problem:
     def __str__(self) -> str:
         if not self.modules:
             return self.message
-        kinds: dict[str, list[str]] = {}  # each is named where the base lacks them
+        kinds: dict[str, list[str]] = {}  # one example for each kind of module
         for module in self.modules:
             kind = re.sub(r"\.\d+(?=\.)", ".*", module) if self.code == "no-module" else ""
             kinds.setdefault(kind, []).append(module)
@@ -78,36 +78,38 @@ class Problem:
 
 @dataclass(slots=True)
 class LoraConfig(ABC):
-    """What is asked of either kind of configuration. fixed_scale: the s of every module, where the user gave one."""
+    """The interface of both configurations. `fixed_scale` is the s of every module if the user passed --scale."""
 
     config: Config
     fixed_scale: float | None = None
     problems: list[Problem] = field(default_factory=list)
     warnings: list[RunWarning] = field(default_factory=list)
     is_dora: bool = False
-    invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA (aLoRA)
-    target_parameters: tuple[str, ...] = ()  # stacked parameters that factors are of
-    token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by module, rows that were trained whole
-    ties_ends: bool = False  # whether a change of a tied model's embedding is one of its head
+    invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA (aLoRA), which is on only after them
+    target_parameters: tuple[str, ...] = ()  # stacked parameters that have factors
+    token_rows: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # by module, numbers of rows that were trained as a whole
+    ties_ends: bool = False  # whether a change of a tied model's embedding also changes its head
 
     @abstractmethod
     def scale(self, module: str, rank: int) -> float:
-        """The s of `module`, whose factors have this rank."""
+        """Return the s of `module`, whose factors have rank `rank`."""
 
     @abstractmethod
     def rank(self, module: str) -> int | None:
-        """The rank that the configuration gives `module`, None where it says nothing."""
+        """Return the rank of `module` in the configuration, or None."""
 
     def module_problems(self, module: str) -> Iterator[Problem]:
-        """Why this module is not plain LoRA."""
+        """Yield the reasons why this module is not plain LoRA."""
         return iter(())
 
     def replicated_layers(self, n_layers: int) -> bool:
-        """Whether the adapter is one for another stack of layers than the base's."""
+        """Return whether the adapter is for a model with replicated layers."""
         return False
 
     def _read(self, read: Callable[[str], T | None], key: str) -> T | None:
-        """`read(key)`; where the value is nonsense, a problem and None."""
+        """Return `read(key)`, or add a problem and return None if the value is malformed."""
         try:
             return read(key)
         except SourceError as error:
@@ -116,27 +118,31 @@ class LoraConfig(ABC):
 
 
 def stated_base(raw: Mapping[str, Any]) -> str | None:
-    """The model that the adapter was trained on, as its configuration names it: PEFT's key, or MLX's."""
+    """Return the name of the base model from the configuration (PEFT's key, or MLX's)."""
     names = (raw.get("base_model_name_or_path"), raw.get("model"))
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
 def read_lora_config(config: Config, scale: float | None = None) -> LoraConfig:
-    """The configuration in an adapter_config.json; `scale` is the absolute s of every module, where the user gave one.
+    """Parse an adapter_config.json. Never raises: the result's `problems` lists malformed and unsupported values.
 
-    What it rules out is listed in `problems`, values of the wrong type too. Nothing is raised.
+    Args:
+        config: Its contents.
+        scale: The s of every module, if the user passed one.
     """
     if "peft_type" not in config.raw and isinstance(config.raw.get("lora_parameters"), dict):
         return MlxConfig(config, scale)
     result = PeftConfig(config, scale)
     if not config.raw.keys() & {"peft_type", "r", "lora_alpha"} and scale is None:
-        result.problems.append(Problem("config", "adapter_config.json is neither PEFT's nor MLX's: it has no scale"))
+        result.problems.append(
+            Problem("config", "adapter_config.json is neither from PEFT nor from MLX: it has no scale")
+        )
     return result
 
 
 @dataclass(slots=True)
 class _Pattern:
-    """A value for the modules that a regular expression of the configuration matches."""
+    """A value for all modules that match a regular expression of the configuration."""
 
     key: str
     regex: re.Pattern[str]
@@ -211,7 +217,7 @@ class PeftConfig(LoraConfig):
         return pairs
 
     def _patterns(self, key: str) -> Iterator[_Pattern]:
-        """The patterns under `key` in file order, each with what PEFT puts around it."""
+        """The patterns under `key` in file order, compiled as PEFT does."""
         section = self._read(self.config.section, key) or Config({}, self.config.file)
 
         def number(pattern: str) -> float:
@@ -235,7 +241,7 @@ class PeftConfig(LoraConfig):
                     yield _Pattern(pattern, regex, value)
 
     def _bd_lora(self) -> Iterator[str]:
-        """What a module's name must hold for one of its factors to be block-diagonal (BdLoraLinearVariant)."""
+        """Substrings of the names of modules with a block-diagonal factor (BdLoraLinearVariant)."""
         section = self._read(self.config.section, "use_bdlora")
         if section is not None and self._read(section.integer, "nblocks") != 1:
             for key in ("target_modules_bd_a", "target_modules_bd_b"):
@@ -244,12 +250,12 @@ class PeftConfig(LoraConfig):
     def _invocation_tokens(self) -> list[int]:
         tokens = self._read(self._token_ids, "alora_invocation_tokens") or []
         if not tokens and self.config.raw.get("invocation_string"):
-            message = "invocation_string without alora_invocation_tokens: write the ids of its tokens into the config"
+            message = "invocation_string without alora_invocation_tokens: add the ids of its tokens to the config"
             self.problems.append(Problem("invocation", message))
         return tokens
 
     def _token_rows(self, key: str) -> dict[str, tuple[int, ...]]:
-        """The rows by module: a list is of the embedding (LoraConfig.trainable_token_indices)."""
+        """The rows by module; a plain list means the embedding (LoraConfig.trainable_token_indices)."""
         value = self.config.raw.get(key)
         by_module = {"embed_tokens": value} if isinstance(value, list) else value or {}
         if not isinstance(by_module, dict) or not all(_are_rows(rows) for rows in by_module.values()):
@@ -263,7 +269,7 @@ class PeftConfig(LoraConfig):
         return tokens
 
     def _variants(self) -> Iterator[Problem]:
-        """Kinds of LoRA that compute something else, whatever the tensors are called."""
+        """Problems for kinds of LoRA that compute something else, whatever their tensors are called."""
         raw = self.config.raw
         peft_type = self._read(self.config.text, "peft_type")
         if peft_type not in (None, "LORA"):
@@ -282,7 +288,7 @@ class PeftConfig(LoraConfig):
 
 
 def _are_rows(value: object) -> bool:
-    """Whether it is a list of different rows."""
+    """Whether `value` is a list of distinct row numbers."""
     is_list = isinstance(value, list) and all(type(row) is int and 0 <= row < 1 << 31 for row in value)
     return is_list and isinstance(value, list) and len(set(value)) == len(value)
 
@@ -295,13 +301,15 @@ class MlxConfig(LoraConfig):
     _rank: int | None = None
 
     def __post_init__(self) -> None:
-        self.ties_ends = True  # the one shared matrix is the head: LoRAEmbedding.as_linear, and fuse
+        self.ties_ends = True  # the shared matrix is also the head: LoRAEmbedding.as_linear, and fuse
         parameters = self.config.section("lora_parameters") or Config({}, self.config.file)
         kind = self._read(self.config.text, "fine_tune_type")
         self.is_dora = kind == "dora" or (kind is None and bool(self._read(self.config.flag, "use_dora")))
         if kind == "full":
             self.problems.append(
-                Problem("full", "fine_tune_type is full: it has whole weights; convert the model that they form")
+                Problem(
+                    "full", "fine_tune_type is full, so these are whole weights: convert the fine-tuned model instead"
+                )
             )
         elif kind not in (None, "lora", "dora"):
             self.problems.append(Problem("fine-tune-type", f"fine_tune_type is {kind[:40]!r}, neither lora nor dora"))
@@ -311,7 +319,7 @@ class MlxConfig(LoraConfig):
         if self.fixed_scale is not None:
             self._scale = self.fixed_scale
         elif scale is None and len(self.problems) == n_problems:
-            self.problems.append(Problem("scale", "lora_parameters has no scale: give it with --scale"))
+            self.problems.append(Problem("scale", "lora_parameters has no scale: pass it with --scale"))
         elif scale is not None:
             self._scale = scale
             self._check_alpha(scale, alpha, is_new=kind is not None)
@@ -322,8 +330,8 @@ class MlxConfig(LoraConfig):
         older = scale * alpha / self._rank
         why = "fine_tune_type shows that" if is_new else "since June 2024"
         message = (
-            f"scale {scale:g} was used, and alpha {alpha:g} was not: {why} mlx-lm computes with scale alone; "
-            f"for an adapter trained with scale * alpha / rank give --scale {older:g}"
+            f"scale {scale:g} was used and alpha {alpha:g} ignored: {why} mlx-lm computes with scale only; "
+            f"for an adapter trained with scale * alpha / rank, pass --scale {older:g}"
         )
         self.warnings.append(RunWarning("mlx-alpha", message))
 
@@ -335,12 +343,12 @@ class MlxConfig(LoraConfig):
 
 
 def _first(patterns: list[_Pattern], module: str, default: float) -> float:
-    """The value of the first pattern, in file order, that matches the module's name (PEFT's get_pattern_key)."""
+    """The value of the first pattern that matches the module's name, as in PEFT's get_pattern_key."""
     return next((pattern.value for pattern in patterns if pattern.regex.match(module)), default)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """`pattern` as PEFT matches it. ValueError, saying why, where it is none."""
+    """Compile `pattern` as PEFT does; ValueError with the reason if it is invalid."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise ValueError("is too long a pattern for a module's name")
     try:
@@ -349,7 +357,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"is not a regular expression: {error}") from None
 
 
-# The parts of a regular expression that hold, or hide, what looks like another part.
+# The parts of a regular expression whose contents could be mistaken for other parts.
 _SYNTAX = re.compile(
     r"(?P<wide>\\[wWsSD1-9]|\[(?!0-9\])\^?\]?(?:\\.|[^\]\\])*\])"
     r"|(?P<narrow>\\.|\[0-9\])"
@@ -360,10 +368,10 @@ _QUANTIFIED = re.compile(r"(.)(?:(\?)|[*+]|\{\d*,?\d*\})[?+]?", re.DOTALL)
 
 
 def n_choices(pattern: str) -> float:
-    """How many ways there are, at most, to try a compiled pattern on a module's name; infinity where it is not known.
+    """Return an upper bound on the paths that a backtracking match of `pattern` can try on a module's name.
 
-    A backtracking match tries no more: the product of what each quantifier may take and of each group's alternatives,
-    as long as no group is repeated.
+    It is the product of the repetitions of each quantifier and the alternatives of each group; infinity if a group is
+    repeated.
     """
     marks = {"wide": ".", "narrow": "a", "group": "("}
     bare = f"({_SYNTAX.sub(lambda match: marks[match.lastgroup or ''], pattern)})"

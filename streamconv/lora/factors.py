@@ -1,4 +1,4 @@
-"""Factors as numbers, read while a run is planned: to fold a scale into them, and to see that they change anything."""
+"""Read factors while a run is planned, to fold a scale into them and to check that they are not zero."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READ_NBYTES = 1 << 20
 
 
 def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
-    """All rows of a tensor in order as float32, some at a time; each slab is valid until the next."""
+    """Yield all rows of a tensor in order as float32 slabs. Each slab is valid until the next one."""
     wide = widened(tensor)
     n_rows = max(1, READ_NBYTES // wide.spec.row_nbytes)
     work = Workspace(Scratch(peak_nbytes(wide, n_rows)))
@@ -28,5 +28,5 @@ def slabs(tensor: LazyTensor) -> Iterator[NDArray[np.float32]]:
 
 
 def is_zero(tensor: LazyTensor) -> bool:
-    """Whether every element is 0; reading ends at the first slab that has another number."""
+    """Return whether every element is 0, reading only up to the first slab with another value."""
     return not any(values.any() for values in slabs(tensor))

@@ -1,6 +1,6 @@
-"""An adapter on disk: its configuration, its one safetensors file, and which tensor is which factor of which module.
+"""An adapter on disk: its configuration and its safetensors file, whose tensors are assigned to modules.
 
-Every tensor of the file is accounted for: as a factor, as something without effect, or as a named problem.
+Every tensor of the file is a factor, has no effect, or is reported as a problem.
 """
 
 from __future__ import annotations
@@ -25,15 +25,13 @@ from streamconv.lora.config import Problem
 from streamconv.recipe.language import Output
 from streamconv.recipe.spelling import has_same_numbers, unwrapped
 
-WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, MLX's
+WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")  # of PEFT, of MLX
 NUMBERED = "*[0-9]_adapters.safetensors"  # MLX's checkpoints, as 0000100_adapters.safetensors
 
 A, B, UNUSED = "a", "b", "unused"
-TOKEN_ADAPTER = ".token_adapter."  # the wrapper of trainable_token_indices, around what it wraps
+TOKEN_ADAPTER = ".token_adapter."  # the wrapper for trainable_token_indices
 
-_NAME = (
-    r"(?:\.[^.]+)?"  # an adapter's, as "default": PEFT leaves it out when it saves, a state dict saved by hand has it
-)
+_NAME = r"(?:\.[^.]+)?"  # "default" or another name: PEFT drops it on saving
 
 # The ends of names, first match first.
 _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -41,7 +39,7 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     for role, pattern in (
         (A, rf"(.+)\.(?:lora_A{_NAME}\.weight|lora_embedding_A{_NAME}|lora_a)"),
         (B, rf"(.+)\.(?:lora_B{_NAME}\.weight|lora_embedding_B{_NAME}|lora_b)"),
-        # Copies of the frozen base that PEFT saves beside trained embeddings; what VeLoRA and MonteCLoRA train with.
+        # Copies of the frozen base that PEFT saves beside trained embeddings; training state of VeLoRA, MonteCLoRA.
         (UNUSED, r"(.+)\.(?:base_layer\.weight|original_module\.weight|lora_velora_.+|lora_monteclora_sampler\..+)"),
         ("dora", r"(.+)\.(?:lora_magnitude_vector(?:\..+)?|m)"),
         ("lora-bias", rf"(.+)\.lora_B{_NAME}\.bias"),
@@ -56,23 +54,23 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 )
 
 _REASONS: Mapping[str, str] = {
-    "dora": "DoRA has full rank: merge it while converting",
-    "lora-bias": "lora_bias, a trained bias of lora_B",
+    "dora": "DoRA changes the full matrix, not only B @ A: merge it while converting",
+    "lora-bias": "lora_bias: lora_B has a trained bias",
     "kasa": "KaSA (lora_diag) computes more than B @ A",
     "tokens": "trainable_token_indices: whole rows of the embedding were replaced",
     "bias": "a trained bias",
     "norm": "a trained norm, which llama.cpp ignores in adapters",
     "weight": "a whole trained weight (modules_to_save, a resized vocabulary or a full fine-tune)",
-    "unknown": "a tensor of no known kind",
+    "unknown": "a tensor of unknown kind",
 }
 
 
-_SAVE_AGAIN = "save the adapter again, or leave the name out of its config if it was not trained"
+_SAVE_AGAIN = "save the adapter again, or remove the name from its config if it was not trained"
 
 
 @dataclass(slots=True)
 class Factors:
-    """The two factors of one module as they are stored."""
+    """The two factors of a module, as stored."""
 
     a: SourceTensor | None = None
     b: SourceTensor | None = None
@@ -80,7 +78,7 @@ class Factors:
 
 @dataclass(slots=True)
 class LoraFile:
-    """An adapter, its header read and nothing else. A context manager: it holds the file open."""
+    """An adapter of which only the header has been read. A context manager, which keeps the file open."""
 
     directory: Place
     config: Config
@@ -91,9 +89,14 @@ class LoraFile:
     @classmethod
     @source_failures()
     def open(cls, source: Source | Place, budget: Budget) -> Self:
-        """The adapter in the folder `source`, or the one safetensors file `source` with its configuration beside it.
+        """Open an adapter.
 
-        SourceError where a file is missing or malformed.
+        Args:
+            source: Its folder, or a safetensors file with the configuration beside it.
+            budget: The memory that reading it may take.
+
+        Raises:
+            SourceError: A file is missing or malformed.
         """
         path = find_source(source)
         if not path.exists():
@@ -106,7 +109,7 @@ class LoraFile:
             raise SourceError(
                 f"no {ADAPTER_CONFIG}",
                 file=directory,
-                hint="every adapter has one beside its weights",
+                hint="an adapter needs one beside its weights",
                 code="config-missing",
             )
         raw = load_object(directory / ADAPTER_CONFIG, MAX_CONFIG_NBYTES)
@@ -123,19 +126,19 @@ class LoraFile:
         self.shard.close()
 
     def has_rows(self, module: str) -> bool:
-        """Whether all rows of an embedding or a head are stored here, and not its factors alone."""
+        """Return whether the file has all rows of an embedding or head, not only factors."""
         ends = tuple(f"{module}.{kind}weight" for kind in ("", "base_layer.", "modules_to_save."))
         return any(unwrapped(name).endswith(ends) for name in self.shard.tensors)
 
     def by_module(self, role: str) -> dict[str, SourceTensor]:
-        """The tensors of one role, as "dora", by module."""
+        """Return the tensors of one role, such as "dora", by module."""
         named = ((parse_name(name), tensor) for name, tensor in self.shard.tensors.items())
         return {module: tensor for (one, module), tensor in named if one == role}
 
     def unsaved(self, recipe: Output, *, is_tied: bool) -> list[Problem]:
-        """The modules of `modules_to_save` that the base has and this file has no weight of: it is not complete.
+        """Return a problem for each of `modules_to_save` that the base has but whose weight is missing here.
 
-        Names that fit nothing in the base are ignored, as PEFT ignores them. Of a tied head and embedding one counts.
+        Names that match nothing in the base are ignored, as in PEFT. A tied model needs only one of head and embedding.
         """
         named = self.config.raw.get("modules_to_save")
         keys = [key for key in (named if isinstance(named, list) else [named]) if isinstance(key, str) and key]
@@ -151,13 +154,13 @@ class LoraFile:
             return has(here, key) or (is_shared and any(has(here, end.strip(".").rpartition(".")[2]) for end in ends))
 
         return [
-            Problem("module-unsaved", f"modules_to_save names {key}, and its weight is missing: {_SAVE_AGAIN}")
+            Problem("module-unsaved", f"modules_to_save names {key}, but its weight is missing: {_SAVE_AGAIN}")
             for key in keys
             if has(modules, key) and not is_here(key)
         ]
 
     def sort(self) -> None:
-        """Find `factors` and `problems`, by the names of the tensors."""
+        """Fill `factors` and `problems` from the names of the tensors."""
         others: dict[str, list[str]] = {}
         for name, tensor in self.shard.tensors.items():
             role, module = parse_name(name)
@@ -173,7 +176,7 @@ class LoraFile:
 
 
 def parse_name(name: str) -> tuple[str, str]:
-    """(role, module) of a tensor: base_model.model.lm_head.lora_A.weight is ("a", "lm_head"), whatever its prefixes."""
+    """Return (role, module) of a tensor, as ("a", "lm_head") for base_model.model.lm_head.lora_A.weight."""
     name = unwrapped(name).replace(TOKEN_ADAPTER, ".")
     for role, pattern in _ROLES:
         if match := pattern.fullmatch(name):
@@ -182,7 +185,7 @@ def parse_name(name: str) -> tuple[str, str]:
 
 
 def _find_weights(directory: Place) -> Place:
-    """The weights in a folder: the finished adapter, else the one numbered checkpoint."""
+    """The weights in a folder: the finished adapter, else the only numbered checkpoint."""
     finished = [directory / name for name in WEIGHTS if (directory / name).is_file()]
     if len(finished) > 1:
         raise SourceError(
@@ -215,9 +218,9 @@ def _missing(directory: Place) -> str:
     if (directory / "adapter_model.bin").exists():
         return "adapter_model.bin is a pickle, which is never loaded: save the adapter again as safetensors"
     if (directory / CONFIG).is_file() and not (directory / ADAPTER_CONFIG).is_file():
-        return "this is a model: give the adapter's folder, and the model with --base"
+        return "this is a model: give the adapter's folder, and pass the model with --base"
     inside = next((child.parent for child in _grandchildren(directory)), None)
-    return f"there is one in {inside}" if inside else "name the folder that holds them"
+    return f"there is one in {inside}" if inside else "give the folder that contains them"
 
 
 def _grandchildren(directory: Place) -> Iterator[Path]:

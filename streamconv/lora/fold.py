@@ -1,6 +1,6 @@
-"""One alpha for a whole adapter: if a module needs another scale, the ratio is folded into its lora_b.
+"""Choose one alpha for a whole adapter; if a module needs another scale, fold the ratio into its lora_b.
 
-For every pair, alpha / rank * b @ a is the trained change, in the rows of the base's GGUF tensor.
+For every pair, alpha / rank * b @ a is the trained change, in the row order of the base's GGUF tensor.
 """
 
 from __future__ import annotations
@@ -27,21 +27,25 @@ from streamconv.lora.resolve import LoraModule
 from streamconv.recipe.language import Model
 from streamconv.recipe.operation import CannotAdapt, factors_through, total_factor
 
-# Of an alpha, which is a float32 that must not become 0 (full strength for llama.cpp), and of a ratio folded into B.
+# Range of an alpha, a float32 that must not become 0 (full strength in llama.cpp), and of a ratio folded into B.
 MIN_SCALE, MAX_SCALE = 1e-30, 1e30
-SIGNIFICANT_DIGITS = 12  # of an alpha: s * r is rounded there, so that alpha / r * r is alpha again
+SIGNIFICANT_DIGITS = 12  # of an alpha: s * r is rounded to them, so that alpha / r * r gives alpha again
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """lora_a and lora_b of one target, with the types that lose nothing. `origin`: all that made them as they are."""
+    """lora_a and lora_b of one target, with types that hold them exactly.
+
+    Attributes:
+        origin: Every input that determines their values, for the identity of a run.
+    """
 
     target: str
     a: LazyTensor
     b: LazyTensor
     a_type: GGMLQuantizationType
     b_type: GGMLQuantizationType
-    changed: TensorSpec  # of the base's tensor
+    changed: TensorSpec  # spec of the base's tensor
     origin: str
 
 
@@ -56,17 +60,17 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """A module's change on its way to one tensor of the GGUF: the factors in that tensor's rows and columns."""
+    """A module's change to one GGUF tensor: the factors in that tensor's rows and columns."""
 
     module: LoraModule
     landing: Landing
     a: LazyTensor
     b: LazyTensor
-    alpha: float  # that the pair needs by itself
+    alpha: float  # that this pair alone needs
 
 
 def landed(modules: Sequence[LoraModule], model: Model) -> tuple[list[Landed], list[Problem]]:
-    """The modules' changes in the order of the base's tensors, and those that cannot get there."""
+    """Return the changes in the order of the base's tensors, and problems for those that an operation cannot carry."""
     found, problems = [], []
     for module in modules:
         for landing in module.slot.landings:
@@ -82,18 +86,18 @@ def landed(modules: Sequence[LoraModule], model: Model) -> tuple[list[Landed], l
 
 
 def _through(module: LoraModule, landing: Landing, model: Model) -> tuple[LazyTensor, LazyTensor]:
-    """The factors (a, b) after the operations between the stored matrix and the GGUF's."""
+    """The factors (a, b) after the operations between the stored matrix and the GGUF tensor."""
     if not module.slot.is_embedding:
         return factors_through(landing.ops, module.a, module.b, model)
-    # The change of an embedding is the transpose of b @ a, and operations are those of the embedding.
+    # The change of an embedding is the transpose of b @ a, while operations apply to the embedding itself.
     b, a = factors_through(landing.ops, transposed(module.b), transposed(module.a), model)
     return transposed(a), transposed(b)
 
 
 def fold(modules: Sequence[LoraModule], model: Model) -> Folded:
-    """The pairs in order, experts of a layer stacked, and the alpha that is right for all of them.
+    """Return the pairs in order, with the experts of a layer stacked, and the common alpha.
 
-    Factors are read only where a scale has to be folded into them.
+    Factors are read only if a scale has to be folded into them.
     """
     changes, problems = landed(modules, model)
     alpha = choose_alpha([one.alpha for one in changes]) or float(modules[0].rank if modules else 0)
@@ -114,9 +118,9 @@ def fold(modules: Sequence[LoraModule], model: Model) -> Folded:
 
 
 def choose_alpha(needed: Sequence[float]) -> float:
-    """Of the alphas that modules need, the one that leaves fewest of them with an inexact fold, and most with none.
+    """Return the alpha that leaves the fewest modules with an inexact fold, then the most without any fold.
 
-    0 where no module needs any.
+    0 if no module needs one.
     """
     candidates = dict.fromkeys(value for value in needed if value)
     return max(
@@ -127,7 +131,7 @@ def choose_alpha(needed: Sequence[float]) -> float:
 
 
 def is_power_of_two(ratio: float) -> bool:
-    """Whether multiplying by `ratio` only moves an exponent; true of 0, which leaves nothing to be inexact."""
+    """Return whether multiplying by `ratio` changes only the exponent. True for 0, which is exact as well."""
     return abs(math.frexp(ratio)[0]) in (0.0, 0.5)
 
 
@@ -135,14 +139,14 @@ def is_power_of_two(ratio: float) -> bool:
 
 
 def _pair(one: Landed, alpha: float) -> tuple[Pair, Problem | None]:
-    """The pair of one change under the common alpha; a problem where its B would leave float32's range."""
+    """The pair of one change with the common alpha, or a problem if its B would exceed float32."""
     module, landing, a, b, wanted = one.module, one.landing, one.a, one.b, one.alpha
     b_type, problem, ratio = TYPE_OF[b.spec.dtype].id, None, wanted / alpha
     changed = TensorSpec((*b.spec.shape[:-1], a.spec.shape[-1]), F32)
     if wanted == 0:
         b = Zeros(b.spec)
     elif not all(MIN_SCALE <= abs(value) <= MAX_SCALE for value in (wanted, ratio)):
-        what = f"alpha {wanted:g} beside {alpha:g} of others" if ratio != 1 else f"alpha {wanted:g}"
+        what = f"alpha {wanted:g}, while the common one is {alpha:g}" if ratio != 1 else f"alpha {wanted:g}"
         problem = Problem("alpha", f"needs {what}, which float32 cannot represent", (module.name,))
     elif ratio != 1:
         is_exact, overflows = _try_scale(b, ratio)
@@ -157,7 +161,7 @@ def _pair(one: Landed, alpha: float) -> tuple[Pair, Problem | None]:
 
 
 def _stacked(pairs: dict[int, Pair], n_experts: int) -> Pair:
-    """The pairs of a layer's experts as one; an expert that the adapter leaves alone gets zeros."""
+    """The pairs of a layer's experts as one; an expert that the adapter does not change gets zeros."""
     one = next(iter(pairs.values()))
     chosen = [pairs.get(e) for e in range(n_experts)]
     a = _stack([pair.a if pair else None for pair in chosen], one.a.spec)
@@ -179,7 +183,7 @@ def _rounded(value: float) -> float:
 
 
 def _try_scale(b: LazyTensor, ratio: float) -> tuple[bool, bool]:
-    """Whether every product with `ratio` is a number of b's own type, and whether one is beyond float32."""
+    """Whether b's own type holds every product with `ratio` exactly, and whether one exceeds float32."""
     factor = np.float32(ratio)
     is_exact = is_power_of_two(ratio)
     overflows = False
@@ -193,7 +197,7 @@ def _try_scale(b: LazyTensor, ratio: float) -> tuple[bool, bool]:
 
 
 def _narrowed(values: NDArray[np.float32], dtype: Dtype) -> NDArray[np.float32]:
-    """The values as `dtype` holds them, those it does not hold changed somehow."""
+    """The values rounded to `dtype`; a value that it cannot hold exactly changes."""
     if dtype == F16:
         return values.astype(np.float16).astype(np.float32)
     if dtype == BF16:

@@ -1,4 +1,4 @@
-"""A base that is a GGUF file: a recipe's keys read backwards, from their values to dims and kinds of layers."""
+"""Read a base from a GGUF file: a recipe's keys are inverted, from their values to dims and kinds of layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ COPIED_KEYS = ("{arch}.attention.head_count", "{arch}.attention.head_count_kv")
 
 
 def base_of_gguf(path: Place, budget: Budget) -> BaseModel:
-    """The base at `path`, the file or the first of a split. SourceError where it has no recipe, or is not a base."""
+    """Open the GGUF file, or first part of a split, at `path` as a base.
+
+    Raises:
+        SourceError: The file is malformed or an adapter, or its architecture has no recipe.
+    """
     with GGUFSet.open(path, budget) as file:
         refuse(file.problems, ignore=("truncated", "split-missing"))  # only names and shapes are needed
         shapes = {name: tensor.shape for name, (_, tensor) in file.tensors.items()}
@@ -35,7 +39,9 @@ def base_of_gguf(path: Place, budget: Budget) -> BaseModel:
         warnings = []
         if not is_whole:
             what = "some of its parts are missing" if shapes else "it lists no tensors"
-            warnings.append(RunWarning("base-metadata-only", f"{path.name}: {what}, shapes were taken from its keys"))
+            warnings.append(
+                RunWarning("base-metadata-only", f"{path.name}: {what}, so shapes were derived from its keys")
+            )
         return BaseModel(
             path=path,
             model=Model(header.recipe, Config({}, path), dims, kinds, has_config=False),
@@ -51,7 +57,10 @@ def _recipe_of_file(path: Place, keys: Mapping[str, GGUFKey], tensors: Collectio
     values = {name: key.value for name, key in keys.items()}
     if values.get("general.type") == "adapter":
         raise SourceError(
-            "is an adapter, not a base", file=path, hint="--base names the model it was trained on", code="is-adapter"
+            "is an adapter, not a base",
+            file=path,
+            hint="pass the model on which it was trained with --base",
+            code="is-adapter",
         )
     arch = values.get("general.architecture")
     recipe = recipe_of(arch, tensors) if isinstance(arch, str) else None
@@ -65,14 +74,14 @@ def _recipe_of_file(path: Place, keys: Mapping[str, GGUFKey], tensors: Collectio
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """A file's keys, and the recipe that they are read by."""
+    """A file's keys, and the recipe that interprets them."""
 
     path: Place
     keys: Mapping[str, GGUFKey]
     recipe: Recipe
 
     def integers(self, key: Key) -> list[int]:
-        """The value of a recipe's key as a list: one number, or one for each layer. Empty where there is none."""
+        """Return the value of a recipe's key as a list: one number, or one per layer. Empty if the key is missing."""
         found = self.keys.get(key.name.format(arch=self.recipe.arch))
         if found is None:
             return []
@@ -86,7 +95,7 @@ class _Header:
         return SourceError(f"{key.name.format(arch=self.recipe.arch)} {what}", file=self.path, code="base-key")
 
     def differs(self, key: Key) -> SourceError:
-        return self.wrong(key, "differs between layers, which this architecture's recipe does not know")
+        return self.wrong(key, "differs between layers, which this architecture's recipe does not support")
 
 
 def _dims_and_kinds(header: _Header, tensors: Collection[str]) -> tuple[dict[str, int], dict[str, list[str]]]:
@@ -101,7 +110,7 @@ def _dims_and_kinds(header: _Header, tensors: Collection[str]) -> tuple[dict[str
         if isinstance(rule, PerLayer) and values:
             values = values * n_layers if len(values) == 1 else values
             if len(values) != n_layers:
-                raise header.wrong(key, f"lists {len(values)} of {n_layers} layers")
+                raise header.wrong(key, f"lists {len(values)} layers of {n_layers}")
             kinds[rule.axis] = kinds.get(rule.axis) or _kinds_by_number(header, key, rule, values)
             equations += _of_layers(header, key, rule, values, kinds[rule.axis])
         elif isinstance(rule, str) and any(values):
@@ -122,12 +131,12 @@ def _n_layers(header: _Header) -> int:
     key = next(key for key in header.recipe.keys if key.value == N_LAYERS)
     n_layers = (header.integers(key) or [0])[0]
     if not 1 <= n_layers <= MAX_LAYERS:
-        raise header.wrong(key, f"is {n_layers}, no number of layers" if n_layers else "is missing")
+        raise header.wrong(key, f"is {n_layers}, which is not a valid number of layers" if n_layers else "is missing")
     return n_layers
 
 
 def _kinds_by_tensors(recipe: Recipe, tensors: Collection[str], n_layers: int) -> dict[str, list[str]]:
-    """The kinds of the layers on each axis, where the tensors of the file show one for each layer."""
+    """The kinds of the layers on each axis, if the tensors of the file determine one for each layer."""
     rows = [row for row in recipe.tensors if stack_of(row.target) == MAIN_STACK and row.only]
     settled = {}
     for axis, kinds in recipe.axes.items():
@@ -142,7 +151,7 @@ def _kinds_by_tensors(recipe: Recipe, tensors: Collection[str], n_layers: int) -
 
 
 def _kinds_by_number(header: _Header, key: Key, rule: PerLayer, values: Sequence[int]) -> list[str]:
-    """A layer's kind is the one whose fixed number it has, else the only one whose number is a dim."""
+    """Kinds of layers: the one with the layer's number as a constant, else the only one whose number is a dim."""
     fixed = {number: kind for kind, number in rule.by_kind.items() if not isinstance(number, str)}
     free = [kind for kind, number in rule.by_kind.items() if isinstance(number, str)]
     if len(free) != 1:
@@ -153,7 +162,7 @@ def _kinds_by_number(header: _Header, key: Key, rule: PerLayer, values: Sequence
 def _of_layers(
     header: _Header, key: Key, rule: PerLayer, values: Sequence[int], kinds: Sequence[str]
 ) -> Iterator[Equation]:
-    """What the numbers of the layers say of dims, each by the kind of its layer."""
+    """The dims that the numbers of the layers give, each by the kind of its layer."""
     for kind, number in rule.by_kind.items():
         found = {value for value, one in zip(values, kinds, strict=True) if one == kind}
         if len(found) > 1 or (found and isinstance(number, int) and found != {number}):
@@ -163,7 +172,7 @@ def _of_layers(
 
 
 def _copied_keys(header: _Header) -> Iterator[KeyValue]:
-    """The head counts, as the base has them."""
+    """The head counts, copied from the base."""
     for template in COPIED_KEYS:
         key = header.keys.get(template.format(arch=header.recipe.arch))
         if key is None:

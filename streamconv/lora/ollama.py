@@ -1,10 +1,10 @@
-"""Adapters as the converter of Ollama's first LFM2 release wrote them, to reproduce or compare old files.
+"""Write adapters as the converter of Ollama's first LFM2 release did, to reproduce or compare old files.
 
 That converter does not write the trained adapter: it permutes lora_a instead of lora_b (in a PEFT file, a reinterpreted
-buffer), with head_count for K too, and takes only alpha from the configuration. Bytes, order, types and keys here are
-Ollama's, and the run reports how far the file is from the trained adapter (fold.py has the correct one).
+buffer), with head_count for K too, and uses only alpha from the configuration. Bytes, order, types and keys here are
+Ollama's, and the run reports how far the file is from the trained adapter (fold.py writes the correct one).
 
-Source: convert/convert_llama_adapter.go and convert.go in ollama@01cf7445, and measured on what it wrote.
+Source: convert/convert_llama_adapter.go and convert.go in ollama@01cf7445, and measurements of files that it wrote.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from streamconv.recipe.language import Model
 
 ARCH = "llama"
 HEAD_COUNT = "llama.attention.head_count"
-# The tensors it has names for, each with whether its lora_a is permuted.
+# The modules that it supports, and whether their lora_a is permuted.
 _TARGETS = re.compile(r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_output|ffn_gate|ffn_up|ffn_down)\.weight")
 _PERMUTED = ("attn_q", "attn_k")
 _F16, _BF16 = GGMLQuantizationType.F16, GGMLQuantizationType.BF16
@@ -44,7 +44,7 @@ _F16, _BF16 = GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 
 @dataclass(frozen=True, slots=True)
 class LegacyTensor:
-    """One tensor of the file: its name, rows and type, and where it comes from."""
+    """One tensor of the file: its name, rows, type and origin."""
 
     target: str
     tensor: LazyTensor
@@ -55,7 +55,7 @@ class LegacyTensor:
 
 @dataclass(frozen=True, slots=True)
 class LegacyAdapter:
-    """What Ollama's converter would write."""
+    """The file that Ollama's converter would write."""
 
     keys: tuple[KeyValue, ...]
     tensors: tuple[LegacyTensor, ...]
@@ -63,9 +63,11 @@ class LegacyAdapter:
 
 
 def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Config) -> Iterator[Problem]:
-    """Why Ollama's converter would end, or write what nothing loads."""
+    """Return the reasons why Ollama's converter would fail, or write a file that nothing loads."""
     if base.recipe.arch != ARCH:
-        yield Problem("legacy-arch", f"ollama-legacy supports adapters only for {ARCH}, the base is {base.recipe.arch}")
+        yield Problem(
+            "legacy-arch", f"ollama-legacy supports adapters only for {ARCH}, but the base is {base.recipe.arch}"
+        )
         return
     yield from landed(modules, base.model)[1]
     others = [module.name for module in modules if not _TARGETS.fullmatch(module.slot.target)]
@@ -73,18 +75,20 @@ def legacy_problems(base: BaseModel, modules: Sequence[LoraModule], config: Conf
         yield Problem("legacy-module", "ollama-legacy has no name for it", tuple(others))
     alpha = config.raw.get("lora_alpha")
     if alpha is not None and (type(alpha) is not int or not 0 <= alpha < 1 << 32):
-        yield Problem("legacy-alpha", f"ollama-legacy takes whole numbers for lora_alpha, not {alpha!r}")
+        yield Problem("legacy-alpha", f"ollama-legacy needs a whole number for lora_alpha, not {alpha!r}")
     for module in modules:
         heads, longest = _heads(module, base, config), max(module.a.spec.shape)
         if heads and longest % (2 * heads):
-            message = f"ollama-legacy splits lora_a into {heads} heads of two halves, its {longest} do not divide so"
+            message = (
+                f"ollama-legacy splits lora_a into {heads} heads of two halves, but {longest} is not divisible by that"
+            )
             yield Problem("legacy-heads", message, (module.name,))
 
 
 def legacy_adapter(
     base: BaseModel, modules: Sequence[LoraModule], stored: Mapping[str, Factors], config: Config
 ) -> LegacyAdapter:
-    """Keys, tensors and order as Ollama's converter has them, and how far what it mangles is from what was trained."""
+    """Return keys and tensors in the order of Ollama's converter; warnings give the distance from what was trained."""
     alpha = _alpha(config)
     made, warnings = [], [_warning()]
     for module in modules:
@@ -126,7 +130,7 @@ def _alpha(config: Config) -> float:
 
 
 def _scale(alpha: float, rank: int) -> float:
-    """What llama.cpp's runtime makes of alpha."""
+    """The scale that llama.cpp's runtime derives from alpha."""
     return alpha / rank if alpha else 1.0
 
 
@@ -139,7 +143,7 @@ def _is_permuted(module: LoraModule) -> bool:
 
 
 def _heads(module: LoraModule, base: BaseModel, config: Config) -> int:
-    """The heads its lora_a is permuted in: head_count, for K as well unless the adapter's own config has another."""
+    """The number of heads for the permutation of lora_a: head_count, also for K unless the adapter's config differs."""
     if not _is_permuted(module):
         return 0
     n_heads = base.dims.get("A", 0)
@@ -147,7 +151,8 @@ def _heads(module: LoraModule, base: BaseModel, config: Config) -> int:
 
 
 def _written(target: str, stored: SourceTensor, n_heads: int) -> LegacyTensor:
-    """A factor by its stored shape alone: a lora_a with more rows than columns, a lora_b with fewer, is transposed."""
+    """A factor, oriented only by its stored shape: a lora_a with more rows than columns, or a lora_b with fewer, is
+    transposed."""
     source = stored.lazy()
     n_rows, n_columns = stored.shape
     is_turned = n_rows > n_columns if target.endswith("lora_a") else n_rows < n_columns
@@ -159,7 +164,7 @@ def _written(target: str, stored: SourceTensor, n_heads: int) -> LegacyTensor:
     return LegacyTensor(target, tensor, _BF16 if source.spec.dtype == BF16 else _F16, stored.name, is_turned)
 
 
-# ---------------------------------------------------------------- what is wrong with it
+# ---------------------------------------------------------------- warnings
 
 
 def _warning() -> RunWarning:
@@ -177,22 +182,22 @@ def _ignored_scales(modules: Sequence[LoraModule], alpha: float) -> Iterator[Run
             found.setdefault((scale, module.scale), []).append(module.slot.target)
     for (scale, trained), targets in found.items():
         more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
-        message = f"the scale in it is {scale:.6g}{more and ' here'}{more}, trained was {trained:.6g}"
+        message = f"its scale in the file is {scale:.6g}{more and ' here'}{more}, but {trained:.6g} was trained"
         yield RunWarning("legacy-scale", message, targets[0])
 
 
 def _distance_warning(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, scale: float) -> RunWarning:
     if (a.spec.shape, b.spec.shape) != (module.a.spec.shape, module.b.spec.shape):
         shapes = f"lora_a {list(a.spec.shape)}, lora_b {list(b.spec.shape)}"
-        message = f"written the wrong way round, {shapes}: llama.cpp refuses the file"
+        message = f"written transposed ({shapes}): llama.cpp refuses the file"
     else:
         distance = _distance(module, model, a, b, scale)
-        message = f"the written change is off by {distance:.6g} of the trained one (Frobenius norms)"
+        message = f"the written change differs from the trained one by {distance:.6g} of its Frobenius norm"
     return RunWarning("legacy-distance", message, module.slot.target)
 
 
 def _distance(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, scale: float) -> float:
-    """|written - trained| / |trained| of the whole [out, in] change, which is never made: [2r, 2r] products tell it."""
+    """|written - trained| / |trained| of the [out, in] change, from [2r, 2r] products without computing it."""
     ((change,), _) = landed([module], model)
     left = _gram([Scale(b, scale), Scale(change.b, -module.scale)])
     right = _gram([Transpose(a), Transpose(change.a)])
@@ -203,7 +208,7 @@ def _distance(module: LoraModule, model: Model, a: LazyTensor, b: LazyTensor, sc
 
 
 def _gram(tensors: Sequence[LazyTensor]) -> NDArray[np.float64]:
-    """The products of all columns of tensors with as many rows, side by side, in float64."""
+    """The Gram matrix, in float64, of the columns of tensors with equally many rows, side by side."""
     width = sum(tensor.spec.n_columns for tensor in tensors)
     total = np.zeros((width, width))
     for parts in zip(*(slabs(tensor) for tensor in tensors), strict=True):

@@ -1,4 +1,4 @@
-"""A base from where it lies: its GGUF file, or its folder with config.json and, if present, its weights."""
+"""Open a base: a GGUF file, or a folder with config.json and, if present, its weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ from streamconv.recipe.words import Key, PerLayer
 
 @source_failures()
 def open_base(source: Source, budget: Budget) -> BaseModel:
-    """The base at `source`: a GGUF file, or the first of a split, or a folder with a config.json.
+    """Open the base at `source`.
 
-    SourceError where it cannot be read, or where its architecture has no recipe.
+    Args:
+        source: A GGUF file, the first part of a split, or a folder with config.json.
+        budget: The memory that reading it may take.
+
+    Raises:
+        SourceError: The base cannot be read, or its architecture has no recipe.
     """
     path = find_source(source)
     if not path.is_dir():
@@ -38,22 +43,26 @@ def open_base(source: Source, budget: Budget) -> BaseModel:
 
 
 def stated_source(config: Config) -> Source:
-    """The base that an adapter's configuration names, where it is in the local Hugging Face cache. SourceError else."""
+    """Return the base that an adapter's configuration names, from the local Hugging Face cache.
+
+    Raises:
+        SourceError: The configuration names none, or it is not in the cache.
+    """
     name = stated_base(config.raw)
     if name is not None and Path(name).is_absolute() and Path(name).is_dir():
         return name
-    if name is None or not is_repo_id(name):  # such as a path of the machine that it was trained on
-        what = "does not say by a repo id which base it is for"
+    if name is None or not is_repo_id(name):  # such as a path on the machine on which it was trained
+        what = "does not name its base by a repo id"
         raise SourceError(what, file=config.file, hint="give --base", code="base-missing")
     try:
         return str(find_path(name))
     except SourceError as error:
-        error.hint = f"{error.hint}; or give --base"
+        error.hint = f"{error.hint}, or give --base"
         raise
 
 
 def stated_source_of(adapter: Source) -> Source:
-    """The base that the configuration of the adapter at `adapter` names, as `stated_source`."""
+    """Like `stated_source`, for the adapter at the path `adapter`."""
     place = find_source(adapter)
     file = (place if place.is_dir() else place.parent) / ADAPTER_CONFIG
     return stated_source(Config(load_object(file, MAX_CONFIG_NBYTES), file))
@@ -69,7 +78,7 @@ def _from_folder(path: Place, budget: Budget) -> BaseModel:
         return _from_config(path, recipe, config)
     with open_checkpoint(path, budget) as checkpoint:
         if any(quantised_names(checkpoint.tensors)):
-            # As QLoRA trains on: other shapes on disk; its config.json gives the real ones.
+            # A base for QLoRA: quantised shapes on disk, so the shapes follow from config.json.
             return _from_config(path, recipe, config)
         model = bound(checkpoint, recipe_of_checkpoint(checkpoint))
         targets = frozenset(target.name for target in model.targets)
@@ -84,16 +93,18 @@ def _from_config(path: Place, recipe: Recipe, config: Config) -> BaseModel:
     if not 1 <= model.dims.get(N_LAYERS, 0) <= MAX_LAYERS:
         name = recipe.dims[N_LAYERS].label
         raise SourceError(
-            f"{name} is {model.dims.get(N_LAYERS)}, no number of layers", file=config.file, code="layer-count"
+            f"{name} is {model.dims.get(N_LAYERS)}, which is not a valid number of layers",
+            file=config.file,
+            code="layer-count",
         )
     for claim in recipe.claims:
         kinds = claim.kinds(config, model.n_layers)
         if kinds is not None and len(kinds) != model.n_layers:
-            what = f"{claim.key} is of {len(kinds)} layers, and there are {model.n_layers}"
+            what = f"{claim.key} lists {len(kinds)} layers, but there are {model.n_layers}"
             raise SourceError(what, file=config.file, code="config-contradiction")
         if kinds is not None and model.kinds.setdefault(claim.axis, list(kinds)) != list(kinds):
             raise SourceError(
-                f"{claim.key} contradicts the config's other word on the layers",
+                f"{claim.key} contradicts another field of the config about the layers",
                 file=config.file,
                 code="config-contradiction",
             )
@@ -113,7 +124,7 @@ def _of_model(path: Place, model: Model, is_tied: bool, targets: frozenset[str] 
 
 
 def _has_value(key: Key, model: Model) -> bool:
-    """Whether a key can be written of a model whose weights were not seen."""
+    """Whether the value of `key` is known without the model's weights."""
     if isinstance(key.value, PerLayer):
         return key.value.axis in model.kinds
     return isinstance(key.value, str) and parse_extent(key.value).value(model.dims) is not None

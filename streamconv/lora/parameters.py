@@ -1,8 +1,8 @@
-"""Factors of stacked parameters: PEFT's `target_parameters`, LoRA on all experts of a layer that are one tensor.
+"""Factors of stacked parameters: PEFT's `target_parameters`, LoRA on a tensor that holds all experts of a layer.
 
-PEFT wraps the module that holds a parameter [E, d1, d2], once for each parameter, one wrapper in the other, and saves A
-and B of a wrapper under the module's name with `.base_layer` for each wrapper around it. From 0.19.0 on A is [E*r, d2]
-and B [d1, r*E]; before, dimension 1 was called the input, so A is [E*r, d1], B [d2, r*E], and the product is added
+PEFT wraps the module that holds a parameter [E, d1, d2] once for each parameter, in nested wrappers, and saves the A
+and B of a wrapper under the module's name with `.base_layer` for each wrapper around it. Since 0.19.0, A is [E*r, d2]
+and B [d1, r*E]; before, dimension 1 was taken as the input, so A is [E*r, d1], B [d2, r*E], and the product is added
 transposed.
 Source: ParamWrapper in PEFT 0.21.2 and 0.18.0, tuners/lora/layer.py.
 """
@@ -26,9 +26,9 @@ from streamconv.lora.config import LoraConfig, Problem
 from streamconv.recipe.spelling import Speller
 
 WRAPPER = ".base_layer"
-SWAPPED_SINCE = (0, 19)  # the version of PEFT that exchanged input and output
+SWAPPED_SINCE = (0, 19)  # the version of PEFT that swapped input and output
 
-WAY_OUT = "PEFT can merge it: model.merge_and_unload(), save, convert"
+WAY_OUT = "merge it with PEFT (model.merge_and_unload()), save the model and convert that"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Factors of all experts of a parameter, a [E, r, d2] and b [E, d1, r]."""
+    """Factors for all experts of a parameter: a [E, r, d2] and b [E, d1, r]."""
 
     name: str
     slot: Slot
@@ -53,7 +53,7 @@ class Stacked:
 
 @dataclass(slots=True)
 class Found:
-    """What the pairs are, why some cannot be told, and what had to be taken for granted."""
+    """The matched pairs, problems with the others, and warnings about assumptions."""
 
     stacked: list[Stacked]
     problems: list[Problem]
@@ -64,22 +64,22 @@ Pairs = Mapping[str, tuple[SourceTensor, SourceTensor]]  # A and B by the module
 
 
 def is_wrapped(name: str, config: LoraConfig) -> bool:
-    """Whether a module's name is one under which PEFT saves factors of a parameter."""
+    """Return whether PEFT saves factors of a parameter under this module name."""
     return any(f".{holder(name)}.".endswith(f".{target.rpartition('.')[0]}.") for target in config.target_parameters)
 
 
 def holder(name: str) -> str:
-    """The module that holds the parameter."""
+    """Return the name of the module that holds the parameter."""
     while name.endswith(WRAPPER):
         name = name.removesuffix(WRAPPER)
     return name
 
 
 def stacked_factors(pairs: Pairs, base: BaseModel, config: LoraConfig, speller: Speller) -> Found:
-    """The factors of each pair, by the one parameter of its module and the one layout that its shapes fit.
+    """Match each pair with the parameter of its module and the layout that its shapes fit.
 
-    One version of PEFT wrote the whole file: a pair that fits either layout has that of the others, and where all do,
-    that of `peft_version`.
+    One version of PEFT wrote the whole file: a pair that fits both layouts has the layout of the others, and if all
+    pairs do, that of `peft_version`.
     """
     found = Found([], [], [])
     choices = {name: list(_choices(name, *pair, base, config, speller)) for name, pair in pairs.items()}
@@ -98,7 +98,7 @@ def stacked_factors(pairs: Pairs, base: BaseModel, config: LoraConfig, speller: 
         if len(fitting) == 1:
             found.stacked.append(_stacked(fitting[0], a.lazy(), b.lazy()))
         elif not any(isinstance(slot, Slot) for _, slot in _slots(name, base, config, speller)):
-            what = f"the base ({base.recipe.arch}) does not have the parameter that target_parameters names"
+            what = f"the base ({base.recipe.arch}) does not have the parameter named in target_parameters"
             found.problems.append(Problem("no-module", what, (name,)))
         else:
             shapes = f"target_parameters: lora_A {list(a.shape)} and lora_B {list(b.shape)}"
@@ -108,7 +108,7 @@ def stacked_factors(pairs: Pairs, base: BaseModel, config: LoraConfig, speller: 
 
 
 def missing(names: Iterable[str], base: BaseModel, config: LoraConfig) -> Iterator[Problem]:
-    """The base's parameters that the configuration targets and that the modules `names` have no factors for."""
+    """Yield a problem for each targeted parameter of the base without factors in the modules `names`."""
     wrapped: dict[str, int] = Counter(holder(name) for name in names)
     for target in dict.fromkeys(config.target_parameters):
         parent = target.rpartition(".")[0]
@@ -120,7 +120,7 @@ def missing(names: Iterable[str], base: BaseModel, config: LoraConfig) -> Iterat
 
 
 def _has_parameter(base: BaseModel, target: str) -> bool:
-    """Whether the base has a parameter whose name ends as `target`."""
+    """Whether the base has a parameter whose name ends in `target`."""
     return any(f".{row.source}".endswith(f".{target}") for row in base.recipe.tensors)
 
 
@@ -142,14 +142,14 @@ def _choices(
 def _slots(
     name: str, base: BaseModel, config: LoraConfig, speller: Speller
 ) -> Iterator[tuple[str, Slot | Problem | None]]:
-    """The targeted parameters of the module, and where the base has them."""
+    """The targeted parameters of the module, with their slots in the base."""
     for parameter in _parameters(holder(name), config):
         spelled = speller.find(parameter)
         yield parameter, base.slot_of(spelled) if spelled is not None else None
 
 
 def _parameters(module: str, config: LoraConfig) -> Iterator[str]:
-    """The parameters of `module` that the configuration targets, by their whole names."""
+    """The full names of the parameters of `module` that the configuration targets."""
     for target in dict.fromkeys(config.target_parameters):
         parent, _, last = target.rpartition(".")
         if f".{module}.".endswith(f".{parent}."):
@@ -161,7 +161,7 @@ def _stacked(choice: Choice, a: LazyTensor, b: LazyTensor) -> Stacked:
     rank = a.spec.n_rows // n_experts
     of_a = Reshape(a, (n_experts, rank, a.spec.n_columns))
     of_b = Stack([IndexColumns(b, np.arange(e, rank * n_experts, n_experts)) for e in range(n_experts)])
-    if choice.is_old:  # (b @ a) transposed is a's transpose @ b's
+    if choice.is_old:  # the transpose of b @ a is a's transpose @ b's transpose
         return Stacked(choice.name, choice.slot, Transpose(of_b), Transpose(of_a), is_old=True)
     return Stacked(choice.name, choice.slot, of_a, of_b, is_old=False)
 
@@ -172,7 +172,7 @@ def _is_old_version(config: LoraConfig) -> bool:
 
 
 def _version(config: LoraConfig) -> tuple[int, int] | None:
-    """Major and minor of the PEFT that wrote the adapter (it says so from 0.18.0 on); None where it does not say."""
+    """Major and minor version of PEFT, which adapters state since 0.18.0; None if it is not stated."""
     text = config.config.raw.get("peft_version")
     match = re.match(r"(\d{1,6})\.(\d{1,6})", text) if isinstance(text, str) else None
     return None if match is None else (int(match[1]), int(match[2]))

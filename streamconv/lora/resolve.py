@@ -1,8 +1,8 @@
-"""An adapter matched with its base: the two factors of every module in the right orientation, with one exact scale.
+"""Match an adapter with its base: the two factors of every module in the right orientation, and their exact scale.
 
-Detects which factor is stored transposed, and reports at once whatever cannot be represented. The result is
-W' = W + scale * b @ a with a [r, in] and b [out, r] in the rows and columns of the source's W, or an error; an
-orientation that the shapes leave open is never guessed.
+Detects which factors are stored transposed, and reports all problems at once. The result is W' = W + scale * b @ a with
+a [r, in] and b [out, r], in the rows and columns of the stored W, or an error; an ambiguous orientation is never
+guessed.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from streamconv.recipe.spelling import Speller
 
 MAX_PROBLEMS_SHOWN = 6
 SAVE_ENDS = (
-    "save the grown embedding and head with the adapter (save_embedding_layers=True, or modules_to_save),"
-    " or give the base whose vocabulary has grown"
+    "save the enlarged embedding and head with the adapter (save_embedding_layers=True, or modules_to_save),"
+    " or give the base with the larger vocabulary"
 )
 
 Shape = Sequence[int]
-Orientation = tuple[bool, bool]  # whether A, whether B is stored transposed
+Orientation = tuple[bool, bool]  # whether A is stored transposed, whether B is
 EVERY: frozenset[Orientation] = frozenset((a, b) for a in (False, True) for b in (False, True))
 STRAIGHT, TURNED = (False, False), (True, True)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One module's change, scale * b @ a. Of all experts of a layer at once, both have one more dimension before.
+    """The change of one module, scale * b @ a. For all experts of a layer, both have one more leading dimension.
 
-    Of an embedding [V, H], a is [r, V] and b [H, r]: the change is the transpose of scale * b @ a.
+    For an embedding [V, H], a is [r, V] and b [H, r]: the change is the transpose of scale * b @ a.
     """
 
     name: str
@@ -57,7 +57,7 @@ class LoraModule:
 
 @dataclass(slots=True)
 class Resolved:
-    """All modules in the base's order, and why there may be no adapter of them."""
+    """All modules in the order of the base, problems and warnings."""
 
     modules: list[LoraModule] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -65,13 +65,16 @@ class Resolved:
 
     @property
     def sound(self) -> list[LoraModule]:
-        """The modules that no problem names."""
+        """Return the modules without a problem."""
         named = {name for problem in self.problems for name in problem.modules}
         return [module for module in self.modules if module.name not in named]
 
 
 def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
-    """The adapter's modules on `base`; `problems` has what is wrong. Factors are read only to see that one is not 0."""
+    """Match the adapter's modules with `base`; all faults are in the result's `problems`.
+
+    Factors are read only to check that at least one product is not zero.
+    """
     problems = [*adapter.problems, *config.problems, *_whole_problems(adapter, base, config)]
     placed, is_taken = [], _Taken()
     pairs: dict[str, tuple[SourceTensor, SourceTensor]] = {}
@@ -82,14 +85,14 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
         if factors.a is None or factors.b is None:
             problems.append(Problem("partner", f"has no lora_{'A' if factors.a is None else 'B'}", (name,)))
         elif 0 in (*factors.a.shape, *factors.b.shape):
-            what = "its factors are empty, since ZeRO-3 or FSDP had partitioned them; gather them when saving"
+            what = "its factors are empty, because ZeRO-3 or FSDP had partitioned them: gather them when saving"
             problems.append(Problem("empty-tensors", f"{what} (stage3_gather_16bit_weights_on_model_save)", (name,)))
         elif isinstance(slot, Problem) and is_wrapped(name, config):
             pairs[name] = factors.a, factors.b
         elif isinstance(slot, Problem):
             problems.append(slot)
         elif is_taken(slot):
-            problems.append(Problem("twice", f"another module changes {slot.target} as well", (name,)))
+            problems.append(Problem("twice", f"another module also changes {slot.target}", (name,)))
         else:
             placed.append(_Placed(name, factors.a, factors.b, slot))
     modules = []
@@ -104,11 +107,11 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
     parameters = stacked_factors(pairs, base, config, speller)
     problems += [*parameters.problems, *missing(adapter.factors, base, config)]
     if any(config.token_rows.values()) and not any(problem.code == "tokens" for problem in adapter.problems):
-        what = "has trainable_token_indices, but the rows (trainable_tokens_delta) are missing: it is incomplete"
+        what = "the adapter is incomplete: it has trainable_token_indices, but no rows (trainable_tokens_delta)"
         problems.append(Problem("tokens-missing", what))
     for stack in parameters.stacked:
         if is_taken(stack.slot):
-            problems.append(Problem("twice", f"another module changes {stack.slot.target} as well", (stack.name,)))
+            problems.append(Problem("twice", f"another module also changes {stack.slot.target}", (stack.name,)))
         scale = config.scale(stack.name, stack.b.spec.n_columns)
         modules.append(LoraModule(stack.name, stack.slot, stack.a, stack.b, scale, (stack.is_old, stack.is_old)))
     for module in modules:
@@ -122,7 +125,7 @@ def resolve(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Resolved:
 
 
 def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> None:
-    """SourceError with all of `problems`, if there are any; its hint is merging where that can carry all of them."""
+    """Raise SourceError with all of `problems`, if there are any. The hint suggests a merge if that would work."""
     merges = all(_is_mergeable(problem, base) for problem in problems)
     is_formula = all(problem.code in _BEYOND_ADAPTERS for problem in problems)
     what = "a GGUF adapter cannot hold this exactly" if is_formula else "cannot be converted"
@@ -133,7 +136,7 @@ def refuse(problems: Sequence[Problem], adapter: LoraFile, base: BaseModel) -> N
     refuse_all(f"{what}{other_base(problems, adapter)}", problems, adapter.directory, hint, code="adapter-unsupported")
 
 
-# Kinds of problems of adapters that compute more than llama.cpp's pairs of factors.
+# Codes of problems of adapters that compute more than pairs of factors in llama.cpp can.
 _BEYOND_ADAPTERS = frozenset(
     (
         "dora",
@@ -154,11 +157,11 @@ _BEYOND_ADAPTERS = frozenset(
 
 
 def other_base(problems: Sequence[Problem], adapter: LoraFile) -> str:
-    """The likely cause of problems such as another base has, to stand before them; nothing where they are others."""
+    """Return the likely cause if the problems look like those of a wrong base, else an empty string."""
     if not _is_other_base(problems):
         return ""
     name = stated_base(adapter.config.raw)
-    says = f", {adapter.config.file.name} names {name:.200}" if name and is_repo_id(name) else ""
+    says = f" ({adapter.config.file.name} names {name:.200})" if name and is_repo_id(name) else ""
     return f": the adapter was made for another base{says}"
 
 
@@ -171,7 +174,7 @@ def _is_other_base(problems: Sequence[Problem]) -> bool:
 
 
 def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | None = None, *, code: str) -> None:
-    """SourceError with all problems `found`, if there are any: in its line in short, in its `problems` whole."""
+    """Raise SourceError with all problems `found`, if any: shortened in its message, in full in its `problems`."""
     if not found:
         return
     problems = grouped(found)
@@ -184,7 +187,7 @@ def refuse_all(what: str, found: Sequence[Problem], file: Place, hint: str | Non
 
 
 def _in_short(problems: Sequence[Problem]) -> Iterator[str]:
-    """The problems as text; of all that are about shapes the first, and how many modules more there are."""
+    """The problems as text; of those about shapes, the first and the number of further modules."""
     shapes = [problem for problem in problems if problem.code == "shape"]
     n_modules = sum(len(problem.modules) for problem in shapes)
     for problem in problems:
@@ -195,7 +198,7 @@ def _in_short(problems: Sequence[Problem]) -> Iterator[str]:
             yield f"{replace(problem, modules=problem.modules[:1])}{more}"
 
 
-# Kinds of problems that a merge does not have, each with what of a module it needs the base to have.
+# Codes of problems that a merge does not have, each with the tensor of a module that the base needs for it.
 _MERGEABLE = {
     "dora": "weight",
     "other-output": "weight",
@@ -209,14 +212,14 @@ _MERGEABLE = {
 
 
 def _is_mergeable(problem: Problem, base: BaseModel) -> bool:
-    """Whether merging while converting can do what an adapter cannot, to all modules that the problem names."""
+    """Whether a merge while converting works for all modules of the problem."""
     what = _MERGEABLE.get(problem.code)
     names = [f"{module}.{what}" for module in problem.modules]
     return bool(what and names) and all(base.has(name) or base.has(f"model.{name}") for name in names)
 
 
 class _Taken:
-    """Which targets have their module already; experts of one target have one each, or one together."""
+    """Records which targets already have a module: one for each expert of a target, or one for all."""
 
     def __init__(self) -> None:
         self._experts: dict[str, set[int | None]] = {}
@@ -231,13 +234,15 @@ class _Taken:
 
 
 def _whole_problems(adapter: LoraFile, base: BaseModel, config: LoraConfig) -> Iterator[Problem]:
-    """What is wrong with the adapter as a whole."""
+    """Problems with the adapter as a whole."""
     if config.is_dora and not any(problem.code == "dora" for problem in adapter.problems):
-        yield Problem("dora", "DoRA without its magnitudes: the adapter is incomplete")
+        yield Problem("dora", "the adapter is incomplete: DoRA without magnitudes")
     if config.replicated_layers(base.n_layers):
-        yield Problem("replication", "layer_replication: the adapter is for another stack of layers than the base's")
+        yield Problem(
+            "replication", "layer_replication: the adapter is for a model with replicated layers, unlike the base"
+        )
     if not adapter.factors and not adapter.problems:
-        yield Problem("empty", "it has no factors")
+        yield Problem("empty", "the adapter has no factors")
 
 
 # ---------------------------------------------------------------- orientation
@@ -260,12 +265,12 @@ class _Placed:
     slot: Slot
 
     def module(self, fitting: frozenset[Orientation], config: LoraConfig) -> LoraModule:
-        """The module, of whose orientations one must be left."""
+        """The module, if exactly one orientation fits; else `_Unfit` is raised."""
         if not fitting:
             raise self._unfit()
         if len(fitting) > 1:
             what = f"lora_A {list(self.a.shape)} and lora_B {list(self.b.shape)} fit either way round"
-            raise _Unfit("ambiguous", f"{what}: it is not clear whether they are stored transposed", self.name)
+            raise _Unfit("ambiguous", f"{what}, so it is unclear whether they are stored transposed", self.name)
         ((a_turned, b_turned),) = fitting
         a, b = self.a.lazy(), self.b.lazy()
         rank = self.a.shape[-1] if a_turned else self.a.shape[-2]
@@ -284,17 +289,17 @@ class _Placed:
             if len(a) == len(b) == 2 and _fit((b[1], a[1]), b, self.slot):
                 return _Unfit("rank", f"the ranks disagree: {shapes}", self.name)
         if (n_rows := self._other_vocabulary()) is not None:
-            known = f", the base's {self.slot.shape[0]}" if self.slot.shape[0] is not None else ""
+            known = f", but the base's has {self.slot.shape[0]}" if self.slot.shape[0] is not None else ""
             return _Unfit("vocabulary", f"the adapter's vocabulary has {n_rows} rows{known}", self.name)
         expected = ["?" if extent is None else extent for extent in self.slot.shape]
         return _Unfit("shape", f"{shapes} do not fit the base's {self.slot.target} {expected}", self.name)
 
     def _other_vocabulary(self) -> int | None:
-        """The rows of an embedding or head that the factors are for; None where they are not for another vocabulary."""
+        """The number of rows of the embedding or head that the factors fit if only the vocabulary differs."""
         if not (self.slot.is_embedding or self.slot.is_head):
             return None
         slot = replace(self.slot, shape=(None, self.slot.shape[1]))
-        fitting = _fitting(self.a.shape, self.b.shape, slot)  # none of factors that are not matrices
+        fitting = _fitting(self.a.shape, self.b.shape, slot)  # empty if the factors are not matrices
         ways = sorted(fitting & _longer(self.a.shape, self.b.shape, slot)) if fitting else []
         if not ways:
             return None
@@ -304,11 +309,11 @@ class _Placed:
 
 
 def orientations(pairs: Sequence[tuple[Shape, Shape, Slot]]) -> list[frozenset[Orientation]]:
-    """For each module of a file, by A's and B's stored shapes, how they lie: one way, or none fits, or nothing tells.
+    """Return the possible orientations of each module of a file, from the stored shapes of A and B.
 
-    One program wrote the whole file, so what fits all of its modules is how each of them lies. Where that leaves
-    several ways, a factor whose extents the base does not tell is longer than it is wide; then both lie alike. Modules
-    that cannot be of one file are left with all that fits each.
+    One program wrote the whole file, so an orientation that fits all modules is that of each. If several do, a factor
+    whose extents the base does not give is taken as longer than wide, and then both factors as stored alike. If no
+    orientation fits all modules, each keeps all that fit it.
     """
     found = [_fitting(*pair) for pair in pairs]
     heard = [n for n, (_, _, slot) in enumerate(pairs) if found[n] and not _is_stack(slot)]
@@ -326,12 +331,12 @@ def _agreeing(found: Sequence[frozenset[Orientation]]) -> list[frozenset[Orienta
 
 
 def _is_stack(slot: Slot) -> bool:
-    """All experts of a layer in one: mlx-lm's LoRASwitchLinear stores them straight, and all else turned."""
+    """Whether a slot is all experts of a layer; mlx-lm's LoRASwitchLinear does not transpose those."""
     return bool(slot.n_experts) and slot.expert is None
 
 
 def _fitting(a: Shape, b: Shape, slot: Slot) -> frozenset[Orientation]:
-    """The ways in which A and B agree on the rank, and on the base's extents where those are known."""
+    """The orientations in which A and B agree on the rank, and with the base's extents if known."""
     if _is_stack(slot):
         is_stacked = len(a) == len(b) == 3 and a[0] == b[0] == slot.n_experts
         return frozenset({STRAIGHT} if is_stacked and _fit(a[1:], b[1:], slot) else ())
@@ -343,7 +348,7 @@ def _fitting(a: Shape, b: Shape, slot: Slot) -> frozenset[Orientation]:
 
 
 def _longer(a: Shape, b: Shape, slot: Slot) -> frozenset[Orientation]:
-    """The way in which factors are longer than wide, where the base leaves an extent open and they are not square."""
+    """The orientations in which factors with an unknown extent, unless square, are longer than wide."""
     tells = None in slot.shape and a[0] != a[1] and b[0] != b[1]
     return frozenset({(a[0] > a[1], b[0] < b[1])}) if tells else EVERY
 
@@ -353,14 +358,14 @@ def _fit(a: Shape, b: Shape, slot: Slot) -> bool:
     return len(a) == len(b) == 2 and a[0] == b[1] > 0 and n_in in (None, a[1]) and n_out in (None, b[0])
 
 
-# ---------------------------------------------------------------- what a placed module may still lack
+# ---------------------------------------------------------------- checks of a matched module
 
 
 def _misfits(module: LoraModule, base: BaseModel, config: LoraConfig) -> Iterator[Problem]:
     slot, names = module.slot, (module.name,)
     stated = config.rank(module.name)
     if stated is not None and stated != module.rank:
-        yield Problem("rank", f"has rank {module.rank}, adapter_config.json gives it {stated}", names)
+        yield Problem("rank", f"has rank {module.rank}, but adapter_config.json says {stated}", names)
     if slot.is_embedding and base.is_tied:
         yield Problem(
             "tied",
@@ -368,11 +373,13 @@ def _misfits(module: LoraModule, base: BaseModel, config: LoraConfig) -> Iterato
             names,
         )
     if (slot.is_embedding or slot.is_head) and base.is_tied is None:
-        yield Problem("tied", "whether the base is tied is not known: give its complete GGUF, or its folder", names)
+        yield Problem(
+            "tied", "it is unknown whether the base is tied: give its complete GGUF file, or its folder", names
+        )
 
 
 def grouped(problems: Iterable[Problem]) -> list[Problem]:
-    """Problems of the same kind and words as one, with all their modules."""
+    """Return the problems with those of equal code and message joined into one with all modules."""
     together: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         together.setdefault((problem.code, problem.message), []).extend(problem.modules)

@@ -1,6 +1,6 @@
-"""Which adapters a run merges, and how strongly: from what users name to files that are open, and what comes of them.
+"""Which adapters a run merges, and with which weights: parsed from the user's arguments, opened and merged.
 
-Imports what reads and merges adapters only where there is one: a conversion without any starts sooner.
+The modules that read and merge adapters are imported only if there is one, so that other conversions start faster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter, open, and the weight that its scale is multiplied by."""
+    """An open adapter, and the weight by which its scale is multiplied."""
 
     file: LoraFile
     weight: float = 1.0
@@ -47,8 +47,8 @@ class Merged:
     """A model with its adapters merged.
 
     Attributes:
-        tokenizers: Where its tokenizer may lie.
-        options: What decides its bytes.
+        tokenizers: The folders in which its tokenizer may be.
+        options: The inputs that determine its bytes.
         outputs: The tensors of further outputs that were changed, by role.
     """
 
@@ -68,7 +68,7 @@ class Merged:
         return tuple(adapter.file.directory for adapter in self.adapters)
 
     def changed_by(self, tensor: LazyTensor) -> tuple[str, ...]:
-        """The adapters that `tensor` is made of."""
+        """Return the adapters that changed `tensor`."""
         from streamconv.lazy.leaves import sources
 
         files = {id(source.file) for source in sources(tensor)}
@@ -76,18 +76,18 @@ class Merged:
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
-    """Path and weight of "PATH=0.5", split at the last "=" if a decimal number follows; else all of it is a path."""
+    """Return path and weight of "PATH=0.5", split at the last "=" if a decimal number follows; else all is the path."""
     path, _, weight = text.rpartition("=")
     return (path, float(weight)) if path and _NUMBER.fullmatch(weight) else (text, 1.0)
 
 
 @contextmanager
 def open_adapters(specs: Sequence[AdapterSpec], budget: Budget) -> Iterator[tuple[Adapter, ...]]:
-    """The adapters, headers read and nothing else.
+    """Open the adapters, reading only their headers.
 
     Raises:
-        SourceError: what is missing or malformed.
-        UsageError: an adapter without a name, or a weight that is not a number.
+        SourceError: A file is missing or malformed.
+        UsageError: A path is empty, or a weight is not a finite number.
     """
     with ExitStack() as stack:
         opened = []
@@ -103,5 +103,5 @@ def _source_and_weight(spec: AdapterSpec) -> tuple[Source, float]:
     if not str(source):
         raise UsageError("the path of an adapter is empty", hint="give its folder", code="adapter-spec")
     if not math.isfinite(weight):
-        raise UsageError(f"{weight} is not a valid weight of an adapter", code="adapter-spec")
+        raise UsageError(f"{weight} is not a valid weight for an adapter", code="adapter-spec")
     return source, float(weight)

@@ -81,7 +81,7 @@ def test_what_peft_saves_predicts_what_peft_does(tmp_path: Path, llama: Path, na
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "DoRA has full rank"),
+    "dora": ({"use_dora": True}, "DoRA changes the full matrix"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head: a whole trained weight"),
     "a norm": ({"modules_to_save": ["input_layernorm"]}, "a trained norm"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),

@@ -188,8 +188,8 @@ def test_modules_that_are_not_there(tmp_path: Path, module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (of(0, "ffn_norm"), "it is a norm, for which llama.cpp asks no adapter"),
-        ("model.embedding_norm", "it is a norm, for which llama.cpp asks no adapter"),
+        (of(0, "ffn_norm"), "it is a norm, to which llama.cpp does not apply adapters"),
+        ("model.embedding_norm", "it is a norm, to which llama.cpp does not apply adapters"),
         (of(0, "conv.conv"), "it is a convolution, and LoRA of convolutions is not known here"),
     ],
 )
@@ -216,7 +216,7 @@ def test_head_counts_are_copied_as_they_are(tmp_path: Path) -> None:
         ({"general.type": "adapter"}, "is an adapter, not a base"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.block_count": 4_000_000_000}, "llama.block_count is not a whole number"),
-        ({"llama.block_count": 2_000_000_000}, "2000000000, no number of layers"),
+        ({"llama.block_count": 2_000_000_000}, "2000000000, which is not a valid number of layers"),
         ({"llama.embedding_length": "64"}, "llama.embedding_length is not a whole number"),
         ({"llama.attention.head_count": [4, 8]}, "differs between layers"),
         ({"llama.attention.head_count_kv": [2, -1]}, "is not a whole number"),

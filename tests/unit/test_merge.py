@@ -306,7 +306,7 @@ def test_adapters_with_different_grown_embeddings_are_refused(tmp_path: Path) ->
     second = with_frozen(base, tmp_path / "second", other, 2)
     trained = grown(base, tmp_path / "trained", "model.embed_tokens", "lm_head")
     for one, two in ((first, second), (second, first), (first, trained), (trained, first)):
-        assert f"model.embed_tokens.weight is replaced by {one} as well" in refusal(base, tmp_path, one, two)
+        assert f"model.embed_tokens.weight is also replaced by {one}" in refusal(base, tmp_path, one, two)
 
 
 @pytest.mark.parametrize(
@@ -362,24 +362,26 @@ def test_all_that_matches_nothing_is_told_at_once(llama: Path, tmp_path: Path) -
 @pytest.mark.parametrize("weight", [0.5, -1.0])
 def test_dora_has_no_weight(llama: Path, tmp_path: Path, weight: float) -> None:
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, dora=True)
-    assert "DoRA merges alone and at weight 1" in refusal(llama, tmp_path, (adapter, weight))
+    assert "DoRA can be merged only as the sole adapter and with weight 1" in refusal(
+        llama, tmp_path, (adapter, weight)
+    )
 
 
 def test_dora_merges_alone(llama: Path, tmp_path: Path) -> None:
     dora = tiny.peft_adapter(tmp_path / "dora", llama, dora=True, targets=("q_proj",))
     other = tiny.peft_adapter(tmp_path / "other", llama, targets=("v_proj",))
-    assert "DoRA merges alone and at weight 1" in refusal(llama, tmp_path, dora, other)
+    assert "DoRA can be merged only as the sole adapter and with weight 1" in refusal(llama, tmp_path, dora, other)
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"model.norm.lora_magnitude_vector": (64,)}, "model.norm: has magnitudes, and no factors"),
-        ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (63,)}, "has magnitudes [63], and needs [64]"),
+        ({"model.norm.lora_magnitude_vector": (64,)}, "model.norm: has magnitudes, but no factors"),
+        ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (63,)}, "has magnitudes [63], but needs [64]"),
         ({"model.layers.0.self_attn.q_proj.lora_B.bias": (64,)}, "lora_bias"),
-        ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 64)}, "does not say of which tokens"),
+        ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (3, 64)}, "does not say which tokens"),
         ({"model.layers.0.mlp.up_proj.lora_diag": (8,)}, "KaSA"),
-        ({"model.layers.0.mlp.up_proj.weight": (3, 64)}, "has shape [3, 64], the base's is [160, 64]"),
+        ({"model.layers.0.mlp.up_proj.weight": (3, 64)}, "has shape [3, 64], but in the base it is [160, 64]"),
         ({"something": (3, 64)}, "something: the base (llama) has no such tensor"),
     ],
 )
@@ -394,10 +396,10 @@ def test_what_cannot_be_added_is_named(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "DoRA, and its magnitudes are missing"),
+        ({"use_dora": True}, "the magnitudes of DoRA are missing"),
         ({"alora_invocation_tokens": [5, 6]}, "an activated LoRA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"r": 7}, "has rank 8, adapter_config.json gives it 7"),
+        ({"r": 7}, "has rank 8, but adapter_config.json says 7"),
     ],
 )
 def test_configurations_that_mean_more_than_a_sum_are_refused(
@@ -411,8 +413,8 @@ def test_whole_weights_merge_once_and_whole(llama: Path, tmp_path: Path) -> None
     saved = tiny.peft_adapter(tmp_path / "saved", llama, targets=("q_proj",), modules_to_save=("lm_head",))
     again = tiny.peft_adapter(tmp_path / "again", llama, targets=("q_proj",), modules_to_save=("lm_head",))
     plain = tiny.peft_adapter(tmp_path / "plain", llama, targets=("lm_head",))
-    assert "they merge at weight 1 alone" in refusal(llama, tmp_path, (saved, 0.5))
-    assert f"lm_head.weight is replaced by {saved} as well" in refusal(llama, tmp_path, saved, again)
+    assert "they can be merged only with weight 1" in refusal(llama, tmp_path, (saved, 0.5))
+    assert f"lm_head.weight is also replaced by {saved}" in refusal(llama, tmp_path, saved, again)
     assert f"{saved} replaces lm_head.weight" in refusal(llama, tmp_path, saved, plain)
     assert f"{saved} replaces lm_head.weight" in refusal(llama, tmp_path, plain, saved)
 
@@ -423,18 +425,16 @@ def test_every_adapter_and_a_half_grown_vocabulary_are_told_at_once(tmp_path: Pa
     second = edited(grown(base, tmp_path / "second", "lm_head"), r=6)
     message = refusal(base, tmp_path, first, second)
     assert message.startswith(f"{first}: cannot be merged: ")
-    assert "adapter_config.json gives it 7; and " in message
+    assert "adapter_config.json says 7; and " in message
     later = message.partition(f"; and {second}: cannot be merged: ")[2]
-    assert "adapter_config.json gives it 6" in later
+    assert "adapter_config.json says 6" in later
     assert "has no model.embed_tokens.weight of that size" in later
-    assert "no tokenizer beside the adapter" in later
+    assert "no tokenizer is beside the adapter" in later
 
 
 def test_magnitudes_without_dora_are_a_contradiction(llama: Path, tmp_path: Path) -> None:
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, dora=True, config={"use_dora": False})
-    assert "has DoRA's magnitudes, and its configuration says that it is plain LoRA" in refusal(
-        llama, tmp_path, adapter
-    )
+    assert "has DoRA magnitudes, but its configuration says plain LoRA" in refusal(llama, tmp_path, adapter)
 
 
 def test_infinities_of_a_merge_are_not_the_sources(llama: Path, tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_every_kind_of_module_that_the_base_lacks_is_named(llama: Path, tmp_path
 @pytest.mark.parametrize(("alpha", "factor"), [(12, 1e39), (1e20, -1e20), (12, 1e308)])
 def test_a_scale_beyond_float32_is_refused(llama: Path, tmp_path: Path, alpha: float, factor: float) -> None:
     adapter = tiny.peft_adapter(tmp_path / "adapter", llama, targets=("q_proj",), alpha=alpha)
-    assert "beyond float32" in refusal(llama, tmp_path, (adapter, factor))
+    assert "exceeds float32" in refusal(llama, tmp_path, (adapter, factor))
 
 
 def test_an_adapter_has_a_name(llama: Path, tmp_path: Path) -> None:

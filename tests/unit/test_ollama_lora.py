@@ -125,7 +125,7 @@ def test_keys(tmp_path: Path, llama: Path, settings: dict[str, Any], alpha: floa
 
 def distances(report: Report) -> dict[str, float]:
     """The relative distances that the warnings tell, by tensor."""
-    told = {w.tensor: re.search(r"off by (\S+) of", w.message) for w in report.warnings if w.code == "legacy-distance"}
+    told = {w.tensor: re.search(r"by (\S+) of its", w.message) for w in report.warnings if w.code == "legacy-distance"}
     return {str(name): float(match[1]) for name, match in told.items() if match}
 
 
@@ -161,7 +161,7 @@ def test_every_module_that_is_written_the_wrong_way_round_is_told(tmp_path: Path
     assert list(told) == [f"blk.0.{name}.weight" for name in names]
     for target, message in told.items():
         shapes = [list(file.tensors[f"{target}.lora_{x}"].shape) for x in "ab"]
-        assert f"the wrong way round, lora_a {shapes[0]}, lora_b {shapes[1]}: llama.cpp refuses" in message
+        assert f"transposed (lora_a {shapes[0]}, lora_b {shapes[1]}): llama.cpp refuses" in message
 
 
 def test_a_square_factor_that_is_left_transposed_has_its_distance(tmp_path: Path, llama: Path) -> None:
@@ -182,9 +182,9 @@ def test_a_square_factor_that_is_left_transposed_has_its_distance(tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_rslora": True}, "the scale in it is 1.5 here and 1 more, trained was 4.24264"),
-        ({"alpha_pattern": {"k_proj": 4}}, "the scale in it is 1.5, trained was 0.5"),
-        ({"lora_alpha": 0}, "the scale in it is 1 here and 1 more, trained was 0"),
+        ({"use_rslora": True}, "its scale in the file is 1.5 here and 1 more, but 4.24264 was trained"),
+        ({"alpha_pattern": {"k_proj": 4}}, "its scale in the file is 1.5, but 0.5 was trained"),
+        ({"lora_alpha": 0}, "its scale in the file is 1 here and 1 more, but 0 was trained"),
     ],
 )
 def test_scales_that_it_ignores(tmp_path: Path, llama: Path, settings: dict[str, Any], words: str) -> None:
@@ -211,7 +211,7 @@ def test_options_of_the_other_dialect(tmp_path: Path, llama: Path, options: dict
 def test_other_architectures(tmp_path: Path) -> None:
     base = tiny.lfm2(tmp_path / "base")
     adapter = loras.write(tmp_path / "adapter", loras.factors("model.layers.0.feed_forward.w1", 96, 64))
-    with pytest.raises(SourceError, match="adapters only for llama, the base is lfm2"):
+    with pytest.raises(SourceError, match="adapters only for llama, but the base is lfm2"):
         convert(adapter, base)
 
 
@@ -231,7 +231,7 @@ def test_alphas_that_go_does_not_parse(tmp_path: Path, llama: Path, alpha: float
 def test_columns_that_are_no_heads(tmp_path: Path) -> None:
     gguf(tmp_path / "base.gguf", LLAMA | {"llama.embedding_length": 60, "llama.attention.key_length": 16})
     adapter = loras.write(tmp_path / "adapter", loras.factors(Q, 64, 60))
-    with pytest.raises(SourceError, match="splits lora_a into 4 heads of two halves, its 60"):
+    with pytest.raises(SourceError, match="splits lora_a into 4 heads of two halves, but 60"):
         convert(adapter, tmp_path / "base.gguf")
 
 

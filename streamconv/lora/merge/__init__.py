@@ -1,10 +1,10 @@
-"""Adapters merged into a checkpoint: its table of tensors with the changed ones made again, for any recipe to bind.
+"""Merge adapters into a checkpoint. The result is a table of tensors that any recipe can bind.
 
-Each step takes `Weights` and gives the next, with the reasons that rule a merge out: whole weights in place of the
+Each step takes `Weights` and returns new ones, with findings that rule out the merge: whole weights that replace the
 base's (whole.py), products of factors (factors.py), rows of tokens (token_rows.py), embedding and head (ends.py).
 
-Merging happens in the checkpoint's own names, rows and shapes, before any operation of a recipe. The result is the
-adapted model as PEFT runs it; what cannot be merged exactly is refused, all of it at once.
+Merging uses the checkpoint's own names, rows and shapes, before any operation of a recipe. The result is the adapted
+model as PEFT runs it; everything that cannot be merged exactly is refused in one error.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from streamconv.recipe.language import Model
 
 
 def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter], outputs: Sequence[Model] = ()) -> Merged:
-    """`model`, bound to `checkpoint`, with the adapters merged into it; no weight is read.
+    """Merge adapters into `model`, which is bound to `checkpoint`. No weights are read.
 
-    (But of two adapters that both bring a grown frozen embedding, to see that it is the same one.)
+    (One exception: if two adapters both have an enlarged frozen embedding, these are compared.)
 
     Args:
-        outputs: The files beside the model's, into which the adapters' shares of them are merged.
+        outputs: Further outputs, such as a projector, into which the adapters' shares are merged.
 
     Raises:
-        SourceError: with all that cannot be merged.
+        SourceError: Something cannot be merged; the error lists everything.
     """
     shares = [shares_of(adapter, outputs) for adapter in adapters]
     own = [share.of_model for share in shares if share.of_model is not None]
@@ -77,7 +77,7 @@ def merge(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter], out
 
 
 def _merged(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -> tuple[Step, dict[int, Sequence[str]]]:
-    """The model's weights with the adapters merged into them, and what decided the bytes, by an adapter's id()."""
+    """The model's weights with the adapters merged, and the inputs that determined the bytes, by an adapter's id()."""
     step = Step(Weights.of(model))
     for adapter in adapters:
         step = step.then(replace_whole(step.weights, adapter))
@@ -92,19 +92,19 @@ def _merged(checkpoint: Checkpoint, model: Model, adapters: Sequence[Adapter]) -
         origins[id(adapter)] = [*products.origins, *rows.origins]
         tying += [adapter] if config.ties_ends else []
     step = step.then(settle_ends(step.weights, tying))
-    if not any(finding.problem.code == "vocabulary" for finding in step.findings):  # which says it already
+    if not any(finding.problem.code == "vocabulary" for finding in step.findings):  # which reports it already
         step = step.then(Step(step.weights, list(outgrown(step.weights))))
     return step, origins
 
 
 def _identity(adapter: Adapter, origins: Sequence[str]) -> str:
-    """What of an adapter decides the bytes of an output."""
+    """The properties of an adapter that determine the bytes of an output."""
     digest = hashlib.sha256("\n".join(origins).encode()).hexdigest()
     return f"{adapter.weight!r} {adapter.file.shard.fingerprint} {digest}"
 
 
 def _refuse(adapters: Sequence[Adapter], findings: Sequence[Finding]) -> None:
-    """SourceError with all findings, those of one adapter together."""
+    """Raise SourceError with all findings, grouped by adapter."""
     errors = []
     for adapter in adapters:
         problems = [one.problem for one in findings if one.adapter is adapter]
@@ -127,5 +127,5 @@ def _refuse(adapters: Sequence[Adapter], findings: Sequence[Finding]) -> None:
 
 
 def _lacks_rows(problems: Sequence[Problem]) -> bool:
-    """Whether rows of a grown vocabulary are all that is missing."""
+    """Whether only the rows of an enlarged vocabulary are missing."""
     return bool(problems) and all(problem.code == "vocabulary" for problem in problems)

@@ -1,8 +1,7 @@
-"""Stacked experts seen one by one, as factors of single experts and whole weights of PEFT need them.
+"""Split stacked experts into single ones, as needed for factors of single experts and for whole weights of PEFT.
 
-transformers 5 holds the experts of a layer as one tensor, whatever the checkpoint has. A recipe that knows both forms
-has a row for each; the operations that the row of the stack has beyond those of single experts make the one of the
-other.
+transformers 5 keeps the experts of a layer in one tensor, whatever the checkpoint has. A recipe that supports both
+forms has a row for each; the additional operations in the row of the stack extract a single expert.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from streamconv.recipe.words import Tensor
 
 
 def single_rows(recipe: Output) -> dict[str, Tensor]:
-    """By target, the rows of experts that are stored one by one."""
+    """Return, by target, the recipe rows of experts that are stored one by one."""
     return {row.target: row for row in recipe.tensors if has_experts(row.source)}
 
 
 def one_by_one(model: Model, name: str, stack: LazyTensor) -> Iterator[tuple[str, LazyTensor]]:
-    """The experts of a stack, by the names that single experts are stored under; nothing where it is another tensor."""
+    """Return the experts of a stack by the names of single experts; empty if the tensor is not a stack."""
     singles, found = single_rows(model.recipe), model.recipe.find(name)
     for row in model.recipe.tensors:
         if found is None or row.source != found.template or row.target not in singles:
@@ -42,7 +41,7 @@ def one_by_one(model: Model, name: str, stack: LazyTensor) -> Iterator[tuple[str
 
 
 def unstacked(weights: Weights, modules: Sequence[LoraModule], singles: Mapping[str, Tensor]) -> Weights:
-    """`weights` with single experts in place of each stack that one of the modules changes."""
+    """Return `weights` with each stack that one of the modules changes replaced by single experts."""
     stored = dict(weights.stored)
     rows = weights.recipe.tensors
     for module in modules:

@@ -1,4 +1,4 @@
-"""Products of LoRA factors added to what they change, with DoRA's magnitudes."""
+"""Add products of LoRA factors to the weights that they change, with DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from streamconv.recipe.words import Tensor
 
 AT_RUNTIME = "apply the adapter at runtime instead (streamconv lora)"
 
-# Rules out a GGUF adapter and not a merge; whether they can be merged is found here.
+# These rule out a GGUF adapter, but not a merge; this module checks whether they can be merged.
 _MERGEABLE = frozenset(("dora", "tokens", *REPLACING))
 
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """A change of the stored tensor `name`: a scale times left @ right."""
+    """A change of the stored tensor `name`: scale * left @ right."""
 
     name: str
     left: LazyTensor
@@ -39,7 +39,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class _Magnitudes:
-    """The norms that DoRA gives a changed matrix: one a row, or one a column as PEFT's embeddings have them."""
+    """The norms that DoRA gives a changed matrix: one per row, or one per column for PEFT's embeddings."""
 
     vector: LazyTensor
     by_column: bool
@@ -49,7 +49,7 @@ class _Magnitudes:
 
 
 def base_of(directory: Place, weights: Weights) -> BaseModel:
-    """The base as its adapters see it: the head of a tied base is a matrix of its own here."""
+    """Return the base as its adapters see it: the head of a tied base counts as a separate matrix."""
     model, recipe = weights.model, weights.recipe
     head = {row.target for row in recipe.tensors if row.source == recipe.head}
     return BaseModel(
@@ -63,12 +63,12 @@ def base_of(directory: Place, weights: Weights) -> BaseModel:
 
 
 def add_products(weights: Weights, base: BaseModel, adapter: Adapter, config: LoraConfig, *, is_single: bool) -> Step:
-    """The adapter's products added to what they change. `is_single`: there is no other adapter."""
+    """Add the adapter's products to the weights. `is_single`: there is no other adapter."""
     resolved = resolve(adapter.file, base, config)
     magnitudes, of_magnitudes = _magnitudes(adapter, config, resolved.modules, is_single=is_single)
     findings = [Finding(adapter, problem) for problem in resolved.problems if problem.code not in _MERGEABLE]
     if config.invocation_tokens:
-        what = "an activated LoRA: its tokens switch it on at runtime, which no merge can express"
+        what = "an activated LoRA is switched on by tokens at runtime, which a merge cannot express"
         findings.append(finding(adapter, "alora", what))
     findings += of_magnitudes
     singles = single_rows(weights.recipe)
@@ -102,15 +102,15 @@ def _fault(
     if whole is not None and whole.is_trained and whole.adapter is not adapter:
         return Problem("twice", f"{whole.adapter.label} replaces {name}", (module.name,))
     if not abs(scale) <= MAX_NUMBER:
-        return Problem("scale", f"its scale comes to {scale:g}, beyond float32", (module.name,))
-    if n_rows != before.spec.n_rows:  # the vocabulary grew, and the frozen rows are missing
-        what = f"its factors are of {n_rows} rows, and {name} has {before.spec.n_rows}"
+        return Problem("scale", f"its scale would be {scale:g}, which exceeds float32", (module.name,))
+    if n_rows != before.spec.n_rows:  # the vocabulary was enlarged, but the frozen rows are missing
+        what = f"its factors are for {n_rows} rows, but {name} has {before.spec.n_rows}"
         return Problem("vocabulary", what, (module.name,))
     return None
 
 
 def _changed(before: LazyTensor, product: _Product, scale: float) -> LazyTensor:
-    """`before` with the product added: to each of its matrices the product of the same number, where it is a stack."""
+    """`before` with the product added; if it is a stack, each matrix gets the product of the same number."""
     left, right = product.left, product.right
     if len(before.spec.shape) == 2:
         return AddProduct(before, left, right, scale)
@@ -125,7 +125,7 @@ def _changed(before: LazyTensor, product: _Product, scale: float) -> LazyTensor:
 
 
 def _products(weights: Weights, module: LoraModule, singles: Mapping[str, Tensor]) -> Iterator[_Product]:
-    """The change of each stored tensor that the module changes; experts that a recipe knows are seen one by one."""
+    """A product for each stored tensor that the module changes; experts are split up if the recipe supports that."""
     model, slot, (layer, number, expert) = weights.model, module.slot, module.slot.order
     row = model.recipe.tensors[number]
     if _is_one(weights, module, singles):
@@ -143,16 +143,16 @@ def _products(weights: Weights, module: LoraModule, singles: Mapping[str, Tensor
 
 
 def _is_one(weights: Weights, module: LoraModule, singles: Mapping[str, Tensor]) -> bool:
-    """Whether a module changes all experts of a layer at once, of a recipe that does not have them one by one."""
+    """Whether a module changes all experts of a layer at once, and the recipe has no rows for single ones."""
     slot = module.slot
     is_stack = bool(slot.n_experts) and slot.expert is None
     return is_stack and weights.recipe.tensors[slot.order[1]].target not in singles
 
 
 def _stored_stack(weights: Weights, module: LoraModule) -> str | None:
-    """The stored tensor that is all experts of a layer, as the module has them; None where it is another one.
+    """The stored tensor with all experts of a layer in the module's layout, or None.
 
-    An adapter may have it by a name of its own, of a row that does the same with it.
+    An adapter may use the name of another row that has the same target, shape and operations.
     """
     layer, number, _ = module.slot.order
     named = weights.recipe.tensors[number]
@@ -164,12 +164,12 @@ def _stored_stack(weights: Weights, module: LoraModule) -> str | None:
 
 
 def _products_of_stack(model: Model, module: LoraModule, singles: Mapping[str, Tensor]) -> Iterator[_Product]:
-    """As `_products`, of all experts of a layer, in every tensor that their stack is split into."""
+    """Like `_products`, for all experts of a layer, in every tensor into which their stack is split."""
     for landing in module.slot.landings:
         layer, number, _ = landing.order
         row = model.recipe.tensors[number]
         single = singles[row.target]
-        apart = row.ops[: len(row.ops) - len(single.ops)]  # what makes single experts of the stack
+        apart = row.ops[: len(row.ops) - len(single.ops)]  # the operations that split the stack into single experts
         a, b = factors_through(apart, module.a, module.b, model)
         n_out, rank = b.spec.shape[-2:]
         for e in range(module.slot.n_experts):
@@ -179,14 +179,14 @@ def _products_of_stack(model: Model, module: LoraModule, singles: Mapping[str, T
 def _magnitudes(
     adapter: Adapter, config: LoraConfig, modules: Sequence[LoraModule], *, is_single: bool
 ) -> tuple[dict[str, _Magnitudes], list[Finding]]:
-    """DoRA's magnitudes by module, and what is wrong with them."""
+    """DoRA's magnitudes by module, and problems with them."""
     tensors = adapter.file.by_module("dora")
     findings = []
     if tensors and not config.is_dora:
-        what = "has DoRA's magnitudes, and its configuration says that it is plain LoRA"
+        what = "has DoRA magnitudes, but its configuration says plain LoRA"
         findings.append(finding(adapter, "dora", what))
     if tensors and (adapter.weight != 1 or not is_single):
-        what = "DoRA merges alone and at weight 1: its norms are of the whole sum"
+        what = "DoRA can be merged only as the sole adapter and with weight 1, since its norms cover the whole sum"
         findings.append(finding(adapter, "dora", what))
     found: dict[str, _Magnitudes] = {}
     for module in modules:
@@ -194,15 +194,15 @@ def _magnitudes(
         n = module.b.spec.shape[-2] if by_column or not module.slot.is_embedding else module.a.spec.shape[-1]
         tensor = tensors.pop(module.name, None)
         if tensor is not None and module.slot.n_experts and module.slot.expert is None:
-            what = "has magnitudes of all experts at once, of which no trainer says what they are norms of"
+            what = "has magnitudes for all experts at once, whose meaning no trainer defines"
             findings.append(finding(adapter, "dora", what, module.name))
         elif tensor is not None and tensor.shape == (n,):
             found[module.name] = _Magnitudes(tensor.lazy(), by_column)
         elif tensor is not None:
-            what = f"has magnitudes {list(tensor.shape)}, and needs {[n]}"
+            what = f"has magnitudes {list(tensor.shape)}, but needs {[n]}"
             findings.append(finding(adapter, "dora", what, module.name))
         elif config.is_dora:
-            findings.append(finding(adapter, "dora", "DoRA, and its magnitudes are missing", module.name))
+            findings.append(finding(adapter, "dora", "the magnitudes of DoRA are missing", module.name))
     if tensors:
-        findings.append(finding(adapter, "dora", "has magnitudes, and no factors", *tensors))
+        findings.append(finding(adapter, "dora", "has magnitudes, but no factors", *tensors))
     return found, findings

@@ -1,6 +1,6 @@
-"""An adapter on a model of several outputs: its share of each, and the outputs with their shares merged.
+"""Divide an adapter among the outputs of a model with several, and merge each share.
 
-PEFT trains a vision model as one; what it changes of the tower is merged into the projector's file.
+PEFT trains a vision model as one; its changes to the tower are merged into the projector's file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from streamconv.recipe.language import Model, Output
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What an adapter has for the model, and for each further output by its role; None and left out where nothing."""
+    """The share of an adapter for the model (or None), and for each further output that it changes, by role."""
 
     of_model: Adapter | None
     of_outputs: Mapping[str, Adapter]
 
 
 def shares_of(adapter: Adapter, outputs: Sequence[Model]) -> Shares:
-    """An adapter divided between a model and its further `outputs`; itself where it changes none of these."""
+    """Divide an adapter between a model and its further `outputs`."""
     by_role: dict[str, set[str]] = {}
     for full_name in adapter.file.shard.tensors:
         owner = next((other.recipe for other in outputs if _owns(other.recipe, full_name)), None)
@@ -43,14 +43,14 @@ def shares_of(adapter: Adapter, outputs: Sequence[Model]) -> Shares:
 
 
 def _owns(output: Output, full_name: str) -> bool:
-    """Whether a tensor of an adapter changes one of an output, under any of its names."""
+    """Whether a tensor of an adapter belongs to an output, under any of its names."""
     _, module = parse_name(full_name)
     names = (module, f"{module}.weight", f"{module}.bias")
     return any(output.find(f"{prefix}{name}") for prefix in ("", "model.") for name in names)
 
 
 def _share(adapter: Adapter, names: set[str]) -> Adapter:
-    """The adapter as if it had these tensors alone."""
+    """The adapter restricted to these tensors."""
     shard = copy.copy(adapter.file.shard)
     shard.tensors = {name: tensor for name, tensor in shard.tensors.items() if name in names}
     file = LoraFile(adapter.file.directory, adapter.file.config, shard)
@@ -59,7 +59,7 @@ def _share(adapter: Adapter, names: set[str]) -> Adapter:
 
 
 def merge_output(output: Model, shares: Sequence[Adapter]) -> Step:
-    """A further output with the adapters' shares merged into its tensors, which bear the recipe's names then."""
+    """Return a further output with the adapters' shares merged; its tensors then have the recipe's names."""
     stored = {output.recipe.canonical(name): tensor for name, tensor in output.stored.items()}
     model = replace(output, stored=stored, dims=output.dims | {N_VOCAB: 0})  # it has no tokens
     step = Step(Weights.of(model))
@@ -73,7 +73,7 @@ def merge_output(output: Model, shares: Sequence[Adapter]) -> Step:
 
 
 def _config(config: LoraConfig) -> LoraConfig:
-    """What a configuration says of an output without tokens and experts."""
+    """The configuration without its settings for tokens and experts."""
     own = copy.copy(config)
     own.token_rows, own.target_parameters = {}, ()
     return own

@@ -1,4 +1,4 @@
-"""Rows of an embedding or head that an adapter trained whole: PEFT's trainable_token_indices."""
+"""Rows of an embedding or head that were trained as a whole: PEFT's trainable_token_indices."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from streamconv.lora.specs import Adapter
 from streamconv.recipe.language import Stored
 from streamconv.recipe.spelling import Speller, has_same_numbers
 
-HEAD_MODULE = "lm_head"  # transformers' name of it
+HEAD_MODULE = "lm_head"  # its name in transformers
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Rows that were trained whole, and their numbers in the order of the rows."""
+    """Trained rows, and their row numbers in the same order."""
 
     numbers: tuple[int, ...]
     tensor: Stored
 
     def over(self, tensor: LazyTensor) -> LazyTensor:
-        """`tensor` with these rows in place of its own."""
+        """Return `tensor` with these rows replaced."""
         rows = self.tensor.lazy()
         if rows.spec.dtype != tensor.spec.dtype:
             tensor, rows = widened(tensor), widened(rows)
@@ -42,7 +42,7 @@ class TokenRows:
 
 
 def replace_rows(weights: Weights, adapter: Adapter, config: LoraConfig) -> Step:
-    """The adapter's trained rows in place of those that the weights have by now."""
+    """Replace rows of the weights by the adapter's trained rows."""
     deltas = adapter.file.by_module("tokens")
     placed, findings = _placed_rows(weights, adapter, config, deltas)
     findings += _missing_rows(weights, adapter, config, deltas)
@@ -50,7 +50,7 @@ def replace_rows(weights: Weights, adapter: Adapter, config: LoraConfig) -> Step
     if not has_own_head(model) and model.recipe.head in placed:
         head = placed.pop(model.recipe.head)
         if (embedding := placed.get(model.recipe.embedding)) is None or not embedding.is_same(head):
-            findings.append(finding(adapter, "tying", "its rows of the embedding and of the tied head differ"))
+            findings.append(finding(adapter, "tying", "its rows for the embedding and for the tied head differ"))
     made = {name: rows.over(weights.now(name)) for name, rows in placed.items()}
     origins = [f"{name} rows {rows.numbers}" for name, rows in placed.items()]
     return Step(weights.changed(adapter, made), findings, origins=origins)
@@ -59,7 +59,7 @@ def replace_rows(weights: Weights, adapter: Adapter, config: LoraConfig) -> Step
 def _placed_rows(
     weights: Weights, adapter: Adapter, config: LoraConfig, deltas: Mapping[str, SourceTensor]
 ) -> tuple[dict[str, TokenRows], list[Finding]]:
-    """By stored name the rows that have a place, and what is wrong with the others. `deltas`: rows by module."""
+    """The rows by stored name, and problems with the others. `deltas`: rows by module."""
     recipe = weights.recipe
     speller = Speller(recipe, (f"{module}.weight" for module in deltas))
     placed: dict[str, TokenRows] = {}
@@ -69,7 +69,7 @@ def _placed_rows(
         if not is_stored(name, weights.model):
             findings.append(finding(adapter, "no-module", f"the base ({recipe.arch}) has no such module", module))
         elif numbers is None:
-            what = "the configuration does not say of which tokens its rows are"
+            what = "the configuration does not say which tokens its rows are for"
             findings.append(finding(adapter, "tokens", what, module))
         elif fault := _rows_fault(weights, adapter, name, TokenRows(numbers, tensor)):
             findings.append(finding(adapter, "tokens", fault, module))
@@ -79,21 +79,21 @@ def _placed_rows(
 
 
 def _numbers_of(module: str, config: LoraConfig) -> tuple[int, ...] | None:
-    """The tokens whose rows of `module` were trained; None where the configuration does not say."""
+    """The tokens whose rows of `module` were trained; None if the configuration does not list them."""
     numbers = next((rows for key, rows in config.token_rows.items() if f".{module}".endswith(f".{key}")), None)
     if numbers is None and module.endswith(HEAD_MODULE):
-        return config.token_rows.get("embed_tokens")  # of a tied model, whose head PEFT wraps as well
+        return config.token_rows.get("embed_tokens")  # in a tied model, PEFT wraps the head as well
     return numbers
 
 
 def _missing_rows(
     weights: Weights, adapter: Adapter, config: LoraConfig, modules: Collection[str]
 ) -> Iterator[Finding]:
-    """The configuration's rows that an adapter with rows of other modules lacks."""
+    """Problems for rows that the configuration lists but that an adapter with other rows lacks."""
     for key, numbers in config.token_rows.items():
         is_tied_head = key.endswith(HEAD_MODULE) and not has_own_head(weights.model)
         if modules and numbers and not is_tied_head and not any(f".{one}".endswith(f".{key}") for one in modules):
-            what = f"trainable_token_indices has rows of {key}, and they are missing"
+            what = f"trainable_token_indices lists rows of {key}, but they are missing"
             yield finding(adapter, "tokens", what)
 
 
@@ -101,11 +101,11 @@ def _rows_fault(weights: Weights, adapter: Adapter, name: str, rows: TokenRows) 
     """Why trained rows cannot replace those of `name`."""
     shape, numbers = weights.now(name).spec.shape, rows.numbers
     if len(shape) == 2 and (beyond := max(numbers, default=0)) >= shape[0]:
-        return f"trainable_token_indices has {beyond}, and {name} {shape[0]} rows: the adapter's base was another"
+        return f"trainable_token_indices has {beyond}, but {name} has {shape[0]} rows: wrong base"
     if len(shape) != 2 or rows.tensor.shape != (len(numbers), shape[1]):
         return f"trained rows {list(rows.tensor.shape)} of {len(numbers)} tokens do not fit {name} {list(shape)}"
     if adapter.weight != 1:
-        return "trained rows replace the base's: they merge at weight 1 alone"
+        return "trained rows replace those of the base, so they can be merged only with weight 1"
     if others := weights.changed_by.get(name):
-        return f"{name} is changed by {others[0].label} as well"
+        return f"{name} is also changed by {others[0].label}"
     return None

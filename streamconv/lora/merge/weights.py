@@ -1,4 +1,4 @@
-"""A checkpoint's tensors while adapters are merged into them: the value that each step of a merge takes and returns."""
+"""A checkpoint's tensors during a merge: the value that each step takes and returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamconv.recipe.spelling import has_same_numbers
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A tensor that is not stored as it is, for binding."""
+    """A computed tensor that a recipe can bind like a stored one."""
 
     tensor: LazyTensor
 
@@ -31,27 +31,27 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class WholeWeight:
-    """A whole weight that stands in place of the base's: the adapter that has it, and whether it was trained."""
+    """A whole weight that replaces the base's: the adapter that has it, and whether it was trained."""
 
     adapter: Adapter
     tensor: Stored
     is_trained: bool
 
     def excludes(self, other: WholeWeight) -> bool:
-        """Whether the two cannot stand in one place: they can where both are the same frozen numbers."""
+        """Return whether the two conflict. They do not if both are frozen and have equal values."""
         return self.is_trained or other.is_trained or not has_same_numbers(self.tensor, other.tensor)
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The tensors of a model by the names they are stored under, as the adapters merged so far leave them.
+    """The tensors of a model by stored name, with the adapters merged so far.
 
     Attributes:
-        model: As bound without adapters; its `stored` are the base's own tensors.
+        model: The model bound without adapters; its `stored` has the base's own tensors.
         n_vocab: Rows of embedding and head, once an adapter's vocabulary has replaced the base's.
-        stored: What is stored in the base, or frozen in an adapter whose vocabulary grew.
-        made: What adapters changed, in place of what is stored.
-        wholes: The whole weights that adapters have.
+        stored: Tensors of the base, or frozen ones of an adapter with an enlarged vocabulary.
+        made: Tensors that adapters changed, which replace stored ones.
+        wholes: The whole weights of adapters.
         changed_by: The adapters that changed a tensor, in order.
     """
 
@@ -64,7 +64,7 @@ class Weights:
 
     @classmethod
     def of(cls, model: Model) -> Self:
-        """Those of a model without adapters."""
+        """Return the weights of a model without adapters."""
         return cls(model, model.dims[N_VOCAB], model.stored)
 
     @property
@@ -73,21 +73,21 @@ class Weights:
 
     @property
     def has_grown(self) -> bool:
-        """Whether the vocabulary has another size than the base's."""
+        """Whether the size of the vocabulary differs from the base's."""
         return self.n_vocab != self.model.dims[N_VOCAB]
 
     @property
     def table(self) -> dict[str, Stored]:
-        """All tensors, for a recipe to bind."""
+        """Return all tensors, for a recipe to bind."""
         return {**self.stored, **{name: Made(tensor) for name, tensor in self.made.items()}}
 
     def now(self, name: str) -> LazyTensor:
-        """The tensor `name` as it is by now; a tied head begins as the embedding."""
+        """Return the current tensor `name`; a tied head starts as the embedding."""
         made = self.made.get(name)
         return made or (self.stored.get(name) or self.stored[self.recipe.embedding]).lazy()
 
     def changed(self, adapter: Adapter, made: Mapping[str, LazyTensor]) -> Self:
-        """With tensors that `adapter` changes."""
+        """Return the weights with tensors that `adapter` changes."""
         by = {name: (*self.changed_by.get(name, ()), adapter) for name in made}
         return replace(self, made={**self.made, **made}, changed_by={**self.changed_by, **by})
 
@@ -108,8 +108,8 @@ class Step:
     """The result of one step of a merge, or of several in turn.
 
     Attributes:
-        weights: As the step leaves them.
-        origins: What of a configuration and of the base decided the bytes, a line each.
+        weights: The weights after the step.
+        origins: A line for each property of a configuration or the base that determined the bytes.
     """
 
     weights: Weights
@@ -118,7 +118,7 @@ class Step:
     origins: Sequence[str] = ()
 
     def then(self, *others: Step) -> Step:
-        """This step and those that began with the weights it left."""
+        """Return this step combined with a later one."""
         steps = (self, *others)
         return Step(
             steps[-1].weights,
@@ -132,15 +132,15 @@ class Step:
 
 
 def is_stored(name: str | None, model: Model) -> TypeGuard[str]:
-    """Whether a model has the tensor `name`; the head of a tied one counts."""
+    """Return whether a model has the tensor `name`; the head of a tied one counts."""
     return name in model.stored or name == model.recipe.head
 
 
 def is_end(name: str, model: Model) -> bool:
-    """Whether a tensor is the embedding or the head."""
+    """Return whether a tensor is the embedding or the head."""
     return name in (model.recipe.embedding, model.recipe.head)
 
 
 def has_own_head(model: Model) -> bool:
-    """Whether a model has a head of its own: one that its config calls the embedding is a copy of that."""
+    """Return whether a model has a separate head. A stored one that the config calls tied is only a copy."""
     return model.recipe.head in model.stored and not model.recipe.stated_tie(model.config)

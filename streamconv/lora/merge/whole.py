@@ -1,4 +1,4 @@
-"""Weights that an adapter has whole, in place of the base's: modules_to_save, a resized vocabulary, stacked experts."""
+"""Whole weights of an adapter that replace the base's: modules_to_save, a resized vocabulary, stacked experts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from streamconv.lora.specs import Adapter
 from streamconv.recipe.language import Model, Stored
 from streamconv.recipe.spelling import Speller
 
-# Kinds of tensors (files.py) that replace one of the base's, with the end of its name there. What has no such end,
-# as stacked experts, is of an unknown kind until the base knows it.
+# Kinds of tensors (files.py) that replace one of the base's, with the suffix of its name there. Others, such as
+# stacked experts, are of unknown kind until they are found in the base.
 REPLACING: Mapping[str, str] = {"weight": ".weight", "norm": ".weight", "bias": ".bias", "unknown": ""}
 _FROZEN = (".base_layer.weight", ".original_module.weight")
 
-_Named = Mapping[str, tuple[str, Stored]]  # by stored name: the adapter's module, and its tensor
+_Named = Mapping[str, tuple[str, Stored]]  # by stored name: the adapter's module and its tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class _Found:
     """The whole weights of an adapter.
 
     Attributes:
-        frozen: The base's, which PEFT saved beside the trained ones; only an embedding or head whose vocabulary has
-            grown counts: factors are added to it.
-        trained: Those that were trained whole.
+        frozen: Copies of the base's that PEFT saved beside the trained ones. They are used only for an embedding or
+            head with an enlarged vocabulary, to which factors are then added.
+        trained: Weights that were trained as a whole.
     """
 
     frozen: _Named
@@ -42,14 +42,14 @@ class _Found:
 
 
 def replace_whole(weights: Weights, adapter: Adapter) -> Step:
-    """The adapter's whole weights in place of the base's."""
+    """Replace the base's weights by the adapter's whole weights."""
     model, found = weights.model, _whole_weights(weights.model, adapter)
     named = {**found.frozen, **found.trained}
     findings = list(found.findings)
     unsaved = adapter.file.unsaved(model.recipe, is_tied=model.is_tied)
     findings += [Finding(adapter, problem) for problem in unsaved]
     if found.trained and adapter.weight != 1:
-        what = "whole weights (modules_to_save) replace the base's: they merge at weight 1 alone"
+        what = "whole weights (modules_to_save) replace those of the base, so they can be merged only with weight 1"
         findings.append(finding(adapter, "weight", what))
     n_vocab = _grown_vocabulary(model, named) or weights.n_vocab
     made: dict[str, LazyTensor] = {}
@@ -60,10 +60,10 @@ def replace_whole(weights: Weights, adapter: Adapter) -> Step:
         whole = WholeWeight(adapter, tensor, name in found.trained)
         other = wholes.setdefault(name, whole)
         if tensor.shape != expected:
-            shapes = f"has shape {list(tensor.shape)}, the base's is {list(expected)}"
+            shapes = f"has shape {list(tensor.shape)}, but in the base it is {list(expected)}"
             findings.append(finding(adapter, "shape", shapes, module))
         elif other is not whole and other.excludes(whole):
-            what = f"{name} is replaced by {other.adapter.label} as well"
+            what = f"{name} is also replaced by {other.adapter.label}"
             findings.append(finding(adapter, "twice", what, module))
         elif whole.is_trained:
             made[name] = tensor.lazy()
@@ -74,7 +74,7 @@ def replace_whole(weights: Weights, adapter: Adapter) -> Step:
 
 
 def _grown_vocabulary(model: Model, named: _Named) -> int | None:
-    """How many tokens an adapter's embedding and head have, where those are not as many as the base's."""
+    """The number of tokens of an adapter's embedding and head, if it differs from the base's."""
     n_vocab = max(
         (t.shape[0] for name, (_, t) in named.items() if is_end(name, model) and len(t.shape) == 2), default=0
     )
@@ -104,7 +104,7 @@ def _whole_weights(model: Model, adapter: Adapter) -> _Found:
         elif is_frozen and is_end(name, model) and tensor.shape != _original(model, name).shape:
             frozen[name] = module, tensor
         elif not is_frozen and (name not in trained or ".modules_to_save." in full_name):
-            trained[name] = module, tensor  # with a grown vocabulary PEFT saves trained ends under two names
+            trained[name] = module, tensor  # with a resized vocabulary PEFT saves trained ends under two names
     return _Found(
         {name: frozen[name] for name in frozen if name not in trained},
         trained,
@@ -117,11 +117,11 @@ def _whole_weights(model: Model, adapter: Adapter) -> _Found:
 
 
 def _original(model: Model, name: str) -> Stored:
-    """The base's tensor `name`; of a tied head the embedding."""
+    """The base's tensor `name`; for a tied head the embedding."""
     return model.stored.get(name) or model.stored[model.recipe.embedding]
 
 
 def _experts(model: Model, name: str, stack: SourceTensor) -> dict[str, LazyTensor]:
-    """Stacked experts that an adapter has whole, one by one; none where the tensor is another."""
+    """The single experts of a stack that an adapter has as whole weights; empty for another tensor."""
     is_known = len(stack.shape) == 3 and model.recipe.find(name) is not None
     return dict(one_by_one(model, name, stack.lazy())) if is_known else {}
