@@ -30,6 +30,11 @@ AGAIN = {"q8_0": ("q4_k_m", "q6_k"), "q6_k": ("q4_k_m", "iq4_xs"), "q4_k_m": ("q
 WITHOUT_IMPORTANCE = ("blk.1.attn_q.weight", "token_embd.weight", "output.weight")
 
 
+def smallest(path: Path) -> Path:
+    """The model whose Q4_K_M file by llama.cpp's quantizer is kept whole."""
+    return tiny.lfm2(path, hidden=256, ff=256, n_layers=2, attention=(1,))
+
+
 @dataclass(frozen=True)
 class Case:
     """What is made of a model: an outtype, with importances or without, and the options of `convert`."""

@@ -180,6 +180,7 @@ def plan_model(
     outtype = auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype
     policy = stored or policy_of(model, outtype, wanted.mix, has_importance=imatrix is not None)
     tensors = _place(model, wanted.dialect, policy, imatrix)
+    roles, facts = [model.role(target) for target in model.targets], facts_of(model.recipe.arch, model.keys())
     others = _further_outputs(checkpoint, prepared, wanted)
     budget.reserve("plan", TARGET_NBYTES * sum(len(other.targets) for other in others), file=checkpoint.directory)
     told = imatrix.check({target.name: target.tensor.spec.shape for target in model.targets}) if imatrix else []
@@ -231,6 +232,7 @@ def plan_model(
             *general.warnings,
             *vocabulary.warnings,
             *_missing_tokens(others, vocabulary),
+            *policy.warnings(roles, facts),
             *told,
             *_small_parts(wanted.parts, len(parts)),
         ],

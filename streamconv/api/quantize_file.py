@@ -14,17 +14,17 @@ from streamconv.budget import Budget
 from streamconv.engine.job import Job
 from streamconv.engine.layout import PlacedTensor, memory_failures
 from streamconv.engine.split import make_parts
-from streamconv.errors import SourceError, UsageError
+from streamconv.errors import RunWarning, SourceError, UsageError
 from streamconv.files.hub import Source, find_source
 from streamconv.files.local import noting_files
 from streamconv.ggml.blocks import BLOCK_TYPES
-from streamconv.ggml.dequantise import Dequantise
+from streamconv.ggml.dequantise import Dequantise, is_decodable
 from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.imatrix import ImportanceMatrix
-from streamconv.ggml.mix_rules import choose_types
+from streamconv.ggml.mix_rules import choice_warnings, choose_types
 from streamconv.ggml.mixes import MIXES, MixedTensor, ModelFacts
-from streamconv.ggml.outtypes import OUTTYPES
-from streamconv.ggml.policy import StoredTypes
+from streamconv.ggml.outtypes import AUTO, OUTTYPES
+from streamconv.ggml.policy import StoredTypes, outtype_hint
 from streamconv.gguf.entries import Span, refuse
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.reader import GGUFFile
@@ -89,9 +89,13 @@ def quantize(
         Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
+    if wanted.outtype == AUTO:
+        raise UsageError("no outtype was given", hint="name one with --outtype, such as q4_k_m", code="word-unknown")
     if wanted.outtype not in MIXES:
         raise UsageError(
-            f"outtype {outtype!r} is not one of {', '.join(MIXES)}", hint="name one with --outtype", code="word-unknown"
+            f"outtype {outtype!r} is not one of {', '.join(MIXES)}",
+            hint=outtype_hint(outtype, MIXES),
+            code="word-unknown",
         )
     budget = Budget(options.limit_nbytes, compares=options.verify)
     with open_imatrix(imatrix, budget) as importance, GGUFSet.open(find_source(src), budget) as files:
@@ -114,22 +118,19 @@ def plan_quantized(
     Raises:
         SourceError: a file is damaged, or has a type that is only quantised again with `allow_requantize`.
     """
-    refuse(files.problems)
+    own, facts = read_model(files)
     first = files.files[0]
-    architecture = first.scalar("general.architecture", str)
-    if architecture is None or first.scalar("general.type", str) == "adapter":
-        raise SourceError("is not a model", file=first.path, hint="give the model's own GGUF file", code="not-a-model")
     shards = {file.path: GGUFShard(file) for file in files.files}
     keys = list(_keys(first, budget))
-    own = [MixedTensor(name, one.shape, _type_of(one.type, first, name)) for name, (_, one) in files.tensors.items()]
+    warnings: list[RunWarning] = []
     if stored is not None:
         outtype, file_type, types = stored.outtype, stored.file_type, {one.name: stored.of(one) for one in own}
     else:
-        facts = ModelFacts.of_keys(lambda name: entry.value if (entry := first.keys.get(name)) else None)
         outtype, file_type = wanted.outtype, int(MIXES[wanted.outtype].file_type)
         choices = choose_types(MIXES[outtype], own, facts, options=wanted.mix, has_importance=imatrix is not None)
         types = {name: choice.type for name, choice in choices.items()}
-    told = imatrix.check({one.name: one.shape for one in own}) if imatrix else []
+        warnings += choice_warnings(choices, wanted.mix)
+    warnings += imatrix.check({one.name: one.shape for one in own}) if imatrix else ()
     budget.reserve("plan", (SOURCE_NBYTES + TARGET_NBYTES) * len(own), file=first.path)
     tensors = []
     for one in own:
@@ -138,6 +139,8 @@ def plan_quantized(
         spec = TensorSpec(one.shape, TYPES[one.type].dtype)
         rows: LazyTensor = StoredRows(one.name, shards[file.path], tensor.offset, spec)
         if type_ != one.type and spec.dtype not in FLOATS:
+            if not is_decodable(one.type):
+                raise _not_numbers(one, file)
             if stored is None and not wanted.allow_requantize:
                 raise _requantised(one, file)
             rows = Dequantise(rows, one.type)
@@ -153,7 +156,7 @@ def plan_quantized(
         command="quantize",
         keys=keys,
         parts=make_parts(path, keys, tensors, wanted.parts),
-        architecture=architecture,
+        architecture=facts.architecture,
         dialect=wanted.dialect,
         outtype=outtype,
         shards=tuple(shards.values()),
@@ -163,8 +166,20 @@ def plan_quantized(
             "types": str(wanted.mix),
             "imatrix": imatrix.fingerprint if imatrix else "",
         },
-        warnings=told,
+        warnings=warnings,
     )
+
+
+def read_model(files: GGUFSet) -> tuple[list[MixedTensor], ModelFacts]:
+    """A model's tensors and facts, as its files state them. SourceError where they are damaged, or not a model's."""
+    refuse(files.problems)
+    first = files.files[0]
+    if first.scalar("general.architecture", str) is None or first.scalar("general.type", str) == "adapter":
+        raise SourceError("is not a model", file=first.path, hint="give the model's own GGUF file", code="not-a-model")
+    tensors = [
+        MixedTensor(name, one.shape, _type_of(one.type, file, name)) for name, (file, one) in files.tensors.items()
+    ]
+    return tensors, ModelFacts.of_keys(lambda name: entry.value if (entry := first.keys.get(name)) else None)
 
 
 def _model_name(stem: str) -> str:
@@ -183,6 +198,13 @@ def _requantised(one: MixedTensor, file: GGUFFile) -> SourceError:
     message = f"is {one.type.name} already, and quantising it again loses more than quantising the original"
     hint = "quantise the F16 or BF16 file, or pass --allow-requantize"
     return SourceError(message, file=file.path, tensor=one.name, hint=hint, code="requantize")
+
+
+def _not_numbers(one: MixedTensor, file: GGUFFile) -> SourceError:
+    """The error for a matrix of a type that only stays as it is, such as integers."""
+    message = f"is {one.type.name}, of which no other type is made"
+    hint = "only floating-point and quantised weights can be quantised"
+    return SourceError(message, file=file.path, tensor=one.name, hint=hint, code="type-unreadable")
 
 
 def _keys(file: GGUFFile, budget: Budget) -> Iterator[KeyValue]:

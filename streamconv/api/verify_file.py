@@ -24,7 +24,7 @@ from streamconv.check.tensors import compare, prove_comparison
 from streamconv.engine.job import Job
 from streamconv.engine.layout import memory_failures
 from streamconv.errors import Interrupted, UsageError
-from streamconv.files.hub import Source, find_source
+from streamconv.files.hub import Source, find_source, is_gguf
 from streamconv.files.local import noting_files
 from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.policy import StoredTypes, stored_outtype
@@ -142,7 +142,7 @@ def _open_job(
     if base is not None:
         with open_adapter_job(source, base, out, wanted, budget, scale, stored) as job:
             yield job
-    elif isinstance(source, str | Path) and Path(source).suffix == ".gguf" and not adapters:
+    elif is_gguf(source) and not adapters:
         with open_imatrix(wanted.imatrix, budget) as imatrix, GGUFSet.open(find_source(source), budget) as files:
             yield plan_quantized(files, out, wanted, budget, imatrix, stored)
     else:

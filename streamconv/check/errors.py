@@ -14,20 +14,18 @@ from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from streamconv.check.pairs import Pair, match, visit_slabs
 from streamconv.engine.job import Job
 from streamconv.engine.layout import THREAD_NBYTES, Step, slab_rows
 from streamconv.errors import VerifyError
-from streamconv.ggml.dequantise import ELEMENT_NBYTES, PIECE
+from streamconv.ggml.dequantise import ELEMENT_NBYTES, PIECE, decoded, is_decodable
 from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.encode import best_kernel
 from streamconv.ggml.rows import Encode
 from streamconv.gguf.entries import StoredTensor, refuse
 from streamconv.gguf.reader import GGUFFile
-from streamconv.lazy.dtype import FLOATS
 from streamconv.lazy.node import Workspace, peak_nbytes, read
 from streamconv.report import RelativeErrors, TensorRelativeError
 
@@ -90,7 +88,7 @@ def _as_numbers(made: Encode) -> Encode:
 
 
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor) -> Pair:
-    if stored.type is None or not _is_decodable(stored.type):
+    if stored.type is None or not is_decodable(stored.type):
         raise VerifyError(
             f"the gguf package does not decode type {stored.type_name}, so its error cannot be measured",
             file=file.path,
@@ -98,14 +96,6 @@ def _pair(made: Encode, file: GGUFFile, stored: StoredTensor) -> Pair:
             code="type-unverifiable",
         )
     return Pair(_as_numbers(made), file, stored)
-
-
-def _is_decodable(type_: GGMLQuantizationType) -> bool:
-    try:
-        _decoded(np.zeros(TYPES[type_].dtype.block_nbytes, dtype=np.uint8), type_)
-    except (NotImplementedError, ValueError):
-        return False
-    return True
 
 
 class _Sums:
@@ -152,18 +142,10 @@ def _squares(pair: Pair, rows: range, expected: NDArray[np.float32]) -> tuple[fl
         for start in range(0, expected.size // dtype.block, n_blocks):
             part = stored[start * dtype.block_nbytes : (start + n_blocks) * dtype.block_nbytes]
             should_be = expected[start * dtype.block : (start + n_blocks) * dtype.block].astype(np.float64)
-            difference = _decoded(part, type_) - should_be
+            difference = decoded(part, type_) - should_be
             error += float(np.dot(difference, difference))
             norm += float(np.dot(should_be, should_be))
     return error, norm
-
-
-def _decoded(part: NDArray[np.uint8], type_: GGMLQuantizationType) -> NDArray[np.float32]:
-    dtype = TYPES[type_].dtype
-    if dtype in FLOATS and type_ != GGMLQuantizationType.BF16:
-        part = part.view(dtype.view)
-    decoded: NDArray[np.float32] = dequantize(part.reshape(1, -1), type_).reshape(-1)
-    return decoded
 
 
 def _relative(error: float, norm: float) -> float | None:

@@ -22,7 +22,8 @@ from streamconv.engine.job import Job
 from streamconv.engine.layout import MAX_WORKERS, MODULES_NBYTES, THREAD_NBYTES, MemoryProof, Step, slab_rows
 from streamconv.errors import RunWarning, VerifyError
 from streamconv.ggml import encode as codecs
-from streamconv.ggml.element_types import VERIFIABLE
+from streamconv.ggml.dequantise import decoded, is_decodable
+from streamconv.ggml.element_types import TYPES, VERIFIABLE
 from streamconv.ggml.rows import Encode
 from streamconv.gguf.entries import StoredTensor, refuse
 from streamconv.gguf.reader import GGUFFile
@@ -106,7 +107,9 @@ def _worker_nbytes(tensor: Encode) -> int:
 
 
 def _pair(made: Encode, file: GGUFFile, stored: StoredTensor) -> Pair:
-    if stored.type is None or stored.type not in VERIFIABLE:
+    rows, *weights = made.parents
+    is_kept = stored.type is not None and TYPES[stored.type].dtype == rows.spec.dtype  # whatever it is
+    if stored.type is None or not (is_kept or stored.type in VERIFIABLE):
         raise VerifyError(
             f"type {stored.type_name} cannot be verified",
             file=file.path,
@@ -114,7 +117,6 @@ def _pair(made: Encode, file: GGUFFile, stored: StoredTensor) -> Pair:
             hint=f"files of {', '.join(type_.name for type_ in sorted(VERIFIABLE))} can be verified",
             code="type-unverifiable",
         )
-    rows, *weights = made.parents
     return Pair(Encode(rows, stored.name, stored.type, *weights), file, stored)
 
 
@@ -154,7 +156,6 @@ def _compare_values(pair: Pair, row: int, expected: NDArray[np.uint8], found: ND
     )
 
 
-def _values(row: NDArray[np.uint8], type_: GGMLQuantizationType) -> NDArray[np.float32]:
-    from gguf.quants import dequantize
-
-    return dequantize(row, type_)
+def _values(row: NDArray[np.uint8], type_: GGMLQuantizationType) -> NDArray[np.generic]:
+    """The numbers of a row; what gguf has no numbers of, integers as they are."""
+    return decoded(row, type_) if is_decodable(type_) else row.view(TYPES[type_].dtype.view)

@@ -47,7 +47,9 @@ def add_quants(commands: Any) -> None:
         description="List every outtype with the file size and the bits per weight. No weights are read.",
         epilog="example:\n  streamconv quants LFM2-1.2B\n\n" + EXIT_CODES,
     )
-    parser.add_argument("src", metavar="SRC", type=src_path, help="the checkpoint, as for convert")
+    parser.add_argument(
+        "src", metavar="SRC", type=src_path, help="the checkpoint, as for convert; or a GGUF file, as for quantize"
+    )
     parser.add_argument(
         "--adapter",
         metavar="PATH[=WEIGHT]",

@@ -27,6 +27,11 @@ _REVISION = re.compile(rb"[\w-]{1,64}")
 _MAX_REF_NBYTES = 1024
 
 
+def is_gguf(source: Source) -> bool:
+    """Whether the name is a GGUF file's."""
+    return isinstance(source, str | Path) and Path(source).suffix == ".gguf"
+
+
 @contextmanager
 def source_failures() -> Iterator[None]:
     """Turn every OSError inside the `with` into a SourceError, such as for a folder without read permission."""

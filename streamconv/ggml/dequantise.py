@@ -7,15 +7,35 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
+from numpy.typing import NDArray
 
+from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.encode import REFERENCE, Kernel
-from streamconv.lazy.dtype import F32
+from streamconv.lazy.dtype import F32, FLOATS
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 from streamconv.lazy.scratch import padded_nbytes
 
 PIECE = 1 << 16  # elements that gguf turns into numbers at a time
 # What gguf allocates for an element meanwhile: float32 copies, quants as bytes and as numbers. Measured at most 30.
 ELEMENT_NBYTES = 32
+
+
+def decoded(part: Bytes, type_: GGMLQuantizationType) -> NDArray[np.float32]:
+    """The numbers that whole blocks of a type stand for. NotImplementedError where gguf does not decode it."""
+    dtype = TYPES[type_].dtype
+    if dtype in FLOATS and type_ != GGMLQuantizationType.BF16:
+        part = part.view(dtype.view)
+    numbers: NDArray[np.float32] = dequantize(part.reshape(1, -1), type_).reshape(-1)
+    return numbers
+
+
+def is_decodable(type_: GGMLQuantizationType) -> bool:
+    """Whether gguf makes numbers of the type, which it does not of integers."""
+    try:
+        decoded(np.zeros(TYPES[type_].dtype.block_nbytes, dtype=np.uint8), type_)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 class Dequantise(LazyTensor):
@@ -45,7 +65,7 @@ class Dequantise(LazyTensor):
         with np.errstate(all="ignore"):
             for start in range(0, slab.size // dtype.block_nbytes, n_blocks):
                 part = slab[start * dtype.block_nbytes : (start + n_blocks) * dtype.block_nbytes]
-                found = dequantize(part.reshape(1, -1), self._type).reshape(-1)
+                found = decoded(part, self._type)
                 numbers[start * dtype.block :][: found.size] = found
 
     def describe(self) -> str:

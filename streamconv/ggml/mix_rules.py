@@ -10,7 +10,7 @@ asks the library itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from typing import Final
 
 from gguf.constants import GGMLQuantizationType
 
-from streamconv.errors import SourceError, UsageError
+from streamconv.errors import RunWarning, SourceError, UsageError
 from streamconv.ggml.element_types import TYPES
 from streamconv.ggml.mixes import Choice, Mix, MixedTensor, MixOptions, ModelFacts
 
@@ -231,6 +231,32 @@ def choose_types(
             wanted = _wanted(mix, tensor, role, tied, model, options, counters, has_importance)
             chosen[tensor.name] = Choice(divisible(wanted, tensor.shape[-1]), wanted)
     return {tensor.name: chosen[tensor.name] for tensor in tensors}
+
+
+def choice_warnings(choices: Mapping[str, Choice], options: MixOptions) -> Iterator[RunWarning]:
+    """What is not as the outtype or an option says: tensors that fell back, and patterns that changed nothing."""
+    fallen = [choice for choice in choices.values() if choice.type != choice.wanted]
+    if fallen:
+        wanted, made = (
+            " and ".join(sorted({type_.name for type_ in types}))
+            for types in ((choice.wanted for choice in fallen), (choice.type for choice in fallen))
+        )
+        what = f"{len(fallen)} of {len(choices)} tensors have rows that do not divide into blocks of {wanted}"
+        yield RunWarning("type-fallback", f"{what}: they become {made}")
+    yield from unused_overrides({name: choice.type for name, choice in choices.items()}, options)
+
+
+def unused_overrides(types: Mapping[str, GGMLQuantizationType], options: MixOptions) -> Iterator[RunWarning]:
+    """A warning for each pattern of `options` that gives none of the tensors its type."""
+    for pattern, wanted in options.overrides:
+        found = [type_ for name, type_ in types.items() if pattern.search(name)]
+        if wanted not in found:
+            what = (
+                f"of the {len(found)} tensors that it matches none becomes"
+                if found
+                else "no tensor's name has it, so none becomes"
+            )
+            yield RunWarning("tensor-type-unused", f"--tensor-type {pattern.pattern}: {what} {wanted.name}")
 
 
 def requires_importance(mix: Mix, name: str, type_: GGMLQuantizationType) -> bool:

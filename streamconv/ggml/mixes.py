@@ -6,6 +6,7 @@ Which type each tensor gets follows from the rules in mix_rules.py.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -169,8 +170,10 @@ def parse_override(text: str) -> tuple[re.Pattern[str], GGMLQuantizationType]:
     if not pattern or not type_:
         raise UsageError(f"{text!r} is not REGEX=TYPE", hint="such as attn_v=q8_0", code="tensor-type-syntax")
     try:
-        return re.compile(pattern.lower()), parse_type(type_)
-    except re.error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # sets such as [[:digit:]], which mean something else here
+            return re.compile(pattern.lower()), parse_type(type_)
+    except (re.error, FutureWarning) as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}", code="tensor-type-syntax") from None
 
 

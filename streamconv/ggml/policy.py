@@ -10,7 +10,7 @@ Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and meas
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -19,11 +19,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as T
 from gguf.constants import LlamaFileType
 
-from streamconv.errors import SourceError
+from streamconv.errors import RunWarning, SourceError
 from streamconv.ggml.element_types import TYPES, VERIFIABLE
-from streamconv.ggml.mix_rules import asked, choose_types, divisible
-from streamconv.ggml.mixes import MIXES, MixedTensor, MixOptions, ModelFacts
-from streamconv.ggml.outtypes import AUTO, OUTTYPES, Outtype, canonical
+from streamconv.ggml.mix_rules import asked, choice_warnings, choose_types, divisible, unused_overrides
+from streamconv.ggml.mixes import MIXES, Choice, MixedTensor, MixOptions, ModelFacts
+from streamconv.ggml.outtypes import OUTTYPES, Outtype, canonical
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray
 from streamconv.gguf.names import spellings
 from streamconv.lazy import dtype
@@ -31,15 +31,17 @@ from streamconv.lazy.node import TensorSpec
 
 # llama-quantize's names; Q4_K and the like are its short ones for Q4_K_M.
 _MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
-_NEWER: Final = ("MXFP4_MOE",)  # of which gguf 0.18 does not know
+_NEWER: Final = ("MXFP4_MOE", "Q2_0")  # of which gguf 0.18 does not know
 _QUANTIZED: Final = frozenset(form for name in (*_MOSTLY, *_NEWER) for form in (name, name.replace("_K_M", "_K")))
 _LAYER: Final = re.compile(r"\bblk\.(\d+)\.")
 
 
-def outtype_hint(word: str) -> str | None:
-    """The way out where `word` is not an outtype: its small letters, or llama-quantize for what only that writes."""
-    if canonical(word) in (AUTO, *OUTTYPES):
+def outtype_hint(word: str, choices: Collection[str]) -> str | None:
+    """The way out where `word` is not among the outtypes of a command: its small letters, or what does write it."""
+    if canonical(word) in choices:
         return f"write {canonical(word)}"
+    if canonical(word) in OUTTYPES:
+        return f"streamconv convert makes {canonical(word)} of a checkpoint"
     if word.upper() in _QUANTIZED:
         return f"llama.cpp's llama-quantize makes {word.upper()} from a converted file"
     return None
@@ -124,6 +126,10 @@ class TypePolicy(Protocol):
         """The type of each tensor. SourceError where a type cannot hold its tensor."""
         ...
 
+    def warnings(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Iterator[RunWarning]:
+        """What of the choice is not as the user asked."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class OuttypePolicy:
@@ -145,6 +151,10 @@ class OuttypePolicy:
         wanted = {role.name: asked(role.name, self.options) for role in roles}  # None, or a type: F32 is 0
         return [_checked(role, settled(role, own if (type_ := wanted[role.name]) is None else type_)) for role in roles]
 
+    def warnings(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Iterator[RunWarning]:
+        names = [role.name for role in roles]
+        return unused_overrides(dict(zip(names, self.choose(roles, facts), strict=True)), self.options)
+
 
 @dataclass(frozen=True, slots=True)
 class MixPolicy:
@@ -165,19 +175,25 @@ class MixPolicy:
         return MIXES[self.outtype].file_type
 
     def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
+        chosen = self._choices(roles, facts)
+        return [_checked(role, chosen[role.name].type) for role in roles]
+
+    def warnings(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Iterator[RunWarning]:
+        return choice_warnings(self._choices(roles, facts), self.options)
+
+    def _choices(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Mapping[str, Choice]:
         own = OuttypePolicy(self.lossless).choose(roles, facts)
         tensors = [MixedTensor(role.name, role.shape, type_) for role, type_ in zip(roles, own, strict=True)]
         mix = MIXES[self.outtype]
-        chosen = choose_types(mix, tensors, facts, options=self.options, has_importance=self.has_importance)
-        return [_checked(role, chosen[role.name].type) for role in roles]
+        return choose_types(mix, tensors, facts, options=self.options, has_importance=self.has_importance)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTypes:
     """The types that the tensors of a finished file have, so that a job can be compared with it whatever made it.
 
-    A tensor that the file lacks, or has in another shape or in a type that cannot be made here, is F32: the comparison
-    names it.
+    A tensor that the file lacks, or has in another shape or in a type that can neither be made nor was there before, is
+    F32: the comparison names it.
     """
 
     outtype: str
@@ -187,11 +203,15 @@ class StoredTypes:
     def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
         return [self.of(role) for role in roles]
 
+    def warnings(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Iterator[RunWarning]:
+        return iter(())
+
     def of(self, role: TensorRole | MixedTensor) -> T:
         """The type of one tensor."""
         found = (self.types[name] for name in spellings(role.name) if name in self.types)
         shape, type_ = next(found, ((), T.F32))
-        return type_ if shape == role.shape and type_ in VERIFIABLE else T.F32
+        kept = role.type if isinstance(role, MixedTensor) else None
+        return type_ if shape == role.shape and (type_ == kept or type_ in VERIFIABLE) else T.F32
 
 
 def file_type_of(outtype: Outtype) -> LlamaFileType:

@@ -121,12 +121,12 @@ def not_a_choice(one: Declared, value: object, start: str | None = None, command
     Args:
         start: what the message begins with; by default the option's name.
     """
-    hint = None
+    hint, choices = None, one.option.choices_for(command)
     if one.name == "outtype":
         from streamconv.ggml.policy import outtype_hint
 
-        hint = outtype_hint(str(value))
-    what = f"{start or f'{one.name} '}{value!r} is not one of {', '.join(one.option.choices_for(command))}"
+        hint = outtype_hint(str(value), choices)
+    what = f"{start or f'{one.name} '}{value!r} is not one of {', '.join(choices)}"
     return UsageError(what, hint=hint, code="word-unknown")
 
 

@@ -13,9 +13,10 @@ import streamconv
 from streamconv.cli import main
 from streamconv.errors import SourceError, UsageError, VerifyError
 from tests import quantised_models, tiny
+from tests.oracles import runtime
 from tests.quantised_models import LOSSLESS, MODELS, Case
 from tests.raising import raises
-from tests.tools.make_quantised_goldens import GOLDENS, digest
+from tests.tools.make_quantised_goldens import GOLDENS, WHOLE, digest
 
 BY_MODEL = {model: [case for case in quantised_models.cases() if case.model == model] for model in MODELS}
 
@@ -93,6 +94,17 @@ def test_convert_verifies_what_it_quantised(source: Callable[[str], Path], tmp_p
     keys = {field.name: field.contents() for field in gguf.GGUFReader(tmp_path / "x.gguf").fields.values()}
     assert keys["quantize.imatrix.file"] == "lfm2moe.dat"
     assert keys["general.quantization_version"] == 2
+
+
+def test_llama_cpp_predicts_the_same_to_the_bit_as_with_llama_quantize_s_file(tmp_path: Path) -> None:
+    source = quantised_models.smallest(tmp_path / "lfm2")
+    for outtype in ("q4_k_m", "q4_k_s"):
+        streamconv.convert(source, tmp_path / f"{outtype}.gguf", outtype=outtype)
+    files = (WHOLE, tmp_path / "q4_k_m.gguf", tmp_path / "q4_k_s.gguf")
+    theirs, ours, other = (runtime.next_token_logprobs(file, [1, 9, 77, 203, 5]).tobytes() for file in files)
+    assert ours == theirs != other
+    assert digest(WHOLE) == digest(tmp_path / "q4_k_m.gguf")
+    assert streamconv.verify(WHOLE, source).outtype == "q4_k_m"
 
 
 def test_a_merged_adapter_is_quantised_as_the_merged_model_is(tmp_path: Path) -> None:
@@ -195,6 +207,8 @@ def test_options_that_do_not_go_together(source: Callable[[str], Path], tmp_path
         ({"outtype": "bf16", "leave_output_tensor": True}, "option-conflict"),
         ({"outtype": "q4_k_m", "tensor_type": "attn=q8_0"}, "argument-type"),
         ({"outtype": "q4_k_m", "tensor_type": ["attn"]}, "tensor-type-syntax"),
+        ({"outtype": "q4_k_m", "tensor_type": ["attn_(=q8_0"]}, "tensor-type-syntax"),
+        ({"outtype": "q4_k_m", "tensor_type": ["blk.[[:digit:]]=q8_0"]}, "tensor-type-syntax"),
         ({"outtype": "q4_k_m", "output_tensor_type": "q9_9"}, "type-unknown"),
         ({"outtype": "q4"}, "word-unknown"),
     ):

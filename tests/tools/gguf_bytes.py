@@ -9,7 +9,7 @@ import struct
 
 STRING, ARRAY = 8, 9
 NUMBERS = {"B": 0, "b": 1, "H": 2, "h": 3, "I": 4, "i": 5, "f": 6, "?": 7, "Q": 10, "q": 11, "d": 12}
-F32, F16, Q8_0 = 0, 1, 8
+F32, F16, Q8_0, I32 = 0, 1, 8, 26
 
 
 def text(value: str | bytes, nbytes: int | None = None) -> bytes:

@@ -1,7 +1,8 @@
 """Asks llama.cpp's own quantizer for whole files: `python -m tests.tools.make_quantised_goldens PYTHON`.
 
 PYTHON has llama-cpp-python (see quantize.py, which it runs). Writes tests/data/goldens/quantised.json: for each case of
-tests/quantised_models.py a digest of the names, types and bytes of all tensors, and the file's general.file_type. What
+tests/quantised_models.py a digest of the names, types and bytes of all tensors, and the file's general.file_type. The
+Q4_K_M file of the smallest model is written whole, as q4_k_m.gguf: llama.cpp runs it beside the one made here. What
 it reads is the lossless file that streamconv makes, which other goldens compare with llama.cpp's converter.
 """
 
@@ -19,9 +20,10 @@ import gguf
 
 import streamconv
 from streamconv.ggml.mixes import MIXES, parse_override, parse_type
-from tests.quantised_models import AGAIN, LOSSLESS, MODELS, Case, cases, importance
+from tests.quantised_models import AGAIN, LOSSLESS, MODELS, Case, cases, importance, smallest
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens" / "quantised.json"
+WHOLE = GOLDENS.with_name("q4_k_m.gguf")
 PROGRAM = Path(__file__).with_name("quantize.py")
 
 
@@ -81,6 +83,12 @@ def again(folder: Path, python: str) -> dict[str, str]:
     return {name: digest(Path(dst)) for name, dst in made.items()}
 
 
+def run(folder: Path, python: str) -> None:
+    """Write the file of the smallest model."""
+    streamconv.convert(smallest(folder / "run"), folder / "run.gguf", outtype="bf16")
+    subprocess.run([python, "-P", str(PROGRAM), str(folder / "run.gguf"), str(WHOLE), "Q4_K_M"], check=True)
+
+
 def main(python: str) -> int:
     made: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -99,6 +107,7 @@ def main(python: str) -> int:
                     raise SystemExit(f"{case}: llama_model_quantize answers {code}")
                 made[str(case)] = digest(folder / f"{n}.gguf")
         made |= again(folder, python)
+        run(folder, python)
     GOLDENS.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return 0
 

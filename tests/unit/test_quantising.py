@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import streamconv
 from streamconv.cli import main
-from streamconv.errors import Interrupted, SourceError, UsageError
+from streamconv.errors import Interrupted, SourceError, UsageError, VerifyError
 from streamconv.report import Report
-from tests import quantised_models, tiny
+from tests import block_rows, quantised_models, tiny
 from tests.oracles import runtime
 from tests.raising import raises
+from tests.tools import gguf_bytes
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,75 @@ def test_importances_of_another_model_are_refused(source: Path, tmp_path: Path) 
     with raises(SourceError, code="cannot-open"):
         streamconv.convert(source, tmp_path / "x.gguf", outtype="q4_k_m", imatrix=tmp_path / "none.dat")
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_an_option_that_changes_nothing_is_a_warning(source: Path, tmp_path: Path) -> None:
+    def warned(**options: Any) -> list[str]:
+        report = streamconv.convert(source, tmp_path / "x.gguf", dry_run=True, **options)
+        return [f"{one.code} {one.message}" for one in report.warnings if one.code.startswith("t")]
+
+    assert warned(outtype="q4_k_m", tensor_type=["ATTN_V=q8_0", "attn_k=f16"]) == []
+    for outtype in ("q4_k_m", "q8_0", "bf16"):
+        for pattern in ("atn_v", "_norm"):  # none has it; those that have it stay F32
+            (said,) = warned(outtype=outtype, tensor_type=[f"{pattern}=q5_0", "attn_k=q5_1"])
+            assert said.startswith("tensor-type-unused ") and pattern in said
+    (said,) = warned(outtype="q4_k_m", tensor_type=["attn_v=q4_0", "blk.2.attn_v=q8_0"])  # the first decides
+    assert "blk.2.attn_v" in said
+
+
+def test_types_that_rows_do_not_divide_into_are_a_warning(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "llama", hidden=96, ff=256, n_layers=2)
+    lossless = streamconv.convert(source, tmp_path / "f.gguf", outtype="f32")
+    assert lossless.warnings == []
+    for report in (
+        streamconv.convert(source, tmp_path / "x.gguf", outtype="q4_k_m", tensor_type=["attn_q=q6_k"]),
+        streamconv.quantize(lossless.output, tmp_path / "y.gguf", outtype="q4_k_m", tensor_type=["attn_q=q6_k"]),
+    ):
+        fallen, unused = report.warnings
+        assert (fallen.code, unused.code) == ("type-fallback", "tensor-type-unused")
+        # All but ffn_down's, whose rows have 256 elements, and the embedding's, for which Q8_0 is a rule.
+        assert fallen.message.startswith("12 of 20 ") and "Q4_K and Q6_K" in fallen.message
+    assert streamconv.quantize(lossless.output, tmp_path / "z.gguf", outtype="q8_0").warnings == []
+
+
+def test_what_has_no_numbers_stays_or_is_refused(tmp_path: Path) -> None:
+    kept, integers = np.arange(20, dtype=np.int32).reshape(4, 5), gguf_bytes.I32
+    rows = block_rows.rows("gaussian", (3, 256), 1)
+
+    def written(name: str) -> Path:
+        infos = [
+            gguf_bytes.tensor(name, kept.shape[::-1], integers, 0),
+            gguf_bytes.tensor("blk.0.attn_q.weight", rows.shape[::-1], gguf_bytes.F32, 96),
+        ]
+        keys = [gguf_bytes.key("general.architecture", gguf_bytes.STRING, gguf_bytes.text("llama"))]
+        data = kept.tobytes() + bytes(16) + rows.tobytes()
+        (tmp_path / "in.gguf").write_bytes(gguf_bytes.gguf(keys, infos, data))
+        return tmp_path / "in.gguf"
+
+    with raises(SourceError, code="type-unreadable"):
+        streamconv.quantize(written("blk.0.ids.weight"), tmp_path / "x.gguf", outtype="q4_k_m", allow_requantize=True)
+    assert not (tmp_path / "x.gguf").exists()
+    source = written("blk.0.ffn_gate_tid2eid.weight")
+    made = streamconv.quantize(source, tmp_path / "x.gguf", outtype="q4_k_m", verify=True)
+    assert set(made.types) == {"I32", "Q4_K"} and streamconv.verify(made.output, source).verified
+    kept[3, 2] += 1
+    with raises(VerifyError, code="value-differs") as caught:
+        streamconv.verify(made.output, written("blk.0.ffn_gate_tid2eid.weight"))
+    assert "row 3, column 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("outtype", "way_out"),
+    [("f16", "streamconv convert"), ("IQ2_XS", "llama-quantize"), ("Q2_0", "llama-quantize"), (None, "q4_k_m")],
+)
+def test_an_outtype_of_another_program_says_which(
+    outtype: str | None, way_out: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lossless = streamconv.convert(source, tmp_path / "f.gguf").output
+    words = ["quantize", str(lossless), "-o", str(tmp_path / "x.gguf"), "--json"]
+    assert main([*words, *(["--outtype", outtype] if outtype else [])]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "word-unknown" and way_out in error["hint"]
 
 
 def distance(source: Path, folder: Path, outtype: str) -> float:

@@ -9,8 +9,11 @@ import pytest
 
 import streamconv
 from streamconv.cli import main
+from streamconv.errors import SourceError
+from streamconv.ggml.mixes import MIXES
 from streamconv.ggml.outtypes import OUTTYPES
 from tests import tiny
+from tests.raising import raises
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -28,6 +31,26 @@ def test_sizes_are_those_of_the_files(adapted: bool, tmp_path: Path) -> None:
         bits = 8 * sum(total.nbytes for total in report.types.values()) / report.n_parameters
         assert one.bits_per_weight == pytest.approx(bits)
     assert found.n_parameters == report.n_parameters
+
+
+def test_sizes_of_a_gguf_file_are_those_of_quantize(tmp_path: Path) -> None:
+    source = tiny.llama(tmp_path / "llama", hidden=96, ff=512)
+    parts = streamconv.convert(source, tmp_path / "f.gguf", outtype="f32", split=streamconv.SplitOptions(max_tensors=7))
+    whole = streamconv.quantize(parts.outputs[0].path, tmp_path / "q8_0.gguf", outtype="q8_0")
+    found = streamconv.quants(parts.outputs[0].path)
+    assert [one.outtype for one in found.quants] == [name for name in OUTTYPES if name in MIXES]
+    for one in found.quants:
+        if one.outtype in ("q8_0", "q5_k_m", "iq4_xs"):
+            made = streamconv.quantize(parts.outputs[0].path, tmp_path / "x.gguf", outtype=one.outtype, force=True)
+            assert one.nbytes == made.nbytes, one.outtype
+            assert one.types == {name: total.n_tensors for name, total in made.types.items()}
+    again = {one.outtype: one for one in streamconv.quants(whole.output).quants}
+    assert again["q8_0"].nbytes == whole.nbytes and again["q8_0"].problem is None
+    assert "--allow-requantize" in (again["q4_k_m"].problem or "")
+    adapter = tiny.peft_adapter(tmp_path / "adapter", source)
+    made = streamconv.convert_adapter(adapter, source, tmp_path / "adapter.gguf")
+    with raises(SourceError, code="not-a-model"):
+        streamconv.quants(made.output)
 
 
 def test_an_outtype_that_would_be_refused_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
