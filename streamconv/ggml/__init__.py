@@ -1,1 +1,1 @@
-"""Element types: encoding rows into GGML's blocks, the compiled kernels and their numpy reference, output types."""
+"""GGML's types: encoding rows, with compiled kernels and their numpy references, and choosing a type per tensor."""

@@ -1,7 +1,8 @@
-"""ggml's block types in numpy: rows of F32 become the bytes that llama-quantize writes, with any compiler or none.
+"""ggml's block types in numpy: F32 rows are encoded as the bytes that llama-quantize writes, without a compiler.
 
-The reference: compiled kernels are compared with it, and verification uses it if its twin in plain C was not built. One
-function a type makes whole blocks of a piece, given the weights of its elements where there is an importance matrix.
+This is the reference with which compiled kernels are compared. Verification also uses it if the plain C kernel was not
+built. For each type, one function makes whole blocks from F32 [blocks, elements] and, with an importance matrix, the
+weights of these elements.
 Source of every rule: ggml/src/ggml-quants.c and ggml-common.h of llama.cpp, as built for x86-64 without FMA.
 """
 
@@ -36,17 +37,17 @@ SUPER: Final = 256
 
 
 def _lanes(x: Floats, n: int) -> Floats:
-    """[blocks, elements] as [n, lanes]: sub-blocks of n elements, one a column."""
+    """[blocks, elements] as [n, lanes]: sub-blocks of n elements, one per column."""
     return np.ascontiguousarray(x.reshape(-1, n).T)
 
 
 def _f16(numbers: Floats) -> Bytes:
-    """F16 numbers, to nearest even, as [blocks, 2]."""
+    """The numbers rounded to F16, to nearest even, as bytes [blocks, 2]."""
     return numbers.astype("<f2").view(np.uint8).reshape(-1, 2)
 
 
 def _f16_read(packed: Bytes) -> Floats:
-    """What `_f16` wrote, as [blocks, 1]."""
+    """The numbers in bytes from `_f16`, as F32 [blocks, 1]."""
     return np.ascontiguousarray(packed).view("<f2").astype(np.float32)
 
 
@@ -55,9 +56,9 @@ def _narrow(levels: NDArray[Any]) -> Bytes:
 
 
 def _requantise(x: Floats, searched: Ints, scale: Floats, minimum: Floats | np.float32, low: int, high: int) -> Ints:
-    """Quants [blocks, sub-blocks, n] from 0 to high - low of the scales that a reader will see.
+    """Quants [blocks, sub-blocks, n], from 0 to high - low, for the rounded scales that are stored.
 
-    What the search left (`searched`, [n, lanes]) stays where the scale is 0.
+    If a scale is 0, the quants of the search (`searched`, [n, lanes]) are kept.
     """
     x = x.reshape(*scale.shape, -1)
     divisor = scale[..., None]
@@ -68,7 +69,7 @@ def _requantise(x: Floats, searched: Ints, scale: Floats, minimum: Floats | np.f
 
 
 def _largest_positive(numbers: Floats) -> Floats:
-    """Of each row, or +0, whatever its zeros are."""
+    """The largest positive number of each row; +0 if there is none."""
     largest: Floats = np.fmax.reduce(numbers, axis=1, initial=np.float32(0))
     return largest + np.float32(0)
 
@@ -77,14 +78,14 @@ def _largest_positive(numbers: Floats) -> Floats:
 
 
 def _pack_legacy(levels: NDArray[Any], head: list[Bytes], five_bits: bool) -> Bytes:
-    """`head`, the fifth bits where there are any, and the low nibbles of levels [blocks, 32]."""
+    """Blocks of `head`, then the fifth bits if the type has them, then the low nibbles of levels [blocks, 32]."""
     levels = levels.astype(np.uint8)
     parts = [*head, np.packbits(levels >> 4 & 1, axis=1, bitorder="little")] if five_bits else head
     return np.concatenate([*parts, levels[:, :16] & 15 | levels[:, 16:] << 4], axis=1)
 
 
 def _truncated(numbers: Floats, n_max: int) -> NDArray[np.int32]:
-    """As the C casts in ggml's plain paths: towards zero, what no integer holds to 0."""
+    """Integers like those of the C casts in ggml: truncated towards zero; numbers beyond int32 become 0."""
     inside = np.abs(numbers) < 2**31
     return np.minimum(np.where(inside, numbers, np.float32(0)).astype(np.int32), n_max)
 
@@ -110,7 +111,7 @@ def _affine_32(n_max: int) -> Quantizer:
             how = Affine(n_max, -0.9, 0.05, 36, weighted=True)
             scale, minimum, quants = qkx(_lanes(x, 32), _lanes(w, 32), how)
             return _pack_legacy(quants.T, [_f16(scale), _f16(-minimum)], n_max == 31)
-        # argmin finds the first: of zeros of both signs its sign is kept.
+        # argmin returns the first minimum; the sign of a zero is kept.
         low, high = (np.take_along_axis(x, f(x, axis=1)[:, None], axis=1) for f in (np.argmin, np.argmax))
         scale = (high - low) / np.float32(n_max)
         inverse = np.where(scale != 0, np.float32(1) / scale, np.float32(0))
@@ -149,7 +150,7 @@ def _iq4_xs(x: Floats, w: Floats | None) -> Bytes:
 
 
 def _spread(x: Floats) -> Floats:
-    """Weights of sub-blocks in lanes: sqrt(mean square) + |x|."""
+    """Weights of the elements of sub-blocks [n, lanes]: sqrt(mean square) + |x|."""
     weights: Floats = np.sqrt(sum_in_order(x * x) / np.float32(len(x))) + np.abs(x)
     return weights
 
@@ -157,7 +158,7 @@ def _spread(x: Floats) -> Floats:
 def _search_with_minima(
     x: Floats, w: Floats | None, n: int, n_max: int, top: int, plain: Affine
 ) -> tuple[Ints, Ints, Floats, Floats, Ints]:
-    """Codes of scales and of minima [blocks, sub-blocks] (bytes), d and dmin [blocks], and the search's quants."""
+    """Codes of scales and minima [blocks, sub-blocks] (bytes), d and dmin [blocks], and quants [n, lanes]."""
     lanes = _lanes(x, n)
     if w is not None:
         weights = _lanes(w, n)
@@ -188,7 +189,7 @@ def _with_six_bit_scales(n_max: int, plain: Affine) -> Quantizer:
         packed = np.concatenate(
             [s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | (m[:, 4:] & 15) << 4], axis=1
         )
-        # Read back, since a code beyond 63 spills into another.
+        # Unpacked again, since a code above 63 spills into another one.
         first, second, last = packed[:, :4], packed[:, 4:8], packed[:, 8:]
         s = np.concatenate([first & 63, last & 15 | first >> 6 << 4], axis=1)
         m = np.concatenate([second & 63, last >> 4 | second >> 6 << 4], axis=1)
@@ -204,12 +205,12 @@ def _with_six_bit_scales(n_max: int, plain: Affine) -> Quantizer:
 
 
 def _nibbles(levels: Bytes) -> Bytes:
-    """[blocks, 8, 32] as 128 bytes: of two sub-blocks after each other, the first in the low nibbles."""
+    """Levels [blocks, 8, 32] as 128 bytes: of each two sub-blocks, the first is in the low nibbles."""
     return _narrow(levels[:, ::2] & 15 | (levels[:, 1::2] & 15) << 4).reshape(-1, 128)
 
 
 def _two_bits(levels: Bytes) -> Bytes:
-    """The low two bits of 256 as 64 bytes."""
+    """The low two bits of 256 levels as 64 bytes."""
     four = levels.reshape(-1, 2, 4, 32) & 3
     return _narrow(four[:, :, 0] | four[:, :, 1] << 2 | four[:, :, 2] << 4 | four[:, :, 3] << 6).reshape(-1, 64)
 
@@ -273,12 +274,12 @@ def _q6_k(x: Floats, w: Floats | None) -> Bytes:
 
 
 def _ternary(x: Floats) -> tuple[NDArray[np.uint8], Bytes]:
-    """Quants [blocks, 256] from 0 to 2, and the scales as they are stored."""
+    """Quants [blocks, 256] from 0 to 2, and the stored bytes of the scales."""
     d = np.abs(x).max(axis=1)
     inverse = np.where(d != 0, np.float32(1) / d, np.float32(0))
-    inverse[np.isinf(inverse)] = 0  # ggml makes zeros of what no integer holds
+    inverse[np.isinf(inverse)] = 0  # in ggml, numbers beyond the range of integers become zeros
     product = x * inverse[:, None]
-    # Half away from zero: the predecessor of 0.5 is added, so that what is just below a half stays below.
+    # Rounds half away from zero: with the predecessor of 0.5, numbers just below a half are still rounded down.
     rounded = product + np.copysign(np.nextafter(np.float32(0.5), np.float32(0)), product)
     return _narrow(rounded.astype(np.int32) + 1), _f16(d)
 
@@ -289,7 +290,7 @@ def _tq2_0(x: Floats, w: Floats | None) -> Bytes:
 
 
 def _trits(levels: NDArray[np.uint8]) -> Bytes:
-    """[blocks, up to 5, n] as n bytes: the fraction that multiplications by 3 read them from."""
+    """Levels [blocks, up to 5, n] as n bytes: fractions of 256, whose digits in base 3 are the levels."""
     weights = 3 ** np.arange(4, 4 - levels.shape[1], -1)
     q = (levels.astype(np.int32) * weights[:, None]).sum(axis=1)
     return _narrow((q * 256 + 242) // 243)

@@ -1,8 +1,8 @@
-"""The searches for scales behind ggml's block types, in numpy: the reference that compiled kernels are compared with.
+"""ggml's searches for the scales of block types, in numpy: the reference with which compiled kernels are compared.
 
-An array of shape [n, lanes] holds one sub-block a column, so that sums over a sub-block run from its first element to
-its last, as in ggml: the order decides the last bit, and so the bytes. Every operation is one IEEE single operation.
-Names are those of ggml's functions (ggml/src/ggml-quants.c) without `make_`.
+An array of shape [n, lanes] holds one sub-block per column, so that sums over a sub-block go from its first element to
+its last, as in ggml: the order affects the last bit of a sum, and thereby the bytes. Every operation is a single IEEE
+F32 operation. Functions have the names of ggml's (ggml/src/ggml-quants.c) without `make_` and `_quants`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Ints = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
 ROUNDER: Final = np.float32(12582912)  # 1.5 * 2^23: adding it rounds to an integer, half to even
-LEAST_MAGNITUDE: Final = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
+LEAST_MAGNITUDE: Final = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: smaller magnitudes count as zero
 
 
 def nearest(numbers: Floats) -> Ints:
-    """ggml's `nearest_int`, its results for infinities, NaNs and numbers beyond 2^22 among them."""
+    """ggml's `nearest_int`, with the same results for infinities, NaNs and numbers beyond 2^22."""
     bits = (numbers + ROUNDER).view(np.int32)
     bits &= 0x007F_FFFF
     bits -= 0x0040_0000
@@ -30,7 +30,7 @@ def nearest(numbers: Floats) -> Ints:
 
 
 def sum_in_order(terms: Floats) -> Floats:
-    """The sums of the columns of [n, lanes], each from its first element to its last."""
+    """The sums of the columns of [n, lanes], each added from its first element to its last."""
     total = np.zeros(terms.shape[1:], dtype=np.float32)
     for row in terms:
         total += row
@@ -38,7 +38,7 @@ def sum_in_order(terms: Floats) -> Floats:
 
 
 def first_largest(x: Floats) -> Floats:
-    """Of each column the signed element of the first largest magnitude; +0 where all are zeros or NaNs."""
+    """The element with the largest magnitude of each column (the first of several); +0 if all are zeros or NaNs."""
     x = np.where(np.isnan(x), np.float32(0), x)
     place = np.argmax(np.abs(x), axis=0)
     top: Floats = np.take_along_axis(x, place[None], axis=0)[0]
@@ -47,7 +47,14 @@ def first_largest(x: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """How `qkx` searches: step i tries a range of n_max + first + step * i."""
+    """The parameters of `qkx`: step i tries a range of n_max + first + step * i.
+
+    Attributes:
+        n_max: The largest quant.
+        first, step, n_steps: The steps of the search.
+        absolute: Whether the error is the sum of absolute instead of squared differences.
+        weighted: Whether there is an importance matrix.
+    """
 
     n_max: int
     first: float
@@ -58,9 +65,9 @@ class Affine:
 
 
 def qkx(x: Floats, w: Floats, how: Affine) -> tuple[Floats, Floats, Ints]:
-    """Scales [lanes], minima [lanes] (as ggml returns them: of opposite sign) and quants [n, lanes].
+    """Scales [lanes], minima [lanes] (negated, as in ggml) and quants [n, lanes].
 
-    `make_qkx2_quants`, or `make_qkx3_quants` with an importance matrix (`how.weighted`).
+    This is `make_qkx2_quants`, or `make_qkx3_quants` with an importance matrix (`how.weighted`).
     """
     n_max = np.float32(how.n_max)
     high: Floats = x.max(axis=0)
@@ -158,7 +165,7 @@ def q3(x: Floats) -> tuple[Floats, Ints]:
 
 
 def qp(x: Floats, w: Floats, n_max: int) -> tuple[Floats, Ints]:
-    """Scales [lanes] and quants [n, lanes] of a byte (a negative element wraps): `make_qp_quants`."""
+    """Scales [lanes] and quants [n, lanes], which are bytes, so negative ones wrap around: `make_qp_quants`."""
     top = np.zeros(x.shape[1], dtype=np.float32)
     for row in x:
         top = np.where(top > row, top, row)
@@ -204,7 +211,7 @@ IQ4_VALUES: Final = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 2
 
 
 def _iq4_table() -> NDArray[np.uint8]:
-    """The place of the nearest value of f, by floor(2 * f) + 256; midpoints are multiples of 0.5 and go up."""
+    """The index of the value nearest to f, by floor(2 * f) + 256; midpoints are multiples of 0.5 and round up."""
     values = IQ4_VALUES.astype(np.int32)
     return np.searchsorted(values[:-1] + values[1:], np.arange(-256, 257), side="right").astype(np.uint8)
 
@@ -213,7 +220,7 @@ _IQ4_PLACES: Final = _iq4_table()
 
 
 def iq4_places(f: Floats) -> NDArray[np.uint8]:
-    """Places of the nearest of IQ4_VALUES; of a NaN the last."""
+    """The indices of the nearest IQ4_VALUES; for a NaN, the last index."""
     doubled = np.fmin(np.fmax(np.floor(f * np.float32(2)), np.float32(-256)), np.float32(256))
     np.copyto(doubled, np.float32(256), where=np.isnan(f))
     places: NDArray[np.uint8] = _IQ4_PLACES[doubled.astype(np.int32) + 256]

@@ -1,8 +1,8 @@
-"""Rows of F32, F16 or BF16 become blocks of the quantised types, with or without an importance matrix.
+"""Encode rows of F32, F16 or BF16 as blocks of the quantised types, with or without an importance matrix.
 
-The bytes are those of llama-quantize on x86-64 (without FMA), on every machine and whichever kernel makes them: the
-compiled one (`kernels/`, optional) or the reference in numpy (`block_reference.py`). Blocks never cross rows, so any
-cut into calls of whole rows gives the same bytes.
+The bytes are those of llama-quantize on x86-64 (without FMA), on every machine and with every kernel: the compiled one
+(`kernels/`, optional) or the reference in numpy (`block_reference.py`). Blocks never cross rows, so any division into
+calls with whole rows gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from streamconv.ggml.block_reference import QUANTIZERS, Quantizer
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Elements of a piece of the reference: large enough that numpy's calls cost little, small enough for a cache.
+# Elements that the reference handles at a time: enough that numpy's calls have little overhead, few enough for a cache.
 PIECE: Final = 1 << 16
-# What the reference allocates at most beside its arguments: a dozen arrays of a piece, whatever the rows are.
+# Bound on the memory that the reference allocates besides its arguments: a dozen arrays of PIECE elements.
 REFERENCE_NBYTES: Final = 4 << 20
-# What the compiled kernel takes of the calling thread's stack.
+# Bound on the stack of the calling thread that the compiled kernel uses.
 STACK_NBYTES: Final = 64 << 10
 
-# What F16 rounds to infinity. A number of so many times `levels` fits no scale, whatever a search whose sums overflow
-# makes of it: often zeros.
+# The least magnitude that F16 rounds to infinity. An element of this times `levels` does not fit any scale; searches
+# whose sums overflow often turn its block into zeros.
 LEAST_BEYOND_F16: Final = np.float32(65520)
-# The largest product of an element (or of 1) and a weight of its block of which no search makes a sum beyond F32: at
-# most 16 sums of 32 of them, times the squares of quants up to 63.
+# The largest product of a weight and an element of its block (or 1) with which no sum of a search exceeds F32: there
+# are at most 16 sums of 32 products, times the squares of quants up to 63.
 MOST_WEIGHT: Final = np.float32(1e32)
 
 _SOURCES: Final = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
 class Root(Enum):
-    """Over what the mean of squares is taken in `weight = importance * sqrt(factor * mean + x * x)`."""
+    """The elements whose mean of squares is used in `weight = importance * sqrt(factor * mean + x * x)`."""
 
-    NONE = "none"  # the importance itself is the weight, or there is none
+    NONE = "none"  # the weight is the importance itself, or there is none
     ROW = "row"
     BLOCK = "block"
 
@@ -54,14 +54,14 @@ class BlockType:
     """One quantised type.
 
     Attributes:
-        type: its GGML type.
-        n_elements: elements of a block.
-        nbytes: bytes of a block.
-        scales: where its F16 numbers start, one after the other: a scale, and a minimum if there are two.
-        root: how an importance becomes a weight.
-        root_factor: of the mean of squares.
-        levels: the largest number of a block whose scale is 1.
-        reference: makes blocks in numpy.
+        type: GGML's type.
+        n_elements: The number of elements in a block.
+        nbytes: The size of a block.
+        scales: The offsets of its F16 numbers in a block: the scale, and the minimum if there is one.
+        root: How a weight is computed from an importance.
+        root_factor: The factor of the mean of squares.
+        levels: The largest number in a block whose scale is 1.
+        reference: Makes blocks in numpy.
     """
 
     type: GGMLQuantizationType
@@ -112,9 +112,9 @@ class Refusal:
     """The first fault in the rows.
 
     Attributes:
-        fault: the kind. NOT_FINITE leaves `out` incomplete; the others leave it as ggml makes it, of infinite scales or
-            of sums that overflowed, which often are zeros.
-        element: counted from the first row's first: the value that is not finite, or the first of the block.
+        fault: Its kind. NOT_FINITE leaves `out` incomplete. With the others it has the bytes that ggml would write,
+            from infinite scales or sums that overflowed; these are often zeros.
+        element: The index of the value that is not finite, or of the first element of the block.
     """
 
     fault: Fault
@@ -123,10 +123,10 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class BlockKernel:
-    """The arithmetic that one call of the library uses: `c` or `numpy`, with the same bytes.
+    """An implementation of block types: compiled or in numpy, with the same bytes.
 
     Attributes:
-        name: `c` or `numpy`, which takes ten to thirty times as long.
+        name: `c`, or `numpy`, which takes ten to thirty times as long.
         quantize: (target, source, rows, n_per_row, importance, out) -> the first fault, see `quantize_rows`.
     """
 
@@ -135,7 +135,7 @@ class BlockKernel:
 
 
 def compiled_kernel(module: ModuleType, *, baseline: bool = False) -> BlockKernel:
-    """The kernel of the compiled extension; `baseline` without what only newer machines have."""
+    """The kernel of a compiled extension; with `baseline`, without instructions that only newer machines have."""
     faults = tuple(Fault)
 
     def quantize(
@@ -153,12 +153,12 @@ def compiled_kernel(module: ModuleType, *, baseline: bool = False) -> BlockKerne
 
 
 def best_kernel() -> BlockKernel:
-    """The compiled kernel where it was built and the environment's STREAMCONV_KERNELS is not 0, else numpy's."""
+    """The compiled kernel, or REFERENCE if it was not built or the environment has STREAMCONV_KERNELS=0."""
     return _compiled("_blocks") or REFERENCE
 
 
 def plain_kernel() -> BlockKernel:
-    """What files are compared with: plain C that shares nothing with the fast kernel, or numpy as above."""
+    """The kernel for verification: plain C that shares no code with the fast kernel, or REFERENCE as above."""
     return _compiled("_plain") or REFERENCE
 
 
@@ -167,7 +167,7 @@ def _compiled(name: str) -> BlockKernel | None:
         return None
     try:
         return compiled_kernel(importlib.import_module(f"streamconv.ggml.{name}"))
-    except ImportError:  # the extensions are optional: an install without a compiler has none
+    except ImportError:  # the extensions are optional: without a compiler they are not built
         return None
 
 
@@ -180,23 +180,23 @@ def quantize_rows(
     out: Bytes,
     kernel: BlockKernel,
 ) -> Refusal | None:
-    """Fill `out` with blocks of `rows`.
+    """Encode rows as blocks.
 
     Args:
-        target: one of BLOCK_TYPES.
+        target: One of BLOCK_TYPES.
         source: F32, F16 or BF16.
-        rows: contiguous little-endian bytes of whole rows; not changed.
-        n_per_row: elements of a row, a multiple of the block's.
+        rows: Contiguous little-endian bytes of whole rows; not changed.
+        n_per_row: The number of elements in a row, a multiple of the block's.
         importance: [n_per_row] contiguous float32, finite and not negative, the same for each row; None without a
-            matrix. Ones are not the same as None: a matrix has searches of its own.
-        out: contiguous bytes of exactly the blocks, elsewhere than `rows`.
-        kernel: `best_kernel()`, or REFERENCE to check against.
+            matrix. Ones are not the same as None, since other searches are used with a matrix.
+        out: Receives the blocks: contiguous bytes of exactly their size, which must not overlap `rows`.
+        kernel: `best_kernel()`, or REFERENCE to compare with.
 
     Returns:
-        None if all is well, else the first fault.
+        None on success, else the first fault.
 
     Raises:
-        ValueError: the sizes disagree, or a type is not one of these.
+        ValueError: The sizes disagree, or a type is not supported.
     """
     _check(target, source, rows, n_per_row, importance, out)
     return kernel.quantize(target, source, rows.reshape(-1), n_per_row, importance, out.reshape(-1))
@@ -211,7 +211,7 @@ def _check(
     out: Bytes,
 ) -> None:
     if target not in BLOCK_TYPES or source not in _SOURCES:
-        raise ValueError(f"rows of {source.name} do not become blocks of {target.name} here")
+        raise ValueError(f"rows of {source.name} cannot be encoded as blocks of {target.name}")
     block = BLOCK_TYPES[target]
     n_elements, rest = divmod(rows.nbytes, GGML_QUANT_SIZES[source][1])
     if n_per_row <= 0 or n_per_row % block.n_elements or rest or n_elements % n_per_row:
@@ -247,7 +247,7 @@ def _quantize_with_numpy(
     return refusal
 
 
-REFERENCE: Final = BlockKernel("numpy", _quantize_with_numpy)  # what the compiled kernel is checked against
+REFERENCE: Final = BlockKernel("numpy", _quantize_with_numpy)  # compiled kernels are compared with it
 
 
 def _pieces(source: GGMLQuantizationType, rows: Bytes) -> Iterator[tuple[int, Floats]]:
@@ -267,7 +267,7 @@ def _widened(source: GGMLQuantizationType, part: Bytes) -> Floats:
 
 
 def _row_means(source: GGMLQuantizationType, rows: Bytes, n_per_row: int) -> Floats:
-    """The mean of squares of each row, summed from its first element to its last."""
+    """The mean of squares of each row, added from its first element to its last."""
     by_row = rows.reshape(-1, n_per_row * GGML_QUANT_SIZES[source][1])
     means = np.empty(len(by_row), dtype=np.float32)
     for i, row in enumerate(by_row):
@@ -281,7 +281,7 @@ def _row_means(source: GGMLQuantizationType, rows: Bytes, n_per_row: int) -> Flo
 def _weights(
     block: BlockType, x: Floats, first: int, n_per_row: int, importance: Floats, means: Floats | None
 ) -> Floats:
-    """Weights of the blocks x [n, elements], the first of which is block `first` of all rows."""
+    """The weights of the elements of blocks x [n, elements], which start with block `first` of all rows."""
     per_row = n_per_row // block.n_elements
     places = np.arange(first, first + len(x))
     by_block = importance.reshape(per_row, block.n_elements)[places % per_row]
@@ -301,7 +301,7 @@ def _weights(
 
 
 def _first_misfit(block: BlockType, x: Floats, w: Floats | None, made: Bytes, first: int) -> Refusal | None:
-    """The first of the blocks x [n, elements] that do not fit the type, the first of which is block `first`."""
+    """The first block that does not fit the type, of x [n, elements], which start with block `first` of all rows."""
     scales = [np.ascontiguousarray(made[:, at : at + 2]).view("<u2")[:, 0] for at in block.scales]
     largest = np.abs(x).max(axis=1)
     beyond: NDArray[np.bool_] = largest >= LEAST_BEYOND_F16 * np.float32(block.levels)

@@ -1,4 +1,4 @@
-"""The numbers that quantised rows stand for, as a node."""
+"""A node that decodes quantised rows to numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from streamconv.lazy.dtype import F32, FLOATS
 from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Workspace
 from streamconv.lazy.scratch import padded_nbytes
 
-PIECE = 1 << 16  # elements that gguf turns into numbers at a time
-# What gguf allocates for an element meanwhile: float32 copies, quants as bytes and as numbers. Measured at most 30.
+PIECE = 1 << 16  # elements that gguf decodes at a time
+# Memory that gguf allocates per element: float32 copies, and quants as bytes and as numbers. Measured: at most 30.
 ELEMENT_NBYTES = 32
 
 
 def decoded(part: Bytes, type_: GGMLQuantizationType) -> NDArray[np.float32]:
-    """The numbers that whole blocks of a type stand for. NotImplementedError where gguf does not decode it."""
+    """The numbers in whole blocks of a type, as F32.
+
+    Raises:
+        NotImplementedError: gguf cannot decode the type.
+    """
     dtype = TYPES[type_].dtype
     if dtype in FLOATS and type_ != GGMLQuantizationType.BF16:
         part = part.view(dtype.view)
@@ -30,7 +34,7 @@ def decoded(part: Bytes, type_: GGMLQuantizationType) -> NDArray[np.float32]:
 
 
 def is_decodable(type_: GGMLQuantizationType) -> bool:
-    """Whether gguf makes numbers of the type, which it does not of integers."""
+    """Whether gguf can decode the type; it cannot decode integers."""
     try:
         decoded(np.zeros(TYPES[type_].dtype.block_nbytes, dtype=np.uint8), type_)
     except (NotImplementedError, ValueError):
@@ -39,11 +43,11 @@ def is_decodable(type_: GGMLQuantizationType) -> bool:
 
 
 class Dequantise(LazyTensor):
-    """Rows of a block type as F32, by the gguf package.
+    """Rows of a block type as F32, decoded by the gguf package.
 
     Args:
-        parent: rows as they are stored.
-        type_: their type.
+        parent: The stored rows.
+        type_: Their type.
     """
 
     def __init__(self, parent: LazyTensor, type_: GGMLQuantizationType) -> None:

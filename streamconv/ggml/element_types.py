@@ -1,6 +1,7 @@
-"""The element types of GGUF tensors: the one table that says which there are, and what can be done with each.
+"""The element types of GGUF tensors: one table of all types, and how each can be used.
 
-Source of sizes and numbers: gguf.constants (ggml's ggml.h and ggml-common.h), whose other types follow as they are.
+Source of sizes and numbers: gguf.constants (ggml's ggml.h and ggml-common.h), from which the types without a row of
+their own are added.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from streamconv.lazy.dtype import Dtype
 
 @dataclass(frozen=True, slots=True)
 class ElementType:
-    """What is known of one type.
+    """One type.
 
     Attributes:
         id: Its number in a file.
-        dtype: How its rows are stored: block, bytes, numpy's view of them.
-        file_type: `general.file_type` of a model whose matrices are of this type, all or most of them; None where no
-            such file is made.
-        encoder: What makes it of floats: FLOATS is ggml/reference.py and its C twin, BLOCKS ggml/blocks.py; None where
-            it is only read.
-        verifier: What makes the rows that a file is compared with, likewise; None where it cannot be verified.
+        dtype: How its rows are stored: block size, bytes, numpy's view of them.
+        file_type: `general.file_type` of a model in which all or most matrices have this type; None if such files are
+            not made here.
+        encoder: How it is made from floats: FLOATS stands for ggml/reference.py and its C counterpart, BLOCKS for
+            ggml/blocks.py; None if it can only be read.
+        verifier: How the rows are made with which a file is compared, likewise; None if it cannot be verified.
     """
 
     id: GGMLQuantizationType
@@ -78,7 +79,7 @@ _ROWS = (
 )  # fmt: skip
 _NAMED = frozenset(row.id for row in _ROWS)
 
-# Every type that gguf knows, so that a file of any is read; what has no encoder is only read.
+# Every type that gguf knows, so that files with any of them can be read; types without an encoder can only be read.
 TYPES: Final[Mapping[GGMLQuantizationType, ElementType]] = MappingProxyType(
     {
         row.id: row
@@ -91,11 +92,19 @@ VERIFIABLE: Final = frozenset(row.id for row in TYPES.values() if row.verifier)
 
 
 def row_nbytes(n_columns: int, type_: GGMLQuantizationType) -> int:
-    """Bytes of a row of `n_columns` elements; ValueError where the row does not divide into whole blocks."""
+    """The size of a row of `n_columns` elements in bytes.
+
+    Raises:
+        ValueError: The row does not divide into whole blocks.
+    """
     return TYPES[type_].dtype.row_nbytes(n_columns)
 
 
 def tensor_nbytes(shape: tuple[int, ...], type_: GGMLQuantizationType) -> int:
-    """Bytes of a tensor of row-major `shape` (0-d counts as one element)."""
+    """The size of a tensor in bytes; a shape without dimensions counts as one element.
+
+    Raises:
+        ValueError: Its rows do not divide into whole blocks.
+    """
     n_columns = shape[-1] if shape else 1
     return math.prod(shape[:-1]) * row_nbytes(n_columns, type_)

@@ -6,8 +6,8 @@ non-finite values, and refuses values that a type cannot hold. Which tensor gets
 F32, F16, BF16 and Q8_0 have the bytes of `gguf.quants.quantize` on the float32 values, whatever the kernel, the machine
 and the division into calls. Where gguf leaves room:
 - a type that does not change keeps its bytes, also those of NaNs (gguf would make a BF16 NaN quiet);
-- a NaN between F16 and F32 keeps its top bits and its kind, as in numpy without F16 instructions;
-- a Q8_0 block so small that 1 / scale overflows has quants of 0 (its scale is 0 in F16, so they stand for 0 anyway).
+- a NaN converted between F16 and F32 keeps its top bits and its kind, as in numpy without F16 instructions;
+- a Q8_0 block so small that 1 / scale overflows has quants of 0 (its scale is 0 in F16, so it decodes to 0 anyway).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LARGEST: Final = {F16: "65504", BF16: "3.38953139e+38"}
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What `encode` saw in its source: NaNs and infinities. Additive."""
+    """Counts of the NaNs and infinities in the source of `encode`; they can be added."""
 
     n_nan: int
     n_inf: int
@@ -49,7 +49,12 @@ class Stats:
 
 
 class EncodeError(ValueError):
-    """The target type cannot hold these values; `largest` is the largest finite magnitude among them."""
+    """The target type cannot hold the values.
+
+    Attributes:
+        reason: The message.
+        largest: The largest finite magnitude among the values.
+    """
 
     def __init__(self, reason: str, largest: float) -> None:
         super().__init__(reason)
@@ -59,17 +64,16 @@ class EncodeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """The arithmetic that one call of the library uses: `c` or `numpy`, with the same bytes.
+    """An implementation of the arithmetic: compiled or in numpy, with the same bytes.
 
-    A call chooses one and hands it on (`Workspace.kernel`), so that what another call does at the same time, or did
-    before, changes nothing.
+    Each call of the library chooses one and passes it on (`Workspace.kernel`), so that calls do not affect each other.
 
     Attributes:
         name: `c` or `numpy`.
         encode: (source, target, slab, out, scratch) -> (number of NaNs, number of infinities, whether all values fit).
         add_product: (left, right, scale, out, scratch), see the function of that name.
-        blocks: the arithmetic of block types, see ggml/blocks.py.
-        borrows: Whether `encode` reads its slab wherever it lies: read-only, at any alignment, without a copy.
+        blocks: The implementation of block types, see ggml/blocks.py.
+        borrows: Whether `encode` can read a slab that is read-only and has any alignment, without a copy.
     """
 
     name: str
@@ -79,7 +83,7 @@ class Kernel:
     borrows: bool = False
 
 
-# What fast paths are checked against.
+# Compiled kernels are compared with it.
 REFERENCE: Final = Kernel("numpy", reference.encode, reference.add_product, blocks.REFERENCE)
 
 
@@ -96,24 +100,24 @@ def compiled_kernel(module: ModuleType) -> Kernel:
 
 
 def best_kernel() -> Kernel:
-    """The compiled kernel where it was built and the environment's STREAMCONV_KERNELS is not 0, else numpy's."""
+    """The compiled kernel, or REFERENCE if it was not built or the environment has STREAMCONV_KERNELS=0."""
     if os.environ.get("STREAMCONV_KERNELS") == "0":
         return REFERENCE
     try:
         return compiled_kernel(importlib.import_module("streamconv.ggml._kernels"))
-    except ImportError:  # the extension is optional: an install without a compiler has none
+    except ImportError:  # the extension is optional: without a compiler it is not built
         return REFERENCE
 
 
 def independent_kernel() -> Kernel:
-    """What a result is compared with: nothing that the compiled kernel does, in numpy, and block types in plain C."""
+    """The kernel for verification, which shares no code with the compiled one: numpy, and plain C for block types."""
     return replace(REFERENCE, blocks=blocks.plain_kernel())
 
 
 def encode_scratch_nbytes(source: Dtype, target: Dtype, n_rows: int, n_columns: int, kernel: Kernel = REFERENCE) -> int:
-    """The scratch that `encode` takes for `n_rows` rows of `n_columns` elements; bounded, however many they are.
+    """Bytes of scratch that `encode` needs for `n_rows` rows of `n_columns` elements.
 
-    The compiled kernels take none.
+    It does not grow beyond that for `PIECE` elements. The compiled kernels need none.
     """
     if source == target and source not in FLOATS:
         return 0
@@ -135,14 +139,27 @@ def encode(
     kernel: Kernel,
     weights: Floats | None = None,
 ) -> Stats:
-    """The NaNs and infinities among the rows in `slab`; `out` is filled with the same rows, encoded.
+    """Encode rows.
 
-    Both are contiguous bytes of whole rows of `n_columns` elements. `slab` starts at a multiple of its element's size,
-    `out` anywhere; where source and target are one type they may be the same memory, else they must not overlap.
-    weights: how much each column matters, [n_columns]; types that do not weigh errors ignore them.
-    Raises EncodeError where a finite value rounds to an infinity of F16 or BF16 (an infinity stays one), or where a
-    block has a value that is not finite or a scale beyond F16: `out` is then incomplete; Unread where `slab` is
-    read-only, and thus lent. ValueError where the sizes disagree.
+    Args:
+        source: The dtype of the rows: F32, F16 or BF16, or equal to `target`.
+        target: The dtype to encode as.
+        slab: Contiguous bytes of whole rows. They start at a multiple of the element's size, unless the kernel borrows.
+        out: Receives the encoded rows: contiguous bytes of exactly their size. It may be the memory of `slab` if source
+            and target are the same, else the two must not overlap.
+        scratch: For temporaries, `encode_scratch_nbytes` at most.
+        n_columns: The number of elements in a row.
+        kernel: The implementation to use.
+        weights: The importance of each column, float32 [n_columns]; ignored by types that do not weigh errors.
+
+    Returns:
+        The number of NaNs and infinities in `slab`.
+
+    Raises:
+        EncodeError: A finite value becomes an infinity in F16 or BF16 (an infinity stays one), or a block has a value
+            that is not finite, or a scale beyond F16. `out` is then incomplete.
+        Unread: The same, if `slab` is read-only, that is, lent.
+        ValueError: The sizes disagree.
     """
     n_rows, rest = divmod(slab.nbytes, source.row_nbytes(n_columns))
     if rest or n_rows * target.row_nbytes(n_columns) != out.nbytes:
@@ -181,13 +198,13 @@ def _encode_blocks(
 
 
 def _check_own(slab: Bytes) -> None:
-    """Unread where `slab` is lent: the reason of a refusal is looked for in memory of our own."""
+    """Raise Unread if `slab` is lent: the reason for a refusal is searched only in memory that cannot change."""
     if not slab.flags.writeable:
         raise Unread
 
 
 def product_scratch_nbytes(n_rows: int, n_columns: int, kernel: Kernel = REFERENCE) -> int:
-    """The scratch that `add_product` takes for `n_rows` rows of `n_columns` elements: none with a compiled kernel."""
+    """Bytes of scratch that `add_product` needs for `n_rows` rows of `n_columns` elements: 0 for a compiled kernel."""
     if kernel.borrows:
         return 0
     return 2 * padded_nbytes(4 * reference.product_temporaries(n_rows, n_columns))
@@ -196,18 +213,18 @@ def product_scratch_nbytes(n_rows: int, n_columns: int, kernel: Kernel = REFEREN
 def add_product(left: Floats, right: Floats, scale: np.float32, out: Floats, scratch: Scratch, kernel: Kernel) -> None:
     """Add scale * left @ right to `out`, all F32 and contiguous: left [n, r], right [r, c], out [n, c].
 
-    The same bits whatever the kernel, the machine and the rows done together.
+    The bits of the result depend neither on the kernel nor on the machine, nor on which rows are computed together.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         kernel.add_product(left, right, scale, out, scratch)
 
 
 def largest_finite(source: Dtype, slab: NDArray[np.uint8]) -> float:
-    """The largest finite magnitude in `slab` (rows of `source`), 0.0 where there is none: for messages."""
+    """The largest finite magnitude in `slab` (rows of dtype `source`), for messages; 0.0 if there is none."""
     fmt = FLOATS[source]
     bits = slab.reshape(-1).view(fmt.bits)
     top = 0
-    for start in range(0, bits.size, 1024):  # temporaries of a few KiB, since a message needs no speed
+    for start in range(0, bits.size, 1024):  # temporaries of a few KiB; speed does not matter for a message
         magnitude = bits[start : start + 1024] & fmt.magnitude
         top = max(top, int(np.max(magnitude, where=magnitude < fmt.infinity, initial=0)))
     if source == F16:

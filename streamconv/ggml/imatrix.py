@@ -1,10 +1,10 @@
-"""Importance matrices: how much each column of a weight matters, as llama-imatrix measured it.
+"""Importance matrices: the importance of each column of a weight, as measured by llama-imatrix.
 
-Both forms are read: GGUF, and the older one without a magic number (`.dat`). A file is not trusted: counts and lengths
-are held against the bytes that are there, and memory grows only with the names. The numbers stay in the file until a
-tensor asks for its own.
+Both formats are supported: GGUF, and the older one without a magic number (`.dat`). A file is not trusted: counts and
+lengths are checked against its size, and memory grows only with the number of names. The numbers stay in the file until
+they are needed for a tensor.
 Source of the formats: common/imatrix-loader.cpp and tools/quantize/quantize.cpp of llama.cpp as in llama-cpp-python
-0.3.36; the names are those of the weights, those of experts the stacked ones.
+0.3.36. Entries have llama.cpp's names of the weights; experts are stacked.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from streamconv.lazy.node import Bytes, Step, TensorSpec, Workspace
 Floats = NDArray[np.float32]
 
 MAX_ENTRIES: Final = 1 << 17
-ENTRY_NBYTES: Final = 400  # of Python objects for one entry beside its name; measured: 235, and 150 for a node
-TERM: Final = "importance matrix"  # in the ledger
+# Memory of the Python objects for one entry, besides its name. Measured: 235, and 150 for a node.
+ENTRY_NBYTES: Final = 400
+TERM: Final = "importance matrix"  # the name of its reservation in the budget
 MAX_DATASET_NBYTES: Final = 1 << 16
-_WINDOW: Final = 1 << 14  # numbers that are looked at together
-_KEY_NBYTES: Final = 127  # what llama-quantize keeps of a text
+_WINDOW: Final = 1 << 14  # numbers that are checked at a time
+_KEY_NBYTES: Final = 127  # llama-quantize cuts texts off after this many bytes
 
-# Of the older form: length and text of a name, calls, number of values, at least one value.
+# The older format: length and text of a name, number of calls, number of values, at least one value.
 _LEAST_ENTRY_NBYTES: Final = 4 + 1 + 4 + 4 + 4
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _REQUIRED: Final = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
@@ -47,14 +48,14 @@ _REQUIRED: Final = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_si
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Sums of one weight.
+    """The sums of one weight.
 
     Attributes:
-        offset: of the first number in the file.
-        n_values: columns, times matrices where there are several.
-        n_counts: by how many counts they are divided, each that of an equal part.
-        count: the single count. 0 or less: the sums as they are.
-        counts_offset: of several in the file, each a float32.
+        offset: Of the first sum in the file.
+        n_values: The number of sums: columns, times the number of matrices in a stack.
+        n_counts: The number of counts by which sums are divided, each for an equal part of them.
+        count: The count, if there is one; if it is 0 or less, sums are not divided.
+        counts_offset: Of the counts in the file, if there are several; each is a float32.
     """
 
     offset: int
@@ -65,12 +66,12 @@ class _Entry:
 
 
 class ImportanceMatrix:
-    """An open file of importances; a context manager that closes it. Reads are safe from any number of threads.
+    """An open importance matrix: a context manager that closes it. Any number of threads can read it.
 
     Attributes:
-        path: the file.
-        datasets: what it was measured on, at most the first.
-        n_chunks: how many pieces of text, 0 where the file does not say.
+        path: The file.
+        datasets: The name of the first dataset on which it was measured, if the file has it.
+        n_chunks: The number of chunks of text; 0 if the file does not have it.
     """
 
     def __init__(
@@ -78,18 +79,22 @@ class ImportanceMatrix:
     ) -> None:
         self.blob = blob
         self._entries = entries
-        self._fill_unseen = fill_unseen  # matrices without a count weigh 1 everywhere
+        self._fill_unseen = fill_unseen  # all importances are 1 in matrices with a count of 0
         self.path = blob.path
         self.datasets = datasets
         self.n_chunks = n_chunks
 
     @classmethod
     def open(cls, place: Place, budget: Budget | None = None) -> Self:
-        """The file at `place`, every number of it looked at once; what is kept of it is reserved from `budget`.
+        """Open a file, and check every number in it.
+
+        Args:
+            place: The file.
+            budget: Reserves the memory for the entries; by default nothing is limited.
 
         Raises:
-            BudgetError: what it has would not fit.
-            SourceError: it cannot be read, is damaged, or holds a number that is not finite or is negative.
+            BudgetError: The entries do not fit in memory.
+            SourceError: The file cannot be read, is damaged, or has a number that is negative or not finite.
         """
         blob, budget = open_blob(place), budget or unbounded()
         try:
@@ -119,7 +124,11 @@ class ImportanceMatrix:
         self.blob.close()
 
     def check_unchanged(self) -> None:
-        """SourceError if the file is no longer what it was when it was opened."""
+        """Check that the file has not changed since it was opened.
+
+        Raises:
+            SourceError: It has.
+        """
         self.blob.check_unchanged()
 
     def __len__(self) -> int:
@@ -129,18 +138,18 @@ class ImportanceMatrix:
         return name in self._entries
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> list[RunWarning]:
-        """Hold the file against a model's tensors.
+        """Check the file against a model's tensors.
 
         Args:
-            shapes: row-major, by llama.cpp's name, of all tensors of the model.
+            shapes: The row-major shapes of all tensors of the model, by llama.cpp's names.
 
         Returns:
-            Warnings: of entries that the model lacks, and of an embedding's that does not fit, which is left out as by
-            llama-quantize.
+            Warnings about entries without a tensor, and about an embedding's entry of another size, which is ignored
+            as in llama-quantize.
 
         Raises:
-            SourceError: an entry does not have as many numbers as the tensor has columns in each matrix, or no entry is
-                the model's at all.
+            SourceError: The number of importances does not match a tensor's columns, or no entry names a tensor of the
+                model.
         """
         found: list[RunWarning] = []
         for name, shape in shapes.items():
@@ -149,28 +158,29 @@ class ImportanceMatrix:
             n_values, wanted = self._entries[name].n_values, _n_weights(shape)
             message = f"{self.path.name} has {n_values:,} importances for this tensor, which needs {wanted:,}"
             if name not in _EMBEDDINGS:
-                hint = "the importance matrix is another model's"
+                hint = "the importance matrix belongs to another model"
                 raise SourceError(message, file=self.path, tensor=name, hint=hint, code="imatrix-size")
-            found.append(RunWarning("imatrix-embedding", f"{message}: it is made without them", name))
+            found.append(RunWarning("imatrix-embedding", f"{message}: they are not used", name))
         unknown = [name for name in self._entries if name not in shapes]
         if len(unknown) == len(self._entries):
             message = f"none of its {len(unknown):,} entries names a tensor of the model; the first is {unknown[0]!r}"
             raise SourceError(message, file=self.path, code="imatrix-no-match")
         if unknown:
-            what = f"{len(unknown):,} of {len(self._entries):,} entries name no tensor here, such as {unknown[0]!r}"
-            found.append(RunWarning("imatrix-unused", f"{self.path.name}: {what}"))
+            what = f"{len(unknown):,} of {len(self._entries):,} entries"
+            message = f"{self.path.name}: {what} do not name a tensor of the model, such as {unknown[0]!r}"
+            found.append(RunWarning("imatrix-unused", message))
         return found
 
     def weights(self, name: str, shape: tuple[int, ...], matrix: int = 0) -> Floats | None:
-        """How much each column of one matrix of a tensor matters.
+        """The importance of each column of one matrix of a tensor.
 
         Args:
             name: llama.cpp's name of the tensor.
-            shape: its row-major shape.
-            matrix: which one of a stack, such as an expert's.
+            shape: Its row-major shape.
+            matrix: The number of the matrix in a stack, such as an expert's.
 
         Returns:
-            [columns] float32, none negative; None where the file says nothing of the tensor.
+            float32 [columns], none negative; None if the file has no matching entry.
         """
         entry = self._entries.get(name)
         if entry is None or not self._fits(name, shape):
@@ -180,7 +190,7 @@ class ImportanceMatrix:
         return numbers
 
     def fill(self, name: str, matrix: int, numbers: Floats) -> None:
-        """The weights of one matrix of a tensor that the file has, whose columns are as many as `numbers`."""
+        """Fill `numbers` (float32 [columns]) with the importances for one matrix of a tensor that has an entry."""
         entry = self._entries[name]
         self.blob.read_into(entry.offset + numbers.nbytes * matrix, numbers.view(np.uint8))
         count = entry.count if entry.n_counts == 1 else self._count(entry, matrix)
@@ -190,16 +200,16 @@ class ImportanceMatrix:
             numbers.fill(1)
 
     def columns(self, name: str, shape: tuple[int, ...]) -> ColumnWeights | None:
-        """The weights of a tensor as a node; None where the file says nothing of it."""
+        """The importances of a tensor's columns as a node; None if the file has no matching entry."""
         return ColumnWeights(self, name, shape) if name in self._entries and self._fits(name, shape) else None
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the numbers without reading them all once more."""
+        """Identifies the numbers without reading them all again."""
         return f"{self.blob.identity.lasting} {len(self._entries)}"
 
     def metadata(self) -> list[KeyValue]:
-        """The keys that llama-quantize writes of it; the file by its last name alone."""
+        """The keys that llama-quantize writes about it, with the file's name instead of its path."""
         texts = [("file", self.path.name), *(("dataset", dataset) for dataset in self.datasets[:1])]
         found = [KeyValue.string(f"quantize.imatrix.{key}", _cut(text)) for key, text in texts]
         found.append(KeyValue.u32("quantize.imatrix.entries_count", len(self._entries)))
@@ -230,12 +240,12 @@ class ImportanceMatrix:
             least, largest = float(part.min()), float(part.max())
             if not (least >= 0 and math.isfinite(largest)):
                 wrong = part[~(np.isfinite(part) & (part >= 0))][0]
-                message = f"has an importance or a count of {wrong}, each must be a finite number of at least 0"
+                message = f"has an importance or a count of {wrong}; each must be a finite number of at least 0"
                 raise SourceError(message, file=self.path, tensor=name, code="imatrix-value")
 
 
 class ColumnWeights(Leaf):
-    """The importances of one tensor's columns, [matrices, columns] in F32, as they are read from the file."""
+    """The importances of one tensor's columns, F32 [matrices, columns], read from the file on request."""
 
     def __init__(self, matrix: ImportanceMatrix, name: str, shape: tuple[int, ...]) -> None:
         self._matrix, self._name = matrix, name
@@ -254,7 +264,7 @@ _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 def _n_weights(shape: tuple[int, ...]) -> int:
-    """Numbers for a tensor: its columns, for each matrix of a stack."""
+    """The number of importances for a tensor: its columns, times the matrices in a stack."""
     return shape[-1] * (shape[-3] if len(shape) > 2 else 1) if shape else 0
 
 
@@ -267,20 +277,20 @@ def _entry_nbytes(name: str) -> int:
 
 
 def _gguf(file: GGUFFile) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
-    """Entries, datasets, number of chunks of a GGUF file, and that what was never seen weighs 1."""
+    """(entries, datasets, number of chunks, True) of a GGUF file: importances are 1 if the count is 0."""
     refuse(file.problems)
     missing = [key for key in _REQUIRED if key not in file.keys]
     if missing:
         kind = file.keys.get("general.architecture") or file.keys.get("general.type")
-        hint = f"this is a file of {kind.value}" if kind and kind.value != "imatrix" else "make it with llama-imatrix"
+        hint = f"this is a {kind.value} file" if kind and kind.value != "imatrix" else "make it with llama-imatrix"
         message = f"is not an importance matrix: it has no key {missing[0]}"
         raise SourceError(message, file=file.path, hint=hint, code="imatrix-keys")
     entries = dict(_gguf_entries(file))
     if not entries:
-        raise SourceError("has no entry", file=file.path, code="imatrix-empty")
+        raise SourceError("has no entries", file=file.path, code="imatrix-empty")
     datasets = file.keys["imatrix.datasets"].value
     if not isinstance(datasets, Span) or datasets.element != GGUFValueType.STRING:
-        raise SourceError("imatrix.datasets is not a list of texts", file=file.path, code="imatrix-keys")
+        raise SourceError("imatrix.datasets is not an array of strings", file=file.path, code="imatrix-keys")
     first = tuple(str(text) for text in datasets.first(1, MAX_DATASET_NBYTES))
     n_chunks = file.keys["imatrix.chunk_count"]
     if n_chunks.type != GGUFValueType.UINT32 or not isinstance(n_chunks.value, int):
@@ -309,7 +319,7 @@ def _gguf_entries(file: GGUFFile) -> Iterator[tuple[str, _Entry]]:
             file.read_into(counts, 0, single.view(np.uint8))
         count = float(single[0])
         if not (count >= 0 and math.isfinite(count)):
-            message = f"has a count of {count}, it must be a finite number of at least 0"
+            message = f"has a count of {count}; it must be a finite number of at least 0"
             raise SourceError(message, file=file.path, tensor=weight, code="imatrix-value")
         yield weight, _Entry(sums.offset, n_values, n_counts, _rounded(count), counts.offset)
 
@@ -319,17 +329,19 @@ def _unpaired(file: GGUFFile, weight: str) -> SourceError:
 
 
 def _rounded(count: float) -> float:
-    """As C's lround: halves away from zero."""
+    """Rounded like C's lround, half away from zero; counts are not negative."""
     return float(math.floor(count + 0.5))
 
 
 def _legacy(blob: Blob, budget: Budget) -> tuple[dict[str, _Entry], tuple[str, ...], int, bool]:
-    """Entries, datasets, number of chunks of the older form, and that what was never seen stays as it is."""
+    """(entries, datasets, number of chunks, False) of the older format: sums are not divided if the count is 0."""
     cursor = Cursor(blob, 0, blob.nbytes, "")
     entries: dict[str, _Entry] = {}
     n_entries = _i32(cursor)
     if not 0 < n_entries <= MAX_ENTRIES or n_entries * _LEAST_ENTRY_NBYTES > cursor.n_left:
-        message = f"is not an importance matrix: it is not a GGUF file, and would have {n_entries:,} entries"
+        message = (
+            f"is not an importance matrix: it is not a GGUF file, and in the older format it has {n_entries:,} entries"
+        )
         raise SourceError(message, file=blob.path, hint="make it with llama-imatrix", code="imatrix-malformed")
     budget.reserve(TERM, n_entries * _entry_nbytes("x" * MAX_NAME_NBYTES), file=blob.path)
     for i in range(n_entries):
@@ -362,7 +374,7 @@ def _legacy_name(cursor: Cursor) -> str:
 
 
 def _legacy_end(cursor: Cursor) -> tuple[tuple[str, ...], int]:
-    """Dataset and number of chunks, which the oldest files lack."""
+    """The dataset and the number of chunks, which the oldest files do not have."""
     if not cursor.n_left:
         return (), 0
     n_chunks = _i32(cursor)

@@ -1,10 +1,10 @@
-"""Which type each tensor of a quantised file gets: llama-quantize's rules, as tables.
+"""The type of each tensor in a quantised file: llama-quantize's rules, as tables.
 
-A file of "q4_k_m" is mostly Q4_K; some tensors get more bits, by their role, by where they stand among the layers and
-by what the model is. Layers are counted as llama-quantize counts them: over the tensors in the order in which it writes
-them, without those for which a type was asked.
+A "q4_k_m" file is mostly Q4_K; some tensors get more bits, depending on their role, their layer and the model. Layers
+are counted as in llama-quantize: over the tensors in the order in which it writes them, without those for which the
+user chose a type.
 Source of the rules: src/llama-quant.cpp of llama.cpp as in llama-cpp-python 0.3.36; tests/tools/make_mix_goldens.py
-asks the library itself.
+records the choices of the library itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from streamconv.ggml.mixes import Choice, Mix, MixedTensor, MixOptions, ModelFac
 T = GGMLQuantizationType
 
 
-# --- what is never quantised --------------------------------------------------------------------------------------
+# --- tensors that are never quantised -----------------------------------------------------------------------------
 
-# In any name. Small and sensitive, or read in a fixed type.
+# Names that contain one of these: small and sensitive tensors, and those that the runtime reads in a fixed type.
 _KEPT: Final = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
     "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
@@ -41,7 +41,7 @@ _KEPT_WHOLE: Final = frozenset({"position_embd.weight", "token_types.weight"})
 
 
 def is_quantised(name: str, shape: tuple[int, ...], options: MixOptions) -> bool:
-    """Whether a mix changes the type of such a tensor at all."""
+    """Whether a mix quantises a tensor with this name and row-major shape."""
     if sum(extent > 1 for extent in shape[:-1]) == 0:  # leading ones do not make a dimension
         return False
     if options.leave_output and name == _OUTPUT:
@@ -53,7 +53,7 @@ def is_quantised(name: str, shape: tuple[int, ...], options: MixOptions) -> bool
 
 
 class Role(Enum):
-    """What a tensor is to the rules."""
+    """The role of a tensor in the rules."""
 
     OUTPUT = "output"
     EMBEDDING = "token embedding"
@@ -67,7 +67,7 @@ class Role(Enum):
 
 _OUTPUT: Final = "output.weight"
 _EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
-# The first that is found in the name.
+# The first entry that is contained in a tensor's name decides.
 _ROLES: Final = (
     ("attn_qkv.weight", Role.VALUE),
     ("attn_kv_b.weight", Role.VALUE),
@@ -82,6 +82,7 @@ _ROLES: Final = (
 
 
 def role_of(name: str) -> Role:
+    """The role of a tensor by llama.cpp's name."""
     if name == _OUTPUT:
         return Role.OUTPUT
     if name in _EMBEDDINGS:
@@ -91,7 +92,7 @@ def role_of(name: str) -> Role:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor stands: number `i` of the `n` of its role (or in layer `i` of `n`), in which model."""
+    """The position of a tensor: number `i` of `n` with its role (or in layer `i` of `n`), and the model."""
 
     i: int
     n: int
@@ -99,12 +100,12 @@ class _Place:
     has_importance: bool
 
     def within(self, part: int) -> bool:
-        """In the first 1/part of the layers."""
+        """Whether it is in the first 1/part of the layers."""
         return self.i < self.n // part
 
     @property
     def more_bits(self) -> bool:
-        """In the first eighth, the last eighth, or a third of those between."""
+        """Whether it is in the first or last eighth of the layers, or every third one between."""
         return self.within(8) or self.i >= 7 * self.n // 8 or (self.i - self.n // 8) % 3 == 2
 
     @property
@@ -135,7 +136,7 @@ class _Rule:
         return role is self.role and (self.mixes == "*" or mix.name in self.mixes.split()) and self.when(place)
 
 
-# The first that fits decides; without one a tensor gets the mix's own type.
+# The first rule that applies decides; without one, a tensor gets the mix's own type.
 _RULES: Final = (
     _Rule(Role.EMBEDDING, "tq1_0 tq2_0", T.Q4_K),
     _Rule(Role.VALUE, "q2_k", T.Q4_K, lambda at: at.gqa),
@@ -169,7 +170,7 @@ _RULES: Final = (
     _Rule(Role.ATTENTION_OUTPUT, "q3_k_l", T.Q5_K, lambda at: not at.eight and not at.falcon),
 )  # fmt: skip
 
-# Where a row does not divide into blocks: a type with blocks of 32. Where it does not divide into those either: F16.
+# The type, with blocks of 32, for rows that do not divide into the blocks of another. If they do not fit either: F16.
 _FALLBACKS: Final[Mapping[GGMLQuantizationType, GGMLQuantizationType]] = MappingProxyType(
     {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0, T.IQ4_XS: T.IQ4_NL}
     | dict.fromkeys((T.TQ1_0, T.TQ2_0), T.Q4_0)
@@ -178,7 +179,7 @@ _FALLBACKS: Final[Mapping[GGMLQuantizationType, GGMLQuantizationType]] = Mapping
 
 @dataclass(slots=True)
 class _Counters:
-    """Tensors of each role that the rules have seen."""
+    """How many tensors of each role the rules have been applied to."""
 
     n_values: int
     seen: dict[Role, int] = field(default_factory=dict)
@@ -197,22 +198,22 @@ def choose_types(
     options: MixOptions = MixOptions(),
     has_importance: bool = False,
 ) -> dict[str, Choice]:
-    """The type of each tensor in a file of `mix`.
+    """Choose the type of each tensor in a file.
 
     Args:
-        mix: one of MIXES.
-        tensors: all of the model, in any order: counts go by layer and name, as llama-quantize's do.
-        model: its facts.
-        options: what the user asks for.
-        has_importance: whether an importance matrix is given, for whichever tensors.
+        mix: One of MIXES.
+        tensors: All tensors of the model, in any order; as in llama-quantize, they are counted by layer and name.
+        model: The facts about the model.
+        options: The user's choices.
+        has_importance: Whether there is an importance matrix, for any of the tensors.
 
     Returns:
         A choice for each name, in the order of `tensors`. A tensor that is not quantised keeps its type.
 
     Raises:
-        UsageError: the type that an option asks for does not divide the tensor's rows (code `type-row`).
-        SourceError: a feed-forward tensor of a model with experts does not have its layer in its name, or one that the
-            model does not have (code `mix-layer`).
+        UsageError: A tensor's rows do not divide into blocks of the type that an option chooses (code `type-row`).
+        SourceError: The name of a feed-forward tensor in a model with experts has no layer, or one that the model does
+            not have (code `mix-layer`).
     """
     tensors = list(tensors)
     roles = {tensor.name: role_of(tensor.name) for tensor in tensors}
@@ -234,7 +235,7 @@ def choose_types(
 
 
 def choice_warnings(choices: Mapping[str, Choice], options: MixOptions) -> Iterator[RunWarning]:
-    """What is not as the outtype or an option says: tensors that fell back, and patterns that changed nothing."""
+    """Warnings for choices that differ from the user's: tensors with a fallback type, and patterns without effect."""
     fallen = [choice for choice in choices.values() if choice.type != choice.wanted]
     if fallen:
         wanted, made = (
@@ -242,36 +243,36 @@ def choice_warnings(choices: Mapping[str, Choice], options: MixOptions) -> Itera
             for types in ((choice.wanted for choice in fallen), (choice.type for choice in fallen))
         )
         what = f"{len(fallen)} of {len(choices)} tensors have rows that do not divide into blocks of {wanted}"
-        yield RunWarning("type-fallback", f"{what}: they become {made}")
+        yield RunWarning("type-fallback", f"{what}: they are {made} instead")
     yield from unused_overrides({name: choice.type for name, choice in choices.items()}, options)
 
 
 def unused_overrides(types: Mapping[str, GGMLQuantizationType], options: MixOptions) -> Iterator[RunWarning]:
-    """A warning for each pattern of `options` that gives none of the tensors its type."""
+    """A warning for each pattern of `options` that gives no tensor its type."""
     for pattern, wanted in options.overrides:
         found = [type_ for name, type_ in types.items() if pattern.search(name)]
         if wanted not in found:
             what = (
-                f"of the {len(found)} tensors that it matches none becomes"
+                f"it matches {len(found)} tensors, but none of them is"
                 if found
-                else "no tensor's name has it, so none becomes"
+                else "it matches no tensor's name, so none is"
             )
             yield RunWarning("tensor-type-unused", f"--tensor-type {pattern.pattern}: {what} {wanted.name}")
 
 
 def requires_importance(mix: Mix, name: str, type_: GGMLQuantizationType) -> bool:
-    """Whether llama-quantize refuses to make this without an importance matrix."""
+    """Whether llama-quantize refuses to make this tensor without an importance matrix."""
     return mix.name == "q2_k_s" and type_ == T.Q2_K and role_of(name) not in (Role.OUTPUT, Role.EMBEDDING)
 
 
 def _order(name: str) -> tuple[int, bytes]:
-    """By layer, those without one first; then by name."""
+    """The key to sort tensors by layer (those without one first), then by name."""
     layer = re.match(r"blk\.(\d+)\.", name)
     return (int(layer[1]) if layer else -1, name.encode())
 
 
 def _asked(name: str, role: Role, options: MixOptions) -> GGMLQuantizationType | None:
-    """What an option says of just this tensor; such a type is taken as it is."""
+    """The type that an option chooses for this very tensor; it is used without a fallback."""
     if options.embedding_type is not None and role is Role.EMBEDDING:
         if name != _EMBEDDINGS[0] and _override(name, options) is not None:
             return None
@@ -280,7 +281,7 @@ def _asked(name: str, role: Role, options: MixOptions) -> GGMLQuantizationType |
 
 
 def asked(name: str, options: MixOptions) -> GGMLQuantizationType | None:
-    """The type that an option asks for, of a tensor in a file that is not a mix."""
+    """The type that an option chooses for a tensor, in a file that is not a mix; None if there is no such option."""
     if name == _EMBEDDINGS[0] and options.embedding_type is not None:
         return options.embedding_type
     if name == _OUTPUT and options.output_type is not None:
@@ -308,7 +309,7 @@ def _wanted(
     if options.pure:
         return mix.type
     if role is Role.OUTPUT or (tied and role is Role.EMBEDDING):
-        if options.output_type is not None:  # F32 is 0
+        if options.output_type is not None:  # F32 is 0, so not truthy
             return options.output_type
         return _output_type(mix, tensor.shape[-1], model)
     i, n = counters.next(role), counters.n_values
@@ -331,24 +332,24 @@ def _output_type(mix: Mix, n_columns: int, model: ModelFacts) -> GGMLQuantizatio
 
 
 def _layer(name: str, i: int, model: ModelFacts) -> int:
-    """The number of a feed-forward tensor: a running one, but by its layer where there are experts."""
+    """The number by which a feed-forward tensor is counted: a running number, but its layer in a model with experts."""
     if model.n_experts <= 1:
         return i
     layer = re.match(r"blk\.(\d+)\.", name)
     if layer is None or int(layer[1]) >= model.n_layers:
-        message = f"is not in one of the model's {model.n_layers} layers, by which its type is chosen"
-        raise SourceError(message, tensor=name, hint="name its type with --tensor-type", code="mix-layer")
+        message = f"is not in one of the model's {model.n_layers} layers, which determine its type"
+        raise SourceError(message, tensor=name, hint="choose its type with --tensor-type", code="mix-layer")
     return int(layer[1])
 
 
 def _notdivisible(tensor: MixedTensor, asked: GGMLQuantizationType) -> UsageError:
     block, able = TYPES[asked].dtype.block, divisible(asked, tensor.shape[-1])
-    message = f"{asked.name} takes rows of a multiple of {block} elements, these have {tensor.shape[-1]}"
-    return UsageError(message, tensor=tensor.name, hint=f"ask for {able.name.lower()}", code="type-row")
+    message = f"{asked.name} needs rows of a multiple of {block} elements, but these have {tensor.shape[-1]}"
+    return UsageError(message, tensor=tensor.name, hint=f"use {able.name.lower()}", code="type-row")
 
 
 def divisible(wanted: GGMLQuantizationType, n_columns: int) -> GGMLQuantizationType:
-    """`wanted`, or what takes its place where rows of `n_columns` do not divide into its blocks."""
+    """`wanted`, or its fallback if rows of `n_columns` elements do not divide into its blocks."""
     for type_ in (wanted, _FALLBACKS.get(wanted, wanted)):
         if n_columns % TYPES[type_].dtype.block == 0:
             return type_

@@ -1,6 +1,6 @@
-"""llama-quantize's mixes, and what a caller says of one: the model's facts, its tensors, the types asked for.
+"""llama-quantize's mixes, and the inputs of their rules: facts about the model, its tensors, and the user's choices.
 
-Which type each tensor gets follows from the rules in mix_rules.py.
+The rules that choose the type of each tensor are in mix_rules.py.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ F = LlamaFileType
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One outtype.
+    """One outtype of llama-quantize.
 
     Attributes:
-        name: llama-quantize's, in lower case.
+        name: llama-quantize's name, in lower case.
         file_type: `general.file_type`.
-        type: of the tensors for which no rule says otherwise.
+        type: The type of tensors to which no rule applies.
     """
 
     name: str
@@ -66,19 +66,19 @@ MIXES: Final[Mapping[str, Mix]] = MappingProxyType(
 
 
 def find_mix(name: str) -> Mix | None:
-    """The mix of that name, in either case, or of that alias; None where there is none."""
+    """The mix with this name or alias, in upper or lower case; None if there is none."""
     return MIXES.get(canonical(name))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the rules ask of a model.
+    """The facts about a model on which the rules depend.
 
     Attributes:
         architecture: `general.architecture`.
         n_layers: `block_count`.
-        n_experts: `expert_count`, 0 where there are none.
-        n_heads, n_kv_heads: of layer 0; a layer without attention has no KV heads.
+        n_experts: `expert_count`; 0 without experts.
+        n_heads, n_kv_heads: Those of layer 0; a layer without attention has 0 KV heads.
     """
 
     architecture: str = ""
@@ -89,7 +89,11 @@ class ModelFacts:
 
     @classmethod
     def of_keys(cls, get: Callable[[str], Any]) -> ModelFacts:
-        """The facts in a file's keys: `get` has a key's value, a sequence for an array, None where there is none."""
+        """The facts in a file's keys.
+
+        Args:
+            get: Returns the value of a key: a sequence for an array, None if there is no such key.
+        """
         architecture = str(get("general.architecture"))
 
         def first(name: str, default: int) -> int:
@@ -108,7 +112,7 @@ class ModelFacts:
 
     @property
     def is_70b(self) -> bool:
-        """Whether llama.cpp calls the model 70B, by its number of layers."""
+        """Whether llama.cpp considers the model a 70B one, by its number of layers."""
         if self.architecture == "llama" and (self.n_experts == 8 or self.n_heads == self.n_kv_heads):
             return False
         return (self.architecture, self.n_layers) in _70B
@@ -119,12 +123,12 @@ _70B: Final = {("llama", 80), ("qwen2", 80), ("deci", 80), ("olmo", 80), ("jais2
 
 @dataclass(frozen=True, slots=True)
 class MixedTensor:
-    """A tensor as it lies in the lossless file.
+    """A tensor of the file before quantisation.
 
     Attributes:
-        name: llama.cpp's.
-        shape: row-major.
-        type: the one that it keeps where it is not quantised.
+        name: llama.cpp's name.
+        shape: Row-major.
+        type: Its type, which it keeps if it is not quantised.
     """
 
     name: str
@@ -134,14 +138,14 @@ class MixedTensor:
 
 @dataclass(frozen=True, slots=True)
 class MixOptions:
-    """What a user asks for beyond the mix.
+    """The user's choices in addition to the mix.
 
     Attributes:
         overrides: (pattern, type): the first pattern found in a tensor's name decides.
-        output_type: of output.weight, or of the embedding of a model without one.
-        embedding_type: of token_embd.weight, whatever else is said.
-        leave_output: keep output.weight as it is.
-        pure: the mix's own type for all.
+        output_type: The type of output.weight, or of the embedding of a model without one.
+        embedding_type: The type of token_embd.weight; it takes precedence over all others.
+        leave_output: Whether output.weight is not quantised.
+        pure: Whether all tensors get the mix's own type.
     """
 
     overrides: tuple[tuple[re.Pattern[str], GGMLQuantizationType], ...] = ()
@@ -153,11 +157,11 @@ class MixOptions:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The type of one tensor.
+    """The type chosen for one tensor.
 
     Attributes:
-        type: what it gets.
-        wanted: what it would have got if its rows were divisible; the same where they are.
+        type: The type.
+        wanted: The type before fallbacks for rows that do not divide into blocks.
     """
 
     type: GGMLQuantizationType
@@ -165,20 +169,30 @@ class Choice:
 
 
 def parse_override(text: str) -> tuple[re.Pattern[str], GGMLQuantizationType]:
-    """REGEX=TYPE, cut at the first `=`, the pattern in lower case, as in llama-quantize. UsageError where it is not."""
+    """The pattern and type of "REGEX=TYPE", split at the first `=`; as in llama-quantize, the pattern is lower-cased.
+
+    Raises:
+        UsageError: It does not have this form, or there is no such type.
+    """
     pattern, _, type_ = text.partition("=")
     if not pattern or not type_:
         raise UsageError(f"{text!r} is not REGEX=TYPE", hint="such as attn_v=q8_0", code="tensor-type-syntax")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", FutureWarning)  # sets such as [[:digit:]], which mean something else here
+            warnings.simplefilter(
+                "error", FutureWarning
+            )  # for sets such as [[:digit:]], which Python reads differently
             return re.compile(pattern.lower()), parse_type(type_)
     except (re.error, FutureWarning) as error:
         raise UsageError(f"{pattern!r} is not a regular expression: {error}", code="tensor-type-syntax") from None
 
 
 def parse_type(text: str) -> GGMLQuantizationType:
-    """The element type of that name, in either case. UsageError where nobody here makes it."""
+    """The element type with this name, in upper or lower case.
+
+    Raises:
+        UsageError: There is no such type, or it can only be read.
+    """
     type_ = T.__members__.get(text.upper())
     if type_ is None or type_ not in _MADE:
         able = ", ".join(sorted(known.name.lower() for known in _MADE))

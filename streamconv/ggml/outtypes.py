@@ -1,6 +1,6 @@
-"""The words of --outtype, one row each. Nothing heavy is imported here: `--help` prints them.
+"""The words of --outtype, one row each. Nothing slow is imported here, since `--help` prints them.
 
-A row is llama-quantize's name of a file type, in lower case, and how the types of its tensors are chosen (policy.py).
+A row has llama-quantize's name of a file type, in lower case, and the main type of its tensors (see policy.py).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Outtype:
-    """One word.
+    """One word of --outtype.
 
     Attributes:
         name: The word.
-        type: GGML's name of the type that tensors get where no rule says otherwise.
-        file_type: llama.cpp's name of general.file_type, without its prefix ("MOSTLY_"); "" where it is the type's own.
-            mix_rules.py says which tensors of such a file get another type.
+        type: GGML's name of the type of tensors to which no rule applies.
+        file_type: llama.cpp's name of general.file_type, without its prefix ("MOSTLY_"), for a mix, in which some
+            tensors get another type (mix_rules.py). "" if it follows from the type.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Outtype:
 
     @property
     def is_mix(self) -> bool:
-        """Whether llama-quantize makes it, and not llama.cpp's converter."""
+        """Whether it is made by llama-quantize, not by llama.cpp's converter."""
         return bool(self.file_type)
 
 
@@ -68,6 +68,6 @@ ALIASES: Final[Mapping[str, str]] = MappingProxyType({"q3_k": "q3_k_m", "q4_k": 
 
 
 def canonical(word: str) -> str:
-    """The word of a row for `word` in either case, or for llama-quantize's other name of it."""
+    """`word` in lower case, with llama-quantize's aliases replaced."""
     word = word.lower()
     return ALIASES.get(word, word)

@@ -1,10 +1,10 @@
-"""Which type each tensor of a file gets: a type policy, as data.
+"""Type policies: which type each tensor of a file gets.
 
-An outtype (outtypes.py) is llama.cpp's converter's, with one type for all matrices, or one of llama-quantize's mixes
-(mix_rules.py). Tensors that stay F32 are named in the architecture's file (`f32` of a row), beside norms, vectors and
-whatever is not a weight. A policy chooses for the whole list of tensors at once, since mixes count.
+An outtype (outtypes.py) is either one of llama.cpp's converter, with one type for all matrices, or one of
+llama-quantize's mixes (mix_rules.py). Norms, vectors, tensors that are not weights, and those that an architecture
+marks (`f32` of a row) stay F32. A policy chooses for all tensors at once, since mixes count tensors.
 
-Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, and measured on its output.
+Source: ModelBase.prepare_tensors in llama.cpp's convert_hf_to_gguf.py, checked against its output.
 """
 
 from __future__ import annotations
@@ -29,33 +29,41 @@ from streamconv.gguf.names import spellings
 from streamconv.lazy import dtype
 from streamconv.lazy.node import TensorSpec
 
-# llama-quantize's names; Q4_K and the like are its short ones for Q4_K_M.
+# llama-quantize's names, including its short ones, such as Q4_K for Q4_K_M.
 _MOSTLY: Final = [kind.name.removeprefix("MOSTLY_") for kind in LlamaFileType if kind.name.startswith("MOSTLY_")]
-_NEWER: Final = ("MXFP4_MOE", "Q2_0")  # of which gguf 0.18 does not know
+_NEWER: Final = ("MXFP4_MOE", "Q2_0")  # gguf 0.18 does not know them
 _QUANTIZED: Final = frozenset(form for name in (*_MOSTLY, *_NEWER) for form in (name, name.replace("_K_M", "_K")))
 _LAYER: Final = re.compile(r"\bblk\.(\d+)\.")
 
 
 def outtype_hint(word: str, choices: Collection[str]) -> str | None:
-    """The way out where `word` is not among the outtypes of a command: its small letters, or what does write it."""
+    """The hint for a word that is not an outtype of a command: its spelling in lower case, or a program that makes it.
+
+    Args:
+        word: The word.
+        choices: The outtypes of the command.
+
+    Returns:
+        None if there is no hint.
+    """
     if canonical(word) in choices:
         return f"write {canonical(word)}"
     if canonical(word) in OUTTYPES:
-        return f"streamconv convert makes {canonical(word)} of a checkpoint"
+        return f"streamconv convert makes {canonical(word)} from a checkpoint"
     if word.upper() in _QUANTIZED:
         return f"llama.cpp's llama-quantize makes {word.upper()} from a converted file"
     return None
 
 
 def resolve_auto(specs: Iterable[TensorSpec]) -> str:
-    """What `auto` means: the first tensor of two or more dimensions that is BF16 or F16 decides, F16 where none is."""
+    """The outtype for `auto`: that of the first BF16 or F16 tensor with two or more dimensions; else f16."""
     for spec in specs:
         if len(spec.shape) >= 2 and spec.dtype in (dtype.BF16, dtype.F16):
             return "bf16" if spec.dtype == dtype.BF16 else "f16"
     return "f16"
 
 
-# ---------------------------------------------------------------- what a policy sees
+# ---------------------------------------------------------------- the inputs of a policy
 
 
 def _loses_nothing(type_: T) -> str | None:
@@ -64,14 +72,15 @@ def _loses_nothing(type_: T) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorRole:
-    """A tensor as a policy sees it.
+    """The properties of a tensor on which its type depends.
 
     Attributes:
-        name: What llama.cpp calls it.
+        name: llama.cpp's name.
         shape: Row-major.
-        is_f32: Whether its architecture keeps it F32 in files of every type ...
-        or_f16: ... but those of F16, where it is F16.
-        loss: What of the model a type would round beyond the source's own numbers, as a phrase; None where nothing.
+        is_f32: Whether its architecture keeps it F32 in files of every type.
+        or_f16: Whether it is F16 in F16 files, although `is_f32`.
+        loss: Returns the operation of the model whose result a type would round, as a phrase for an error; None if the
+            type holds it exactly.
     """
 
     name: str
@@ -82,19 +91,19 @@ class TensorRole:
 
     @property
     def layer(self) -> int | None:
-        """The number of its layer; None of a tensor that has none."""
+        """The number of its layer; None if it has none."""
         match = _LAYER.search(self.name)
         return int(match[1]) if match else None
 
     @property
     def is_weight(self) -> bool:
-        """Whether it may be of another type than F32: a matrix of weights, or a factor of one."""
+        """Whether it can have another type than F32: a weight matrix, or a factor of one."""
         is_named_so = self.name.endswith((".weight", ".lora_a", ".lora_b")) and not self.name.endswith("_norm.weight")
         return len(self.shape) > 1 and is_named_so and not self.is_f32
 
 
 def facts_of(arch: str, keys: Iterable[KeyValue]) -> ModelFacts:
-    """The facts that a file's keys state."""
+    """The facts about a model in its file's keys."""
     values = {entry.key: _first(entry.value) for entry in keys if entry.key.startswith(f"{arch}.")}
     return ModelFacts.of_keys({"general.architecture": arch, **values}.get)
 
@@ -111,10 +120,10 @@ def _first(value: object) -> int:
 
 
 class TypePolicy(Protocol):
-    """Which type each tensor of a file gets.
+    """Chooses the type of each tensor in a file.
 
     Attributes:
-        outtype: the file's type in llama-quantize's words, in lower case.
+        outtype: The file's type: llama-quantize's name, in lower case.
         file_type: general.file_type.
     """
 
@@ -123,20 +132,23 @@ class TypePolicy(Protocol):
     @property
     def file_type(self) -> int: ...
     def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
-        """The type of each tensor. SourceError where a type cannot hold its tensor."""
+        """The type of each tensor.
+
+        Raises:
+            SourceError: A type cannot hold its tensor.
+        """
         ...
 
     def warnings(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Iterator[RunWarning]:
-        """What of the choice is not as the user asked."""
+        """A warning for each way in which the types differ from the user's choice."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class OuttypePolicy:
-    """The types of a file as llama.cpp's converter makes it: one for all matrices, but for what an option says.
+    """The types in a file of llama.cpp's converter: one for all matrices, except where an option chooses another.
 
-    Raises:
-        SourceError: A type would round what the model's operations made of a tensor (code "inexact-type").
+    `choose` raises SourceError (`inexact-type`) if a type would round the result of one of the model's operations.
     """
 
     outtype: str
@@ -148,7 +160,7 @@ class OuttypePolicy:
 
     def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
         own = T[OUTTYPES[self.outtype].type]
-        wanted = {role.name: asked(role.name, self.options) for role in roles}  # None, or a type: F32 is 0
+        wanted = {role.name: asked(role.name, self.options) for role in roles}  # None or a type (F32 is 0)
         return [_checked(role, settled(role, own if (type_ := wanted[role.name]) is None else type_)) for role in roles]
 
     def warnings(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Iterator[RunWarning]:
@@ -158,11 +170,11 @@ class OuttypePolicy:
 
 @dataclass(frozen=True, slots=True)
 class MixPolicy:
-    """The types of a file as llama-quantize makes it of the checkpoint's lossless file.
+    """The types in a file that llama-quantize makes from the converted, unquantised file.
 
     Attributes:
-        lossless: the outtype of that file, which tensors have that are not quantised.
-        has_importance: whether an importance matrix is given.
+        lossless: The outtype of the unquantised file: the type of tensors that are not quantised.
+        has_importance: Whether there is an importance matrix.
     """
 
     outtype: str
@@ -190,7 +202,7 @@ class MixPolicy:
 
 @dataclass(frozen=True, slots=True)
 class StoredTypes:
-    """The types that the tensors of a finished file have, so that a job can be compared with it whatever made it.
+    """The types of the tensors in a finished file, so that any file can be compared with its source.
 
     A tensor that the file lacks, or has in another shape or in a type that can neither be made nor was there before, is
     F32: the comparison names it.
@@ -215,7 +227,7 @@ class StoredTypes:
 
 
 def file_type_of(outtype: Outtype) -> LlamaFileType:
-    """general.file_type of a file of `outtype`."""
+    """general.file_type of a file with this outtype."""
     own = TYPES[T[outtype.type]].file_type
     if outtype.file_type or own is None:
         return LlamaFileType[f"MOSTLY_{outtype.file_type}"]
@@ -223,7 +235,7 @@ def file_type_of(outtype: Outtype) -> LlamaFileType:
 
 
 def settled(role: TensorRole, type_: T) -> T:
-    """`type_`, or what it falls back to; F32 of a tensor that is always that."""
+    """`type_`, or its fallback if rows do not divide into its blocks; F32 if the tensor always has that type."""
     if role.or_f16 and type_ == T.F16:
         return type_
     if not role.is_weight:
@@ -232,7 +244,7 @@ def settled(role: TensorRole, type_: T) -> T:
 
 
 def _checked(role: TensorRole, type_: T) -> T:
-    """The type, where it rounds nothing that the model's operations made; else SourceError."""
+    """`type_`; SourceError if it would round the result of one of the model's operations."""
     if (what := role.loss(type_)) is not None:
         able = [name for name, row in OUTTYPES.items() if role.loss(settled(role, T[row.type])) is None][:2]
         raise SourceError(
@@ -245,9 +257,14 @@ def _checked(role: TensorRole, type_: T) -> T:
 
 
 def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
-    """The outtype of a file with `nbytes` of tensors by type: what it says where that is so, else its largest type."""
+    """The outtype of a file: that of its general.file_type if its tensors agree, else the type with the most bytes.
+
+    Args:
+        file_type: The file's general.file_type.
+        nbytes: The size of all tensors of a type, by GGML's name of the type.
+    """
     with suppress(ValueError):
         said = LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-        if any(said.startswith(name) for name in nbytes if name != "F32"):  # which all files have
+        if any(said.startswith(name) for name in nbytes if name != "F32"):  # all files have F32 tensors
             return said.lower()
     return max(nbytes, key=lambda name: nbytes[name], default="f32").lower()

@@ -1,8 +1,8 @@
-"""The reference kernels in numpy: the bytes of F32, F16, BF16 and Q8_0 rows, a cache-sized piece at a time.
+"""The reference kernels in numpy: the bytes of F32, F16, BF16 and Q8_0 rows, a piece at a time.
 
-Every float operation is an IEEE single operation whose result is exact or rounded once, so the bytes are the same on
-every machine, and `kernels/floats.c` must give the same. All temporaries come from the Scratch, as `temporaries`
-declares. Bit patterns are little-endian.
+Every float operation is a single IEEE F32 operation whose result is exact or rounded once, so the bytes are the same on
+every machine, and `kernels/floats.c` must produce the same. All temporaries come from the Scratch, as declared by
+`temporaries`. Bit patterns are little-endian.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from streamconv.lazy.scratch import Scratch
 
 Q8_0: Final = TYPES[GGMLQuantizationType.Q8_0].dtype
 
-# Elements of a piece. Its temporaries (13 to 17 bytes an element) outgrow a core's own cache, but each numpy call is so
-# long that two threads seldom wait for the interpreter lock: benchmarks/LOG.md.
+# Elements in a piece. The temporaries (13 to 17 bytes an element) exceed a core's own cache, but each numpy call takes
+# so long that two threads seldom wait for the interpreter lock: benchmarks/LOG.md.
 PIECE: Final = 1 << 18
 
 Bytes = NDArray[np.uint8]
@@ -32,7 +32,13 @@ Bits = NDArray[Any]  # the patterns of floats, as unsigned integers
 
 @dataclass(frozen=True, slots=True)
 class FloatFormat:
-    """A float as its pattern: sign bit, then magnitude; from `infinity` on a magnitude is not finite."""
+    """A float format as bit patterns: a sign bit, then the magnitude.
+
+    Attributes:
+        bits: The dtype of the patterns.
+        magnitude: The mask of the magnitude.
+        infinity: The magnitude of infinity; larger ones are NaNs.
+    """
 
     bits: np.dtype[Any]
     magnitude: int
@@ -51,14 +57,14 @@ _REBIAS: Final = (127 - 15) << 23  # from F16's exponent bias to F32's
 _F16_NORMAL: Final = 0x3880_0000  # 2^-14 in F32, F16's smallest normal number
 _HALF_DOWN: Final = 0x3EFF_FFFF  # the predecessor of 0.5 in F32
 
-# F32 magnitudes from which a value does not fit: 65520 rounds to F16's infinity, as Q8_0's scale, amax / 127, does;
-# BF16's is halfway from its largest number to infinity.
+# The least F32 magnitudes that do not fit a type: F16 rounds 65520 to infinity, also as the scale of Q8_0, amax / 127;
+# for BF16 it is halfway from the largest number to infinity.
 _TOO_LARGE: Final = {F16: 0x477F_F000, BF16: 0x7F7F_8000, Q8_0: int(np.float32(65520 * 127).view(np.uint32))}
 
 
 @dataclass(slots=True)
 class _Work:
-    """The temporaries of one piece. `magnitude` and `other` are as wide as the source, `wide` and `spare` as F32."""
+    """The temporaries of one piece: `magnitude` and `other` as wide as the source, `wide` and `spare` as F32."""
 
     magnitude: Bits
     other: Bits
@@ -77,7 +83,7 @@ def temporaries(source: Dtype, n_elements: int) -> tuple[tuple[int, np.dtype[Any
 
 
 def encode(source: Dtype, target: Dtype, slab: Bytes, out: Bytes, scratch: Scratch) -> tuple[int, int, bool]:
-    """(NaNs, infinities, whether all fits); as `encode` of the compiled kernel, which needs no scratch."""
+    """(NaNs, infinities, whether all values fit), like `Kernel.encode`; the rows are encoded into `out`."""
     fmt = FLOATS[source]
     n_nan = n_inf = 0
     with scratch.frame(), np.errstate(all="ignore"):
@@ -95,7 +101,7 @@ def encode(source: Dtype, target: Dtype, slab: Bytes, out: Bytes, scratch: Scrat
 
 
 def largest_magnitude(bits: Bits) -> int:
-    """The largest, without a temporary: the signed maximum sees the positive numbers, the unsigned one the others."""
+    """The largest magnitude, without a temporary: a signed maximum for positive numbers, an unsigned one for others."""
     signed = bits.view(f"<i{bits.itemsize}")
     return max(int(signed.max()), int(bits.max()) & int(np.iinfo(signed.dtype).max))
 
@@ -109,7 +115,7 @@ def _pieces(bits: Bits, out: Bytes, target: Dtype) -> Iterator[tuple[Bits, Bytes
 
 
 def _count(fmt: FloatFormat, bits: Bits, work: _Work) -> tuple[int, int, int]:
-    """(NaNs, infinities, the largest finite magnitude)."""
+    """The number of NaNs, the number of infinities, and the largest finite magnitude."""
     magnitude, mask = work.magnitude, work.mask
     np.bitwise_and(bits, fmt.magnitude, out=magnitude)
     n_nan = int(np.count_nonzero(np.greater(magnitude, fmt.infinity, out=mask)))
@@ -143,7 +149,7 @@ def _convert(
         landing = bits
     else:
         landing = part.view(FLOATS[target].bits)
-        if not landing.flags.aligned:  # numpy would take buffers of its own
+        if not landing.flags.aligned:  # numpy would allocate buffers of its own
             landing = (work.wide if target == F32 else work.other).view(landing.dtype)[: bits.size]
         _ELEMENTWISE[source, target](bits, has_nonfinite, landing, work)
     if not np.may_share_memory(landing, part):
@@ -162,7 +168,7 @@ def _f16_to_f32(bits: Bits, has_nonfinite: bool, out: Bits, work: _Work) -> None
     np.copyto(out, magnitude)
     np.left_shift(out, 13, out=out)
     np.add(out, _REBIAS, out=out)
-    # A subnormal has no hidden one: read as if it had, it is 2^-14 too large, and the difference is exact.
+    # A subnormal does not have the implicit leading 1: with it, it is 2^-14 too large, and subtracting that is exact.
     np.less(magnitude, 0x400, out=mask)
     np.add(out, _EXPONENT_ONE, out=out, where=mask)
     np.subtract(values, np.float32(2**-14), out=values, where=mask)
@@ -220,7 +226,7 @@ def _f32_to_f16(bits: Bits, has_nonfinite: bool, out: Bits, work: _Work) -> None
 
 
 def _f32_nonfinite_to_f16(magnitude: Bits, wide: Bits, work: _Work) -> None:
-    """Where `magnitude` is not finite, `wide` becomes F16's infinity, or a NaN of its top bits (the least if none)."""
+    """Where `magnitude` is not finite, set `wide` to F16's infinity, or to a NaN with the same top bits, at least 1."""
     payload, mask = work.spare, work.mask
     np.greater_equal(magnitude, FLOATS[F32].infinity, out=mask)
     np.right_shift(magnitude, 13, out=payload)
@@ -261,7 +267,7 @@ _ELEMENTWISE: Final = {
 
 
 def _q8_0(source: Dtype, bits: Bits, part: Bytes, work: _Work) -> None:
-    """Blocks of a scale, amax / 127 as F16, and 32 times round(x / scale) as int8; computed as ggml-quants.c does."""
+    """Blocks of a scale, amax / 127 as F16, and 32 numbers round(x / scale) as int8, computed as in ggml-quants.c."""
     block, block_nbytes = Q8_0.block, Q8_0.block_nbytes
     n_blocks = bits.size // block
     scale, inverse = _q8_0_scales(source, bits, work)
@@ -272,8 +278,8 @@ def _q8_0(source: Dtype, bits: Bits, part: Bytes, work: _Work) -> None:
     product, half = work.spare.view("<f4"), work.wide
     np.copyto(product.reshape(n_blocks, block), inverse[:, None])  # a product that broadcasts would take a buffer
     np.multiply(values.view("<f4"), product, out=product)
-    # Half away from zero, then the cast cuts. 0.5 itself would take its predecessor up to 1; with that predecessor in
-    # its place every sum below 2^22 has the right integer part.
+    # Round half away from zero: add 0.5, then the cast truncates. Adding 0.5 itself would round its predecessor up to
+    # 1; adding that predecessor instead gives every sum below 2^22 the right integer part.
     np.bitwise_and(product.view("<u4"), _SIGN, out=half)
     np.bitwise_or(half, _HALF_DOWN, out=half)
     np.add(product, half.view("<f4"), out=product)
@@ -283,15 +289,16 @@ def _q8_0(source: Dtype, bits: Bits, part: Bytes, work: _Work) -> None:
 
 
 def _q8_0_scales(source: Dtype, bits: Bits, work: _Work) -> tuple[Bits, NDArray[np.float32]]:
-    """Of each block the scale as F16, and its inverse in F32: 0 where the scale is 0 or the inverse would overflow.
+    """The scale of each block as F16, and its inverse in F32: 0 if the scale is 0 or the inverse would overflow.
 
-    Both lie in work.magnitude or work.other; works in spare and mask as well.
+    Both are in work.magnitude or work.other; spare and mask are used as well.
     """
     block = Q8_0.block
     n_blocks = bits.size // block
     largest, spare = work.magnitude, work.other
     np.bitwise_and(bits, FLOATS[source].magnitude, out=largest)
-    # By doubling, largest[i] becomes the maximum of the 32 elements from i on: three times the speed of max(axis=1).
+    # By halving the reach, largest[i] becomes the maximum of the 32 elements from i on: three times as fast as
+    # max(axis=1).
     n = bits.size
     for reach in (16, 8, 4, 2, 1):
         n -= reach
@@ -315,7 +322,7 @@ def _q8_0_scales(source: Dtype, bits: Bits, work: _Work) -> tuple[Bits, NDArray[
 
 
 def product_temporaries(n_rows: int, n_columns: int) -> int:
-    """The elements of each of the two F32 arrays that `add_product` takes from its Scratch."""
+    """The number of elements in each of the two F32 arrays that `add_product` takes from its Scratch."""
     return min(n_rows, max(1, PIECE // n_columns)) * n_columns
 
 
@@ -324,8 +331,8 @@ def add_product(
 ) -> None:
     """Add scale * left @ right to `out`; left [n, r], right [r, c], out [n, c].
 
-    Each element's products are summed from the first to the last, every operation rounded to F32 by itself: so a row
-    comes out the same alone and among others, on every machine. A BLAS promises neither.
+    Each element's products are summed from the first to the last, and every operation is rounded to F32. A row is
+    therefore the same on every machine, whether it is computed by itself or with others; a BLAS guarantees neither.
     """
     n_rows, n_columns = out.shape
     step = max(1, PIECE // n_columns)

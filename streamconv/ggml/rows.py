@@ -1,4 +1,4 @@
-"""The rows of a GGUF tensor: the node at the end of every chain, which knows the tensor's type."""
+"""The encoded rows of a GGUF tensor: the last node of every chain."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from streamconv.lazy.node import Bytes, LazyTensor, Piece, Step, TensorSpec, Wor
 
 
 class Encode(LazyTensor):
-    """The rows of one GGUF tensor in its type; counts what is not finite, and refuses what the type cannot hold.
+    """The rows of one GGUF tensor, encoded in its type.
+
+    Non-finite values are counted. `apply` raises EncodeError for values that the type cannot hold.
 
     Args:
         parent: The rows as numbers, in a dtype that has an encoder.
         target: The tensor's name in the file, for the tally.
         type_: The tensor's type. Its rows are stored as `TYPES[type_].dtype`.
-        weights: How much each column matters to the error, [n, columns] in F32, for types whose encoder weighs them:
-            a row for all rows of the tensor (n = 1), or one for each of n equal parts of them (experts).
+        weights: The importance of each column, F32 [n, columns], for types whose encoder weighs errors: one row for all
+            rows of the tensor (n = 1), or one for each of n equal parts of them (experts).
     """
 
     def __init__(
