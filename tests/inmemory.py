@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from streamconv.checkpoint.config import Config
@@ -92,4 +93,6 @@ def keys(model: Model) -> dict[str, Any]:
 
 
 def _plain(value: Scalar | PackedArray) -> Any:
-    return np.frombuffer(value.payload, "<u4").tolist() if isinstance(value, PackedArray) else value
+    if not isinstance(value, PackedArray):
+        return value
+    return np.frombuffer(value.payload, "?" if value.element == GGUFValueType.BOOL else "<u4").tolist()

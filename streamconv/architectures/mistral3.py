@@ -28,7 +28,7 @@ class YarnRope(Rope):
         return None if math.isclose(wanted, own) else wanted / own
 
 
-ROPE = YarnRope(theta=1_000_000.0, context=262_144, betas=True)
+ROPE = YarnRope(theta=10_000.0, context=262_144, betas=True)
 
 
 def temperature(model: Model) -> float | None:

@@ -28,8 +28,8 @@ class LongRope(Rope):
         return LONG if said in ("su", "yarn") else said
 
     def trained_context(self, config: Config) -> int:
-        name = "original_max_position_embeddings"
-        return self.of(config).integer(name) or config.integer(name) or ORIGINAL_CONTEXT
+        """As Phi3Config has it: what stands beside RoPE's settings, or its default, replaces what stands in them."""
+        return config.integer("original_max_position_embeddings") or ORIGINAL_CONTEXT
 
     def factors(self, config: Config, name: str) -> list[float] | None:
         values = self.of(config).raw.get(name)

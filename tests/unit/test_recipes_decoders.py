@@ -13,6 +13,7 @@ import pytest
 from streamconv.errors import SourceError
 from tests import inmemory
 from tests.families import build
+from tests.families.table import FAMILIES
 from tests.inmemory import ABSENT
 
 YARN = {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 160}
@@ -169,15 +170,25 @@ def test_the_families_themselves_are_not_refused(name: str) -> None:
     bound(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# All that say RoPE at the top of the config. A gpt-oss that scales nothing cannot say so in the old spelling.
+WITH_ROPE = [
+    name
+    for name in FAMILIES
+    if name != "gpt-oss-pattern" and "rope_theta" in str(family(name)[0].get("rope_parameters"))
+    if FAMILIES[name].vectors is None
+]
+
+
+@pytest.mark.parametrize("name", WITH_ROPE)
 def test_rope_in_the_spelling_of_transformers_4(name: str) -> None:
-    """`rope_theta` and `rope_scaling` beside each other, a scaling's kind under `type`."""
+    """`rope_theta` and `rope_scaling` beside each other, a scaling's kind under `type`; `torch_dtype`."""
     said = family(name)[0].get("rope_parameters") or {}
     said = said.get("full_attention", said)
     scaling = {
         key: value for key, value in said.items() if key not in ("rope_theta", "rope_type", "partial_rotary_factor")
     }
     old: dict[str, Any] = {"rope_parameters": ABSENT, "rope_theta": said["rope_theta"]}
+    old |= {"dtype": ABSENT, "torch_dtype": "bfloat16"}
     old |= {"rope_scaling": scaling | {"type": said["rope_type"]} if scaling else None}
     if "partial_rotary_factor" in said:
         old["partial_rotary_factor"] = said["partial_rotary_factor"]
@@ -255,6 +266,21 @@ def test_olmo3_may_scale_rope_where_there_is_no_window() -> None:
 def test_a_window_that_starcoder2_loses_is_said() -> None:
     assert [c.code for c in bound("starcoder2", sliding_window=128).warnings] == ["window-ignored"]
     assert bound("starcoder2", sliding_window=640).warnings == []
+
+
+@pytest.mark.parametrize("name", ["mistral3", "ministral3"])
+def test_mistral3s_base_where_rope_has_none(name: str) -> None:
+    raw = family(name)[0]
+    said = {"rope_parameters": {"rope_type": "default"}}
+    changes = {"text_config": raw["text_config"] | said} if "text_config" in raw else said
+    assert inmemory.keys(bound(name, **changes))["rope.freq_base"] == 1e4
+
+
+@pytest.mark.parametrize(("beside", "expected"), [(7, 7), (ABSENT, 4096)])
+def test_phi3s_original_context_stands_beside_rope(beside: Any, expected: int) -> None:
+    within = rope("phi3-long", original_max_position_embeddings=21)
+    keys = inmemory.keys(bound("phi3-long", rope_parameters=within, original_max_position_embeddings=beside))
+    assert keys["rope.scaling.original_context_length"] == expected
 
 
 def test_hunyuans_alpha_is_another_base() -> None:
