@@ -15,7 +15,7 @@ from streamconv.budget import MIB
 from streamconv.errors import UsageError
 from streamconv.report import RelativeErrors, TensorRelativeError
 
-# What matplotlib and a figure add to the resident set. Measured: 43 MiB.
+# What matplotlib and a figure add to the resident set. Measured: 38 MiB, of 90 tensors as of 5,000.
 PICTURE_NBYTES: Final = 64 * MIB
 
 _LAYER: Final = re.compile(r"(?:^|\.)blk\.(\d+)\.(.*)")
@@ -59,8 +59,9 @@ def _draw(axes: Any, shown: list[TensorRelativeError]) -> None:
         heights = [one.relative_rms for _, one in points]
         axes.plot([place for place, _ in points], heights, color=colour, linewidth=0.8, alpha=0.6)
         axes.plot([], [], color=colour, linewidth=3, label=kind)
-        for place, one in points:
-            axes.plot([place], [one.relative_rms], color=colour, marker=markers[one.type], markersize=5)
+        for type_ in sorted({one.type for _, one in points}):  # few lines, since each takes 10 KiB
+            of_type = [(place, one.relative_rms) for place, one in points if one.type == type_]
+            axes.plot(*zip(*of_type, strict=True), color=colour, marker=markers[type_], markersize=5, linestyle="")
     for type_, marker in markers.items():
         axes.plot([], [], color="#555555", marker=marker, linestyle="", label=type_)
     axes.set_xlabel(f"layer (at {_NO_LAYER:g}: tensors of no layer)")

@@ -145,6 +145,10 @@ def test_an_option_that_changes_nothing_is_a_warning(source: Path, tmp_path: Pat
             assert said.startswith("tensor-type-unused ") and pattern in said
     (said,) = warned(outtype="q4_k_m", tensor_type=["attn_v=q4_0", "blk.2.attn_v=q8_0"])  # the first decides
     assert "blk.2.attn_v" in said
+    report = streamconv.convert(source, outtype="q4_k_m", leave_output_tensor=True, dry_run=True)  # a tied model
+    assert [one.code for one in report.warnings] == ["leave-output-unused"]
+    untied = tiny.llama(tmp_path / "untied", hidden=256, ff=256, n_layers=1, tied=False)
+    assert streamconv.convert(untied, outtype="q4_k_m", leave_output_tensor=True, dry_run=True).warnings == []
 
 
 def test_types_that_rows_do_not_divide_into_are_a_warning(tmp_path: Path) -> None:
