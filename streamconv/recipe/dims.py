@@ -60,8 +60,10 @@ class Extent:
         return (name, int(value)) if value.denominator == 1 and value > 0 else None
 
 
-def _quotient(dividend: int | Fraction, divisor: int | Fraction) -> Fraction:
-    from fractions import Fraction  # 1 ms, and few shapes divide
+def _quotient(dividend: int | Fraction, divisor: int | Fraction) -> int | Fraction:
+    if isinstance(dividend, int) and isinstance(divisor, int) and not dividend % divisor:
+        return dividend // divisor
+    from fractions import Fraction  # several ms, and the dims of most models divide
 
     return Fraction(dividend) / divisor
 

@@ -18,10 +18,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from streamconv.checkpoint.config import Config
 from streamconv.errors import SourceError
@@ -30,6 +29,9 @@ from streamconv.files.local import file_nbytes, read_start
 from streamconv.files.store import Place
 from streamconv.recipe.language import Output, Recipe
 from streamconv.recipe.names import NameTable
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 RecipeSource = str | Path | Recipe  # a Python file with RECIPE in it, or the recipe itself
 
@@ -73,6 +75,8 @@ class Installed:
 @cache
 def installed_recipes() -> Installed:
     """What the entry points of the group `streamconv.architectures` name."""
+    from importlib.metadata import entry_points  # 15 ms, and streamconv has most architectures itself
+
     recipes, broken = [], []
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         try:
