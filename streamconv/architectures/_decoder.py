@@ -119,6 +119,8 @@ def stacked_experts(prefix: str = "mlp.", width: str = "M", *, only: str = "") -
     )
 
 
+WINDOW_OF_QWEN = 4096  # where the config is silent
+
 EMBEDDING = Tensor("model.embed_tokens.weight", "token_embd.weight", "V H")
 OUTPUT_NORM = Tensor("model.norm.weight", "output_norm.weight", "H")
 OUTPUT_NORM_BIAS = Tensor("model.norm.bias", "output_norm.bias", "H")
@@ -232,16 +234,22 @@ def flag(key: str, *, only: bool, silent: bool, why: str) -> Refusal:
     return Refusal(f"{key} is {shown}, and {why}", applies)
 
 
-def slides(model: Model) -> bool:
-    """Whether layers of a Qwen, by its several keys, have a sliding window that is shorter than the context."""
+def has_window(model: Model) -> bool:
+    """Whether a Qwen says that it uses a sliding window, and that is shorter than the context."""
     config = model.config
-    window, context = config.integer("sliding_window", minimum=0), config.integer("max_position_embeddings")
-    if not config.flag("use_sliding_window") or not window or (context is not None and window >= context):
+    window = WINDOW_OF_QWEN if "sliding_window" not in config.raw else config.integer("sliding_window", minimum=0)
+    context = config.integer("max_position_embeddings")
+    return bool(config.flag("use_sliding_window") and window) and (context is None or (window or 0) < context)
+
+
+def slides(model: Model) -> bool:
+    """Whether layers of a dense Qwen, by its several keys, have such a window."""
+    if not has_window(model):
         return False
-    by_type = sliding(config, model.n_layers)
+    by_type = sliding(model.config, model.n_layers)
     if by_type is not None:
         return any(by_type)
-    first = config.integer("max_window_layers", minimum=0)
+    first = model.config.integer("max_window_layers", minimum=0)
     return first is None or first < model.n_layers
 
 
@@ -271,7 +279,10 @@ SILENT_ROPE = Refusal(
     lambda m: not m.config.section("rope_parameters") and not m.config.section("rope_scaling"),
 )
 
-NO_WINDOW = Refusal("use_sliding_window is true, and the runtime has no window for this architecture", slides)
+USES_WINDOW = "use_sliding_window is true, and the runtime has no window for this architecture"
+NO_WINDOW = Refusal(USES_WINDOW, slides)
+# transformers' Qwens with experts have it in each second layer up to max_window_layers, or in all of them.
+NO_WINDOW_AT_ALL = Refusal(USES_WINDOW, has_window)
 
 
 def has_one_sided_window(model: Model) -> bool:

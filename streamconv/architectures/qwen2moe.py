@@ -56,7 +56,7 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.FULL_WIDTH,
-        decoder.NO_WINDOW,
+        decoder.NO_WINDOW_AT_ALL,
         decoder.USED_EXPERTS,
         *ALL_EXPERTS,
         decoder.flag(

@@ -33,7 +33,7 @@ RECIPE = Recipe(
     refusals=decoder.refusals(
         qwen3.ROPE,
         decoder.SILU,
-        decoder.NO_WINDOW,
+        decoder.NO_WINDOW_AT_ALL,
         decoder.USED_EXPERTS,
         qwen3.NO_BIAS,
         *ALL_EXPERTS,

@@ -23,6 +23,13 @@ def other_layers_turn(model: Model) -> bool:
     return [bool(one) for one in turns] != [(i + 1) % INTERVAL != 0 for i in range(model.n_layers)]
 
 
+def has_window_by_type(model: Model) -> bool:
+    """transformers masks these layers whatever `use_sliding_window` says."""
+    window, context = model.config.integer("sliding_window", 0), model.config.integer("max_position_embeddings")
+    slides = any(decoder.sliding(model.config, model.n_layers) or ())
+    return slides and bool(window) and (context is None or (window or 0) < context)
+
+
 NO_BIAS = tuple(
     decoder.flag(key, only=False, silent=False, why="the runtime has no place for it")
     for key in ("attention_bias", "mlp_bias")
@@ -50,6 +57,7 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.NO_WINDOW,
+        Refusal("layer_types has layers with a window, which the runtime has not", has_window_by_type),
         *NO_BIAS,
         Refusal(
             "other layers than each fourth are without RoPE, and the runtime has no key for that", other_layers_turn
