@@ -54,7 +54,7 @@ def linear(
 
 
 def norm(
-    source: str, target: str, extent: str = "H", *ops: Op, bias: bool = False, required: bool = True
+    source: str, target: str, extent: str = "H", *ops: Op, bias: bool = False, required: bool | str = True
 ) -> tuple[Tensor, ...]:
     """A layer's norm; with `bias`, a LayerNorm's."""
     parts = ("weight", "bias") if bias else ("weight",)

@@ -64,8 +64,8 @@ RECIPE = Recipe(
         decoder.EMBEDDING,
         *decoder.norm("input_layernorm", "attn_norm"),
         *decoder.attention(bias="attention_bias"),
-        *decoder.norm("self_attn.q_norm", "attn_q_norm", "D", required=False),
-        *decoder.norm("self_attn.k_norm", "attn_k_norm", "D", required=False),
+        *decoder.norm("self_attn.q_norm", "attn_q_norm", "D", required="use_qk_norm"),
+        *decoder.norm("self_attn.k_norm", "attn_k_norm", "D", required="use_qk_norm"),
         *decoder.norm("post_attention_layernorm", "post_attention_norm"),
         *decoder.gated(only=DENSE),
         *decoder.router("mlp.gate", only=MOE),
@@ -107,7 +107,7 @@ RECIPE = Recipe(
             lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],
         ),
     ),
-    flags={"attention_bias": False},
+    flags={"attention_bias": False, "use_qk_norm": False},
     default_pre="glm4",
     special_tokens=SpecialTokens(
         {"bos": "[gMASK]", "eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}

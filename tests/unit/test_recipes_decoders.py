@@ -15,6 +15,7 @@ from tests import inmemory
 from tests.families import build
 from tests.families.table import FAMILIES
 from tests.inmemory import ABSENT
+from tests.raising import raises
 
 YARN = {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 160}
 
@@ -243,6 +244,16 @@ def test_other_layers_with_a_window_are_listed(name: str) -> None:
     model = bound(name, layer_types=other)
     (listed,) = (entry.value for entry in list(model.keys()) if entry.key.endswith("sliding_window_pattern"))
     assert np.frombuffer(listed.payload, "?").tolist() == [False, *[True] * (n_layers - 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "code"),
+    [("glm4moe", False, "config-contradiction"), ("glm4moe-groups", True, "tensors-missing")],
+)
+def test_norms_of_queries_that_glms_config_denies(name: str, said: bool, code: str) -> None:
+    """transformers takes them by the flag alone."""
+    with raises(SourceError, code=code):
+        bound(name, use_qk_norm=said)
 
 
 def test_stablelm_in_its_first_spelling() -> None:
