@@ -19,6 +19,7 @@ from streamconv.checkpoint.modules import DENSE, MODULES
 from streamconv.checkpoint.quantisation import check_quantisation
 from streamconv.errors import RunWarning, SourceError
 from streamconv.files.hub import CONFIG, model_name
+from streamconv.files.local import read_start
 from streamconv.files.store import Place
 from streamconv.files.strict_json import MAX_CONFIG_NBYTES, load_object
 from streamconv.recipe.bind import bind
@@ -34,6 +35,8 @@ _ADAPTER = re.compile(
     r"|token_adapter|trainable_tokens_\w+|(vera|oft|boft|hada|lokr|ia3|ln_tuning|hra)_\w+)(\.|$)"
 )
 _ANY = re.compile("")
+CARD, MAX_CARD_NBYTES = "README.md", 64 << 10
+_RERANKER = re.compile(rb"^(#+ +|base_model: *|- +)[\"']?(\S*/)?qwen3(-vl)?-reranker", re.IGNORECASE | re.MULTILINE)
 _FLAT = re.compile(r"(^|\.)(_?flat_param(_\d+)?|_fsdp_wrapped_module)(\.|$)")  # torch.distributed.fsdp
 _VALUE_HEAD = re.compile(r"(^|\.)(v_head|value_head|reward_head|summary)(\.|$)")
 _CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
@@ -190,10 +193,17 @@ def _doubts(model: Model, recipe: Recipe, checkpoint: Checkpoint) -> Iterator[Ru
         code = own.raw.get("AutoModel") or next(iter(own.raw.values()))
         what = f"config.json names code of its own ({code!s:.80}), which may be without a causal mask; one is assumed"
         yield RunWarning("own-code", f"{what}: set is_causal in config.json to false if it is")
-    names = (model_name(checkpoint.directory), config.raw.get("_name_or_path"))
-    if recipe.reranker is not None and not modules.is_given and any("reranker" in str(one).lower() for one in names):
+    if recipe.reranker is not None and not modules.is_given and _is_called_reranker(checkpoint):
         what = "a reranker by its name, and without modules.json, which names its answers: converted as a text model"
         yield RunWarning("reranker-text", f"{what} (download modules.json and 1_LogitScore as well)")
+
+
+def _is_called_reranker(checkpoint: Checkpoint) -> bool:
+    """Whether the folder, the config or the model card names a reranker, as what this model is or was made from."""
+    card = checkpoint.directory / CARD
+    names = (model_name(checkpoint.directory), checkpoint.config.raw.get("_name_or_path"))
+    is_named = any("reranker" in str(one).lower() for one in names)
+    return is_named or (card.is_file() and bool(_RERANKER.search(read_start(card, MAX_CARD_NBYTES))))
 
 
 def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:

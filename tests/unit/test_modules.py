@@ -392,6 +392,13 @@ def test_what_files_leave_open_is_said(tmp_path: Path) -> None:
     text = families.checkpoint("qwen3-reranker", tmp_path / "Qwen3-Reranker-0.6B")
     (text / "modules.json").unlink()
     assert converted(text, tmp_path / "out.gguf")[1] == ["reranker-text"]
+    tuned = text.rename(tmp_path / "checkpoint-500")
+    assert converted(tuned, tmp_path / "out.gguf")[1] == []
+    for card in ("---\nbase_model:\n- Qwen/Qwen3-Reranker-0.6B\n---\n# Mine", "# Qwen3-Reranker-0.6B\n"):
+        (tuned / "README.md").write_text(card, encoding="utf-8")
+        assert converted(tuned, tmp_path / "out.gguf")[1] == ["reranker-text"]
+    (tuned / "README.md").write_text("See [Qwen3-Reranker](https://example.org) for ranking.", encoding="utf-8")
+    assert converted(tuned, tmp_path / "out.gguf")[1] == []
 
 
 # ---------------------------------------------------------------- EmbeddingGemma
