@@ -244,13 +244,13 @@ def choice_warnings(choices: Mapping[str, Choice], options: MixOptions) -> Itera
         )
         what = f"{len(fallen)} of {len(choices)} tensors have rows that do not divide into blocks of {wanted}"
         yield RunWarning("type-fallback", f"{what}: they are {made} instead")
-    yield from unused_overrides({name: choice.type for name, choice in choices.items()}, options)
+    yield from _unused_overrides({name: choice.type for name, choice in choices.items()}, options)
     if options.leave_output and _OUTPUT not in choices:
         what = f"the model has no {_OUTPUT}: its output is {_EMBEDDINGS[0]}, which is quantised"
         yield RunWarning("leave-output-unused", f"--leave-output-tensor: {what}")
 
 
-def unused_overrides(types: Mapping[str, GGMLQuantizationType], options: MixOptions) -> Iterator[RunWarning]:
+def _unused_overrides(types: Mapping[str, GGMLQuantizationType], options: MixOptions) -> Iterator[RunWarning]:
     """A warning for each pattern of `options` that gives no tensor its type."""
     for pattern, wanted in options.overrides:
         found = [type_ for name, type_ in types.items() if pattern.search(name)]

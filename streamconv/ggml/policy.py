@@ -21,7 +21,7 @@ from gguf.constants import LlamaFileType
 
 from streamconv.errors import RunWarning, SourceError
 from streamconv.ggml.element_types import TYPES, VERIFIABLE
-from streamconv.ggml.mix_rules import asked, choice_warnings, choose_types, divisible, unused_overrides
+from streamconv.ggml.mix_rules import asked, choice_warnings, choose_types, divisible
 from streamconv.ggml.mixes import MIXES, Choice, MixedTensor, MixOptions, ModelFacts
 from streamconv.ggml.outtypes import OUTTYPES, Outtype, canonical
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray
@@ -159,13 +159,17 @@ class OuttypePolicy:
         return file_type_of(OUTTYPES[self.outtype])
 
     def choose(self, roles: Sequence[TensorRole], facts: ModelFacts) -> list[T]:
-        own = T[OUTTYPES[self.outtype].type]
-        wanted = {role.name: asked(role.name, self.options) for role in roles}  # None or a type (F32 is 0)
-        return [_checked(role, settled(role, own if (type_ := wanted[role.name]) is None else type_)) for role in roles]
+        return [_checked(role, self._choice(role).type) for role in roles]
 
     def warnings(self, roles: Sequence[TensorRole], facts: ModelFacts) -> Iterator[RunWarning]:
-        names = [role.name for role in roles]
-        return unused_overrides(dict(zip(names, self.choose(roles, facts), strict=True)), self.options)
+        return choice_warnings({role.name: self._choice(role) for role in roles}, self.options)
+
+    def _choice(self, role: TensorRole) -> Choice:
+        wanted = asked(role.name, self.options)
+        if wanted is None:  # F32 is 0
+            wanted = T[OUTTYPES[self.outtype].type]
+        type_ = settled(role, wanted)
+        return Choice(type_, wanted if role.is_weight else type_)
 
 
 @dataclass(frozen=True, slots=True)

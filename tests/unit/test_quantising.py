@@ -164,6 +164,11 @@ def test_types_that_rows_do_not_divide_into_are_a_warning(tmp_path: Path) -> Non
         # All but ffn_down's, whose rows have 256 elements, and the embedding's, for which Q8_0 is a rule.
         assert fallen.message.startswith("12 of 20 ") and "Q4_K and Q6_K" in fallen.message
     assert streamconv.quantize(lossless.output, tmp_path / "z.gguf", outtype="q8_0").warnings == []
+    narrow = tiny.llama(tmp_path / "narrow", hidden=96, ff=72, n_layers=2)
+    (fallen,) = streamconv.convert(narrow, outtype="q8_0", dry_run=True).warnings
+    assert (fallen.code, fallen.message[:8]) == ("type-fallback", "2 of 20 ")  # ffn_down
+    for outtype in ("f32", "f16", "bf16"):
+        assert streamconv.convert(narrow, outtype=outtype, dry_run=True).warnings == []
 
 
 def test_what_has_no_numbers_stays_or_is_refused(tmp_path: Path) -> None:
