@@ -216,7 +216,7 @@ def _check_legacy(dialect: str, options: Mapping[str, object]) -> None:
     given = [option for option, value in options.items() if value is not None]
     if dialect == OLLAMA_LEGACY and given:
         raise UsageError(
-            f"{given[0]} cannot be combined with --dialect {OLLAMA_LEGACY}, which writes what Ollama wrote",
+            f"{given[0]} cannot be combined with --dialect {OLLAMA_LEGACY}, which writes exactly what Ollama wrote",
             code="option-conflict",
         )
 
@@ -248,9 +248,7 @@ def _switched_off(modules: Sequence[LoraModule]) -> Iterator[RunWarning]:
     off = [module for module in modules if module.scale == 0]
     if off:
         where = f"{off[0].name} and {len(off) - 1} more" if len(off) > 1 else off[0].name
-        message = (
-            f"the scale of {where} is 0, which is off: written with zeros, as llama.cpp takes alpha 0 for full strength"
-        )
+        message = f"the scale of {where} is 0 (off): written as zeros, since llama.cpp treats alpha 0 as full strength"
         yield RunWarning("scale-zero", message)
 
 

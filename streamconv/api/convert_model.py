@@ -244,7 +244,7 @@ def _further_outputs(checkpoint: Checkpoint, prepared: Prepared, wanted: OutputO
     """The files that are written beside the model's. UsageError where one is asked for, and nothing is there for it."""
     recipe, model, merged = prepared.recipe, prepared.merged.model, prepared.merged
     if merged.outputs and wanted.no_mmproj:
-        what = f"the adapters change the {' and '.join(merged.outputs)} as well, which is not written"
+        what = f"the adapters also change the {' and '.join(merged.outputs)}, which is not written"
         model.warnings.append(RunWarning("adapter-in-part", what))
     if wanted.no_mmproj or wanted.parts.only_part not in (None, 1):
         return []
@@ -255,12 +255,10 @@ def _further_outputs(checkpoint: Checkpoint, prepared: Prepared, wanted: OutputO
     others = bind_outputs(recipe, model, stored)
     if not others and wanted.asks_for_mmproj:
         what = f"the checkpoint ({recipe.arch}) has no tensors of a projector"
-        raise UsageError(
-            what, file=checkpoint.directory, hint="leave out --mmproj and --mmproj-outtype", code="mmproj-none"
-        )
+        raise UsageError(what, file=checkpoint.directory, hint="omit --mmproj and --mmproj-outtype", code="mmproj-none")
     for output in recipe.outputs:
         if all(other.recipe is not output for other in others):
-            what = f"no {output.role} is written: the checkpoint has no tensors of one"
+            what = f"no {output.role} was written: the checkpoint has no tensors for it"
             model.warnings.append(RunWarning("mmproj-none", what))
     return others
 
@@ -311,7 +309,7 @@ def _missing_tokens(others: Sequence[Model], vocabulary: Vocabulary) -> Iterator
             text for text in other.recipe.tokens if isinstance(tokens, PackedArray) and not tokens.has_string(text)
         ]
         if missing:
-            what = f"the vocabulary has no {', '.join(missing)}, which the runtime puts around"
+            what = f"the vocabulary lacks {', '.join(missing)}, which the runtime puts around"
             yield RunWarning("tokens-missing", f"{what} the vectors of the {other.recipe.role}")
 
 
@@ -334,8 +332,8 @@ def policy_of(model: Model, outtype: str, options: MixOptions, *, has_importance
     if OUTTYPES[outtype].is_mix or (outtype == "q8_0" and options != MixOptions()):
         return MixPolicy(outtype, _lossless(model), options, has_importance)
     if options.leave_output:
-        what = f"nothing is quantised in a file of {outtype}"
-        raise UsageError(what, hint="leave out --leave-output-tensor", code="option-conflict")
+        what = f"outtype {outtype} does not quantise anything"
+        raise UsageError(what, hint="omit --leave-output-tensor", code="option-conflict")
     return OuttypePolicy(outtype, options)
 
 
@@ -350,9 +348,9 @@ def require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
     mix = MIXES.get(outtype)
     for one in tensors if mix else ():
         if mix and one.weights is None and requires_importance(mix, one.target, one.type):
-            what = f"{one.type.name} of a {outtype} file needs an importance matrix"
+            what = f"{one.type.name} in a {outtype} file needs an importance matrix"
             raise UsageError(
-                what, tensor=one.target, hint="give --imatrix FILE, or --outtype q2_k", code="imatrix-missing"
+                what, tensor=one.target, hint="pass --imatrix FILE, or use --outtype q2_k", code="imatrix-missing"
             )
 
 

@@ -291,7 +291,7 @@ def _add_conversion(found: Inspection, checkpoint: Checkpoint, budget: Budget) -
                 templates=recipe.templates,
             )
     except BudgetError:
-        found.warnings.append(RunWarning("tokenizer-size", "the tokenizer's files are too large to be read here"))
+        found.warnings.append(RunWarning("tokenizer-size", "the tokenizer files are too large to be read by inspect"))
         return
     found.warnings += vocabulary.warnings
 

@@ -195,7 +195,7 @@ def _type_of(type_: GGMLQuantizationType | None, file: GGUFFile, name: str) -> G
 
 def _requantised(one: MixedTensor, file: GGUFFile) -> SourceError:
     """The error for a quantised tensor that may not be quantised a second time."""
-    message = f"is {one.type.name} already, and quantising it again loses more than quantising the original"
+    message = f"is already {one.type.name}; quantising it again loses more than quantising the original"
     hint = "quantise the F16 or BF16 file, or pass --allow-requantize"
     return SourceError(message, file=file.path, tensor=one.name, hint=hint, code="requantize")
 

@@ -71,12 +71,12 @@ class _Places:
         for place in (*self.outputs, *self.beside):
             with failures(place.path):
                 if not options.force and os.path.lexists(place.path):
-                    yield RunWarning("exists", f"{place.path} exists already: the run would refuse it without --force")
+                    yield RunWarning("exists", f"{place.path} exists already: the run would stop without --force")
         for place in self.outputs:
             try:
                 refuse_foreign(place)
             except DestinationError as error:
-                yield RunWarning(error.code, f"the run would refuse this: {error}")
+                yield RunWarning(error.code, f"the run would stop: {error}")
 
 
 def run(job: Job, options: RunOptions, budget: Budget) -> Report:
@@ -95,7 +95,9 @@ def run(job: Job, options: RunOptions, budget: Budget) -> Report:
     places = _Places.claim(job, options)
     if places.modelfile and not places.modelfile.has_prompt:
         message = f"{places.modelfile.path} has no TEMPLATE: its chat template is not one of the known ones"
-        report.warnings.append(RunWarning("modelfile-template", f"{message}; Ollama derives one, or add it by hand"))
+        report.warnings.append(
+            RunWarning("modelfile-template", f"{message}; Ollama derives one, or you can add it by hand")
+        )
     if options.dry_run:
         report.plan = [row for output in job.outputs for row in _plan(output)]
         report.warnings += places.in_the_way(options)
@@ -116,7 +118,7 @@ def _io(job: Job, options: RunOptions) -> Io:
     if not codecs.best_kernel().borrows or mapping_module() is None:
         if options.io == Io.MAPPED.value:
             what = "mapped reads need Linux 5.14 or newer, and the compiled kernels"
-            raise UsageError(what, hint="leave out --io mapped: the bytes are the same", code="io-mapped")
+            raise UsageError(what, hint="omit --io mapped: the output is the same", code="io-mapped")
         return Io.POSITIONED
     if options.io == Io.MAPPED.value:
         return Io.MAPPED

@@ -209,7 +209,7 @@ def sliding(config: Config, n_layers: int) -> list[bool] | None:
 def activation(*names: str, key: str = "hidden_act", silent: str = "silu") -> Refusal:
     """Any other activation than those that the runtime computes. silent: transformers' where the config says none."""
     return Refusal(
-        f"{key} is {{{key}!r}}, and the runtime computes {names[0]}",
+        f"{key} is {{{key}!r}}, but the runtime computes {names[0]}",
         lambda m: (m.config.text(key) or silent) not in names,
     )
 
@@ -217,10 +217,10 @@ def activation(*names: str, key: str = "hidden_act", silent: str = "silu") -> Re
 SILU = activation("silu", "swish")
 SHARED_HEADS = Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0)
 FULL_WIDTH = Refusal(
-    "{A} heads of {D} do not make the hidden size {H}, as the runtime takes it",
+    "the runtime assumes that {A} heads of {D} make up the hidden size {H}",
     lambda m: m.dims["A"] * m.dims["D"] != m.dims["H"],
 )
-USED_EXPERTS = Refusal("{U} of {E} experts cannot be used", lambda m: m.dims["U"] > m.dims["E"])
+USED_EXPERTS = Refusal("the config uses {U} experts of {E}", lambda m: m.dims["U"] > m.dims["E"])
 
 
 def flag(key: str, *, only: bool, silent: bool, why: str) -> Refusal:
@@ -231,7 +231,7 @@ def flag(key: str, *, only: bool, silent: bool, why: str) -> Refusal:
         stated = model.config.flag(key)
         return (silent if stated is None else stated) is not only
 
-    return Refusal(f"{key} is {shown}, and {why}", applies)
+    return Refusal(f"{key} is {shown}, but {why}", applies)
 
 
 def has_window(model: Model) -> bool:
@@ -262,24 +262,24 @@ def window_caveat(family: str, silent: int | None) -> Caveat:
         return window is not None and window < (config.integer("max_position_embeddings") or window + 1)
 
     return Caveat(
-        f"beyond the sliding window llama.cpp predicts otherwise: it has none for {family}",
+        f"beyond the sliding window llama.cpp computes something else: it has no such window for {family}",
         applies,
         code="window-ignored",
     )
 
 
 TEXT_HALF = Caveat(
-    "the file has the text half alone: vision tower and projector are left out",
+    "the file contains only the text model: vision tower and projector were left out",
     lambda model: model.config.section("vision_config") is not None,
     code="text-half",
 )
 
 SILENT_ROPE = Refusal(
-    "nothing is said of RoPE, which transformers then scales by YaRN: state rope_parameters, as the publisher does",
+    "RoPE is not configured, and transformers then uses YaRN scaling: set rope_parameters, as the publisher does",
     lambda m: not m.config.section("rope_parameters") and not m.config.section("rope_scaling"),
 )
 
-USES_WINDOW = "use_sliding_window is true, and the runtime has no window for this architecture"
+USES_WINDOW = "use_sliding_window is true, but the runtime has no sliding window for this architecture"
 NO_WINDOW = Refusal(USES_WINDOW, slides)
 # transformers' Qwens with experts have it in each second layer up to max_window_layers, or in all of them.
 NO_WINDOW_AT_ALL = Refusal(USES_WINDOW, has_window)
@@ -296,7 +296,7 @@ def has_one_sided_window(model: Model) -> bool:
 
 
 ONE_SIDED = Refusal(
-    "is_causal is false, and the sliding window of the runtime has no end on the right", has_one_sided_window
+    "is_causal is false, but the runtime's sliding window is not limited on the right", has_one_sided_window
 )
 
 

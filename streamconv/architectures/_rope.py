@@ -19,8 +19,8 @@ YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # the runtime's, which reads
 LLAMA3_FACTORS = "rope_freqs.weight"
 DYNAMIC = "dynamic"  # modeling_rope_utils.py: _compute_dynamic_ntk_parameters, whose base is theta up to that length
 PLAIN_UP_TO_CONTEXT = (
-    "RoPE scaling 'dynamic' is plain RoPE up to the trained context, and is written as that: beyond it the runtime "
-    "computes otherwise"
+    "RoPE scaling 'dynamic' was written as plain RoPE, which it is up to the trained context; beyond that, the runtime "
+    "computes something else"
 )
 
 ModelKey = Callable[[Model], Scalar | None]
@@ -163,30 +163,32 @@ class Rope:
         named = "{rope_type!r}" if self.kind is None else f"of {self.kind}"
         return (
             Refusal(
-                f"RoPE scaling {named} has no place in the GGUF architecture",
+                f"RoPE scaling {named} is not supported by the GGUF architecture",
                 lambda m: self.type(m.config) not in ("default", *self.scalings),
             ),
             Caveat(PLAIN_UP_TO_CONTEXT, lambda m: self.is_dynamic(m.config), code="rope-dynamic"),
             Refusal("low_freq_factor of RoPE must be below high_freq_factor", self.is_llama3_empty),
             # What llama.cpp has keys for, and reads in other architectures alone.
             *(
-                Refusal(f"{key} of YaRN is not {fixed:g}, which the runtime takes", self.is_not(key, fixed))
+                Refusal(f"{key} of YaRN is not {fixed:g}, which is fixed in the runtime", self.is_not(key, fixed))
                 for key, fixed in (() if self.betas else YARN_BETAS.items())
             ),
             Refusal(
-                "truncate of YaRN is false, and the runtime rounds its range",
+                "truncate of YaRN is false, but the runtime rounds its range",
                 lambda m: (
                     self.rounded and self.type(m.config) == "yarn" and self.of(m.config).flag("truncate") is False
                 ),
             ),
             Refusal(
-                "partial_rotary_factor is not 1, and the runtime rotates whole heads",
+                "partial_rotary_factor is not 1, but the runtime rotates whole heads",
                 lambda m: (
                     self.partial is None
                     and bool({c.number("partial_rotary_factor") for c in (m.config, self.of(m.config))} - {None, 1.0})
                 ),
             ),
-            Refusal("heads of {D} have no two halves for RoPE to turn", lambda m: self.rotated(m) % 2 != 0),
+            Refusal(
+                "heads of {D} cannot be split into the two halves that RoPE rotates", lambda m: self.rotated(m) % 2 != 0
+            ),
         )
 
 

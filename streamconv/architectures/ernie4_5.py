@@ -18,7 +18,7 @@ FUSED_ATTENTION = tuple(
     Tensor(LAYER + "self_attn.qkv_proj.weight", f"{BLOCK}attn_{part}.weight", "(A+2*K)*D H", (Split(i, HEADS),))
     for i, part in enumerate("qkv")
 )
-NO_BIAS = decoder.flag("use_bias", only=False, silent=False, why="the runtime has no place for all of the biases")
+NO_BIAS = decoder.flag("use_bias", only=False, silent=False, why="the runtime does not support all of the biases")
 PREFIXES = {"ernie.": "model."}
 
 

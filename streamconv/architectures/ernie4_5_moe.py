@@ -73,7 +73,10 @@ RECIPE = Recipe(
         decoder.OUTPUT_NORM,
         decoder.HEAD,
     ),
-    drops=(*decoder.DROPS, *(Drop(f"model.{name}.*", "predicts a token further") for name in NEXT)),
+    drops=(
+        *decoder.DROPS,
+        *(Drop(f"model.{name}.*", "belongs to a layer for multi-token prediction") for name in NEXT),
+    ),
     keys=(
         *decoder.keys(ROPE, epsilon=1e-5),
         *decoder.expert_keys(),
@@ -90,7 +93,7 @@ RECIPE = Recipe(
         ernie4_5.NO_BIAS,
         decoder.USED_EXPERTS,
         Refusal(
-            "a dense layer follows one with experts, and the runtime takes the dense ones first",
+            "a dense layer follows one with experts, but the runtime expects all dense layers first",
             lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],
         ),
     ),

@@ -66,7 +66,7 @@ RECIPE = Recipe(
         decoder.SILU,
         decoder.FULL_WIDTH,
         Refusal(
-            f"{{L}} layers with a sliding window, and the runtime has one in models of {LAYERS_WITH_WINDOW} alone",
+            f"{{L}} layers with a sliding window, but the runtime has one only in models of {LAYERS_WITH_WINDOW}",
             lambda m: window(m) is not None and m.n_layers != LAYERS_WITH_WINDOW,
         ),
     ),

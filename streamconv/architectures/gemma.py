@@ -14,7 +14,7 @@ ROPE = Rope(theta=10_000.0, context=8192)
 
 OUTPUT_NORM = Tensor("model.norm.weight", "output_norm.weight", "H", (PlusOne(),))
 SAME_HEAD = Alias("lm_head.weight", "model.embed_tokens.weight")  # some programs store it twice
-TIED = decoder.flag("tie_word_embeddings", only=True, silent=True, why="the runtime takes the embedding as the head")
+TIED = decoder.flag("tie_word_embeddings", only=True, silent=True, why="the runtime uses the embedding as the head")
 
 # "gelu" of older configs is meant so, as transformers takes it.
 GELU = tuple(
@@ -22,9 +22,9 @@ GELU = tuple(
     for key in ("hidden_act", "hidden_activation")
 )
 CAUSAL = decoder.flag(
-    "use_bidirectional_attention", only=False, silent=False, why="the runtime attends to earlier tokens alone"
+    "use_bidirectional_attention", only=False, silent=False, why="the runtime attends only to earlier tokens"
 )
-NO_BIAS = decoder.flag("attention_bias", only=False, silent=False, why="such models are not known here")
+NO_BIAS = decoder.flag("attention_bias", only=False, silent=False, why="such models are not supported")
 
 RECIPE = Recipe(
     arch="gemma",

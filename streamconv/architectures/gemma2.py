@@ -36,13 +36,13 @@ def query_scale(layers_of_27b: int, silent: int) -> Refusal:
         return dims["H"] // dims["A"] if model.n_layers == layers_of_27b else dims["D"]
 
     return Refusal(
-        "query_pre_attn_scalar is not the head size {D}, by which the runtime scales queries",
+        "query_pre_attn_scalar is not the head size {D}, with which the runtime scales queries",
         lambda m: (m.config.positive("query_pre_attn_scalar") or silent) != own(m),
     )
 
 
 NO_WINDOW = Refusal(
-    "sliding_window is null, and the runtime has one in these layers",
+    "sliding_window is null, but the runtime always has one in these layers",
     lambda m: m.config.raw.get("sliding_window", WINDOW) is None,
 )
 
@@ -79,7 +79,7 @@ RECIPE = Recipe(
         gemma.TIED,
         query_scale(LAYERS_OF_27B, 256),
         *(
-            Refusal(f"{key} is null, and the runtime always caps", lambda m, key=key: m.config.raw.get(key, 0) is None)  # type: ignore[misc]
+            Refusal(f"{key} is null, but the runtime always caps", lambda m, key=key: m.config.raw.get(key, 0) is None)  # type: ignore[misc]
             for key in CAPS
         ),
         NO_WINDOW,

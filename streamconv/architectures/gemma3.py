@@ -73,11 +73,11 @@ REFUSALS = decoder.refusals(
     gemma.NO_BIAS,
     Refusal(gemma2.NO_WINDOW.what, lambda m: has_window(m) and gemma2.NO_WINDOW.applies(m)),
     Refusal(
-        "RoPE is scaled in the layers with a window, and the runtime scales it in the others alone",
+        "RoPE is scaled in the layers with a window, but the runtime scales it only in the others",
         lambda m: (local(m.config) or Config({}, m.config.file)).text("rope_type") not in (None, "default"),
     ),
     Refusal(
-        "attn_logit_softcapping is {attn_logit_softcapping}, and the runtime caps no scores of attention",
+        "attn_logit_softcapping is {attn_logit_softcapping}, but the runtime does not cap attention scores",
         lambda m: m.config.positive("attn_logit_softcapping") is not None,
     ),
 )
@@ -98,7 +98,7 @@ RECIPE = Recipe(
     drops=(
         *decoder.DROPS,
         *(
-            Drop(f"{root}{part}.*", "is not of the text half")
+            Drop(f"{root}{part}.*", "is not part of the text model")
             for root in ("", "model.")
             for part in ("vision_tower", "multi_modal_projector")
         ),

@@ -10,7 +10,7 @@ from streamconv.architectures import _decoder as decoder
 from streamconv.architectures import gemma, gemma2, gemma3
 from streamconv.recipe import F32, Dim, Key, Model, Recipe, Refusal, Tensor
 
-NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp applies no adapter"
+NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp does not apply adapters"
 N_LAYERS = 0  # there is no size whose queries the runtime scales otherwise
 
 
@@ -55,17 +55,17 @@ RECIPE = Recipe(
         *(one for one in gemma3.REFUSALS if one is not decoder.ONE_SIDED),
         gemma2.query_scale(N_LAYERS, 256),
         Refusal(
-            "use_bidirectional_attention is not true, and the runtime always attends to both sides; a Gemma 3 that "
-            "writes text is Gemma3ForCausalLM in config.json",
+            "use_bidirectional_attention is not true, but the runtime always attends in both directions; a Gemma 3 "
+            "that generates text is Gemma3ForCausalLM in config.json",
             lambda m: m.config.flag("use_bidirectional_attention") is not True,
         ),
-        Refusal("no layer has a sliding window, and the runtime needs one", lambda m: not gemma3.has_window(m)),
+        Refusal("no layer has a sliding window, but the runtime needs one", lambda m: not gemma3.has_window(m)),
         Refusal(
-            "one dense layer gives vectors of {O}, and the runtime's have the hidden size {H}",
+            "the dense layer gives vectors of {O}, but the runtime's have the hidden size {H}",
             lambda m: n_dense(m) == 1 and m.dims["O"] != m.dims["H"],
         ),
         Refusal(
-            "the dense layers give vectors of {P}, and the runtime's have the hidden size {H}",
+            "the dense layers give vectors of {P}, but the runtime's have the hidden size {H}",
             lambda m: n_dense(m) > 1 and m.dims["P"] != m.dims["H"],
         ),
     ),

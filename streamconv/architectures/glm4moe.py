@@ -99,11 +99,11 @@ RECIPE = Recipe(
         decoder.SILU,
         decoder.USED_EXPERTS,
         Refusal(
-            "{L} layers are stored, and num_hidden_layers is {N}",
+            "{L} layers are stored, but num_hidden_layers is {N}",
             lambda m: n_next(m) not in (0, m.config.integer("num_nextn_predict_layers", minimum=0)),
         ),
         Refusal(
-            "a dense layer follows one with experts, and the runtime takes the dense ones first",
+            "a dense layer follows one with experts, but the runtime expects all dense layers first",
             lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],
         ),
     ),

@@ -71,10 +71,10 @@ RECIPE = Recipe(
         decoder.SILENT_ROPE,
         decoder.SILU,
         decoder.USED_EXPERTS,
-        decoder.flag("attention_bias", only=True, silent=True, why="the runtime wants biases"),
+        decoder.flag("attention_bias", only=True, silent=True, why="the runtime requires biases"),
         *(
             Refusal(
-                f"{key} is {{{key}}}, and the runtime computes with {fixed:g}",
+                f"{key} is {{{key}}}, but the runtime uses {fixed:g}",
                 lambda m, key=key, fixed=fixed: m.config.positive(key) not in (None, fixed),  # type: ignore[misc]
             )
             for key, fixed in ACTIVATION.items()

@@ -41,7 +41,7 @@ class Dynamic(Rope):
 
 ROPE = Dynamic(theta=10_000.0, context=2048, scalings=("linear", "yarn", "dynamic"))
 
-NO_BIAS = decoder.flag("attention_bias", only=False, silent=False, why="the runtime has no place for it")
+NO_BIAS = decoder.flag("attention_bias", only=False, silent=False, why="the runtime does not support it")
 
 RECIPE = Recipe(
     arch="hunyuan-dense",
@@ -68,11 +68,11 @@ RECIPE = Recipe(
         decoder.SILU,
         NO_BIAS,
         Refusal(
-            "RoPE is scaled by length ('dynamic' without alpha), and the runtime cannot do that",
+            "RoPE is scaled by the text length ('dynamic' without alpha), which the runtime does not support",
             lambda m: ROPE.type(m.config) == "dynamic" and ROPE.of(m.config).positive("alpha") is None,
         ),
         Refusal(
-            "RoPE is scaled by alpha, and config.json has no head_dim to work out its base",
+            "RoPE is scaled by alpha, but config.json has no head_dim from which to compute the base",
             lambda m: ROPE.type(m.config) == "dynamic" and (m.config.integer("head_dim") or 0) < 4,
         ),
     ),

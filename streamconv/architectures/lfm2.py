@@ -32,7 +32,7 @@ ROPE_THETA, CONTEXT_LENGTH, RMS_EPSILON = 1_000_000.0, 128_000, 1e-5
 LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 ATTENTION, CONV = "mixer=attention", "mixer=conv"
 
-NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp applies no adapter"
+NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp does not apply adapters"
 BIDIRECTIONAL = "Lfm2BidirectionalModel"  # Liquid's own class: attention and convolutions see both sides
 
 
@@ -128,30 +128,32 @@ CLAIMS = (Claim("layer_types", "mixer", mixers_by_type), Claim("full_attn_idxs",
 
 REFUSALS = (
     Refusal(
-        "RoPE scaling {rope_type!r} has no place in the GGUF architecture",
+        "RoPE scaling {rope_type!r} is not supported by the GGUF architecture",
         lambda m: m.config.rope_type not in ("default", DYNAMIC),
     ),
     Caveat(PLAIN_UP_TO_CONTEXT, lambda m: m.config.rope_type == DYNAMIC, code="rope-dynamic"),
     Refusal(
-        "conv_bias is true, and the GGUF architecture has no place for it", lambda m: bool(m.config.flag("conv_bias"))
+        "conv_bias is true, but the GGUF architecture does not support it", lambda m: bool(m.config.flag("conv_bias"))
     ),
     Refusal(
-        "{A} heads of {D} do not make the hidden size {H}, as the runtime takes it",
+        "the runtime assumes that {A} heads of {D} make up the hidden size {H}",
         lambda m: m.dims["A"] * m.dims["D"] != m.dims["H"],
     ),
     Refusal("{A} heads do not share {K} key-value heads evenly", lambda m: m.dims["A"] % m.dims["K"] != 0),
-    Refusal("heads of {D} have no two halves for RoPE to turn", lambda m: m.dims["D"] % 2 != 0),
-    Refusal("conv_L_cache is {C}, and the runtime needs 2 or more", lambda m: m.dims["C"] < 2),
+    Refusal("heads of {D} cannot be split into the two halves that RoPE rotates", lambda m: m.dims["D"] % 2 != 0),
+    Refusal("conv_L_cache is {C}, but the runtime needs 2 or more", lambda m: m.dims["C"] < 2),
     Refusal(
-        "is_causal is false of another class than Lfm2BidirectionalModel, and the runtime turns convolutions too",
+        "is_causal is false, but the class is not Lfm2BidirectionalModel: the runtime changes convolutions, too",
         lambda m: m.config.flag("is_causal") is False and not is_bidirectional(m),
     ),
     Refusal(
-        "conv_L_cache is {C}, and the runtime's convolutions over both sides need an odd number",
+        "conv_L_cache is {C}, but the runtime's bidirectional convolutions need an odd number",
         lambda m: m.dims["C"] % 2 == 0 and is_bidirectional(m),
     ),
-    Refusal("no layer attends, and the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"conv"}),
-    Refusal("no layer is a convolution, and the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"attention"}),
+    Refusal("there is no attention layer, but the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"conv"}),
+    Refusal(
+        "there is no convolution layer, but the runtime needs one", lambda m: set(m.kinds["mixer"]) == {"attention"}
+    ),
 )
 
 
@@ -196,11 +198,11 @@ RECIPE = Recipe(
     default_pre="lfm2",
     unrunnable={
         r"L[Ff][Mm]2(Moe|Bidirectional)?For(Sequence|Token)Classification": (
-            "has a head that classifies, and llama.cpp reads none of this architecture"
+            "has a classification head, which llama.cpp does not support for this architecture"
         ),
         r"L[Ff][Mm]2(Bidirectional)?ForMaskedLM": (
-            "is an encoder that fills masks, and llama.cpp has no head for that in this architecture"
+            "is a masked language model, whose head llama.cpp does not support for this architecture"
         ),
-        r"L[Ff][Mm]3\w*|lfm3\w*": "is LFM3, another architecture than LFM2, which GGUF and llama.cpp do not have",
+        r"L[Ff][Mm]3\w*|lfm3\w*": "is LFM3, a different architecture, which GGUF and llama.cpp do not have",
     },
 )

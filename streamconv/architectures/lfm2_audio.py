@@ -17,15 +17,15 @@ VOCODER = ("depthformer.", "depth_embeddings.", "depth_linear.", "codebook_offse
 
 RECIPE = replace(
     lfm2.RECIPE,
-    description="LFM2-Audio and LFM2.5-Audio, the text half",
+    description="LFM2-Audio and LFM2.5-Audio, the text model",
     hf_names=("Lfm2AudioForConditionalGeneration",),
     bodies=(),
     model_type="lfm2_audio",
     config_root="lfm",
     prefixes={"lfm.": "model."},
     drops=(
-        *(Drop(f"{name}*", "is of the audio encoder") for name in ENCODER),
-        *(Drop(f"{name}*", "is for speech, or for training") for name in VOCODER),
+        *(Drop(f"{name}*", "belongs to the audio encoder") for name in ENCODER),
+        *(Drop(f"{name}*", "is used only for speech output or training") for name in VOCODER),
     ),
     caveats=(
         Caveat(

@@ -191,7 +191,7 @@ PROJECTOR_FILE = Output(
     ),
     tokens=("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<|img_row_1_col_1|>"),
     computed=(Computed("mm.1.bias", no_bias("M")), Computed("mm.2.bias", no_bias("T"))),
-    drops=(Drop(f"{TOWER}head.*", "pools what LFM2-VL takes patch by patch"),),
+    drops=(Drop(f"{TOWER}head.*", "pools patches, which LFM2-VL uses one by one"),),
     keys=(
         Key("clip.has_vision_encoder", lambda model: True, BOOL, default=False),
         Key("clip.projector_type", lambda model: "lfm2", STRING),
@@ -214,34 +214,34 @@ PROJECTOR_FILE = Output(
     ),
     refusals=(
         Refusal(
-            "its projector makes vectors of {T}, and those of the text model are of another size",
+            "its projector makes vectors of {T}, which is not the size of the text model's",
             lambda m: m.main is not None and m.dims["T"] != m.main.dims["H"],
         ),
         Refusal("{A} heads do not share its width {H} evenly", lambda m: m.dims["H"] % m.dims["A"] != 0),
         Refusal("{N} positions are not a square", lambda m: isqrt(m.dims["N"]) ** 2 != m.dims["N"]),
-        Refusal("images have {C} channels, and the runtime's three", lambda m: m.dims["C"] != 3),
+        Refusal("images have {C} channels, but the runtime uses three", lambda m: m.dims["C"] != 3),
         Refusal(
-            "hidden_act is {hidden_act!r}, and the runtime knows the forms of gelu here",
+            "hidden_act is {hidden_act!r}, but the runtime supports only forms of gelu",
             lambda m: m.config.text("hidden_act") not in GELU,
         ),
         Refusal(
-            "projector_hidden_act is another than gelu, which is built into the runtime",
+            "projector_hidden_act is not gelu, which is fixed in the runtime",
             lambda m: m.config.whole.text("projector_hidden_act") not in GELU,
         ),
         Caveat(
-            "vision_feature_layer is not the last one, and as in llama.cpp's converter the layers beyond it are not "
-            "used; transformers 5 uses them",
+            "vision_feature_layer is not the last layer: the layers after it are not used, as in llama.cpp's converter "
+            "and unlike transformers 5",
             lambda m: n_blocks(m) != m.n_layers,
             code="vision-feature-layer",
         ),
         Caveat(
-            "no image_mean in preprocessor_config.json or processor_config.json: taken as 0.5, the processor's default",
+            "no image_mean in preprocessor_config.json or processor_config.json: 0.5 was used, the processor's default",
             lambda m: processor(m).raw.get("image_mean") is None,
             code="processor-missing",
         ),
         *(
             Caveat(
-                f"the processor's {key} is not {value}, which is built into the runtime",
+                f"the processor's {key} is not {value}, which is fixed in the runtime",
                 _is_other(key, value),
                 code="processor-built-in",
             )

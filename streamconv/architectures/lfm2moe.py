@@ -48,12 +48,12 @@ def no_bias(model: Model) -> NDArray[np.float32]:
 
 REFUSALS = (
     Refusal(
-        "norm_topk_prob is false, and the runtime always normalises the weights of the chosen experts",
+        "norm_topk_prob is false, but the runtime always normalises the weights of the chosen experts",
         lambda m: m.config.flag("norm_topk_prob") is False,
     ),
-    Refusal("{U} of {E} experts cannot be used", lambda m: m.dims["U"] > m.dims["E"]),
+    Refusal("the config uses {U} experts of {E}", lambda m: m.dims["U"] > m.dims["E"]),
     Refusal(
-        "a dense layer follows one with experts, and the runtime takes the dense ones first",
+        "a dense layer follows one with experts, but the runtime expects all dense layers first",
         lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],
     ),
 )

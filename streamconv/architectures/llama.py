@@ -37,7 +37,7 @@ RECIPE = Recipe(
         # Keys of IQuest-Coder's config, which Llama's does not have.
         decoder.NO_WINDOW,
         Refusal(
-            "clip_qkv is {clip_qkv}, and the runtime clips nothing in this architecture",
+            "clip_qkv is {clip_qkv}, but the runtime does not clip in this architecture",
             lambda m: m.config.positive("clip_qkv") is not None,
         ),
     ),

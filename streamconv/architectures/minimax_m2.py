@@ -52,9 +52,9 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.USED_EXPERTS,
-        decoder.flag("use_qk_norm", only=True, silent=True, why="the runtime wants norms of Q and K"),
+        decoder.flag("use_qk_norm", only=True, silent=True, why="the runtime requires norms of Q and K"),
         Refusal(
-            "scoring_func is {scoring_func!r}, and these models choose experts by sigmoids",
+            "scoring_func is {scoring_func!r}, but the runtime chooses experts by sigmoids",
             lambda m: (m.config.text("scoring_func") or "sigmoid") != "sigmoid",
         ),
     ),

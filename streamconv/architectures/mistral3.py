@@ -38,7 +38,7 @@ def temperature(model: Model) -> float | None:
 
 RECIPE = Recipe(
     arch="mistral3",
-    description="Mistral Small 3.1 and 3.2, Ministral 3 and others with this text half",
+    description="Mistral Small 3.1 and 3.2, Ministral 3 and others with this text model",
     hf_names=("Mistral3ForConditionalGeneration", "Ministral3ForCausalLM"),
     bodies=("Ministral3Model",),
     model_type="mistral3",
@@ -61,7 +61,7 @@ RECIPE = Recipe(
     drops=(
         *decoder.DROPS,
         *(
-            Drop(f"{root}{part}.*", "is not of the text half")
+            Drop(f"{root}{part}.*", "is not part of the text model")
             for root in ("", "model.")
             for part in ("vision_tower", "multi_modal_projector")
         ),
@@ -79,11 +79,11 @@ RECIPE = Recipe(
         ),
         decoder.SILU,
         Refusal(
-            "its text half is {model_type!r}, and this architecture has mistral and ministral3",
+            "its text model is {model_type!r}, but this architecture supports mistral and ministral3",
             lambda m: m.config.text("model_type") not in (None, "mistral3", "mistral", "ministral3"),
         ),
         Refusal(
-            "llama_4_scaling_beta goes with YaRN, by whose original context the runtime counts",
+            "llama_4_scaling_beta needs YaRN, whose original context the runtime uses for it",
             lambda m: temperature(m) is not None and ROPE.type(m.config) != "yarn",
         ),
     ),

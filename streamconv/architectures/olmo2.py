@@ -84,13 +84,13 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.FULL_WIDTH,
-        decoder.flag("attention_bias", only=False, silent=False, why="the runtime has no place for it"),
+        decoder.flag("attention_bias", only=False, silent=False, why="the runtime does not support it"),
         Refusal(
-            "RoPE has another base in the layers with a window, and the runtime has one for all",
+            "RoPE has another base in the layers with a window, but the runtime uses one for all layers",
             lambda m: m.config.has_rope_by_kind and SLIDING.base(m.config) != ROPE.base(m.config),
         ),
         Refusal(
-            "RoPE is scaled in the layers with a window, and the runtime scales it in the others alone",
+            "RoPE is scaled in the layers with a window, but the runtime scales it only in the others",
             lambda m: m.config.has_rope_by_kind and SLIDING.type(m.config) != "default",
         ),
     ),

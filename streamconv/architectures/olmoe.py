@@ -37,16 +37,16 @@ RECIPE = Recipe(
         decoder.SILU,
         decoder.FULL_WIDTH,
         decoder.USED_EXPERTS,
-        decoder.flag("attention_bias", only=False, silent=False, why="the runtime has no place for it"),
+        decoder.flag("attention_bias", only=False, silent=False, why="the runtime does not support it"),
         decoder.flag(
             "norm_topk_prob", only=False, silent=False, why="the runtime does not normalise the experts' weights"
         ),
         Refusal(
-            "{A} heads and {K} key-value heads: the runtime wants as many of both",
+            "{A} heads and {K} key-value heads, but the runtime needs equal numbers",
             lambda m: m.dims["A"] != m.dims["K"],
         ),
         Refusal(
-            "clip_qkv is {clip_qkv}, and the runtime does not clip",
+            "clip_qkv is {clip_qkv}, but the runtime does not clip",
             lambda m: m.config.positive("clip_qkv") is not None,
         ),
     ),

@@ -37,7 +37,7 @@ class LongRope(Rope):
             return None
         is_list = isinstance(values, list) and all(type(one) in (int, float) and 0 < one < 1e30 for one in values)
         if not is_list:
-            raise self.of(config).wrong(name, "a list of numbers above 0")
+            raise self.of(config).wrong(name, "a list of positive numbers")
         return [float(one) for one in values]
 
     def attention(self, config: Config) -> float | None:
@@ -103,12 +103,12 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.FULL_WIDTH,
-        Refusal("long_factor and short_factor must be one for each frequency of RoPE", is_odd),
+        Refusal("long_factor and short_factor must have one value for each frequency of RoPE", is_odd),
     ),
     caveats=(
         decoder.window_caveat("Phi-3", None),
         Caveat(
-            "llama.cpp takes the long factors of RoPE wherever its context is longer than the original one, also for "
+            "llama.cpp uses the long factors of RoPE whenever its context is longer than the original one, even for "
             "short texts",
             lambda m: ROPE.type(m.config) == LONG and ROPE.context_length(m.config) > ROPE.trained_context(m.config),
             code="long-factors",

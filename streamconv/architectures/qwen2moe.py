@@ -13,14 +13,14 @@ from streamconv.recipe import Dim, Key, Recipe, Refusal, Tensor
 
 ROPE = Rope(theta=10_000.0, context=32_768)
 
-# Layers without experts are stored as others are, and the runtime has none.
+# Layers without experts are stored as others are, but the runtime has none.
 ALL_EXPERTS = (
     Refusal(
-        "decoder_sparse_step is {decoder_sparse_step}, and the runtime has experts in all layers",
+        "decoder_sparse_step is {decoder_sparse_step}, but the runtime has experts in all layers",
         lambda m: m.config.integer("decoder_sparse_step") not in (None, 1),
     ),
     Refusal(
-        "mlp_only_layers is {mlp_only_layers}, and the runtime has experts in all layers",
+        "mlp_only_layers is {mlp_only_layers}, but the runtime has experts in all layers",
         lambda m: bool(m.config.list_of("mlp_only_layers", int)),
     ),
 )

@@ -15,7 +15,7 @@ from streamconv.recipe import STRING, Key, Model, Recipe, Refusal, Rows, Tensor
 ROPE = Rope(theta=10_000.0, context=32_768)
 
 NO_BIAS = decoder.flag(
-    "attention_bias", only=False, silent=False, why="the runtime has no place for that of the output"
+    "attention_bias", only=False, silent=False, why="the runtime does not support that of the output"
 )
 
 ATTENTION = (
@@ -44,7 +44,7 @@ def answers(model: Model) -> NDArray[np.int64]:
 LAYERS = (*ATTENTION, *decoder.gated())
 REFUSALS = decoder.refusals(ROPE, decoder.SILU, decoder.NO_WINDOW, NO_BIAS)
 OF_ANSWERS = (Rows(answers),)
-NO_ADAPTER = "it is rows of the head, for which llama.cpp asks no adapter"
+NO_ADAPTER = "it is made from rows of the head, to which llama.cpp does not apply adapters"
 
 RERANKER = Recipe(
     arch="qwen3",
@@ -74,7 +74,7 @@ RERANKER = Recipe(
     refusals=(
         *REFUSALS,
         Refusal(
-            "the answers are tokens that the model does not have: it has {V}",
+            "the answers are tokens beyond the model's vocabulary of {V}",
             lambda m: max(m.modules.answers or (0,)) >= m.dims["V"],
         ),
     ),

@@ -13,7 +13,7 @@ from streamconv.recipe import Recipe
 ROPE = Rope(theta=10_000.0, context=524_288)
 
 NO_BIAS = tuple(
-    decoder.flag(key, only=False, silent=False, why="the runtime has no place for it")
+    decoder.flag(key, only=False, silent=False, why="the runtime does not support it")
     for key in ("attention_out_bias", "mlp_bias")
 )
 

@@ -31,7 +31,7 @@ def has_window_by_type(model: Model) -> bool:
 
 
 NO_BIAS = tuple(
-    decoder.flag(key, only=False, silent=False, why="the runtime has no place for it")
+    decoder.flag(key, only=False, silent=False, why="the runtime does not support it")
     for key in ("attention_bias", "mlp_bias")
 )
 
@@ -60,7 +60,7 @@ RECIPE = Recipe(
         Refusal("layer_types has layers with a window, which the runtime has not", has_window_by_type),
         *NO_BIAS,
         Refusal(
-            "other layers than each fourth are without RoPE, and the runtime has no key for that", other_layers_turn
+            "the layers without RoPE are not every fourth one, and the runtime has no key for that", other_layers_turn
         ),
     ),
     tied_by_default=True,

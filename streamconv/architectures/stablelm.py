@@ -43,7 +43,7 @@ RECIPE = Recipe(
         decoder.FULL_WIDTH,
         # Of StableLM 2 12B, whose norms are stored head by head.
         *(
-            decoder.flag(key, only=False, silent=False, why="such models are not known here")
+            decoder.flag(key, only=False, silent=False, why="such models are not supported")
             for key in ("qk_layernorm", "use_parallel_residual")
         ),
     ),

@@ -42,11 +42,11 @@ RECIPE = Recipe(
         ROPE,
         decoder.FULL_WIDTH,
         decoder.activation("gelu_pytorch_tanh", silent="gelu_pytorch_tanh"),
-        decoder.flag("use_bias", only=True, silent=True, why="the runtime wants biases"),
+        decoder.flag("use_bias", only=True, silent=True, why="the runtime requires biases"),
     ),
     caveats=(
         Caveat(
-            "beyond {sliding_window} tokens llama.cpp predicts otherwise: it has no sliding window for StarCoder2",
+            "beyond {sliding_window} tokens llama.cpp computes something else: it has no sliding window for StarCoder2",
             is_windowed,
             code="window-ignored",
         ),

@@ -145,7 +145,9 @@ def run_job(
     if "error" in answer:
         return JobResult(job, "failed", code, attempt, error=answer["error"])
     return JobResult.failed(
-        job, StreamconvError(_death(code), hint="out of memory? see the system's log", code="job-died"), attempt
+        job,
+        StreamconvError(_death(code), hint="it may have run out of memory; check the system log", code="job-died"),
+        attempt,
     )
 
 
@@ -264,7 +266,7 @@ def _unfinished(job: JobSpec) -> list[Place]:
 def _death(code: int) -> str:
     if code < 0:
         return f"its process was killed by {signal.Signals(-code).name}"
-    return f"its process ended with exit code {code} and no report"
+    return f"its process ended with exit code {code} without a report"
 
 
 # ---------------------------------------------------------------- the process that works
@@ -296,7 +298,7 @@ def obey(order: Order, progress: Progress | None = None) -> Report:
         name = "/".join(Path(error.file or "").parts[-2:])  # an absolute path keeps the name of a repo as its end
         is_missing = error.file in (order.job.source, order.job.base) and not os.path.lexists(error.file or "")
         if is_missing and is_repo_id(name):
-            error.hint = f"if the repo {name} is meant: hf download {name}; nothing is downloaded here"
+            error.hint = f"if you mean the repo {name}, run: hf download {name} (streamconv does not download)"
         raise
 
 

@@ -132,13 +132,15 @@ def read_jobs(path: Path) -> list[JobSpec]:
         ) from None
     entries = list(_toml_entries(text, path) if path.suffix == ".toml" else _json_entries(text, path))
     if not entries:
-        raise UsageError("it contains no jobs", file=path, hint="a [[job]] needs at least a source", code="jobs-empty")
+        raise UsageError(
+            "the file contains no jobs", file=path, hint="add a [[job]] with at least a source", code="jobs-empty"
+        )
     jobs = [job for where, entry in entries for job in _expand(entry, where, path)]
     seen: dict[str, JobSpec] = {}
     for job in jobs:
         if job.command != "verify" and seen.setdefault(job.output, job) is not job:
             other = seen[job.output].name
-            hint = "give one another name or output" if other == job.name else "use {name} in output"
+            hint = "give one of them another name or output" if other == job.name else "use {name} in output"
             raise UsageError(
                 f"{other} and {job.name} would both write {job.output}", file=path, hint=hint, code="jobs-same-output"
             )
@@ -153,7 +155,10 @@ def _toml_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
     defaults, entries = document.get("defaults", {}), document.get("job", [])
     if unknown := sorted(set(document) - {"defaults", "job"}):
         raise UsageError(
-            f"{', '.join(unknown)}: not known", file=path, hint="a file has [defaults] and [[job]]", code="jobs-key"
+            f"{', '.join(unknown)}: not known",
+            file=path,
+            hint="a jobs file has [defaults] and [[job]]",
+            code="jobs-key",
         )
     if not isinstance(defaults, dict):
         raise UsageError("defaults is not a table", file=path, hint="write [defaults]", code="jobs-syntax")
@@ -191,7 +196,7 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
     folder = path.absolute().parent
     matches = _matches(str(entry["source"]), folder, where, path)
     if "name" in entry and len(matches) > 1:
-        raise UsageError(f"{where}: the same name for {len(matches)} sources", file=path, code="jobs-name")
+        raise UsageError(f"{where}: the same name is used for {len(matches)} sources", file=path, code="jobs-name")
     given = dict(entry)
     for key in ("base", "adapter", "imatrix"):
         if key in given:
@@ -230,7 +235,7 @@ def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:
         raise UsageError(
             f"{where}: nothing matches {source}",
             file=path,
-            hint="a glob takes folders and .safetensors",
+            hint="a glob matches folders and .safetensors files",
             code="jobs-no-match",
         )
     return [str(match) for match in matches]
@@ -256,7 +261,7 @@ def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
     names = _FIELD.findall(template)
     if set(names) - {"name", "outtype", "ftype"} or set("{}") & set(_FIELD.sub("", template)):
         raise UsageError(
-            f"{where}: output {template!r} may hold {{name}} and {{outtype}}", file=path, code="jobs-output"
+            f"{where}: output {template!r} may contain only {{name}} and {{outtype}}", file=path, code="jobs-output"
         )
     outtype = job.outtype
     if outtype == "auto" and {"outtype", "ftype"} & set(names) and job.command != "lora":
@@ -337,4 +342,4 @@ def _check_whole(entry: Mapping[str, Any], where: str, path: Path) -> None:
         raise UsageError(f"{where}: a {command} job needs {missing[0]}", file=path, code="jobs-key-missing")
     for key, commands in _ONLY_FOR.items():
         if key in entry and command not in commands:
-            raise UsageError(f"{where}: {key} is not for a {command} job", file=path, code="jobs-key")
+            raise UsageError(f"{where}: {key} does not apply to a {command} job", file=path, code="jobs-key")

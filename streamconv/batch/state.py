@@ -88,7 +88,7 @@ class State:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            hint = "--state FILE puts it elsewhere"
+            hint = "choose another file with --state"
             what = f"the state file cannot be written: {error.strerror}"
             raise DestinationError(what, file=self.path, hint=hint, code="state-file") from None
 
@@ -111,7 +111,7 @@ def _read(path: Path) -> bytes:
         raise DestinationError(
             "is not a state file",
             file=path,
-            hint="give another file with --state: lines would be appended to this one",
+            hint="choose another file with --state: lines would be appended to this one",
             code="state-file",
         )
     return raw

@@ -106,13 +106,13 @@ def _difference(
         if not isinstance(found, Span) and found in absent:
             return None
         known = "" if not absent else f"; without the key, loaders use {_shown(absent[0])}"
-        return f"key {name} is {_shown(found)}, and its source does not give it{known}"
+        return f"key {name} is {_shown(found)}, but the source does not define it{known}"
     if theirs is None:
         if any(_first_difference(ours.value, value, None) is None for value in absent):
             return None
-        return f"key {name} is missing; by its source it should be {_shown(ours.value)}"
+        return f"key {name} is missing; according to the source it should be {_shown(ours.value)}"
     if not _is_loadable(name, ours, theirs):
-        return f"key {name} is of type {theirs.type_name}, by its source it should be {_type_name(ours)}"
+        return f"key {name} has type {theirs.type_name}, but according to the source it should be {_type_name(ours)}"
     if name == Keys.Tokenizer.PRE and {ours.value, theirs.value} <= SYNONYMS:
         return None
     layers = all_ours.get(f"{name.partition('.')[0]}.block_count")
@@ -121,7 +121,7 @@ def _difference(
         return None
     index, left, right = unlike
     place = "" if index is None else f"[{index}]"
-    return f"key {name}{place} is {_shown(right)}, by its source it should be {_shown(left)}"
+    return f"key {name}{place} is {_shown(right)}, but according to the source it should be {_shown(left)}"
 
 
 def _first_difference(

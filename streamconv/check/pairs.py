@@ -54,10 +54,10 @@ def match(job: Job, files: Sequence[GGUFFile], pair: Pairing) -> Iterator[Pair]:
             continue
         file, stored = unclaimed.pop(name)
         if stored.shape != step.tensor.spec.shape:
-            shapes = f"{list(stored.shape)}, by its source it should be {list(step.tensor.spec.shape)}"
+            shapes = f"{list(stored.shape)}, but according to the source it should be {list(step.tensor.spec.shape)}"
             raise VerifyError(f"has shape {shapes}", file=file.path, tensor=name, code="shape-differs")
         yield pair(step.tensor, file, stored)
-    for what, names in (("lacks", missing), ("has, unlike its source,", list(unclaimed))):
+    for what, names in (("lacks", missing), ("unlike the source, has", list(unclaimed))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise VerifyError(

@@ -64,7 +64,7 @@ def _draw(axes: Any, shown: list[TensorRelativeError]) -> None:
             axes.plot(*zip(*of_type, strict=True), color=colour, marker=markers[type_], markersize=5, linestyle="")
     for type_, marker in markers.items():
         axes.plot([], [], color="#555555", marker=marker, linestyle="", label=type_)
-    axes.set_xlabel(f"layer (at {_NO_LAYER:g}: tensors of no layer)")
+    axes.set_xlabel(f"layer (at {_NO_LAYER:g}: tensors outside of layers)")
     axes.set_ylabel("relative RMS error")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)

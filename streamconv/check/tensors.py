@@ -114,7 +114,7 @@ def _pair(made: Encode, file: GGUFFile, stored: StoredTensor) -> Pair:
             f"type {stored.type_name} cannot be verified",
             file=file.path,
             tensor=stored.name,
-            hint=f"files of {', '.join(type_.name for type_ in sorted(VERIFIABLE))} can be verified",
+            hint=f"these types can be verified: {', '.join(type_.name for type_ in sorted(VERIFIABLE))}",
             code="type-unverifiable",
         )
     return Pair(Encode(rows, stored.name, stored.type, *weights), file, stored)
@@ -148,7 +148,7 @@ def _compare_values(pair: Pair, row: int, expected: NDArray[np.uint8], found: ND
     spec = pair.expected.spec
     where = f"element {row}" if len(spec.shape) == 1 else f"row {row}, column {column}"
     raise VerifyError(
-        f"{where} is {theirs[column]:.9g}, by its source it should be {ours[column]:.9g} "
+        f"{where} is {theirs[column]:.9g}, but according to the source it should be {ours[column]:.9g} "
         f"({type_.name}; {np.count_nonzero(differ)} of {differ.size} values of the row differ)",
         file=pair.file.path,
         tensor=pair.stored.name,

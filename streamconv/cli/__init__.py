@@ -22,7 +22,7 @@ from streamconv.cli.output import say, tell
 from streamconv.cli.parser import build_parser
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory, with_notes
 
-RESUME = "run it again to go on"
+RESUME = "run it again to continue"
 RESUMED = frozenset({"convert", "lora", "quantize", "batch"})  # the commands that have something to resume
 
 
@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if {"-v", "--verbose"} & set(arguments):
             raise
         what = f"internal error: {type(error).__name__}: {error}".replace("\n", " ")
-        return _fail(StreamconvError(what, hint="please report it, with what -v shows", code="internal-error"), as_json)
+        return _fail(
+            StreamconvError(what, hint="please report it with the output of -v", code="internal-error"), as_json
+        )
 
 
 def _asked(words: list[str]) -> list[str]:

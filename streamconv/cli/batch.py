@@ -194,7 +194,7 @@ class _Lines:
         counts = Counter(result.status for result in results)
         self._print(", ".join(f"{n} {status}" for status, n in counts.items()) or "no jobs")
         if counts["cancelled"]:
-            self._print("the same command again goes on; --restart would start over", is_needed=True)
+            self._print("run the same command again to continue; --restart starts over", is_needed=True)
 
     def _print(self, line: str, *, is_needed: bool = False) -> None:
         if self._options.json or self._options.quiet:

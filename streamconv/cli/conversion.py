@@ -135,7 +135,7 @@ def _verify(options: argparse.Namespace) -> int:
         n = f"{report.n_tensors} of {report.n_tensors}"
         told = f", {len(report.warnings)} warnings" if report.warnings else ""
         merged = f" with {' and '.join(report.adapters)} merged" if report.adapters else ""
-        say(f"verified {report.output}: {n} tensors are what {options.source} says{merged}{told}")
+        say(f"verified {report.output}: {n} tensors match {options.source}{merged}{told}")
         say(f"{report.seconds:.1f} s, peak resident memory {report.peak_rss_nbytes / MIB:.1f} MiB")
     return 0
 
@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace, work: Callable[[Mapping[str, Any]], Report
         try:
             write_text(resolve(options.profile), json.dumps(profile.as_json()) + "\n", replaces=options.force)
         except DestinationError as error:  # the run is over: there is nothing to go on with, as the hint may say
-            error.hint = None if options.dry_run else f"{report.output} is complete, the profile alone is missing"
+            error.hint = None if options.dry_run else f"{report.output} is complete, only the profile is missing"
             raise
     report.seconds = time.monotonic() - options.started  # imports and the plan, too
     show_report(report, options)

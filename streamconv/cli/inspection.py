@@ -63,7 +63,7 @@ def _lines(found: Inspection, width: int, tensors: bool, head: int | None) -> It
         yield from _section(f"converts to {made.architecture}, outtype {made.outtype}", list(_totals(made.totals)))
     elif found.kind == "adapter" and not found.problems:
         words = ("lora", str(found.path), "--base", _base_of(found), "--dry-run")
-        yield from ("", "what it converts to follows from its base:")
+        yield from ("", "the result of a conversion depends on its base:")
         yield from _wrapped(f"streamconv {shlex.join(words)}", width)
     if found.warnings:
         yield from ("", f"warnings ({len(found.warnings)})")

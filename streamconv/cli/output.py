@@ -214,14 +214,14 @@ def _say_summary(report: Report, options: argparse.Namespace) -> None:
     _say_totals(report, "wrote")
     if report.verified:
         merged = f", with {' and '.join(report.adapters)} merged" if report.adapters else ""
-        say(f"verified: {report.n_tensors} of {report.n_tensors} tensors are what the source says{merged}")
+        say(f"verified: {report.n_tensors} of {report.n_tensors} tensors match the source{merged}")
     for output in report.outputs:
         if output.sha256:
             say(f"sha256 {output.sha256}  {output.path}")
     for path in report.beside:
         say(f"wrote {path}")
     if report.resumed_nbytes:
-        say(f"went on from {in_words(report.resumed_nbytes)} of {in_words(report.nbytes)}, that an earlier run wrote")
+        say(f"resumed after {in_words(report.resumed_nbytes)} of {in_words(report.nbytes)} written by an earlier run")
     if options.verbose:
         for name, total in report.types.items():
             say(f"  {name:<5} {total.n_tensors:>6} tensors {total.nbytes:>16,} bytes")
@@ -266,7 +266,7 @@ def error_lines(path: Path, errors: RelativeErrors) -> Iterator[str]:
     for one in shown:
         yield f"{_figure(one.relative_rms):>10}  {one.type:<{width}}  {one.name}"
     if n := len(errors.tensors) - len(shown):
-        yield f"{n} tensor{'s have' if n > 1 else ' has'} no error"
+        yield f"{n} tensor{'s are' if n > 1 else ' is'} exact"
 
 
 def _figure(relative_rms: float | None) -> str:

@@ -82,7 +82,7 @@ def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> int | Fraction:
             return _evaluate(left, dims) * _evaluate(right, dims)
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return _quotient(_evaluate(left, dims), _evaluate(right, dims))
-    raise ValueError("only +, -, *, / of dims and whole numbers")
+    raise ValueError("only +, -, *, / of dims and whole numbers are allowed")
 
 
 @cache

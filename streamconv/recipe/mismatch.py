@@ -48,7 +48,7 @@ def listed(names: Iterable[str], closest: Mapping[str, str] | None = None) -> st
         notes += [f"closest is {closest[template]}"] if closest and template in closest else []
         shown.append(f"{of_kind[0]} ({', '.join(notes)})" if notes else of_kind[0])
     rest = sum(len(of_kind) for of_kind in [*by_kind.values()][MAX_KINDS_SHOWN:])
-    return ", ".join(shown) + (f" and {rest} more of {len(by_kind) - MAX_KINDS_SHOWN} kinds" if rest else "")
+    return ", ".join(shown) + (f" and {rest} more of {len(by_kind) - MAX_KINDS_SHOWN} other kinds" if rest else "")
 
 
 def closest(unknown: Collection[str], known: Collection[str]) -> dict[str, str]:
@@ -73,15 +73,15 @@ def cause(codes: Collection[str], sizes: Sequence[str], arch: str, class_names: 
     named = " and ".join(class_names) or arch
     if sizes:
         what = f"config.json and the tensors belong to different models: config.json has {'; '.join(sizes[:3])}"
-        return what, "put the config.json beside the tensors that they were saved with"
+        return what, "use the config.json with which the tensors were saved"
     if {"tensors-unknown", "tensors-missing"} <= set(codes):
         what = f"the names of its tensors are not those of {named}"
-        return what, "config.json must be that of this checkpoint, and name its class"
+        return what, "config.json must belong to this checkpoint and name its class"
     if "tensors-unknown" in codes:
         return f"it has tensors that {named} does not have", "it may be another architecture, or an extended model"
     if codes and set(codes) <= {"tensors-missing", "head-missing"}:
-        return "it is incomplete", "download or copy the missing files again, or save the model again as a whole"
-    return "", "config.json must be that of this checkpoint"
+        return "it is incomplete", "download or copy the missing files again, or save the complete model again"
+    return "", "config.json must belong to this checkpoint"
 
 
 def mismatch(
@@ -97,7 +97,7 @@ def mismatch(
     listed_problems = [problem._asdict() for problem in all_problems]
     folder, what, shown = config.file.parent, f"cannot be converted as {arch}", _in_short(all_problems)
     if not problems:
-        hint = "llama.cpp would compute another model: run it with transformers"
+        hint = "llama.cpp would compute something else: run it with transformers"
         return SourceError(
             f"{what}: {shown}", file=folder, hint=hint, problems=listed_problems, code="model-unrunnable"
         )

@@ -54,9 +54,9 @@ def template_fault(template: str) -> str | None:
     if any(_PLACEHOLDER.search(part) and not _PLACEHOLDER.fullmatch(part) for part in parts) or (
         _PLACEHOLDER.search(parts[0] + parts[-1])
     ):
-        return "has a number that is not between two dots"
+        return "has a placeholder that is not between two dots"
     if len([one for one in found if one != "{e}"]) > 1 or found.count("{e}") > 1:
-        return "counts two kinds of layers or experts"
+        return "has two placeholders of the same kind"
     return None
 
 

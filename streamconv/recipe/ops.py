@@ -66,14 +66,18 @@ class Permute(Op):
 
     def check(self, shape: tuple[int, ...], model: Model) -> str | None:
         rows = TensorSpec(shape, dtype.F32).n_rows
-        return f"has no heads of two halves: {rows} rows" if rows % (2 * _size(self.heads, model)) else None
+        return (
+            f"its {rows} rows cannot be split into heads of two halves"
+            if rows % (2 * _size(self.heads, model))
+            else None
+        )
 
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
         heads = parse_extent(self.heads).value(model.dims)
         if heads is None:
-            raise CannotAdapt("heads", "the base does not tell its number of heads")
+            raise CannotAdapt("heads", "the base's number of heads is unknown")
         if b.spec.n_rows % (2 * heads):
-            raise CannotAdapt("heads", f"its {b.spec.n_rows} rows are not {heads} heads of two halves")
+            raise CannotAdapt("heads", f"its {b.spec.n_rows} rows cannot be split into {heads} heads of two halves")
         return views.PairHalves(b, heads)
 
     def dims(self) -> Iterable[str]:
@@ -82,7 +86,7 @@ class Permute(Op):
     def extents(self, shape: Extents) -> Extents:
         _axis_of_rows(shape, "heads")
         if len(shape) > 2:
-            raise ValueError(f"heads are rows of a matrix, and {' '.join(shape)} is a stack of them")
+            raise ValueError(f"heads are rows of a matrix, but {' '.join(shape)} is a stack of matrices")
         return shape
 
 
@@ -200,7 +204,7 @@ class Interleaved(Op):
         shape = parent.spec.shape
         extent = parent.spec.n_columns if self.of_columns else shape[-2] if len(shape) > 1 else shape[0]
         if extent % self.count:
-            raise ValueError(f"{extent} do not come in turns of {self.count}")
+            raise ValueError(f"{extent} rows cannot be interleaved {self.count} ways")
         index = np.arange(self.index, extent, self.count)
         return indexing.IndexColumns(parent, index) if self.of_columns else indexing.rows_in_order(parent, index)
 
@@ -217,7 +221,7 @@ class Interleaved(Op):
 def _axis_of_parts(shape: Extents, of_columns: bool) -> int:
     if of_columns:
         return _axis_of_columns(shape)
-    return _axis_of_rows(shape, "parts: of_columns=True takes them of each expert's vector")
+    return _axis_of_rows(shape, "parts: of_columns=True takes them from each expert's vector")
 
 
 # ---------------------------------------------------------------- shapes
@@ -227,7 +231,7 @@ def _axis_of_parts(shape: Extents, of_columns: bool) -> int:
 class Squeeze(Op):
     """Extents of one left out: a convolution [H, 1, C] as [H, C]."""
 
-    refuses = "a convolution, and LoRA of convolutions is not known here"
+    refuses = "a convolution, for which LoRA is not supported"
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         return reshaped(parent, tuple(extent for extent in parent.spec.shape if extent != 1) or (1,))
@@ -241,7 +245,7 @@ class Reshape(Op):
     """The same elements in the same order under the shape `to`, in dims: "A D H"."""
 
     to: str
-    refuses = "seen under another shape by llama.cpp"
+    refuses = "reshaped for llama.cpp"
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         return reshaped(parent, tuple(_size(extent.text, model) for extent in parse_shape(self.to)))
@@ -311,7 +315,9 @@ class Scale(Op):
 
     def factor(self, model: Model) -> float:
         if not model.has_config:
-            raise CannotAdapt("factor", "a GGUF does not tell how its experts were scaled: give the base's folder")
+            raise CannotAdapt(
+                "factor", "a GGUF file does not record how its experts were scaled: give the base's folder"
+            )
         return self.rule(model)
 
     def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
@@ -338,7 +344,7 @@ def _names(shape: str) -> tuple[str, ...]:
 def reshaped(parent: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """The same elements in the same order under another shape. ValueError where their number differs."""
     if math.prod(shape) != parent.spec.n_elements:
-        raise ValueError(f"{list(parent.spec.shape)} cannot be seen as {list(shape)}")
+        raise ValueError(f"{list(parent.spec.shape)} cannot be reshaped to {list(shape)}")
     spec = TensorSpec(shape, parent.spec.dtype)
     keeps_rows = (spec.n_rows, spec.n_columns) == (parent.spec.n_rows, parent.spec.n_columns)
     return views.Reshape(parent, shape) if keeps_rows else views.Reflow(parent, shape)
@@ -347,5 +353,5 @@ def reshaped(parent: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 def _size(text: str, model: Model) -> int:
     value = parse_extent(text).value(model.dims)
     if value is None:
-        raise CannotAdapt("dims", f"the base does not give {text}")
+        raise CannotAdapt("dims", f"the base does not define {text}")
     return value

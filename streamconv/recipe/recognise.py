@@ -68,7 +68,7 @@ def recipe_of_checkpoint(checkpoint: Checkpoint) -> Recipe:
     if checkpoint.modules.answers is None:
         return recipe
     if recipe.reranker is None:
-        what = f"a reranker by the logits of two tokens, which llama.cpp does not compute with {recipe.arch}"
+        what = f"a reranker that compares the logits of two tokens, which llama.cpp does not support for {recipe.arch}"
         hint = f"run it with sentence-transformers, or remove {MODULES} to convert it as a text model"
         raise SourceError(what, file=checkpoint.directory / MODULES, hint=hint, code="module-unsupported")
     return replace(recipe.reranker, origin=recipe.origin) if recipe.origin else recipe.reranker
@@ -168,7 +168,7 @@ def _nearest(names: Collection[str], config: Config) -> str:
     if 2 * n_strange > len(names):
         return "; no supported one is similar"
     others = dict.fromkeys(match_name(name)[0] for name in strange)
-    unknown = f", others such as {', '.join(list(others)[:3])}" if others else ""
+    unknown = f", but others do not, such as {', '.join(list(others)[:3])}" if others else ""
     count = f"{len(names) - n_strange} of {len(names)}" if others else f"all {len(names)}"
     return f"; the most similar one is {arch}: {count} tensors have its names{unknown}"
 
@@ -180,7 +180,7 @@ def _refuse_modules(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise modules.fault
     for name, tensor in modules.tensors.items():
         if recipe.find(name) is None:
-            what = f"a dense layer's {name.removeprefix(DENSE)}, for which llama.cpp has no place in {recipe.arch}"
+            what = f"a dense layer's {name.removeprefix(DENSE)}, which llama.cpp does not support for {recipe.arch}"
             hint = "run it with sentence-transformers"
             raise SourceError(what, file=tensor.shard.path, hint=hint, code="module-unsupported")
 
@@ -191,10 +191,10 @@ def _doubts(model: Model, recipe: Recipe, checkpoint: Checkpoint) -> Iterator[Ru
     own = config.section("auto_map") if modules.is_given and config.flag("is_causal") is None else None
     if own is not None and f"{recipe.arch}.attention.causal" not in [*map(attrgetter("key"), model.keys())]:
         code = own.raw.get("AutoModel") or next(iter(own.raw.values()))
-        what = f"config.json names code of its own ({code!s:.80}), which may be without a causal mask; one is assumed"
-        yield RunWarning("own-code", f"{what}: set is_causal in config.json to false if it is")
+        what = f"config.json names custom code ({code!s:.80}), which may not use a causal mask; one is assumed"
+        yield RunWarning("own-code", f"{what}: set is_causal to false in config.json if there is none")
     if recipe.reranker is not None and not modules.is_given and _is_called_reranker(checkpoint):
-        what = "a reranker by its name, and without modules.json, which names its answers: converted as a text model"
+        what = "a reranker by its name, but without modules.json, which names its answers: converted as a text model"
         yield RunWarning("reranker-text", f"{what} (download modules.json and 1_LogitScore as well)")
 
 
@@ -222,7 +222,7 @@ def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
         raise SourceError(what, file=folder, hint=hint, code="flat-tensors")
     packed = [name for name in unknown if name.endswith(".weight") and _is_known(recipe, name.removesuffix(".weight"))]
     if packed:
-        what = f"packed experts' names end in .weight, and transformers' do not: {_some(_ANY, packed)}"
+        what = f"the names of packed experts end in .weight, unlike those of transformers: {_some(_ANY, packed)}"
         hint = "save the model again with transformers (save_pretrained), or rename the tensors"
         raise SourceError(what, file=folder, hint=hint, code="packed-experts-name")
     _refuse_heads(unknown, folder)
@@ -244,8 +244,8 @@ def _refuse_heads(unknown: Sequence[str], folder: Place) -> None:
         hint = "save the model inside it: model.pretrained_model.save_pretrained(folder)"
         raise SourceError(what, file=folder, hint=hint, code="value-head")
     if found := _some(_CLASSIFIER, unknown):
-        what = f"the model has a head that classifies or scores, which a GGUF text model does not have: {found}"
-        hint = "convert the model that it was made from, or save its body: model.model.save_pretrained(folder)"
+        what = f"the model has a classification or scoring head, which a GGUF text model does not have: {found}"
+        hint = "convert the model from which it was made, or save only its body: model.model.save_pretrained(folder)"
         raise SourceError(what, file=folder, hint=hint, code="classification-head")
 
 

@@ -120,7 +120,9 @@ def load_recipe(file: str | Path) -> Recipe:
     """
     place = find_source(str(file))
     if not place.is_file():
-        raise SourceError("no such recipe file", file=place, hint=f"{PAGE} says what it holds", code="source-missing")
+        raise SourceError(
+            "no such recipe file", file=place, hint=f"{PAGE} describes its contents", code="source-missing"
+        )
     code = bytes(read_start(place, min(file_nbytes(place), MAX_FILE_NBYTES)))
     digest = hashlib.sha256(code).hexdigest()
     module = ModuleType(f"streamconv_recipe_{digest[:16]}", "A recipe file.")
@@ -148,7 +150,7 @@ def _broken(place: Place, error: Exception | SystemExit) -> SourceError:
     if isinstance(error, KeyError) and error.args == ("RECIPE",):
         what, line = "no RECIPE in it", None
     where = f"line {line}: " if line else ""
-    return SourceError(f"{where}{what}", file=place, hint=f"{PAGE} says what it holds", code="recipe-broken")
+    return SourceError(f"{where}{what}", file=place, hint=f"{PAGE} describes its contents", code="recipe-broken")
 
 
 def identity_of(recipe: Output) -> dict[str, str]:
@@ -188,7 +190,7 @@ def find_recipe(config: Config) -> Recipe:
     found = [recipe for recipe in installed_recipes().recipes if recipe.is_for(config)]
     if len(found) > 1:
         origins = " and ".join(recipe.origin for recipe in found)
-        what = f"{', '.join(names)} is an architecture of several packages: {origins}"
+        what = f"several packages define the architecture {', '.join(names)}: {origins}"
         raise SourceError(what, file=config.file, hint="uninstall all but one", code="recipe-ambiguous")
     if found:
         return found[0]
@@ -218,8 +220,8 @@ def supported_hint(names: Sequence[str]) -> str:
     """The names most like `names`, and the command that lists all."""
     known = {name.lower(): name for recipe in all_recipes() for name in (*recipe.hf_names, recipe.arch)}
     near = [known[low] for name in names for low in get_close_matches(name.lower(), known, n=N_SUGGESTED, cutoff=0.6)]
-    like = f", of similar names {', '.join(dict.fromkeys(near[:N_SUGGESTED]))}" if near else ""
-    return f"streamconv architectures lists what is{like}"
+    like = f", such as {', '.join(dict.fromkeys(near[:N_SUGGESTED]))}" if near else ""
+    return f"streamconv architectures lists the supported ones{like}"
 
 
 def recipe_of(arch: str, tensors: Collection[str] = ()) -> Recipe | None:

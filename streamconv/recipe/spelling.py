@@ -86,9 +86,11 @@ class Speller:
     def warnings(self) -> list[RunWarning]:
         found = []
         if self.prefix:
-            found.append(RunWarning("name-prefix", f"names of tensors begin with {self.prefix!r}, which was removed"))
+            found.append(
+                RunWarning("name-prefix", f"the names of tensors begin with {self.prefix!r}, which was removed")
+            )
         if self.is_bare and self.is_prefixed:
-            what = f"some names of tensors begin with {BODY!r} and some do not"
+            what = f"some names of tensors begin with {BODY!r}, others do not"
             found.append(RunWarning("names-mixed", what))
         return found
 
@@ -166,7 +168,7 @@ def spell(
         name = speller.spell(stored_name) or stored_name
         if name in result.tensors:
             if not has_same_numbers(result.tensors[name], stored):
-                what = f"{origin[name]} and {stored_name} are both {name}, with different values"
+                what = f"{origin[name]} and {stored_name} both mean {name}, but have different values"
                 hint = "remove one of them: the file was saved twice, with a training wrapper and without"
                 raise SourceError(what, file=folder, hint=hint, code="name-collision")
             continue

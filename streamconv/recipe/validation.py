@@ -36,10 +36,10 @@ def faults(recipe: Output) -> Iterator[str]:
     sources = {row.source for row in recipe.tensors}
     for alias in recipe.aliases:
         if alias.name not in sources:
-            yield f"{alias.source}: no row has its name here, {alias.name}"
+            yield f"{alias.source}: no row has the name {alias.name}"
     for (source, target, only), n in Counter((row.source, row.target, row.only) for row in recipe.tensors).items():
         if n > 1:
-            yield f"{source}: {n} rows make {target} of it" + (f" for {only}" if only else "")
+            yield f"{source}: {n} rows make {target} from it" + (f" for {only}" if only else "")
     for row in recipe.tensors:
         yield from (f"{row.source}: {fault}" for fault in _row_faults(recipe, row))
     for computed in recipe.computed:
@@ -56,10 +56,10 @@ def _axis_faults(recipe: Output, axis: str) -> Iterator[str]:
         row.target for rows in (recipe.tensors, recipe.computed) for row in rows if row.only.startswith(f"{axis}=")
     }
     if len({stack_of(target) for target in targets}) > 1:
-        yield "its rows are of several stacks"
+        yield "its rows belong to several stacks"
     for kind in recipe.axes[axis]:
         if all(row.only != f"{axis}={kind}" for row in recipe.tensors):
-            yield f"no tensor is only of {kind}, by which a layer would be known as one"
+            yield f"no tensor occurs only in {kind}, so such a layer cannot be recognised"
 
 
 def _key_faults(recipe: Output, key: Key) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _row_faults(recipe: Output, row: Tensor) -> Iterator[str]:
     if has_experts(row.source) and "E" not in recipe.dims:
         yield "no dim E, which counts the experts"
     if isinstance(row.required, str) and row.required not in recipe.flags:
-        yield f"required={row.required!r}, and there is no such flag"
+        yield f"required={row.required!r}, but there is no such flag"
     if not row.shape.split():
         yield "it has no shape"
     yield from _extent_faults(recipe, row.shape.split(), f"shape {row.shape!r}")
@@ -120,11 +120,11 @@ def _target_faults(recipe: Output, row: Tensor | Computed) -> Iterator[str]:
     if row.only:
         axis, equals, kind = row.only.partition("=")
         if not equals or axis not in recipe.axes:
-            yield f"only={row.only!r}, and there is no axis {axis!r}"
+            yield f"only={row.only!r}, but there is no axis {axis!r}"
         elif kind not in recipe.axes[axis]:
-            yield f"only={row.only!r}, and the kinds of {axis} are {', '.join(recipe.axes[axis])}"
+            yield f"only={row.only!r}, but the kinds of {axis} are {', '.join(recipe.axes[axis])}"
         if stack_of(row.target) is None:
-            yield f"only={row.only!r}, and it has no layers"
+            yield f"only={row.only!r}, but it has no layers"
 
 
 def _extent_faults(recipe: Output, texts: Iterable[str], where: str) -> Iterator[str]:

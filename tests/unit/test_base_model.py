@@ -190,7 +190,7 @@ def test_modules_that_are_not_there(tmp_path: Path, module: str) -> None:
     [
         (of(0, "ffn_norm"), "it is a norm, to which llama.cpp does not apply adapters"),
         ("model.embedding_norm", "it is a norm, to which llama.cpp does not apply adapters"),
-        (of(0, "conv.conv"), "it is a convolution, and LoRA of convolutions is not known here"),
+        (of(0, "conv.conv"), "it is a convolution, for which LoRA is not supported"),
     ],
 )
 def test_modules_that_no_adapter_can_change(tmp_path: Path, module: str, reason: str) -> None:

@@ -298,7 +298,8 @@ def test_a_repo_that_is_not_in_the_cache_is_named(folder: Path) -> None:
     (line,) = batch(folder)[1]
     assert line["error"]["file"] == f"{folder}/Owner/Nope"
     assert (
-        line["error"]["hint"] == "if the repo Owner/Nope is meant: hf download Owner/Nope; nothing is downloaded here"
+        line["error"]["hint"]
+        == "if you mean the repo Owner/Nope, run: hf download Owner/Nope (streamconv does not download)"
     )
 
 
@@ -337,10 +338,8 @@ def test_a_wrong_file_runs_nothing(folder: Path) -> None:
     (folder / "jobs.toml").write_text(JOBS + '[[job]]\nsource = "nowhere*"\n')
     code, lines, error = batch(folder)
     assert (code, lines) == (2, [])
-    assert (
-        error
-        == f"streamconv: {folder}/jobs.toml: job 2: nothing matches nowhere* (a glob takes folders and .safetensors)\n"
-    )
+    hint = "a glob matches folders and .safetensors files"
+    assert error == f"streamconv: {folder}/jobs.toml: job 2: nothing matches nowhere* ({hint})\n"
     assert not (folder / "out").exists()
 
 
@@ -446,7 +445,7 @@ def test_a_batch_that_is_stopped_leaves_what_can_be_resumed(folder: Path, number
     assert not job.is_running()
     lines = [json.loads(line) for line in out.splitlines()]
     assert outcome(lines) == {"one": ("cancelled", code, 1), "two": ("cancelled", code, 0)}
-    assert error.splitlines()[-2:] == ["2 cancelled", "the same command again goes on; --restart would start over"]
+    assert error.splitlines()[-2:] == ["2 cancelled", "run the same command again to continue; --restart starts over"]
     (held,) = (line for line in error.splitlines() if line.startswith(f"cancelled  {code}  one"))
     part = folder / "out" / "one-q8_0.gguf.part"
     assert f"{part} (130,464 bytes): 130,464 bytes of 130,464 bytes are kept" in held

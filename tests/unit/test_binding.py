@@ -225,7 +225,7 @@ def test_a_second_stack_has_its_own_depth_and_kinds() -> None:
         "v.blk.0.w.weight", "v.blk.0.a.weight", "v.blk.1.w.weight", "v.blk.1.a.weight", "v.blk.2.w.weight",
         "v.blk.2.b.weight", "v.blk.3.w.weight", "v.blk.3.a.weight", "mm.0.weight", "mm.2.weight",
     ]  # fmt: skip
-    with pytest.raises(SourceError, match=r"no place in the model \(n_layers=2, experts=3, n_vision=3\)"):
+    with pytest.raises(SourceError, match=r"unexpected tensors \(n_layers=2, experts=3, n_vision=3\)"):
         bound(CONFIG, made(SHAPES | shapes), recipe, n_vision=3)
     with pytest.raises(SourceError, match=r"unknown tensors: v\.merger\.1\.w"):
         bound(CONFIG, made(SHAPES | shapes | {"v.merger.1.w": (6, 6)}), recipe)
@@ -320,17 +320,21 @@ def test_what_the_config_does_not_say_follows_from_the_tensors(key: str, value: 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("n_layers", 1, "tensors with no place in the model (n_layers=1, experts=3): layers.1.q.weight, "),
+        ("n_layers", 1, "unexpected tensors (n_layers=1, experts=3): layers.1.q.weight, "),
         ("n_layers", 3, "layer 2 with no tensors of attention or conv"),
         ("hidden", 9, "embed.weight has shape [11, 6], expected [11, 9] from hidden=9"),
         ("heads", 4, "layers.1.q.weight has shape [8, 6], expected [16, 6] from heads=4, head_dim=4, hidden=6"),
         ("experts", 2, "(n_layers=2, experts=2): layers.0.experts.2.up.weight (and 1 more)"),
         ("experts", 4, "missing tensors: layers.0.experts.3.up.weight (and 1 more)"),
         ("experts", 1 << 30, "missing tensors: layers.0.experts.3.up.weight (and 1 more)"),
-        ("width", 6, "expected [6, 6] from width=6, hidden=6 (and 5 more like it)"),
-        ("kinds", ["conv", "conv"], "kinds in config.json makes layer 1 'conv', its tensors are those of 'attention'"),
-        ("kinds", ["conv"], "kinds in config.json is of 1 layers, and there are 2"),
-        ("kinds", ["conv", "mamba"], "makes layer 1 'mamba'"),
+        ("width", 6, "expected [6, 6] from width=6, hidden=6 (and 5 more like this)"),
+        (
+            "kinds",
+            ["conv", "conv"],
+            "kinds in config.json says that layer 1 is 'conv', but its tensors are those of 'attention'",
+        ),
+        ("kinds", ["conv"], "kinds in config.json lists 1 layers, but there are 2"),
+        ("kinds", ["conv", "mamba"], "says that layer 1 is 'mamba'"),
         ("bias", True, "missing tensors: layers.1.q.bias"),
         ("twisted", True, "twisted is true"),
     ],
@@ -367,7 +371,7 @@ def test_all_disagreements_are_listed_at_once() -> None:
         "twisted is true",
         "unknown tensors: stray",
         "layers.1.norm.weight has shape [5]",
-        "makes layer 0",
+        "says that layer 0",
         "missing tensors: embed.weight, layers.1.experts.2.up.weight",
         "there is no lm_head.weight",
     ):
@@ -382,7 +386,7 @@ def test_many_alike_are_counted_and_not_listed() -> None:
 
 def test_a_flag_that_denies_a_stored_tensor_is_a_disagreement() -> None:
     shapes = SHAPES | {"layers.1.q.bias": (8,)}
-    assert "bias is false, and there are layers.1.q.bias" in complaint(shapes, bias=False)
+    assert "bias is false, but the checkpoint has layers.1.q.bias" in complaint(shapes, bias=False)
     assert "blk.1.attn_q.bias" in [one.name for one in toy(shapes, bias=True).targets]
     assert "blk.1.attn_q.bias" in [one.name for one in toy(shapes).targets]
 
@@ -412,16 +416,16 @@ def test_a_rule_must_come_to_a_size() -> None:
 
 def test_heads_of_an_odd_size_cannot_be_paired() -> None:
     shapes = SHAPES | {"layers.1.q.weight": (6, 6)}
-    assert "layers.1.q.weight has no heads of two halves" in complaint(shapes, head_dim=3)
+    assert "cannot be split into heads of two halves" in complaint(shapes, head_dim=3)
 
 
 def test_more_layers_than_any_model_has_are_not_counted_through() -> None:
-    with pytest.raises(SourceError, match="1073741824 layers are not a model"):
+    with pytest.raises(SourceError, match="1073741824 is not a valid number of layers"):
         toy(n_layers=1 << 30)
 
 
 def test_a_model_without_layers_is_none() -> None:
-    with pytest.raises(SourceError, match="0 layers are not a model"):
+    with pytest.raises(SourceError, match="0 is not a valid number of layers"):
         bound(CONFIG, made({"embed.weight": (11, 6)}), TOY, n_layers=ABSENT)
 
 

@@ -276,7 +276,7 @@ def test_a_bug_of_ours_is_one_line_and_with_v_a_traceback(
 
     monkeypatch.setattr("streamconv.recipe.registry.all_recipes", broken)
     assert cli.main(["architectures"]) == 1
-    expected = "streamconv: internal error: ZeroDivisionError: a b (please report it, with what -v shows)\n"
+    expected = "streamconv: internal error: ZeroDivisionError: a b (please report it with the output of -v)\n"
     assert capsys.readouterr().err == expected
     with pytest.raises(ZeroDivisionError):
         cli.main(["architectures", "-v"])
@@ -476,7 +476,7 @@ def test_the_last_lines_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["convert", str(source), "--adapter", str(adapter), "-o", str(out), "--quiet"]) == 0
     assert cli.main(["verify", str(out), "--source", str(source), "--adapter", str(adapter)]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"verified {out}: 20 of 20 tensors are what {source} says with {adapter} merged"
+    assert first == f"verified {out}: 20 of 20 tensors match {source} with {adapter} merged"
     assert second.endswith(" MiB")
 
 

@@ -154,4 +154,4 @@ def test_the_recipe_refuses_by_name(reader: Reader, flag: str) -> None:
     arcee.build(Path("Arcee-tiny"), **{flag: True})
     reader.install(recipe_text())
     said = reader.run("streamconv convert Arcee-tiny --recipe arcee.py")
-    assert f"{flag} is true, and the runtime has no place for it" in said
+    assert f"{flag} is true, but the runtime does not support it" in said

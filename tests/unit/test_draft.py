@@ -93,7 +93,7 @@ def test_names_that_gguf_does_not_know_get_a_place_and_a_mark(tmp_path: Path) ->
         "net.layer.2.extra.weight": (13, 6),
     }
     text, model = drafted(checkpoint(tmp_path, shapes, {"model_type": "novel", "d_model": 6, "ranks": 35}))
-    assert "# TODO gguf knows no architecture of this name" in text
+    assert "# TODO gguf has no architecture of this name" in text
     assert 'hf_names=("TODO",)' in text
     assert {one.name for one in model.targets} == {
         "TODO.net.wte.table",
@@ -103,7 +103,7 @@ def test_names_that_gguf_does_not_know_get_a_place_and_a_mark(tmp_path: Path) ->
     assert 'Dim("ranks")' in text and 'Dim("d_model")' in text
     assert text.count('Dim("TODO"),  # TODO what config.json calls ') == 3  # 3 layers, 11 tokens, 13 rows
     assert 'Dim("TODO", 1),  # TODO the number of tokens' in text
-    assert "# TODO in layers 2 alone" in text
+    assert "# TODO only in layers 2" in text
 
 
 def test_the_embedding_tells_what_the_config_calls_otherwise(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_name_that_no_recipe_can_say_is_marked(tmp_path: Path, name: str) -> N
     recipe = executed(draft(src))
     odd = checkpoint(tmp_path / "odd", {key: one.shape for key, one in stored.items()} | {name: (5, 3)}, {})
     text = draft(odd)
-    assert "# TODO recipes have no words for a name like " in text
+    assert "# TODO recipes cannot express a name like " in text
     with pytest.raises(SourceError, match="unknown tensors: "):
         bound(*inmemory.loaded(odd), executed(text))
     assert bound(raw, stored, executed(text)).dims == bound(raw, stored, recipe).dims

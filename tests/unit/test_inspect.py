@@ -301,7 +301,7 @@ class TestAdapter:
             (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
             lines = list(render(inspect(path), width=1000))
             assert lines[-2:] == [
-                "what it converts to follows from its base:",
+                "the result of a conversion depends on its base:",
                 f"  streamconv lora {path} --base {base} --dry-run",
             ]
         (path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))

@@ -138,20 +138,20 @@ def test_a_repo_id_is_its_folder_in_the_cache_where_no_such_path_is(
         ('[[job]]\nsource = "a"\nsplit_max_size = "0"\n', "job 1: split_max_size is '0'"),
         ('[[job]]\noutput = "a.gguf"\n', "job 1: a convert job needs source"),
         ('[[job]]\nsource = "a"\ncommand = "verify"\n', "job 1: a verify job needs output"),
-        ('[[job]]\nsource = "a"\nbase = "b"\n', "job 1: base is not for a convert job"),
+        ('[[job]]\nsource = "a"\nbase = "b"\n', "job 1: base does not apply to a convert job"),
         ('[[job]]\nsource = "a*"\n', "job 1: nothing matches a*"),
         ('[[job]]\nsource = "a**b"\n', "job 1: 'a**b' is not a glob"),
-        ('[[job]]\nsource = "a"\noutput = "{nam}.gguf"\n', "job 1: output '{nam}.gguf' may hold {name} and {outtype}"),
-        ('[[job]]\nsource = "a"\noutput = "{name.x}"\n', "job 1: output '{name.x}' may hold {name} and {outtype}"),
+        ('[[job]]\nsource = "a"\noutput = "{nam}.gguf"\n', "job 1: output '{nam}.gguf' may contain only {name} and"),
+        ('[[job]]\nsource = "a"\noutput = "{name.x}"\n', "job 1: output '{name.x}' may contain only {name} and"),
         ('[[job]]\nsource = "a"\n[[jobs]]\nsource = "b"\n', "jobs: not known"),
-        ('[[job]]\nsource = "a"\noutput = "{name.__class__}.gguf"\n', "job 1: output '{name.__class__}.gguf' may hold"),
-        ('[[job]]\nsource = "a"\noutput = "{name:>10000000000}"\n', "job 1: output '{name:>10000000000}' may hold"),
-        ('[[job]]\nsource = "a"\noutput = "{name!r}{{}}"\n', "job 1: output '{name!r}{{}}' may hold"),
+        ('[[job]]\nsource = "a"\noutput = "{name.__class__}.gguf"\n', "job 1: output '{name.__class__}.gguf' may"),
+        ('[[job]]\nsource = "a"\noutput = "{name:>10000000000}"\n', "job 1: output '{name:>10000000000}' may contain"),
+        ('[[job]]\nsource = "a"\noutput = "{name!r}{{}}"\n', "job 1: output '{name!r}{{}}' may contain"),
         ('[job]\nsource = "a"\n', "job is not a list of tables"),
         ("job = 3\n", "job is not a list of tables"),
         ("defaults = 3\n", "defaults is not a table"),
         ("[[job]\n", "not TOML"),
-        ("", "it contains no jobs"),
+        ("", "the file contains no jobs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
@@ -171,7 +171,7 @@ def test_the_way_out_of_an_unknown_outtype(tmp_path: Path, word: str, hint: str 
     [
         ("[1]\n", "line 1 is not a JSON object"),
         ('{"source": "a"}\n{"source\n', "line 2 is not JSON"),
-        ("\n", "it contains no jobs"),
+        ("\n", "the file contains no jobs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_json_lines(tmp_path: Path, text: str, message: str) -> None:
@@ -183,7 +183,7 @@ def test_two_jobs_may_not_write_one_file(tmp_path: Path) -> None:
     assert refusal(tmp_path, text) == f"a and b would both write {tmp_path}/x.gguf"
     with pytest.raises(UsageError) as caught:
         jobs_of(tmp_path, '[[job]]\nsource = "a"\n' * 2)
-    assert caught.value.hint == "give one another name or output"  # both have {name} in it already
+    assert caught.value.hint == "give one of them another name or output"  # both have {name} in it already
     both = '[[job]]\nsource = "a"\noutput = "x.gguf"\n[[job]]\nsource = "a"\ncommand = "verify"\noutput = "x.gguf"\n'
     assert [job.command for job in jobs_of(tmp_path, both)] == ["convert", "verify"]
 

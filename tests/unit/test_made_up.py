@@ -224,7 +224,7 @@ def test_an_adapter_goes_where_its_weights_go(tmp_path: Path, source: Path, base
 
 def test_a_gguf_does_not_tell_how_its_experts_were_scaled(tmp_path: Path, source: Path) -> None:
     streamconv.convert(source, tmp_path / "base.gguf", outtype="f32")
-    with pytest.raises(SourceError, match="does not tell how its experts were scaled"):
+    with pytest.raises(SourceError, match="does not record how its experts were scaled"):
         streamconv.convert_adapter(adapter(tmp_path / "a", (DOWN,)), tmp_path / "base.gguf", tmp_path / "lora.gguf")
 
 

@@ -67,7 +67,7 @@ def test_tensors_of_something_else_beside_the_model(tmp_path: Path, name: str) -
     )
     assert codes(error) == {"tensors-unknown"}
     assert "vision.layers.0.a.weight (and 45 more)" in error.message
-    assert "and 92 more of 2 kinds" in error.message
+    assert "and 92 more of 2 other kinds" in error.message
 
 
 @pytest.mark.parametrize("name", BUILDERS)

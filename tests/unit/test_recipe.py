@@ -83,7 +83,7 @@ def test_what_is_not_supported_is_said(raw: dict[str, Any], message: str) -> Non
 def test_the_nearest_names_are_in_the_hint() -> None:
     with pytest.raises(SourceError) as caught:
         find_recipe(config(architectures=["Unknown"]))
-    assert caught.value.hint == "streamconv architectures lists what is"
+    assert caught.value.hint == "streamconv architectures lists the supported ones"
     with pytest.raises(SourceError) as caught:
         find_recipe(config(architectures=["Qwen33ForCausalLM"]))
     assert "Qwen3ForCausalLM" in str(caught.value.hint)
@@ -156,7 +156,7 @@ def projector(arch: str) -> Output:
         ({"tensors": (Tensor(LAYER, "w", "H"),)}, "its target w counts other layers"),
         ({"tensors": (Tensor("layers.{i:vision}.w", "v.blk.{i:vision}.w", "H"),)}, "there is no stack 'vision'"),
         ({"tensors": (Tensor("layers.{j}.w", "blk.{i}.w", "H"),)}, "has braces that are neither"),
-        ({"tensors": (Tensor("layers.{i}.w.{i}.x", "blk.{i}.w", "H"),)}, "counts two kinds of layers"),
+        ({"tensors": (Tensor("layers.{i}.w.{i}.x", "blk.{i}.w", "H"),)}, "has two placeholders of the same kind"),
         ({"tensors": (Tensor("layers.{i}.{e}.w", "blk.{i}.w", "H"),)}, "no dim E"),
         ({"tensors": (Tensor("w", "w", "A H", (Permute("Q"),)),)}, "w: Permute: there is no dim Q"),
         ({"tensors": (Tensor("w", "w", "A H", (Split(0, "A-Q Q"),)),)}, "w: Split: there is no dim Q"),
@@ -169,19 +169,25 @@ def projector(arch: str) -> Output:
         ({"claims": (Claim("types", "mixr", lambda c, n: None),)}, "types: there is no axis 'mixr'"),
         ({"stacks": {"": "L", "vision": "N"}}, "stack 'vision': there is no dim N"),
         ({"keys": (Key("{arhc}.heads", "A"),)}, "{arhc}.heads: has braces"),
-        ({"axes": {"mixer": ("attention", "cnv")}, "tensors": MIXED}, "axis mixer: no tensor is only of cnv"),
+        ({"axes": {"mixer": ("attention", "cnv")}, "tensors": MIXED}, "axis mixer: no tensor occurs only in cnv"),
         (
             {"stacks": {"": "L", "vision": "A"}, "tensors": (*MIXED, TOWER)},
-            "axis mixer: its rows are of several stacks",
+            "axis mixer: its rows belong to several stacks",
         ),
         ({"tensors": (Tensor("w", "w", " "),)}, "w: it has no shape"),
         ({"tensors": (Tensor("w", "w", "True*A H"),)}, "'True*A' cannot be read"),
-        ({"tensors": (Tensor("scales.{i}", BLOCK, "H"),)}, "scales.{i}: has a number that is not between two dots"),
-        ({"tensors": (Tensor("layer{i}.w", BLOCK, "H"),)}, "layer{i}.w: has a number that is not between two dots"),
-        ({"tensors": (Tensor("w", "w", "H"), Tensor("w", "w", "H"))}, "w: 2 rows make w of it"),
+        (
+            {"tensors": (Tensor("scales.{i}", BLOCK, "H"),)},
+            "scales.{i}: has a placeholder that is not between two dots",
+        ),
+        (
+            {"tensors": (Tensor("layer{i}.w", BLOCK, "H"),)},
+            "layer{i}.w: has a placeholder that is not between two dots",
+        ),
+        ({"tensors": (Tensor("w", "w", "H"), Tensor("w", "w", "H"))}, "w: 2 rows make w from it"),
         ({"tensors": (Tensor("w", "w", "H", required="attention_bais"),)}, "there is no such flag"),
         ({"tensors": (Tensor("w", "w", "A H", (Transpose,)),)}, "is not an operation"),  # type: ignore[arg-type]
-        ({"aliases": (Alias("v.w", "embd.weight"),)}, "v.w: no row has its name here, embd.weight"),
+        ({"aliases": (Alias("v.w", "embd.weight"),)}, "v.w: no row has the name embd.weight"),
         ({"outputs": (projector("clip"), projector("dlip"))}, "2 outputs are mmproj"),
         ({"drops": (Drop("layers.{j}.w", "no"),)}, "layers.{j}.w: has braces"),
         ({"drops": (Drop("tower.*", "no", beyond=True),)}, "tower.*: beyond="),

@@ -54,17 +54,20 @@ def test_layers_that_attend_have_heads(lfm2: Checkpoint, said: dict[str, Any]) -
     [
         (
             {"layer_types": ["full_attention"] * 4},
-            "layer_types in config.json makes layer 0 'attention', its tensors are those of 'conv' (and 2 more",
+            "layer_types in config.json says that layer 0 is 'attention', but its tensors are those of 'conv'",
         ),
         (
             {"layer_types": ABSENT, "full_attn_idxs": [1]},
-            "full_attn_idxs in config.json makes layer 1 'attention', its tensors are those of 'conv' (and 1 more",
+            "full_attn_idxs in config.json says that layer 1 is 'attention', but its tensors are those of 'conv'",
         ),
-        ({"layer_types": TYPES, "full_attn_idxs": [0]}, "full_attn_idxs in config.json makes layer 0 'attention'"),
+        (
+            {"layer_types": TYPES, "full_attn_idxs": [0]},
+            "full_attn_idxs in config.json says that layer 0 is 'attention'",
+        ),
         ({"layer_types": TYPES, "full_attn_idxs": [2, 4]}, "full_attn_idxs is [2, 4], expected layers from 0 to 3"),
         ({"layer_types": ABSENT, "full_attn_idxs": [2, -1]}, "full_attn_idxs is [2, -1], expected layers from 0 to 3"),
-        ({"layer_types": TYPES[:3]}, "layer_types in config.json is of 3 layers, and there are 4"),
-        ({"layer_types": [*TYPES[:3], "mamba"]}, "makes layer 3 'mamba', its tensors are those of 'conv'"),
+        ({"layer_types": TYPES[:3]}, "layer_types in config.json lists 3 layers, but there are 4"),
+        ({"layer_types": [*TYPES[:3], "mamba"]}, "says that layer 3 is 'mamba', but its tensors are those of 'conv'"),
     ],
 )
 def test_a_claim_against_the_tensors_is_an_error(lfm2: Checkpoint, said: dict[str, Any], message: str) -> None:
@@ -131,7 +134,7 @@ def test_rope_base(lfm2: Checkpoint, said: dict[str, Any], base: float) -> None:
     ("said", "message"),
     [
         ({"conv_bias": True}, "conv_bias is true"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' has no place"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
         (
             {"num_attention_heads": 4, "head_dim": 8},
             "config.json has head_dim=8, the tensors 16",
@@ -156,7 +159,7 @@ def test_heads_must_make_the_hidden_size(lfm2: Checkpoint) -> None:
         attention + "q_layernorm.weight": (24,),
         attention + "k_layernorm.weight": (24,),
     }
-    with pytest.raises(SourceError, match="4 heads of 24 do not make the hidden size 64"):
+    with pytest.raises(SourceError, match="4 heads of 24 make up the hidden size 64"):
         bound(raw, stored | inmemory.made(other))
 
 

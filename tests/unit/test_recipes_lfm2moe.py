@@ -122,7 +122,9 @@ def test_dense_layers_come_first(tmp_path: Path, n_dense: int) -> None:
 
 
 def test_the_config_must_know_which_are_dense(moe: Checkpoint) -> None:
-    with pytest.raises(SourceError, match=r"num_dense_layers in config\.json makes layer 1 'dense', its tensors are"):
+    with pytest.raises(
+        SourceError, match=r"num_dense_layers in config\.json says that layer 1 is 'dense', but its tensors are"
+    ):
         bound(*moe, num_dense_layers=2)
 
 
@@ -175,14 +177,14 @@ def test_what_the_config_does_not_say_follows_from_the_tensors(moe: Checkpoint, 
     [
         ({"norm_topk_prob": False}, "norm_topk_prob is false"),
         ({"conv_bias": True}, "conv_bias is true"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "RoPE scaling 'linear' has no place"),
-        ({"num_experts_per_tok": 7}, "7 of 6 experts cannot be used"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "RoPE scaling 'linear' is not supported"),
+        ({"num_experts_per_tok": 7}, "the config uses 7 experts of 6"),
         ({"num_experts": 5}, "gate.weight has shape [6, 64], expected [5, 64] from num_experts=5, hidden_size=64"),
         (
             {"layer_types": ["conv"] * 4},
-            "layer_types in config.json makes layer 1 'conv', its tensors are those of 'attention'",
+            "layer_types in config.json says that layer 1 is 'conv', but its tensors are those of 'attention'",
         ),
-        ({"tie_embedding": False}, "untied and there is no lm_head.weight"),
+        ({"tie_embedding": False}, "untied, but there is no lm_head.weight"),
     ],
 )
 def test_what_cannot_be_is_named(moe: Checkpoint, said: dict[str, Any], message: str) -> None:

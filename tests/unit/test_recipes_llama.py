@@ -72,7 +72,7 @@ def test_rows_of_q_and_k_are_paired_per_head_and_no_others(biased: Checkpoint) -
 
 @pytest.mark.parametrize("flag", ["attention_bias", "mlp_bias"])
 def test_biases_are_there_just_where_the_config_says(llama: Checkpoint, biased: Checkpoint, flag: str) -> None:
-    with pytest.raises(SourceError, match=f"{flag} is false, and there are model.layers.0"):
+    with pytest.raises(SourceError, match=f"{flag} is false, but the checkpoint has model.layers.0"):
         bound(*biased, **{flag: False})
     with pytest.raises(SourceError, match=r"missing tensors: model\.layers\.0\..*_proj\.bias"):
         bound(*llama, **{flag: True})
@@ -226,7 +226,7 @@ def test_only_llama3_has_factors(llama: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"rope_scaling": {"type": "longrope"}}, "RoPE scaling 'longrope' has no place"),
+        ({"rope_scaling": {"type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, LOW_AND_HIGH),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 5.0}}, LOW_AND_HIGH),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": None}}, LOW_AND_HIGH),
@@ -236,7 +236,7 @@ def test_only_llama3_has_factors(llama: Checkpoint) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate of YaRN is false"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is not 1"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and the runtime computes silu"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but the runtime computes silu"),
     ],
 )
 def test_what_the_run_time_cannot_express_is_named(llama: Checkpoint, said: dict[str, Any], message: str) -> None:
@@ -267,5 +267,8 @@ def test_biases_that_transformers_would_leave_out_are_a_warning(biased: Checkpoi
     model = bound(*biased, attention_bias=ABSENT)
     (warning,) = model.warnings
     assert warning.code == "flag-missing"
-    assert "no attention_bias in config.json, and there are model.layers.0.self_attn.q_proj.bias" in warning.message
+    assert (
+        "config.json has no attention_bias, but the checkpoint has model.layers.0.self_attn.q_proj.bias"
+        in warning.message
+    )
     assert "blk.1.attn_q.bias" in [one.name for one in model.targets]

@@ -16,16 +16,16 @@ from tests.oracles import runtime
 
 ODD = {"hidden": 60, "n_heads": 4, "n_kv_heads": 2}
 CASES: dict[str, tuple[Callable[..., Path], dict[str, Any], str]] = {
-    "lfm2, no attention": (tiny.lfm2, {"attention": ()}, "no layer attends"),
-    "lfm2, no convolution": (tiny.lfm2, {"attention": range(4)}, "no layer is a convolution"),
-    "lfm2, kernels of 1": (tiny.lfm2, {"conv_l": 1}, "conv_L_cache is 1, and the runtime needs 2 or more"),
+    "lfm2, no attention": (tiny.lfm2, {"attention": ()}, "there is no attention layer"),
+    "lfm2, no convolution": (tiny.lfm2, {"attention": range(4)}, "there is no convolution layer"),
+    "lfm2, kernels of 1": (tiny.lfm2, {"conv_l": 1}, "conv_L_cache is 1, but the runtime needs 2 or more"),
     "lfm2, uneven heads": (tiny.lfm2, {"n_kv_heads": 3}, "4 heads do not share 3 key-value heads evenly"),
-    "lfm2, odd heads": (tiny.lfm2, ODD, "heads of 15 have no two halves for RoPE to turn"),
-    "lfm2moe, no attention": (tiny.lfm2moe, {"attention": ()}, "no layer attends"),
-    "lfm2moe, no convolution": (tiny.lfm2moe, {"attention": range(4)}, "no layer is a convolution"),
+    "lfm2, odd heads": (tiny.lfm2, ODD, "heads of 15 cannot be split into the two halves"),
+    "lfm2moe, no attention": (tiny.lfm2moe, {"attention": ()}, "there is no attention layer"),
+    "lfm2moe, no convolution": (tiny.lfm2moe, {"attention": range(4)}, "there is no convolution layer"),
     "lfm2moe, kernels of 1": (tiny.lfm2moe, {"conv_l": 1}, "conv_L_cache is 1"),
     "lfm2moe, uneven heads": (tiny.lfm2moe, {"n_kv_heads": 3}, "4 heads do not share 3 key-value heads evenly"),
-    "lfm2moe, odd heads": (tiny.lfm2moe, ODD, "heads of 15 have no two halves"),
+    "lfm2moe, odd heads": (tiny.lfm2moe, ODD, "heads of 15 cannot be split into the two halves"),
 }
 
 

@@ -214,7 +214,9 @@ def test_llama_cpps_adapter_keys(tmp_path: Path) -> None:
     assert verify(other, adapter, base=base).warnings == []
     del kv["adapter.lora.alpha"]
     other = with_keys_of(tmp_path / "ours.gguf", tmp_path / "other.gguf", kv)
-    with pytest.raises(VerifyError, match=r"adapter\.lora\.alpha is missing; by its source it should be 12\.0"):
+    with pytest.raises(
+        VerifyError, match=r"adapter\.lora\.alpha is missing; according to the source it should be 12\.0"
+    ):
         verify(other, adapter, base=base)
 
 
@@ -227,14 +229,16 @@ def test_what_is_only_another_look(source: Path, tmp_path: Path, capsys: pytest.
     assert "streamconv: warning: key lfm2.more is 'x'" in capsys.readouterr().err
     told = [warning.message for warning in verify(other, source).warnings]
     assert [message.split()[1] for message in told] == ["tokenizer.chat_template", "lfm2.more"]
-    assert told[1] == "key lfm2.more is 'x', and its source does not give it"
+    assert told[1] == "key lfm2.more is 'x', but the source does not define it"
 
 
 def test_a_pre_tokenizer_that_was_named(source: Path, tmp_path: Path) -> None:
     out = made(source, tmp_path, pre="qwen2")
     assert verify(out, source, pre="qwen2").verified
     assert main(["verify", str(out), "--source", str(source), "--pre", "qwen2", "--quiet"]) == 0
-    with pytest.raises(VerifyError, match=r"key tokenizer\.ggml\.pre is 'qwen2', by its source it should be 'lfm2'"):
+    with pytest.raises(
+        VerifyError, match=r"key tokenizer\.ggml\.pre is 'qwen2', but according to the source it should be 'lfm2'"
+    ):
         verify(out, source)
 
 
@@ -282,7 +286,9 @@ def test_a_flipped_bit(
     with pytest.raises(VerifyError, match=rf"{tensor}: {where} is") as caught:
         verify(out, source)
     place = tuple(np.argwhere(before != after)[0])
-    assert f"{where} is {after[place]:.9g}, by its source it should be {before[place]:.9g}" in str(caught.value)
+    assert f"{where} is {after[place]:.9g}, but according to the source it should be {before[place]:.9g}" in str(
+        caught.value
+    )
 
 
 def test_the_first_in_file_order_is_named(source: Path, tmp_path: Path) -> None:
@@ -323,17 +329,25 @@ def test_tensors_that_exchanged_their_data(source: Path, tmp_path: Path) -> None
         (
             "lfm2.rope.freq_base",
             0.0,
-            r"key lfm2.rope.freq_base is 0.0, by its source it should be 1000000.0",
+            r"key lfm2.rope.freq_base is 0.0, but according to the source it should be 1000000.0",
         ),  # Ollama's
         (
             "lfm2.attention.head_count_kv",
             [0, 0, 0, 0],
-            r"head_count_kv\[2\] is 0, by its source it should be 2",
+            r"head_count_kv\[2\] is 0, but according to the source it should be 2",
         ),  # Ollama's
-        ("lfm2.attention.head_count_kv", [0, 0, 2], r"head_count_kv\[3\] is missing, by its source it should be 0"),
-        ("lfm2.block_count", 5, "block_count is 5, by its source it should be 4"),
+        (
+            "lfm2.attention.head_count_kv",
+            [0, 0, 2],
+            r"head_count_kv\[3\] is missing, but according to the source it should be 0",
+        ),
+        ("lfm2.block_count", 5, "block_count is 5, but according to the source it should be 4"),
         ("lfm2.attention.layer_norm_rms_epsilon", 1.1e-5, "layer_norm_rms_epsilon is 1.1"),
-        ("general.architecture", "llama", "general.architecture is 'llama', by its source it should be 'lfm2'"),
+        (
+            "general.architecture",
+            "llama",
+            "general.architecture is 'llama', but according to the source it should be 'lfm2'",
+        ),
     ],
 )
 def test_a_wrong_key(source: Path, key: str, value: Any, words: str, tmp_path: Path) -> None:
@@ -345,15 +359,21 @@ def test_a_wrong_key(source: Path, key: str, value: Any, words: str, tmp_path: P
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("lfm2.block_count", "block_count is missing; by its source it should be 4"),
-        ("lfm2.attention.head_count_kv", "head_count_kv is missing; by its source it should be an array of 4"),
-        ("lfm2.rope.freq_base", r"freq_base is missing; by its source it should be 1000000\.0"),  # and 10000 without it
-        ("tokenizer.ggml.model", "model is missing; by its source it should be 'gpt2'"),
-        ("tokenizer.ggml.pre", "pre is missing; by its source it should be 'lfm2'"),
-        ("tokenizer.ggml.tokens", "tokens is missing; by its source it should be an array of 416"),
-        ("tokenizer.ggml.merges", "merges is missing; by its source it should be an array of"),
-        ("tokenizer.ggml.token_type", "token_type is missing; by its source it should be an array of 416"),
-        ("tokenizer.ggml.eos_token_id", "eos_token_id is missing; by its source it should be"),
+        ("lfm2.block_count", "block_count is missing; according to the source it should be 4"),
+        (
+            "lfm2.attention.head_count_kv",
+            "head_count_kv is missing; according to the source it should be an array of 4",
+        ),
+        (
+            "lfm2.rope.freq_base",
+            r"freq_base is missing; according to the source it should be 1000000\.0",
+        ),  # and 10000 without it
+        ("tokenizer.ggml.model", "model is missing; according to the source it should be 'gpt2'"),
+        ("tokenizer.ggml.pre", "pre is missing; according to the source it should be 'lfm2'"),
+        ("tokenizer.ggml.tokens", "tokens is missing; according to the source it should be an array of 416"),
+        ("tokenizer.ggml.merges", "merges is missing; according to the source it should be an array of"),
+        ("tokenizer.ggml.token_type", "token_type is missing; according to the source it should be an array of 416"),
+        ("tokenizer.ggml.eos_token_id", "eos_token_id is missing; according to the source it should be"),
     ],
 )
 def test_a_missing_key(source: Path, key: str, words: str, tmp_path: Path) -> None:
@@ -365,17 +385,17 @@ def test_a_missing_key(source: Path, key: str, words: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("key", "value", "type_", "words"),
     [
-        ("tokenizer.ggml.eos_token_id", 9, "UINT32", "is 9, by its source it should be"),
-        ("tokenizer.ggml.model", "llama", "STRING", "is 'llama', by its source it should be 'gpt2'"),
-        ("tokenizer.ggml.pre", "qwen2", "STRING", "is 'qwen2', by its source it should be 'lfm2'"),
-        ("tokenizer.ggml.add_bos_token", False, "BOOL", "is False, by its source it should be True"),
+        ("tokenizer.ggml.eos_token_id", 9, "UINT32", "is 9, but according to the source it should be"),
+        ("tokenizer.ggml.model", "llama", "STRING", "is 'llama', but according to the source it should be 'gpt2'"),
+        ("tokenizer.ggml.pre", "qwen2", "STRING", "is 'qwen2', but according to the source it should be 'lfm2'"),
+        ("tokenizer.ggml.add_bos_token", False, "BOOL", "is False, but according to the source it should be True"),
         ("tokenizer.ggml.add_eos_token", True, "BOOL", "is True, "),
-        ("lfm2.block_count", 4, "INT32", "is of type int32, by its source it should be uint32"),
+        ("lfm2.block_count", 4, "INT32", "has type int32, but according to the source it should be uint32"),
         (
             "lfm2.rope.scaling.factor",
             4.0,
             "FLOAT32",
-            r"is 4\.0, and its source does not give it; without the key, loaders use 1\.0",
+            r"is 4\.0, but the source does not define it; without the key, loaders use 1\.0",
         ),
     ],
 )
@@ -394,7 +414,7 @@ def test_another_kind_or_score_of_a_token(source: Path, tmp_path: Path) -> None:
             keys[f"tokenizer.ggml.{key}"][7] = value
 
         other = rewritten(made(model, tmp_path, force=True), tmp_path / "other.gguf", keys=change)
-        with pytest.raises(VerifyError, match=rf"{key}\[7\] is {value}, by its source it should be"):
+        with pytest.raises(VerifyError, match=rf"{key}\[7\] is {value}, but according to the source it should be"):
             verify(other, model)
 
 
@@ -527,7 +547,7 @@ def test_the_commands_exit_codes(source: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["convert", str(source), "-o", str(out), "--verify", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verified"] is True
     assert main(["verify", str(out), "--source", str(source)]) == 0
-    assert "are what" in capsys.readouterr().out
+    assert "tensors match" in capsys.readouterr().out
     flip(out, QUERY, 0, 6)
     assert main(["verify", str(out), "--source", str(source), "--json"]) == 6
     error = json.loads(capsys.readouterr().out)["error"]

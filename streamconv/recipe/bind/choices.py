@@ -113,7 +113,7 @@ def check_choices(model: Model, sources: Sources, choices: Sequence[Choice]) -> 
         problems.append(Problem("tensors-missing", f"missing tensors: {listed(missing)}"))
     for flag, names in _by_flag(choices).items():
         if model.config.flag(flag) is False:
-            what = f"config.json says that {flag} is false, and there are {listed(names)}"
+            what = f"config.json says that {flag} is false, but the checkpoint has {listed(names)}"
             problems.append(Problem("config-contradiction", what))
     return problems + _misplaced(model, sources, choices)
 
@@ -125,7 +125,7 @@ def _misplaced(model: Model, sources: Sources, choices: Sequence[Choice]) -> lis
         return []
     counting = {*model.recipe.stacks.values(), "E"} & model.dims.keys()
     counts = [f"{dim.label}={model.dims[n]}" for n, dim in model.recipe.dims.items() if n in counting]
-    what = f"tensors with no place in the model ({', '.join(counts)}): {listed(left)}"
+    what = f"unexpected tensors ({', '.join(counts)}): {listed(left)}"
     return [Problem("tensors-misplaced", what)]
 
 
@@ -141,7 +141,7 @@ def _by_flag(choices: Sequence[Choice]) -> dict[str, list[str]]:
 def ignored_tensors(sources: Sources) -> Iterator[RunWarning]:
     """Tensors that are there, though the config says that the model has none."""
     if sources.ignored:
-        what = f"the config says that the model has no {listed(sources.ignored)}: left out, as transformers does"
+        what = f"the config says that the model has no {listed(sources.ignored)}; left out, as in transformers"
         yield RunWarning("tensors-ignored", what)
 
 
@@ -149,7 +149,7 @@ def missing_flags(model: Model, choices: Sequence[Choice]) -> Iterator[RunWarnin
     """Tensors that transformers leaves out, since the config lacks their flag."""
     for flag, names in _by_flag(choices).items():
         if model.config.flag(flag) is None and model.recipe.flags.get(flag) is False:
-            what = f"no {flag} in config.json, and there are {listed(names)}: written, where transformers ignores them"
+            what = f"config.json has no {flag}, but the checkpoint has {listed(names)}: written, unlike in transformers"
             yield RunWarning("flag-missing", what)
 
 
@@ -166,11 +166,13 @@ def check_head(model: Model, sources: Sources, *, is_body: bool) -> tuple[list[P
     if not has_head and model.modules.is_given and model.modules.answers is None:
         return [], []
     if not has_head and not tied and (stated is not None or is_body):
-        what = f"the config says untied and there is no {recipe.head}: an incomplete checkpoint"
+        what = f"the config says untied, but there is no {recipe.head}: the checkpoint is incomplete"
         return [Problem("head-missing", what)], []
     if not has_head and not tied:
-        what = f"no {recipe.head} in the checkpoint: written as a tied model"
+        what = f"the checkpoint has no {recipe.head}: written as a tied model"
         return [], [RunWarning("head-missing", what)]
     if has_head and stated:
-        return [], [RunWarning("head-on-tied", "the config says tied and a head is stored: it is written", recipe.head)]
+        return [], [
+            RunWarning("head-on-tied", "the config says tied, but a head is stored: it was written", recipe.head)
+        ]
     return [], []

@@ -39,11 +39,13 @@ def _of_layers(layers: Sequence[int], what: str) -> Iterator[Problem]:
 def _contradictions(key: str, claimed: Sequence[str], settled: Sequence[str]) -> Iterator[Problem]:
     """Where a key of the config says of layers what their tensors do not."""
     if len(claimed) != len(settled):
-        what = f"{key} in config.json is of {len(claimed)} layers, and there are {len(settled)}"
+        what = f"{key} in config.json lists {len(claimed)} layers, but there are {len(settled)}"
         yield Problem("config-contradiction", what)
     wrong = [i for i, (said, found) in enumerate(zip(claimed, settled, strict=False)) if found and said != found]
     if wrong:
         i = wrong[0]
-        what = f"{key} in config.json makes layer {i} {claimed[i]!r}, its tensors are those of {settled[i]!r}"
-        more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+        what = (
+            f"{key} in config.json says that layer {i} is {claimed[i]!r}, but its tensors are those of {settled[i]!r}"
+        )
+        more = f" (and {len(wrong) - 1} more like this)" if len(wrong) > 1 else ""
         yield Problem("config-contradiction", what + more)

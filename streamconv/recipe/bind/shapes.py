@@ -33,7 +33,9 @@ def find_dims(recipe: Output, config: Config, sources: Sources) -> tuple[dict[st
         layers = (max(by) for template, by in sources.found.items() if by and stack_of(template) == stack)
         counted.setdefault(count, 1 + max(layers, default=NONE))
         if not recipe.dims[count].minimum <= counted[count] <= MAX_LAYERS:
-            raise SourceError(f"{counted[count]} layers are not a model", file=config.file.parent, code="layer-count")
+            raise SourceError(
+                f"{counted[count]} is not a valid number of layers", file=config.file.parent, code="layer-count"
+            )
     experts = (e for by_layer in sources.found.values() for by_expert in by_layer.values() for e in by_expert)
     if n_experts := 1 + max(experts, default=NONE):
         counted.setdefault("E", n_experts)
@@ -93,7 +95,7 @@ def _misfit(
         what = (
             f"{wrong[0]} has shape {list(shape)}, expected {list(expected)}"
             + (f" from {origin}" if origin else "")
-            + (f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else "")
+            + (f" (and {len(wrong) - 1} more like this)" if len(wrong) > 1 else "")
         )
         return Misfit(Problem("shape-mismatch", what), tuple(_contradicted(model.recipe, row, shape, stated)))
     if (fault := _op_fault(model, row, expected, len(shapes))) is not None:

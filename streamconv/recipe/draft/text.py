@@ -86,7 +86,7 @@ def module_text(draft: Draft) -> str:
         f"from streamconv.recipe import F32, Dim, Key, Recipe, {'Squeeze, ' if squeezes else ''}Tensor",
         "",
         "RECIPE = Recipe(",
-        *([] if draft.arch in MODEL_ARCH_NAMES.values() else ["    # TODO gguf knows no architecture of this name"]),
+        *([] if draft.arch in MODEL_ARCH_NAMES.values() else ["    # TODO gguf has no architecture of this name"]),
         f"    arch={_quoted(draft.arch)},",
         f"    hf_names=({_quoted(draft.hf_name)},),",
         f"    model_type={_quoted(draft.model_type)},",
@@ -113,7 +113,7 @@ def _dim_lines(dims: DraftDims, n_layers: int) -> Iterator[str]:
 def _tensor_lines(draft: Draft) -> Iterator[str]:
     yield "    tensors=("
     for template in draft.unsayable:
-        yield f"        # TODO recipes have no words for a name like {_plain(template)}"
+        yield f"        # TODO recipes cannot express a name like {_plain(template)}"
     taken: dict[str, list[Source]] = defaultdict(list)
     for source in draft.sources:
         target, note = _target(source)
@@ -133,7 +133,7 @@ def _row_lines(draft: Draft, source: Source, target: str, note: str, rivals: Seq
     limit = f", only={_quoted(draft.only[source.template])}" if source.template in draft.only else ""
     is_partial = bool(source.layers) and not limit and len(source.layers) < draft.n_layers
     if is_partial:
-        note = f"in layers {_ranges(source.layers)} alone"
+        note = f"only in layers {_ranges(source.layers)}"
     if source.tensor == MODEL_TENSOR.OUTPUT or is_partial:
         limit = ", required=False"
     for text in (*notes, note):
