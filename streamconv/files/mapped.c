@@ -1,16 +1,16 @@
-/* Windows on mapped files, which a truncation of the file cannot turn into the death of the process.
+/* Windows on mapped files that do not end the process if a file is truncated.
  *
- * Pages of a mapped file that lie beyond its end, once somebody has cut it off, raise SIGBUS when they are read. Here a
- * handler puts zeros in their place and notes that the window is lost; the loop that read them goes on to its end
- * undisturbed, whatever it is and whatever locks it holds, and what it made is thrown away by the caller that asks the window.
- * A fault anywhere else goes to the handler that was there before.
+ * If another program truncates a mapped file, reading the pages beyond its new end raises SIGBUS. The handler here maps
+ * zeros in their place and marks the window as lost. The code that reads them continues to its end, whatever locks it
+ * holds; the caller then checks the window and discards the result. A fault at any other address is passed on to the
+ * previous handler.
  */
 #define Py_LIMITED_API 0x030B0000 /* 3.11, the first with the buffer protocol */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #if !defined(__linux__)
-#error "mapped reads are for Linux; files are read at positions here"
+#error "mapped reads are for Linux only; on other systems files are read at offsets"
 #endif
 
 #include <errno.h>
@@ -28,16 +28,16 @@
 #endif
 
 /* Addresses and lengths of windows are multiples of the largest folio that the page cache maps at a time, a huge page:
-   one entry of the page table then maps it, and giving it back gives back all of it. */
+   it is then mapped by a single page table entry, and unmapped as a whole. */
 enum { FOLIO_NBYTES = 1 << 21, MAX_WINDOWS = 256 };
 
 typedef struct {
-    _Atomic uintptr_t first, end; /* of a window's addresses; 0 where the slot is free */
+    _Atomic uintptr_t first, end; /* the addresses of a window; 0 if the slot is free */
     _Atomic int lost;
 } slot_t;
 
 static slot_t slots[MAX_WINDOWS];
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* of what stands below; the handler takes no lock */
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* for the variables below; the handler takes no lock */
 static size_t n_windows, page_nbytes;
 static struct sigaction before;
 static _Thread_local volatile sig_atomic_t is_passing;
@@ -64,10 +64,10 @@ static void on_bus(int number, siginfo_t *info, void *context) {
     }
     if (is_passing || (!(before.sa_flags & SA_SIGINFO) &&
                        (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN))) {
-        signal(number, SIG_DFL); /* the same access faults again, and ends the process as it would have */
+        signal(number, SIG_DFL); /* the same access faults again and ends the process, as without this handler */
         return;
     }
-    is_passing = 1; /* a handler that was put on top of this one may hand the fault back */
+    is_passing = 1; /* a handler that was installed after this one may pass the fault back */
     if (before.sa_flags & SA_SIGINFO)
         before.sa_sigaction(number, info, context);
     else
@@ -79,7 +79,7 @@ static int is_ours(const struct sigaction *action) {
     return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_bus;
 }
 
-/* With the mutex held. The handler is there as long as a window is. */
+/* Called with the mutex held. The handler is installed while there are windows. */
 static int install(void) {
     struct sigaction now, ours;
     if (sigaction(SIGBUS, NULL, &now) != 0) return -1;
@@ -97,7 +97,7 @@ static void uninstall(void) {
     if (sigaction(SIGBUS, NULL, &now) == 0 && is_ours(&now)) sigaction(SIGBUS, &before, NULL);
 }
 
-/* A slot for a window at these addresses, -1 with errno where there is none. */
+/* A slot for a window at these addresses; -1, with errno, if there is none. */
 static int enter(uintptr_t first, uintptr_t end) {
     int found = -1;
     pthread_mutex_lock(&mutex);
@@ -136,7 +136,7 @@ typedef struct {
     int slot;
 } window_t;
 
-/* 0, or an errno; the window is then not mapped. */
+/* Returns 0, or an errno if the window could not be mapped. */
 static int map(window_t *self, int fd, long long offset) {
     self->mapped_nbytes = ((size_t)self->nbytes + FOLIO_NBYTES - 1) & ~(size_t)(FOLIO_NBYTES - 1);
     self->start = mmap(NULL, self->mapped_nbytes, PROT_READ, MAP_SHARED, fd, offset);
@@ -202,7 +202,7 @@ static void window_dealloc(PyObject *object) {
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     if (self->start != NULL) {
         Py_BEGIN_ALLOW_THREADS
-        leave(self->slot); /* first: once they are unmapped, another window may get these addresses */
+        leave(self->slot); /* before munmap, after which another window can get these addresses */
         munmap(self->start, self->mapped_nbytes);
         Py_END_ALLOW_THREADS
     }
@@ -221,20 +221,20 @@ static PyObject *window_is_lost(PyObject *object, void *closure) {
 }
 
 static PyGetSetDef WINDOW_GETSET[] = {
-    {"is_lost", window_is_lost, NULL, "Whether something was read that the file did not have any more: zeros.", NULL},
+    {"is_lost", window_is_lost, NULL, "Whether bytes were read that the file no longer has; they were zeros.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyMethodDef WINDOW_METHODS[] = {
     {"populate", window_populate, METH_VARARGS,
-     "populate(start, nbytes, /)\n--\n\nMap these pages now, in one call. OSError where some of them are not there."},
+     "populate(start, nbytes, /)\n--\n\nMap these pages now, in one call. OSError if some of them do not exist."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot WINDOW_SLOTS[] = {
     {Py_tp_doc,
      "Window(fd, offset, nbytes, /)\n--\n\nA read-only buffer of a file's bytes from a multiple of 2 MiB on, mapped until\n"
-     "nothing refers to it. OSError where the system does not map it."},
+     "nothing refers to it. OSError if the system does not map it."},
     {Py_tp_new, window_new},
     {Py_tp_dealloc, window_dealloc},
     {Py_tp_getset, WINDOW_GETSET},

@@ -1,12 +1,12 @@
-/* The extension module streamconv.ggml._blocks: rows of F32, F16 or BF16 become blocks, as llama-quantize makes them.
+/* The extension module streamconv.ggml._blocks: encodes rows of F32, F16 or BF16 as blocks, as llama-quantize does.
  *
- * A call takes up to 64 KiB of the thread's stack.
+ * A call uses up to 64 KiB of the thread's stack.
  */
 #include "request.h"
 
 #if defined(__x86_64__)
 static int has_avx2(void) {
-    __builtin_cpu_init(); /* some runtimes do it only when asked */
+    __builtin_cpu_init(); /* some runtimes need this call */
     return __builtin_cpu_supports("avx2") != 0;
 }
 #endif

@@ -1,4 +1,4 @@
-/* What the parts of the extension share: the types, and the call that each build of the body answers. */
+/* Shared by the parts of the extension: the types, and the function that each build of body.h defines. */
 #ifndef STREAMCONV_BLOCKS_H
 #define STREAMCONV_BLOCKS_H
 
@@ -13,13 +13,13 @@ enum {
     PIECE = SUPER * N_SUPER, /* elements at a time */
 };
 
-/* Where the sum of squares under the root of an importance weight is taken. */
+/* The elements whose squares are summed under the root of an importance weight. */
 enum { ROOT_NONE, ROOT_ROW, ROOT_BLOCK };
 
 typedef struct {
     int type; /* ggml_type */
     int n_elements, nbytes; /* of a block */
-    int n_scales, scale_at; /* F16 numbers of a block, the first's place; they follow each other */
+    int n_scales, scale_at; /* F16 numbers of a block, and the offset of the first; they are adjacent */
     int root;               /* ROOT_NONE: the importance itself is the weight */
     float root_factor;      /* times the mean of squares */
     float levels;           /* the largest number of a block whose scale is 1 */
@@ -27,16 +27,16 @@ typedef struct {
 
 enum status { ALL_FITS, NOT_FINITE, BEYOND_F16, OVERWEIGHT };
 
-/* What F16 rounds to infinity. A number of so many times `levels` fits no scale, whatever a search whose sums overflow
-   makes of it: often zeros. */
+/* The least magnitude that F16 rounds to infinity. An element of this times `levels` does not fit any scale; searches
+   whose sums overflow often turn its block into zeros. */
 #define LEAST_BEYOND_F16 65520.0f
-/* The largest product of an element (or of 1) and a weight of its block of which no search makes a sum beyond F32: at
-   most 16 sums of 32 of them, times the squares of quants up to 63. */
+/* The largest product of a weight and an element of its block (or 1) with which no sum of a search exceeds F32: there
+   are at most 16 sums of 32 products, times the squares of quants up to 63. */
 #define MOST_WEIGHT 1e32f
 
 typedef struct {
     enum status status;
-    int64_t element; /* the first that is not finite, or the first of the block that does not fit */
+    int64_t element; /* the first that is not finite, or the first in the block that does not fit */
 } outcome_t;
 
 typedef struct {

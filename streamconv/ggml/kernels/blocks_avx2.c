@@ -1,4 +1,4 @@
-/* The searches with vectors of 32 bytes, for machines with AVX2: no FMA is asked for, so that the bytes stay. */
+/* The searches with vectors of 32 bytes, for machines with AVX2, but without FMA, which would change the bytes. */
 typedef int not_empty_t;
 
 #if defined(__x86_64__)

@@ -10,8 +10,8 @@
 #include "legacy.h"
 #include "ternary.h"
 
-/* Makes blocks of a piece: `w` are its weights, NULL without an importance matrix. Both are PIECE numbers, zeros after
-   the last block. */
+/* Makes the blocks of a piece. `w` are its weights, NULL without an importance matrix. Both have PIECE numbers, which
+   are zeros after the last block. */
 typedef void (*quantiser_t)(const float *x, const float *w, int n_blocks, uint8_t *out);
 
 static quantiser_t quantiser_of(int type) {
@@ -51,7 +51,7 @@ INLINE void widen(const request_t *request, int64_t start, int n, float *x) {
 
 enum { INFINITE = 0x7f800000 };
 
-/* The place of the first element whose magnitude has bits of `least` or more, or -1; n is a multiple of 32. */
+/* The index of the first element with a magnitude of at least `least` (as bits), or -1; n is a multiple of 32. */
 INLINE int first_beyond(const float *x, int n, int32_t least) {
     ints_t beyond = splat_int(0);
     for (int i = 0; i < n; i += LANES) beyond |= ((ints_t)load(x + i) & 0x7fffffff) >= least;
@@ -61,7 +61,7 @@ INLINE int first_beyond(const float *x, int n, int32_t least) {
     return i;
 }
 
-/* Whether a sum of the block's weighted elements may overflow. Weights are never negative, and n is a multiple of 32. */
+/* Whether a sum of a block's weighted elements can overflow. Weights are not negative, and n is a multiple of 32. */
 INLINE int is_overweight(const float *x, const float *w, int n) {
     floats_t largest = splat(1), most = splat(0);
     for (int i = 0; i < n; i += LANES) {
@@ -71,9 +71,9 @@ INLINE int is_overweight(const float *x, const float *w, int n) {
     return !(largest_of_all(largest)[0] * largest_of_all(most)[0] <= MOST_WEIGHT);
 }
 
-enum { N_ROWS = 8 }; /* whose squares are summed at a time: a sum in order waits for each addition */
+enum { N_ROWS = 8 }; /* summed at the same time, since each addition of a sum in order waits for the one before it */
 
-/* The mean of squares of up to N_ROWS rows from `first_row` on, each summed from its first element to its last. */
+/* The mean of squares of up to N_ROWS rows from `first_row` on, each added from its first element to its last. */
 INLINE void row_means(const request_t *request, int64_t first_row, int n_rows, float *means) {
     float x[N_ROWS][SUPER], sums[N_ROWS] = {0};
     memset(x, 0, sizeof x);
@@ -86,7 +86,7 @@ INLINE void row_means(const request_t *request, int64_t first_row, int n_rows, f
     for (int row = 0; row < n_rows; row++) means[row] = sums[row] / (float)request->n_per_row;
 }
 
-/* The sums of squares of N_SUPER runs of n elements, each from its first element to its last. */
+/* The sums of squares of N_SUPER runs of n elements, each added from its first element to its last. */
 INLINE void sum_squares(const float *x, int n, float *sums) {
     float total[N_SUPER] = {0};
     for (int i = 0; i < n; i++)

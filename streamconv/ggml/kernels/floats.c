@@ -1,8 +1,8 @@
-/* The compiled kernels: the bytes of streamconv/ggml/reference.py (the reference), several times as fast.
+/* The compiled kernels: the same bytes as the reference (streamconv/ggml/reference.py), several times as fast.
  *
- * Any buffer will do (no alignment, no numpy headers), and the interpreter lock is released. Every float operation is
- * one IEEE single operation, so that the bytes are those of the reference: no -ffast-math, and no contraction into
- * fused multiply-adds (-ffp-contract=off, which some targets do by default).
+ * Buffers need no alignment and no numpy headers, and the interpreter lock is released. Every float operation is a
+ * single IEEE F32 operation, so that the bytes are those of the reference: no -ffast-math, and -ffp-contract=off, since
+ * some targets contract to fused multiply-adds by default.
  *
  * A block is copied to the stack, widened to F32 patterns, narrowed, and copied out: plain loops over small local
  * arrays, which compilers turn into vector code for the target machine.
@@ -34,8 +34,8 @@ typedef float vector_t __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vector_t;
 #endif
 
-/* A wheel is built for the oldest x86-64; where the loader can choose at runtime, it also carries AVX2 code.
-   -DCLONED= builds what a machine without AVX2 runs. */
+/* A wheel is built for the oldest x86-64; if the loader can choose at runtime, it also contains AVX2 code. -DCLONED=
+   builds only the code for machines without AVX2. */
 #if defined(CLONED)
 #elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define CLONED __attribute__((target_clones("avx2", "default")))
@@ -79,7 +79,7 @@ INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-/* A choice without a branch: compilers do not vectorise a branch around a float operation, which might trap. */
+/* A choice without a branch: compilers do not vectorise a branch around a float operation, since that could trap. */
 INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
     uint32_t mask = -(uint32_t)condition;
     return (yes & mask) | (no & ~mask);
@@ -87,13 +87,13 @@ INLINE uint32_t choose(int condition, uint32_t yes, uint32_t no) {
 
 INLINE uint32_t f16_to_f32(uint32_t half) {
     uint32_t magnitude = half & 0x7fff;
-    /* A subnormal is a number of last places of 0.5: put there, and 0.5 taken away, which is exact. */
+    /* A subnormal is a multiple of the last place of 0.5: add it to 0.5, and subtract 0.5, which is exact. */
     uint32_t subnormal = as_bits(as_float(0x3f000000u | magnitude) - 0.5f);
     uint32_t normal = (magnitude << 13) + REBIAS + (magnitude >= INFINITY_F16 ? REBIAS : 0);
     return (half & 0x8000) << 16 | choose(magnitude < 0x400, subnormal, normal);
 }
 
-/* To nearest even; a NaN keeps its top bits (the least NaN if they are none). What is too large gets any bits. */
+/* To nearest even; a NaN keeps its top bits (the least NaN if they are 0). Numbers that are too large get any bits. */
 INLINE uint16_t f32_to_f16(uint32_t bits) {
     uint32_t magnitude = bits & ~SIGN;
     uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) & 0xffff; /* 2^-24 is the last place of 0.5 */
@@ -137,7 +137,7 @@ INLINE void narrow(int target, const uint32_t *wide, uint8_t *out, int n) {
     memcpy(out, halves, 2 * (size_t)n);
 }
 
-/* Blocks of a scale, amax / 127 as F16, and 32 times round(x / scale) as int8; computed as ggml-quants.c does. */
+/* Blocks of a scale, amax / 127 as F16, and 32 numbers round(x / scale) as int8, computed as in ggml-quants.c. */
 INLINE void quantize_q8_0(const uint32_t *wide, uint8_t *out, int n) {
     for (; n > 0; n -= QK, wide += QK, out += QK_NBYTES) {
         int32_t amax = 0;
@@ -146,12 +146,12 @@ INLINE void quantize_q8_0(const uint32_t *wide, uint8_t *out, int n) {
             amax = magnitude > amax ? magnitude : amax;
         }
         float scale = as_float((uint32_t)amax) / 127.0f;
-        float inverse = scale > 0x1p-128f ? 1.0f / scale : 0.0f; /* from 2^-128 down it would overflow */
+        float inverse = scale > 0x1p-128f ? 1.0f / scale : 0.0f; /* would overflow for 2^-128 and less */
         uint16_t scale_f16 = f32_to_f16(as_bits(scale));
         int8_t quants[QK];
         for (int i = 0; i < QK; i++) {
             float product = as_float(wide[i]) * inverse;
-            /* Half away from zero: see kernels.py. */
+            /* Round half away from zero: see reference.py. */
             float half = as_float((as_bits(product) & SIGN) | HALF_DOWN);
             quants[i] = (int8_t)(int32_t)(product + half);
         }
@@ -160,7 +160,7 @@ INLINE void quantize_q8_0(const uint32_t *wide, uint8_t *out, int n) {
     }
 }
 
-/* The largest magnitude that is finite; what is not finite is counted. */
+/* The largest finite magnitude; others are counted. */
 INLINE uint32_t survey(const uint32_t *wide, int n, result_t *result) {
     int32_t largest = 0;
     for (int i = 0; i < n; i++) {
@@ -219,8 +219,8 @@ INLINE void count(int type, const uint8_t *data, int n, result_t *result) {
     }
 }
 
-/* One type to itself: copies where slab and out are not one memory, and counts in the copy while a core's cache has it.
-   Copies of COPIED bytes take 0.6 of the time that copies of a chunk take from memory (benchmarks/LOG.md). */
+/* A type that stays the same: copies unless slab and out are the same memory, and counts in the copy while it is in the
+   core's cache. Copying COPIED bytes at a time takes 0.6 of the time for whole chunks (benchmarks/LOG.md). */
 INLINE result_t keep(int type, const uint8_t *slab, uint8_t *out, Py_ssize_t n_elements) {
     result_t result = {0, 0, 1};
     int width = type == F32 ? 4 : 2;
@@ -300,12 +300,12 @@ static PyObject *encode(PyObject *module, PyObject *args) {
 }
 
 enum {
-    N_SUMS = 8, /* vectors that are summed at a time: as many as registers hold beside a factor */
+    N_SUMS = 8, /* vectors that are summed at a time: as many as fit in registers next to a factor */
     N_COLUMNS = N_SUMS * (int)(sizeof(vector_t) / sizeof(float)),
-    MAX_PANEL = 64, /* rows of `right` that are copied next to each other: a power of two apart they share cache lines */
+    MAX_PANEL = 64, /* rows of `right` copied next to each other; a power of two apart, they compete for cache sets */
 };
 
-/* One row of N_COLUMNS columns: products are summed from the first to the last, each operation rounded by itself. */
+/* One row of N_COLUMNS columns: products are summed from the first to the last, and every operation is rounded. */
 INLINE void add_row(const float *left, const float *right, float scale, float *out, Py_ssize_t rank, Py_ssize_t stride) {
     const vector_t *from = (const vector_t *)right;
     vector_t sums[N_SUMS];

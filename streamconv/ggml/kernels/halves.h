@@ -1,4 +1,4 @@
-/* F16 and BF16 as numbers, bit by bit: the same on a machine with instructions for them and on one without. */
+/* F16 and BF16 to and from F32 in integer arithmetic: the same with and without machine instructions for them. */
 #ifndef STREAMCONV_HALVES_H
 #define STREAMCONV_HALVES_H
 
@@ -21,14 +21,14 @@ INLINE uint32_t bits_of_float(float value) {
 
 INLINE float f16_value(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, magnitude = half & 0x7fff;
-    /* A subnormal counts last places of 0.5: put there, and 0.5 taken away, which is exact. */
+    /* A subnormal is a multiple of the last place of 0.5: add it to 0.5, and subtract 0.5, which is exact. */
     uint32_t subnormal = bits_of_float(float_of_bits(0x3f000000u | magnitude) - 0.5f);
     uint32_t normal = (magnitude << 13) + (112u << 23) + (magnitude >= 0x7c00 ? 112u << 23 : 0);
     uint32_t is_subnormal = -(uint32_t)(magnitude < 0x400);
     return float_of_bits(sign | (subnormal & is_subnormal) | (normal & ~is_subnormal));
 }
 
-/* To nearest even; what is too large becomes infinite, a NaN the one that ggml writes. */
+/* To nearest even; numbers that are too large become infinities, and a NaN becomes the one that ggml writes. */
 INLINE uint16_t f16_of(float value) {
     uint32_t bits = bits_of_float(value), magnitude = bits & 0x7fffffff;
     uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);

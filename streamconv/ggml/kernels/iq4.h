@@ -1,11 +1,11 @@
-/* IQ4_NL and IQ4_XS: quants are places in a fixed list of values. */
+/* IQ4_NL and IQ4_XS: quants are indices in a fixed list of values. */
 
 enum { N_VALUES = 16, IQ4_BLOCK = 32 };
 
 static const float IQ4_VALUES[N_VALUES] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 #define IQ4_MIDPOINT(k) ((IQ4_VALUES[k] + IQ4_VALUES[(k) + 1]) / 2) /* exact */
 
-/* Places of the nearest values; halfway goes up. */
+/* The indices of the nearest values; midpoints round up. */
 INLINE ints_t iq4_places(floats_t f) {
     ints_t places = splat_int(N_VALUES - 1);
     UNROLL for (int k = 0; k < N_VALUES - 1; k++) places += f < IQ4_MIDPOINT(k);

@@ -1,8 +1,8 @@
-/* Q2_K to Q6_K: super-blocks of 256, whose scales are quantised, too. A piece is N_SUPER of them, padded with zeros. */
+/* Q2_K to Q6_K: super-blocks of 256 with quantised scales. A piece has N_SUPER of them and is padded with zeros. */
 
 INLINE float f16_at(const uint8_t *from) { return f16_value(load_f16(from)); }
 
-/* A sub-block with the scale and the minimum that a reader will see. What a search left stays where the scale is 0. */
+/* A sub-block with the rounded scale and minimum that are stored. If the scale is 0, the quants found are kept. */
 INLINE void requantise(const float *x, int n, float d, float minimum, int low, int high, int32_t *levels) {
     for (int i = 0; i < n; i++) {
         int32_t l = (int32_t)(bits_of_float((x[i] + minimum) / d + ROUNDER) & 0x007fffff) - 0x00400000;
@@ -11,7 +11,7 @@ INLINE void requantise(const float *x, int n, float d, float minimum, int low, i
     }
 }
 
-/* The sub-blocks of a piece in groups: `w` are weights with an importance matrix, else NULL. */
+/* The sub-blocks of a piece in groups. `w` are the weights with an importance matrix, else NULL. */
 #define EACH_GROUP(N, WEIGHTS, SEARCH)                                                                                 \
     for (int group = 0; group < PIECE / (N) / GROUP; group++) {                                                        \
         transpose(x + group * GROUP * (N), N, GROUP, xt);                                                              \
@@ -45,7 +45,7 @@ INLINE void to_rows(const float *from, int n, float *to) {
         for (int j = 0; j < n; j++) to[j * N_SUPER + block] = from[block * n + j];
 }
 
-/* The scales of a piece (or its minima) with an importance matrix: `n` a super-block, of sub-blocks in groups. */
+/* The scales (or the minima) of a piece with an importance matrix: `n` per super-block, of sub-blocks in groups. */
 INLINE void positive_scales(const affine_fit_t *fits, size_t offset, int n, int n_max, float *d, int32_t *quants) {
     float values[N_SUPER * 16], weights[N_SUPER * 16], x[N_SUPER * 16], w[N_SUPER * 16];
     for (int i = 0; i < N_SUPER * n; i++) {

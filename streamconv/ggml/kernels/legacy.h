@@ -7,7 +7,7 @@ typedef struct {
     int has_minimum;
 } legacy_t;
 
-/* The least and the largest element of a block, in every lane. Of zeros of both signs, either. */
+/* The least and the largest element of a block, in every lane; a zero can have either sign. */
 INLINE void extremes(const float *x, floats_t *least, floats_t *largest) {
     floats_t low = load(x), high = low;
     UNROLL for (int v = 1; v < LEGACY_VECTORS; v++) {
@@ -35,7 +35,7 @@ INLINE void legacy_scales(const float *x, legacy_t how, int n_blocks, float *d, 
             d[block] = largest == least ? 0 : largest - least;
         } else {
             d[block] = largest > -least ? largest : least;
-            if (largest == -least) { /* the first of both */
+            if (largest == -least) { /* the first of the two */
                 int i = 0;
                 while (x[i] != largest && x[i] != least) i++;
                 d[block] = largest == 0 ? 0 : x[i];
@@ -77,7 +77,7 @@ INLINE void quantise_legacy(const float *x, legacy_t how, int n_blocks, int nbyt
             l[v] = __builtin_convertvector(lesser(at * inverse + half, splat((float)how.n_max)), ints_t);
         }
         if (__builtin_fabsf(inverse) > 0x1.fffffep127f || __builtin_fabsf(d[block]) > 0x1.fffffep127f)
-            /* ggml makes zeros of what no integer holds */
+            /* in ggml, numbers beyond the range of integers become zeros */
             memset(l, 0, sizeof l);
         pack_legacy(l, how.n_max, out + (how.has_minimum ? 4 : 2));
     }

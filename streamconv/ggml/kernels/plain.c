@@ -1,8 +1,8 @@
-/* The extension module streamconv.ggml._plain: block types in plain C, as block_reference.py makes them in numpy.
+/* The extension module streamconv.ggml._plain: block types in plain C, the counterpart of block_reference.py in numpy.
  *
- * What a file is compared with in verification, where numpy would take ten times as long as the conversion. It shares
- * with the fast kernels (_blocks) the call from Python, the table of types and the numbers of two bytes, and nothing
- * that makes a block; tests hold it to numpy.
+ * Verification compares files with its results, since numpy would take ten times as long as the conversion. It shares
+ * the call from Python, the table of types and the conversion of F16 and BF16 with the fast kernels (_blocks), but no
+ * code that makes blocks. Tests compare it with numpy.
  */
 #include "request.h"
 
@@ -20,10 +20,10 @@ INLINE void to_lanes(const float *from, int n, floats_t *to) {
 
 INLINE float f16_rounded(float value) { return f16_value(f16_of(value)); }
 
-/* Towards zero, as the C casts in ggml's plain paths; what no integer holds to 0. */
+/* Truncated towards zero, like the C casts in ggml; numbers beyond int32 become 0. */
 INLINE int32_t truncated(float value) { return fabsf(value) < 2147483648.0f ? (int32_t)value : 0; }
 
-/* Quants of a sub-block, from 0 to high - low, of the scale that a reader will see; where that is 0, as found. */
+/* Quants of a sub-block, from 0 to high - low, for the rounded scale that is stored; if it is 0, they are unchanged. */
 INLINE void requantise(const float *x, int n, float scale, float minimum, int low, int high, int32_t *levels) {
     for (int i = 0; i < n && scale != 0; i++) levels[i] = clip(nearest((x[i] + minimum) / scale), low, high) - low;
 }
@@ -42,7 +42,7 @@ INLINE float first_largest_of(const float *numbers, int n) {
 
 /* --- 32 elements, one scale --- */
 
-/* The fifth bits where there are any, and the low nibbles. */
+/* The fifth bits if the type has them, then the low nibbles. */
 INLINE void pack_32(const int32_t *levels, int n_max, uint8_t *out) {
     uint32_t high = 0;
     for (int i = 0; i < 32; i++) high |= (uint32_t)(levels[i] >> 4 & 1) << i;
@@ -60,7 +60,7 @@ INLINE float symmetric_32(const float *x, int n_max, int32_t *levels) {
     return d;
 }
 
-/* Q4_1 and Q5_1; of zeros of both signs the first is the minimum. */
+/* Q4_1 and Q5_1; of zeros with different signs, the first is the minimum. */
 INLINE float affine_32(const float *x, int n_max, float *minimum, int32_t *levels) {
     float low = x[0], high = x[0];
     for (int i = 1; i < 32; i++) {
@@ -152,7 +152,7 @@ static void iq4_xs(const float *x, const float *w, uint8_t *out) {
 
 /* --- super-blocks with scales and minima: Q2_K, Q4_K, Q5_K --- */
 
-/* What the search found of the n_subs sub-blocks of n elements; codes of scales and minima, and what these times. */
+/* The result of the search in n_subs sub-blocks of n elements: codes of scales and minima, and their factors. */
 typedef struct {
     float scale[16], minimum[16], sum_w[16];
     int32_t levels[SUPER], scale_code[16], minimum_code[16];
@@ -204,7 +204,7 @@ INLINE void six_bit_scales(const float *x, const float *w, affine_t how, uint8_t
         packed[4 + j] = (uint8_t)(m[j] | m[j + 4] >> 4 << 6);
         packed[8 + j] = (uint8_t)((s[j + 4] & 15) | (m[j + 4] & 15) << 4);
     }
-    for (int j = 0; j < 8; j++) { /* read back, since a code beyond 63 spills into another */
+    for (int j = 0; j < 8; j++) { /* unpacked again, since a code above 63 spills into another one */
         int scale = j < 4 ? packed[j] & 63 : (packed[j + 4] & 15) | packed[j - 4] >> 6 << 4;
         int minimum = j < 4 ? packed[j + 4] & 63 : packed[j + 4] >> 4 | packed[j] >> 6 << 4;
         requantise(x + 32 * j, 32, f16_rounded(found.d) * (float)scale, f16_rounded(found.d_minimum) * (float)minimum,
@@ -316,7 +316,7 @@ static void q6_k(const float *x, const float *w, uint8_t *out) {
         out[192 + j] = (uint8_t)scale;
         requantise(x + 16 * j, 16, f16_rounded(1 / inverse) * (float)scale, 0, -32, 31, found.levels + 16 * j);
     }
-    for (int i = 0; i < SUPER; i++) { /* of 128 after each other: two bits high, and a nibble of two runs of 32 each */
+    for (int i = 0; i < SUPER; i++) { /* for each 128: high bits, two each, and low nibbles of two runs of 32 */
         int half = i / 128, run = i / 32 % 4, at = i % 32, l = found.levels[i];
         out[64 * half + 32 * (run % 2) + at] |= (uint8_t)((l & 15) << 4 * (run / 2));
         out[128 + 32 * half + at] |= (uint8_t)(l >> 4 << 2 * run);
@@ -327,7 +327,7 @@ static void q6_k(const float *x, const float *w, uint8_t *out) {
 
 INLINE float ternary(const float *x, int32_t *levels) {
     float d = fabsf(first_largest_of(x, SUPER)), inverse = d != 0 ? 1 / d : 0;
-    if (isinf(inverse)) inverse = 0; /* ggml makes zeros of what no integer holds */
+    if (isinf(inverse)) inverse = 0; /* in ggml, numbers beyond the range of integers become zeros */
     for (int i = 0; i < SUPER; i++) levels[i] = (int32_t)roundf(x[i] * inverse) + 1;
     return d;
 }
@@ -339,7 +339,7 @@ static void tq2_0(const float *x, const float *w, uint8_t *out) {
     pack_two_bits(levels, out);
 }
 
-/* Five trits, `apart` from each other, as the fraction of a byte that multiplications by 3 read them from. */
+/* Five trits, `apart` from each other, as a byte: a fraction of 256 whose digits in base 3 are the trits. */
 INLINE uint8_t trits(const int32_t *levels, int n, int apart) {
     int q = 0;
     for (int i = 0; i < 5; i++) q = 3 * q + (i < n ? levels[i * apart] : 0);
@@ -365,7 +365,7 @@ static quantiser_t quantiser_of(int type) {
                {13, q5_k}, {14, q6_k}, {20, iq4_nl}, {23, iq4_xs}, {34, tq1_0}, {35, tq2_0}};
     for (int i = 0; i < (int)(sizeof all / sizeof *all); i++)
         if (all[i].type == type) return all[i].quantiser;
-    return NULL; /* BLOCK_TYPES has no other */
+    return NULL; /* not reached: these are all BLOCK_TYPES */
 }
 
 INLINE float element(const request_t *request, int64_t i) {
@@ -378,14 +378,14 @@ INLINE float element(const request_t *request, int64_t i) {
     return value;
 }
 
-/* The sum of squares of n elements from `start` on. */
+/* The sum of squares of n elements from `start` on, in order. */
 INLINE float squares(const request_t *request, int64_t start, int64_t n) {
     float sum = 0;
     for (int64_t i = 0; i < n; i++) sum += element(request, start + i) * element(request, start + i);
     return sum;
 }
 
-/* Weights of the block that starts at `start`; `mean` is that of its row's squares. */
+/* The weights of the block that starts at `start`; `mean` is the mean of squares of its row. */
 INLINE void weigh(const request_t *request, int64_t start, float mean, float *w) {
     const block_type_t *type = request->type;
     const float *importance = request->importance + start % request->n_per_row;

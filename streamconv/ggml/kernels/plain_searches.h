@@ -1,9 +1,9 @@
-/* The searches for scales behind ggml's block types, in plain C: block_searches.py once more, for verification.
+/* ggml's searches for the scales of block types in plain C, for verification: the counterpart of block_searches.py.
  *
- * Nothing of the fast kernels is used, and none of their ideas: no vector types, no rounding that holds for ordinary
- * numbers alone, no step that is left out. An array [n][LANES] holds one sub-block a column, as in numpy, so that sums
- * over a sub-block run from its first element to its last, and columns do not wait for each other.
- * Names are those of ggml's functions (ggml/src/ggml-quants.c) without `make_`.
+ * Nothing is shared with the fast kernels, not even their methods: there are no vector types, no rounding that is valid
+ * only for ordinary numbers, and no skipped steps. An array [n][LANES] holds one sub-block per column, as in numpy, so
+ * that sums over a sub-block go from its first element to its last, and columns do not wait for each other.
+ * Functions have the names of ggml's (ggml/src/ggml-quants.c) without `make_` and `_quants`.
  */
 #include <math.h>
 
@@ -14,9 +14,9 @@ typedef float floats_t[LANES];
 typedef int32_t ints_t[LANES];
 
 #define EACH_LANE for (int k = 0; k < LANES; k++)
-#define LEAST_MAGNITUDE 1e-15f /* ggml's GROUP_MAX_EPS: what is smaller counts as zero */
+#define LEAST_MAGNITUDE 1e-15f /* ggml's GROUP_MAX_EPS: smaller magnitudes count as zero */
 
-/* ggml's nearest_int, its results for infinities, NaNs and numbers beyond 2^22 among them. */
+/* ggml's nearest_int, with the same results for infinities, NaNs and numbers beyond 2^22. */
 INLINE int32_t nearest(float value) { return (int32_t)(bits_of_float(value + 12582912.0f) & 0x7fffff) - 0x400000; }
 
 INLINE int32_t clip(int32_t value, int32_t low, int32_t high) {
@@ -30,13 +30,13 @@ INLINE void choose(const ints_t condition, const floats_t yes, floats_t kept) {
     EACH_LANE kept[k] = condition[k] ? yes[k] : kept[k];
 }
 
-/* Of each column the signed element of the first largest magnitude; +0 where all are zeros or NaNs. */
+/* The element with the largest magnitude of each column (the first of several); +0 if all are zeros or NaNs. */
 INLINE void first_largest(int n, const floats_t *x, floats_t top) {
     fill(top, 0);
     for (int i = 0; i < n; i++) EACH_LANE top[k] = fabsf(x[i][k]) > fabsf(top[k]) ? x[i][k] : top[k];
 }
 
-/* How `qkx` searches: step i tries a range of n_max + first + step * i. */
+/* The parameters of `qkx`: step i tries a range of n_max + first + step * i. */
 typedef struct {
     int n_max;
     float first, step;
@@ -53,8 +53,8 @@ INLINE void qkx_error(int n, const floats_t *x, const floats_t *w, const ints_t 
         }
 }
 
-/* Scales, minima (as ggml returns them: of opposite sign) and quants. make_qkx2_quants, or make_qkx3_quants with an
-   importance matrix (how.weighted). */
+/* Scales, minima (negated, as in ggml) and quants: make_qkx2_quants, or make_qkx3_quants with an importance matrix
+   (how.weighted). */
 INLINE void qkx(int n, const floats_t *x, const floats_t *w, affine_t how, floats_t scale, floats_t minimum,
                 ints_t *quants) {
     const float n_max = (float)how.n_max;
@@ -195,7 +195,7 @@ INLINE void q3(int n, const floats_t *x, floats_t scale, ints_t *quants) {
     }
 }
 
-/* The scale and the quants of a byte (a negative element wraps) of n numbers: make_qp_quants. */
+/* The scale and the quants of n numbers; quants are bytes, so negative ones wrap around: make_qp_quants. */
 INLINE float qp(int n, const float *x, const float *w, int n_max, int32_t *quants) {
     float top = 0, best = 0, inverse = 0, sum_xl = 0, sum_l2 = 0;
     for (int i = 0; i < n; i++) top = top > x[i] ? top : x[i];
@@ -245,7 +245,7 @@ INLINE float qp(int n, const float *x, const float *w, int n_max, int32_t *quant
 enum { N_VALUES = 16 };
 static const float IQ4[N_VALUES] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-/* The place of the nearest value; halfway goes up, a NaN to the last. */
+/* The index of the nearest value; midpoints round up, and a NaN gives the last index. */
 INLINE int32_t iq4_place(float f) {
     int32_t place = N_VALUES - 1;
     for (int v = 0; v < N_VALUES - 1; v++) place -= f < (IQ4[v] + IQ4[v + 1]) / 2;

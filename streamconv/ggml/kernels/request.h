@@ -1,6 +1,6 @@
-/* A call from Python as a request: the arguments of `quantize`, checked, which both extensions of block types take.
+/* A call from Python as a request: the checked arguments of `quantize`, for both extensions of block types.
  *
- * Any buffer will do (no alignment, no numpy headers), and the interpreter lock is released. No memory is allocated.
+ * Buffers need no alignment and no numpy headers, and the interpreter lock is released. No memory is allocated.
  */
 #ifndef STREAMCONV_REQUEST_H
 #define STREAMCONV_REQUEST_H
@@ -44,7 +44,7 @@ static const block_type_t *find_type(int type) {
     return NULL;
 }
 
-/* Fills the sizes of a request, or sets an exception and answers 0. */
+/* Fills the sizes of a request, or sets an exception and returns 0. */
 static int measure(request_t *request, Py_ssize_t n_per_row, const Py_buffer *rows, const Py_buffer *importance,
                    const Py_buffer *out) {
     const block_type_t *type = request->type;
@@ -65,7 +65,7 @@ static int measure(request_t *request, Py_ssize_t n_per_row, const Py_buffer *ro
     return 1;
 }
 
-/* Answers `quantize(type, source, rows, n_per_row, importance, out, baseline=False)` with what `work` makes. */
+/* Implements `quantize(type, source, rows, n_per_row, importance, out, baseline=False)` with `work`. */
 static PyObject *answer_request(PyObject *args, outcome_t (*work)(const request_t *request, int baseline)) {
     int type, source, baseline = 0;
     Py_ssize_t n_per_row;

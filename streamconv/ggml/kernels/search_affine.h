@@ -1,4 +1,4 @@
-/* The search for a scale and a minimum (ggml: make_qkx2_quants, with an importance matrix make_qkx3_quants). */
+/* The search for a scale and a minimum (ggml's make_qkx2_quants, or make_qkx3_quants with an importance matrix). */
 
 typedef struct {
     int n, n_max;          /* elements of a sub-block; the largest quant */
@@ -8,15 +8,15 @@ typedef struct {
     int weighted;          /* make_qkx3_quants */
 } affine_t;
 
-/* Of each lane: the result, and the inverse scale, the minimum and the kind of the step that was accepted, of which
-   `affine_level` makes the quants. */
+/* For each lane: the result, and the inverse scale, minimum and kind of the accepted step, from which `affine_level`
+   computes the quants. */
 typedef struct {
     float scale[GROUP], minimum[GROUP], sum_weights[GROUP];
     float inverse[GROUP], low[GROUP];
     int32_t is_first[GROUP];
 } affine_fit_t;
 
-/* Quants of one step. The fast form holds for |f| up to 2^22 and needs the upper bound only where f may exceed it. */
+/* Quants of one step. The fast form is valid for |f| up to 2^22, and needs the upper bound only if f can exceed it. */
 INLINE floats_t affine_quant(floats_t f, floats_t rounder, int n_max, int bounded, int exact, int is_first, int weighted) {
     if (!exact) {
         floats_t sum = greater(f + rounder, rounder);
@@ -37,7 +37,7 @@ INLINE ints_t affine_levels(const affine_fit_t *fit, int lane, const float *x, i
     return nearest_ints(choose(f > 0, lesser(f, splat((float)n_max)), splat(0)));
 }
 
-/* Sums over one pair of vectors: of w * l, (w * l) * l and (w * l) * x. The quants stay for the error. */
+/* Sums over one pair of vectors: of w * l, (w * l) * l and (w * l) * x. The quants are kept for the error. */
 INLINE void affine_sums(const float *x, const float *w, affine_t how, int bounded, int exact, const floats_t *inverse,
                         const floats_t *low, floats_t quants[][PAIR], floats_t *sum_l, floats_t *sum_l2, floats_t *sum_xl) {
     const floats_t rounder = splat(ROUNDER_UNKNOWN);
@@ -80,9 +80,9 @@ INLINE void affine_error(const float *x, const float *w, affine_t how, floats_t 
     UNROLL for (int v = 0; v < PAIR; v++) error[v] = e[v];
 }
 
-/* `x` and `w` are n rows of GROUP lanes. Where `exact` is 0 the answer is whether all lanes stayed in the range in which
-   the fast rounding is exact: no range between the least and the largest element that overflows, vanishes or, after a
-   step moved the minimum, is negative. */
+/* `x` and `w` are n rows of GROUP lanes. If `exact` is 0, returns whether the fast rounding was exact in all lanes: it
+   is not if the range between the least and the largest element overflows, vanishes or, after a step has moved the
+   minimum, is negative. */
 INLINE int search_affine_with(const float *x, const float *w, affine_t how, int exact, affine_fit_t *fit) {
     const float n_max = (float)how.n_max;
     floats_t high[N_VECTORS], low[N_VECTORS], least[N_VECTORS], sum_w[N_VECTORS], sum_x[N_VECTORS], widen[N_VECTORS];

@@ -1,8 +1,8 @@
-/* The searches for a scale alone (ggml: make_qx_quants, make_q3_quants, make_qp_quants). */
+/* The searches for a scale without a minimum (ggml's make_qx_quants, make_q3_quants, make_qp_quants). */
 
-#define LEAST_MAGNITUDE 1e-15f /* what is smaller counts as zero */
+#define LEAST_MAGNITUDE 1e-15f /* smaller magnitudes count as zero */
 
-/* Of each lane: the scale, the inverse that quants are made of, and whether all elements count as zero. */
+/* For each lane: the scale, the inverse from which quants are computed, and whether all elements count as zero. */
 typedef struct {
     float scale[GROUP], inverse[GROUP];
     int32_t is_zero[GROUP];
@@ -14,7 +14,7 @@ INLINE ints_t symmetric_levels(const symmetric_fit_t *fit, int lane, const float
     return l & ~fit->is_zero[lane];
 }
 
-/* The signed value of the first largest magnitude among n rows of n_lanes. */
+/* For each lane, the element with the largest magnitude (the first of several) among n rows of n_lanes. */
 INLINE floats_t first_largest(const float *x, int n, int n_lanes, floats_t *largest) {
     floats_t top = splat(0), amax = splat(0);
     for (int i = 0; i < n; i++) {
@@ -27,7 +27,7 @@ INLINE floats_t first_largest(const float *x, int n, int n_lanes, floats_t *larg
     return top;
 }
 
-/* n rows of GROUP lanes; finite elements leave nothing that the fast rounding does not do exactly. */
+/* n rows of GROUP lanes; the fast rounding is exact for all finite elements. */
 INLINE void search_symmetric(const float *x, const float *w, int n, int n_max, symmetric_fit_t *fit) {
     const floats_t rounder = splat(ROUNDER_UNKNOWN);
     const floats_t bottom = rounder - (float)n_max, ceiling = rounder + (float)(n_max - 1);
@@ -78,8 +78,8 @@ INLINE void search_symmetric(const float *x, const float *w, int n, int n_max, s
     }
 }
 
-/* The same for the 16 scales of one super-block, which may be anything: scalar, since there are few. Fills quants from
-   0 to 2 * n_max - 1; answers the scale. */
+/* The same for the 16 scales of one super-block, which can have any value; scalar, since there are few. Fills quants
+   from 0 to 2 * n_max - 1, and returns the scale. */
 INLINE float search_symmetric_scales(const float *x, const float *w, int n, int n_max, int32_t *quants) {
     float top = 0, amax = 0, scale = 0, best = 0, inverse = 0;
     for (int i = 0; i < n; i++) {
@@ -159,8 +159,8 @@ INLINE void search_stepwise(const float *x, int n, float *scales, int32_t *quant
     }
 }
 
-/* Scales or minima of N_SUPER super-blocks with an importance matrix: n rows of N_SUPER lanes become quants of a byte
-   (a negative scale wraps, as in ggml). `out` gets the scale of each lane. */
+/* Scales or minima of N_SUPER super-blocks with an importance matrix: n rows of N_SUPER lanes become quants, which are
+   bytes (a negative scale wraps around, as in ggml). `out` gets the scale of each lane. */
 INLINE void search_positive(const float *x, const float *w, int n, int n_max, float *scales, int32_t *quants) {
     for (int first = 0; first < N_SUPER; first += LANES) {
         floats_t at[16], weight[16], wx[16], level[16], top = splat(0), a = splat(0), b = splat(0), best = splat(0);

@@ -1,14 +1,14 @@
 /* TQ1_0 and TQ2_0: super-blocks of a scale and quants of -1, 0 and 1. An importance matrix makes no difference. */
 
-/* Quants from 0 to 2 of a super-block; answers the scale. */
+/* Quants from 0 to 2 of a super-block; returns the scale. */
 INLINE float ternary_levels(const float *x, int32_t *levels) {
     floats_t largest = splat(0);
     for (int i = 0; i < SUPER; i += LANES) largest = greater(magnitude(load(x + i)), largest);
     float d = largest_of_all(largest)[0], inverse = d != 0 ? 1 / d : 0;
-    if (inverse > 0x1.fffffep127f) inverse = 0; /* ggml makes zeros of what no integer holds */
+    if (inverse > 0x1.fffffep127f) inverse = 0; /* in ggml, numbers beyond the range of integers become zeros */
     for (int i = 0; i < SUPER; i += LANES) {
         floats_t product = load(x + i) * inverse;
-        /* Half away from zero: the predecessor of 0.5 is added, so that what is just below a half stays below. */
+        /* Rounds half away from zero: with the predecessor of 0.5, numbers just below a half are still rounded down. */
         ints_t half = ((ints_t)product & INT32_MIN) | 0x3effffff;
         store_ints(levels + i, __builtin_convertvector(product + (floats_t)half, ints_t) + 1);
     }
@@ -24,7 +24,7 @@ static void tq2_0(const float *x, const float *w, int n_blocks, uint8_t *out) {
     }
 }
 
-/* `n_trits` quants, `apart` from each other, as the fraction of a byte that a multiplication by 3 reads them from. */
+/* `n_trits` quants, `apart` from each other, as a byte: a fraction of 256 whose digits in base 3 are the quants. */
 INLINE uint8_t pack_trits(const int32_t *levels, int n_trits, int apart) {
     int32_t q = 0;
     for (int i = 0; i < 5; i++) q = 3 * q + (i < n_trits ? levels[i * apart] : 0);

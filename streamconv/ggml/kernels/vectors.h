@@ -1,7 +1,7 @@
-/* Vectors of VECTOR_NBYTES and the few operations that the searches need, on the vector types of GCC and clang.
+/* Vectors of VECTOR_NBYTES and the operations that the searches need, with the vector types of GCC and clang.
  *
- * A lane is one sub-block (or one block): each lane sums its elements from the first to the last, as a scalar program
- * would, so that the bytes do not depend on the width.
+ * A lane is one sub-block (or one block). Each lane sums its elements from the first to the last, as scalar code would,
+ * so that the bytes do not depend on the width of vectors.
  */
 #include "halves.h"
 
@@ -17,15 +17,15 @@ typedef int32_t ints_t __attribute__((vector_size(VECTOR_NBYTES)));
 
 enum {
     LANES = VECTOR_NBYTES / 4,
-    N_VECTORS = 4,             /* searched at a time: enough independent divisions to hide what each takes */
-    PAIR = 2,                  /* of them in an inner loop: as many as 16 registers hold */
+    N_VECTORS = 4,             /* searched at a time: enough independent divisions to hide their latency */
+    PAIR = 2,                  /* of them in an inner loop: as many as fit in 16 registers */
     GROUP = N_VECTORS * LANES, /* sub-blocks that are searched at a time */
 };
 
 #define ROUNDER 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, half to even */
 #define ROUNDER_BITS 0x4b400000
 
-/* A compiler that knows one operand of max(a, b) makes a comparison and a blend of it; it does not know this one. */
+/* Hides a constant from the compiler, which would turn max(a, b) with a known operand into a comparison and a blend. */
 static volatile const float ROUNDER_UNKNOWN = ROUNDER;
 
 INLINE floats_t splat(float value) { return value - (floats_t){0}; }
@@ -46,7 +46,7 @@ INLINE floats_t choose(ints_t mask, floats_t yes, floats_t no) {
 }
 INLINE ints_t choose_ints(ints_t mask, ints_t yes, ints_t no) { return (mask & yes) | (~mask & no); }
 
-/* a < b ? a : b and a > b ? a : b, so the second where they are equal or one is a NaN. */
+/* a < b ? a : b and a > b ? a : b: the second operand if they are equal or one is a NaN. */
 INLINE floats_t lesser(floats_t a, floats_t b) {
     floats_t result;
     for (int i = 0; i < LANES; i++) result[i] = a[i] < b[i] ? a[i] : b[i];
@@ -75,7 +75,7 @@ INLINE floats_t square_root(floats_t vector) {
     return result;
 }
 
-/* Each lane's neighbour: the numbers of lanes that differ by `apart`, a power of two, change places. */
+/* Swaps the numbers of lanes whose indices differ by `apart`, a power of two. */
 #if VECTOR_NBYTES == 32
 #define LANE_NUMBERS ((ints_t){0, 1, 2, 3, 4, 5, 6, 7})
 #else
@@ -112,7 +112,7 @@ INLINE int any(ints_t mask) {
     return found != 0;
 }
 
-/* ggml's nearest_int, its results for infinities, NaNs and numbers beyond 2^22 among them. */
+/* ggml's nearest_int, with the same results for infinities, NaNs and numbers beyond 2^22. */
 INLINE int32_t nearest(float value) {
     return (int32_t)(bits_of_float(value + ROUNDER) & 0x007fffff) - 0x00400000;
 }
