@@ -131,6 +131,7 @@ class Budget:
 
     @property
     def held(self) -> int:
+        """The sum of all reservations."""
         return sum(self.terms.values())
 
     @property

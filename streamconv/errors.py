@@ -41,12 +41,12 @@ class StreamconvError(Exception):
     """Base class of all errors that streamconv reports. The subclass defines `kind` and `exit_code`.
 
     Args:
-        message: one line, which may change between versions.
-        code: the cause in kebab-case, stable in all versions; docs/errors.md lists all codes.
-        file: the file that the error is about.
-        tensor: the tensor in it.
-        hint: what to do about it.
-        problems: all problems that the message summarises, as `--json` prints them; each has a `code` and a
+        message: One line, which may change between versions.
+        code: The cause in kebab-case, stable in all versions; docs/errors.md lists all codes.
+        file: The file that the error is about.
+        tensor: The tensor in it.
+        hint: What to do about it.
+        problems: All problems that the message summarises, as `--json` prints them; each has a `code` and a
             `message`.
     """
 
@@ -123,7 +123,7 @@ class DestinationError(StreamconvError):
 
 
 class VerifyError(StreamconvError):
-    """A file does not contain what its source gives."""
+    """A file differs from the result of converting its source."""
 
     kind = "verify"
     exit_code = 6

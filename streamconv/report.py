@@ -80,6 +80,7 @@ class TensorRelativeError:
 
     @property
     def bits_per_weight(self) -> float:
+        """The size of its data in bits, divided by the number of its weights."""
         return 8 * self.nbytes / self.n_elements
 
 
@@ -97,6 +98,7 @@ class RelativeErrors:
 
     @property
     def bits_per_weight(self) -> float:
+        """The size of all tensors' data in bits, divided by the number of all weights."""
         return 8 * sum(one.nbytes for one in self.tensors) / max(1, sum(one.n_elements for one in self.tensors))
 
 

@@ -32,7 +32,9 @@ class Memory(NamedTuple):
 
 
 class Sample(NamedTuple):
-    seconds: float  # since the profile began
+    """Resident memory at a time, in seconds since the profile began."""
+
+    seconds: float
     memory: Memory
 
 
@@ -40,6 +42,7 @@ class Stopwatch:
     """Times the phases of a conversion. This base class, used without `--profile`, does nothing."""
 
     def time(self, phase: Phase, /) -> AbstractContextManager[None]:
+        """A context manager that adds its duration to `phase`."""
         return _NOTHING
 
 

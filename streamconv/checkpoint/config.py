@@ -12,7 +12,7 @@ from streamconv.errors import SourceError
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object_if_present
 
-MAX_INTEGER = (1 << 31) - 1  # what an int32 key holds
+MAX_INTEGER = (1 << 31) - 1  # the largest int32, the type of some of GGUF's integer keys
 MAX_NUMBER = 3.4e38  # about the largest float32, the type of GGUF's float keys
 
 
@@ -31,6 +31,7 @@ class Config:
         self.raw, self.file, self.parent = raw, file, parent
 
     def integer(self, key: str, minimum: int = 1) -> int | None:
+        """A whole number from `minimum` to MAX_INTEGER."""
         value = self.raw.get(key)
         if value is None:
             return None
@@ -48,24 +49,28 @@ class Config:
         return float(value)
 
     def positive(self, key: str) -> float | None:
+        """A number above 0 in the range of float32."""
         value = self.number(key)
         if value is not None and value <= 0:
             raise self.wrong(key, "a number above 0")
         return value
 
     def flag(self, key: str) -> bool | None:
+        """true or false."""
         value = self.raw.get(key)
         if value is None or isinstance(value, bool):
             return value
         raise self.wrong(key, "true or false")
 
     def text(self, key: str) -> str | None:
+        """A string."""
         value = self.raw.get(key)
         if value is None or isinstance(value, str):
             return value
         raise self.wrong(key, "a string")
 
     def list_of(self, key: str, kind: type) -> list[Any] | None:
+        """A list whose items all have exactly the type `kind`."""
         value = self.raw.get(key)
         if value is None:
             return None
@@ -110,7 +115,7 @@ class Config:
     def within(self, key: str) -> Config:
         """The section `key`, completed with this config's other keys: the config of a wrapped model.
 
-        The section wins where both have a key. Without such a section, this config itself.
+        If both have a key, the section's value is used. Without such a section, this config itself is returned.
         """
         section = self.section(key) if key else None
         if section is None:
@@ -150,12 +155,15 @@ class Config:
 
     @property
     def rope_type(self) -> str:
+        """The kind of RoPE scaling, as transformers names it; "default" if none is stated."""
         return self.rope.text("rope_type") or self.rope.text("type") or "default"
 
     def rope_base(self, default: float) -> float:
+        """The base of RoPE's frequencies (rope_theta); `default` if none is stated."""
         return self.rope.positive("rope_theta") or self.positive("rope_theta") or default
 
     def wrong(self, key: str, expected: str) -> SourceError:
+        """The error for the value of `key`; `expected` completes "expected ..."."""
         shown = repr(self.raw.get(key))
         return SourceError(
             f"{key} is {shown[:60]}, expected {expected}",

@@ -23,7 +23,7 @@ from streamconv.files.local import file_nbytes
 from streamconv.files.store import Place
 from streamconv.files.strict_json import load_object
 
-MISTRAL_PARAMS = "params.json"  # mistral-inference's config, beside weights in names of its own
+MISTRAL_PARAMS = "params.json"  # the config of mistral-inference, whose checkpoints have other names for tensors
 
 # Estimates for the limit that an error suggests, in bytes of memory for each byte of a file, with names as in published
 # models. Measured: 7, 12 and 5.

@@ -153,15 +153,15 @@ class _Reader:
         if not isinstance(path, str) or not isinstance(full_name, str) or not full_name:
             raise self._not_modules("has an entry without a type or a path")
         if "\0" in path or path.startswith("/") or ".." in path.replace("\\", "/").split("/"):
-            raise self._not_modules(f"names {path!r:.80}, which is not a folder beside it")
+            raise self._not_modules(f"names {path!r:.80}, which is not inside the model's folder")
         return full_name.rpartition(".")[2], full_name, self.directory / path if path else self.directory
 
     def _read_pooling(self, folder: Place) -> None:
         config = self._config(folder)
-        said = config.get("pooling_mode")
-        if said is None:
-            said = [mode for flag, mode in _FLAGS.items() if config.get(flag) is True] or ["mean"]
-        modes = [said] if isinstance(said, str) else said
+        stated = config.get("pooling_mode")
+        if stated is None:
+            stated = [mode for flag, mode in _FLAGS.items() if config.get(flag) is True] or ["mean"]
+        modes = [stated] if isinstance(stated, str) else stated
         if self.pooling is not None or not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLING:
             shown = " and ".join(map(str, modes)) if isinstance(modes, list) else repr(modes)
             what = "a second pooling" if self.pooling else f"pooling {shown:.80}"
@@ -175,10 +175,10 @@ class _Reader:
         config = self._config(folder)
         if config.get("false_token_id") is None:
             raise self._beyond("a score from a single token's logit", folder, "llama.cpp compares two tokens")
-        said = Config(config, folder / CONFIG)
-        yes, no = said.integer("true_token_id", 0), said.integer("false_token_id", 0)
+        answers = Config(config, folder / CONFIG)
+        yes, no = answers.integer("true_token_id", 0), answers.integer("false_token_id", 0)
         if yes is None or no is None:
-            raise said.wrong("true_token_id", "a token")
+            raise answers.wrong("true_token_id", "a token id")
         self.answers = yes, no
 
     def _read_dense(self, folder: Place, full_name: str) -> None:
@@ -212,9 +212,9 @@ class _Reader:
         """Warn about text processing that sentence-transformers does before the model."""
         settings, old = (self._optional(name) for name in (SETTINGS, OLD_SETTINGS))
         prompts = settings.get("prompts")
-        said = dict(prompts) if isinstance(prompts, dict) else {}
-        said |= {name: settings.get(name) for name in ("query_prefix", "document_prefix")}
-        shown = [f"{name} {text!r:.60}" for name, text in said.items() if isinstance(text, str) and text]
+        texts = dict(prompts) if isinstance(prompts, dict) else {}
+        texts |= {name: settings.get(name) for name in ("query_prefix", "document_prefix")}
+        shown = [f"{name} {text!r:.60}" for name, text in texts.items() if isinstance(text, str) and text]
         if shown:
             more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
             message = f"a GGUF file cannot hold the prompts that are put before texts: {', '.join(shown[:4])}{more}"

@@ -63,8 +63,8 @@ def check_quantisation(config: Config, tensors: Mapping[str, SourceTensor]) -> l
             raise SourceError(what, file=config.file, hint=_RUN_IT, code="quantised-at-runtime")
     if not methods:
         return []
-    said = " and ".join(f"{key} ({method})" if method != key else key for key, method in methods.items())
-    what = f"config.json has {said}, but no tensor is quantised: it was ignored"
+    settings = " and ".join(f"{key} ({method})" if method != key else key for key, method in methods.items())
+    what = f"config.json has {settings}, but no tensor is quantised: it was ignored"
     return [RunWarning("quantization-config", what)]
 
 

@@ -39,10 +39,12 @@ class WeightSet:
 
     @property
     def is_complete(self) -> bool:
+        """Whether all files exist."""
         return self.first_missing is None
 
     @property
     def first_missing(self) -> Place | None:
+        """The first file that does not exist; None if all do."""
         return next((path for path in self.paths if not path.exists()), None)
 
     @property

@@ -154,6 +154,7 @@ class MemoryProof:
 
     @property
     def projected(self) -> int:
+        """The most memory that will be resident at any time."""
         return sum(self.terms.values())
 
     @property

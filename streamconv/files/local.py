@@ -263,6 +263,7 @@ class Cursor:
         return self.end - self.position
 
     def fail(self, message: str, hint: str | None = None, *, code: str) -> NoReturn:
+        """Raise SourceError, naming the file and `tensor`."""
         raise SourceError(message, file=self.file.path, tensor=self.tensor, hint=hint, code=code)
 
     def expect(self, nbytes: int) -> None:
@@ -305,6 +306,7 @@ class Cursor:
         return bytes(data)
 
     def skip(self, nbytes: int) -> None:
+        """Advance over `nbytes` without reading them."""
         self.expect(nbytes)
         self.position += nbytes
 

@@ -100,7 +100,7 @@ class Window:
         try:
             if mapped is not None:
                 mapped.populate(offset - self._first, nbytes)
-        except OSError:  # reading says what is wrong
+        except OSError:  # reading raises the error to report
             self.close()
             mapped = None
         if mapped is None:

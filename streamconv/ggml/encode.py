@@ -3,8 +3,8 @@
 Chooses the kernel (reference.py and block_reference.py in numpy, or the optional compiled ones in `kernels/`), counts
 non-finite values, and refuses values that a type cannot hold. Which tensor gets which type is decided in policy.py.
 
-F32, F16, BF16 and Q8_0 have the bytes of `gguf.quants.quantize` on the float32 values, whatever the kernel, the machine
-and the division into calls. Where gguf leaves room:
+F32, F16, BF16 and Q8_0 have the bytes of `gguf.quants.quantize` on the float32 values, with every kernel, on every
+machine and for any division into calls. Cases that gguf does not determine:
 - a type that does not change keeps its bytes, also those of NaNs (gguf would make a BF16 NaN quiet);
 - a NaN converted between F16 and F32 keeps its top bits and its kind, as in numpy without F16 instructions;
 - a Q8_0 block so small that 1 / scale overflows has quants of 0 (its scale is 0 in F16, so it decodes to 0 anyway).

@@ -144,8 +144,8 @@ class ImportanceMatrix:
             shapes: The row-major shapes of all tensors of the model, by llama.cpp's names.
 
         Returns:
-            Warnings about entries without a tensor, and about an embedding's entry of another size, which is ignored
-            as in llama-quantize.
+            Warnings about entries without a tensor, and about an embedding's entry of another size, which is ignored as
+            in llama-quantize.
 
         Raises:
             SourceError: The number of importances does not match a tensor's columns, or no entry names a tensor of the

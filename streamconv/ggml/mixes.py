@@ -108,6 +108,7 @@ class ModelFacts:
 
     @property
     def heads_per_kv_head(self) -> int:
+        """Attention heads that share a KV head; 0 without KV heads."""
         return self.n_heads // self.n_kv_heads if self.n_kv_heads else 0
 
     @property

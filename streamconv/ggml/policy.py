@@ -268,7 +268,7 @@ def stored_outtype(file_type: int, nbytes: Mapping[str, int]) -> str:
         nbytes: The size of all tensors of a type, by GGML's name of the type.
     """
     with suppress(ValueError):
-        said = LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-        if any(said.startswith(name) for name in nbytes if name != "F32"):  # all files have F32 tensors
-            return said.lower()
+        stated = LlamaFileType(file_type).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        if any(stated.startswith(name) for name in nbytes if name != "F32"):  # all files have F32 tensors
+            return stated.lower()
     return max(nbytes, key=lambda name: nbytes[name], default="f32").lower()

@@ -207,7 +207,7 @@ def _f32_to_f16(bits: Bits, has_nonfinite: bool, out: Bits, work: _Work) -> None
     """Works in magnitude, wide, spare and mask."""
     magnitude, wide, mask = work.magnitude, work.wide, work.mask
     np.bitwise_and(bits, FLOATS[F32].magnitude, out=magnitude)
-    # To nearest even: add half of the last place less one, and one more where the last place is odd.
+    # To nearest even: add half of the last place minus one, and one more if the last place is odd.
     np.right_shift(magnitude, 13, out=wide)
     np.bitwise_and(wide, 1, out=wide)
     np.add(wide, magnitude, out=wide)

@@ -225,7 +225,7 @@ class RowMagnitudes(InPlace):
         if magnitudes.spec.shape != (self.spec.n_rows,):
             raise ValueError(f"{magnitudes.spec.shape} magnitudes for {self.spec.n_rows} rows")
         self.parents = (self.parents[0], widened(magnitudes))
-        self._factors: Once | None = None  # for columns alone
+        self._factors: Once | None = None  # shared by all tensors from `columns`
 
     def needs(self, rows: range) -> Iterator[Step]:
         yield tuple(Piece(parent, rows) for parent in self.parents)
@@ -254,17 +254,17 @@ class RowMagnitudes(InPlace):
 
 
 def _squared_rows(n_rows: int, n_columns: int) -> int:
-    """How many of `n_rows` rows are squared at a time."""
+    """How many of `n_rows` rows are squared at a time, within FLOAT64_PIECE numbers."""
     return min(n_rows, max(1, FLOAT64_PIECE // n_columns))
 
 
 def _row_norms_nbytes(n_rows: int, n_columns: int) -> int:
-    """The scratch of `_divide_by_norms`."""
+    """Bytes of scratch that `_divide_by_norms` needs."""
     return padded_nbytes(8 * n_rows) + padded_nbytes(8 * _squared_rows(n_rows, n_columns) * n_columns)
 
 
 def _divide_by_norms(magnitudes: Floats, values: Floats, work: Workspace) -> None:
-    """Each of `magnitudes` [rows] divided by the norm of its row of `values`, in place, rounded once from F64."""
+    """Divide each of `magnitudes` [rows] by the norm of its row of `values`, in place, rounded once from F64."""
     step = _squared_rows(*values.shape)
     with work.scratch.frame():
         norms = work.scratch.take(len(values), np.float64).view(np.float64)
@@ -277,7 +277,7 @@ def _divide_by_norms(magnitudes: Floats, values: Floats, work: Workspace) -> Non
 
 
 class RowFactors(LazyTensor):
-    """Each row's magnitude divided by its norm, F32 [rows]: what `RowMagnitudes` multiplies its rows by.
+    """Each row's magnitude divided by its norm, F32 [rows]: the factors of `RowMagnitudes`.
 
     Args:
         parent: F32 [rows, columns].
@@ -335,8 +335,8 @@ class TimesRowFactors(InPlace):
 class ColumnSquares(LazyTensor):
     """The sum of each column's squares: [n, columns] to F64 [1, columns].
 
-    Rows are summed in blocks of a fixed size, so the result does not depend on slabs; several blocks are read together
-    where fewer rows would read a parent of the parent too often.
+    Rows are summed in blocks of a fixed size, so the result does not depend on slabs. Several blocks are read together
+    if reading fewer rows at a time would be inefficient (`least_rows`).
     """
 
     def __init__(self, parent: LazyTensor) -> None:

@@ -41,10 +41,12 @@ class TensorSpec:
 
     @property
     def n_columns(self) -> int:
+        """Elements in a row: the last dimension, or 1 for a vector."""
         return self.shape[-1] if len(self.shape) > 1 else 1
 
     @property
     def n_rows(self) -> int:
+        """The product of all dimensions but the last, or the number of elements of a vector."""
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
 
     @property

@@ -84,7 +84,7 @@ class Reflow(LazyTensor):
         out[:] = slabs[0][skipped : skipped + out.nbytes]
 
     def columns(self, columns: range) -> LazyTensor | None:
-        """Of a stored tensor, whose bytes are those of the same file under another shape; None of others."""
+        """These columns of a stored tensor, read from the file under the new shape; None for all other parents."""
         (parent,) = self.parents
         if not isinstance(parent, Source) or isinstance(parent, SourceColumns):
             return None
@@ -127,7 +127,7 @@ class Transpose(LazyTensor):
         widest = min(n_rows, (self._n_columns - 1) // 2)  # the most columns that are less than half
         if not self._has_columns or not widest or 2 * n_rows >= self._n_columns:
             yield (Piece(self.parents[0], range(min(self._step_of(None), self._n_rows))),)
-        while self._has_columns and widest:  # as many rows for all of a power of two; fewer for the next
+        while self._has_columns and widest:  # the number of rows is the same for all run sizes up to a power of two
             run = self._run_nbytes(widest)
             yield (Piece(self._parent_of(range(widest)), range(min(self._step_of(run), self._n_rows))),)
             widest = run // 2 // self.spec.dtype.block_nbytes if run > TRANSPOSE_RUN_NBYTES else 0
@@ -150,7 +150,7 @@ class Transpose(LazyTensor):
         return min(half if half <= most or not self._has_columns else run, most)
 
     def _run_nbytes(self, n_columns: int) -> int:
-        """The bytes of so many columns of a row, rounded up to TRANSPOSE_RUN_NBYTES times a power of two."""
+        """The size of `n_columns` columns of a row, rounded up to TRANSPOSE_RUN_NBYTES times a power of two."""
         run = TRANSPOSE_RUN_NBYTES
         while run < self.spec.dtype.row_nbytes(n_columns):
             run *= 2

@@ -63,6 +63,7 @@ class Stamp:
 
     @classmethod
     def of(cls, stat: os.stat_result) -> Stamp:
+        """The stamp of a file with this status."""
         return cls(stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
