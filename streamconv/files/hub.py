@@ -29,7 +29,8 @@ _MAX_REF_NBYTES = 1024
 
 def is_gguf(source: Source) -> bool:
     """Whether the name is a GGUF file's."""
-    return isinstance(source, str | Path) and Path(source).suffix == ".gguf"
+    name = source.key if isinstance(source, StorePath) else "" if isinstance(source, Store) else str(source)
+    return Path(name).suffix == ".gguf"
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterable
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,27 @@ PACKAGE = Path(streamconv.__file__).parent
 
 
 class MemoryBlob(Blob):
-    """Bytes in memory that count what was read of them."""
+    """Bytes in memory; their store counts the open ones."""
 
     def __init__(self, path: StorePath, content: bytes, etag: str) -> None:
+        assert isinstance(path.store, MemoryStore)
         self.path, self.nbytes, self.identity = path, len(content), Identity(etag)
         self.content, self.store = content, path.store
-        self.n_open = 1
+        self.is_open = True
+        self.store.n_open += 1
+
+    def close(self) -> None:
+        self.store.n_open -= self.is_open
+        self.is_open = False
 
     def read_into(self, offset: int, buffer: Buffer) -> None:
         view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
         if offset + len(view) > self.nbytes:
             raise SourceError("ends first", file=self.path)
+        assert self.is_open
         view[:] = self.content[offset : offset + len(view)]
 
     def check_unchanged(self) -> None:
-        assert isinstance(self.store, MemoryStore)
         if Identity(self.store.etag) != self.identity:
             raise SourceError("has another ETag", file=self.path, code="source-changed")
 
@@ -45,7 +53,7 @@ class MemoryStore(Store):
     """The files of a folder, which may then be gone."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.name, self.etag = name, "v1"
+        self.name, self.etag, self.n_open = name, "v1", 0
         self.files = {
             path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
         }
@@ -134,6 +142,92 @@ def test_a_merge_in_memory(tmp_path: Path, dora: bool) -> None:
         folder.rename(folder.with_name(f"{folder.name}-gone"))
     merged = converted(stores[1], tmp_path / "memory.gguf", adapters=[(stores[0], weight)], outtype="q8_0", verify=True)
     assert merged == expected
+
+
+# ---------------------------------------------------------------- the other calls
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Callable[[Path], MemoryStore]]:
+    """Takes a folder into memory and removes it; in the end, every blob was closed."""
+    stores: list[MemoryStore] = []
+
+    def take(folder: Path) -> MemoryStore:
+        stores.append(store := MemoryStore(folder, folder.name))
+        shutil.rmtree(folder)
+        return store
+
+    yield take
+    assert not [store.name for store in stores if store.n_open]
+
+
+Take = Callable[[Path], MemoryStore]
+
+
+def plain(found: Any) -> Any:
+    """An inspection without the place of what was inspected."""
+    told = json.loads(json.dumps(found.to_json(), default=str))
+    return {key: value for key, value in told.items() if key not in ("path", "source")}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_in_memory_is_inspected_and_listed(tmp_path: Path, in_memory: Take, kind: str) -> None:
+    folder = with_everything(MODELS[kind](tmp_path / "Some-Model"))
+    listed, inspected = streamconv.quants(folder), plain(streamconv.inspect(folder))
+    store = in_memory(folder)
+    assert streamconv.quants(store).quants == listed.quants
+    assert plain(streamconv.inspect(store)) == inspected
+
+
+def test_an_adapter_in_memory_is_inspected_and_verified(tmp_path: Path, in_memory: Take) -> None:
+    base = tiny.llama(tmp_path / "base")
+    adapter = tiny.peft_adapter(tmp_path / "my-adapter", base)
+    streamconv.convert_adapter(adapter, base, tmp_path / "adapter.gguf")
+    merged = tmp_path / "merged.gguf"
+    streamconv.convert(base, merged, adapters=[adapter], outtype="bf16")
+    inspected, listed = plain(streamconv.inspect(adapter)), streamconv.quants(base, adapters=[adapter])
+    base_store, adapter_store = in_memory(base), in_memory(adapter)
+    assert plain(streamconv.inspect(adapter_store)) == inspected
+    assert streamconv.quants(base_store, adapters=[adapter_store]).quants == listed.quants
+    assert streamconv.verify(tmp_path / "adapter.gguf", adapter_store, base=base_store).verified
+    assert streamconv.verify(merged, base_store, adapters=[adapter_store]).verified
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_a_gguf_in_memory_is_quantised_inspected_and_verified(tmp_path: Path, in_memory: Take, n_parts: int) -> None:
+    folder = tmp_path / "ggufs"
+    folder.mkdir()
+    split = streamconv.SplitOptions(max_tensors=8) if n_parts > 1 else None
+    outputs = streamconv.convert(
+        tiny.llama(tmp_path / "src", hidden=256), folder / "base.gguf", outtype="bf16", split=split
+    ).outputs
+    assert (len(outputs) > 1) == (n_parts > 1)
+    first = outputs[0].path
+    names = [row.name for row in streamconv.inspect(first).tensors]
+    matrix = tmp_path / "imatrix"
+    matrix.mkdir()
+    (matrix / "importance.dat").write_bytes(importance_of(first))
+    options: dict[str, Any] = {"outtype": "q4_k_m"}
+    streamconv.quantize(first, tmp_path / "local.gguf", imatrix=matrix / "importance.dat", **options)
+    inspected = plain(streamconv.inspect(first))
+    place = StorePath(in_memory(folder), first.name)
+    imatrix = StorePath(in_memory(matrix), "importance.dat")
+    streamconv.quantize(place, tmp_path / "memory.gguf", imatrix=imatrix, verify=True, **options)
+    assert (tmp_path / "memory.gguf").read_bytes() == (tmp_path / "local.gguf").read_bytes()
+    assert streamconv.verify(tmp_path / "local.gguf", place, imatrix=imatrix).verified
+    assert plain(streamconv.inspect(place)) == inspected and names
+
+
+def importance_of(gguf: Path) -> bytes:
+    """An importance matrix, in the older format, for each matrix of a GGUF."""
+    entries = []
+    for row in streamconv.inspect(gguf).tensors:
+        if len(row.shape) == 2:
+            name, values = row.name.encode(), tiny.noise(row.name, (row.shape[-1],), 1.0) ** 2
+            entries.append(
+                struct.pack("<i", len(name)) + name + struct.pack("<ii", 1, len(values)) + values.astype("<f4").tobytes()
+            )
+    return struct.pack("<i", len(entries)) + b"".join(entries)
 
 
 def test_what_a_store_lacks_is_named(tmp_path: Path) -> None:
