@@ -170,6 +170,7 @@ def _plan(
         shards=(source.shard,),
         configs=(source.config,),
         base=base.path,
+        base_template=base.template,
         options={
             "outtype": wanted.outtype,
             "dialect": LLAMA_CPP,
@@ -206,6 +207,7 @@ def _plan_legacy(
         shards=(source.shard,),
         configs=(source.config,),
         base=base.path,
+        base_template=base.template,
         options={"dialect": OLLAMA_LEGACY, "heads": str(base.dims.get("A")), **identity_of(base.model.recipe)},
         warnings=[*resolved.warnings, *legacy.warnings],
     )

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamconv.budget import Budget, in_words, resident_nbytes
+from streamconv.budget import Budget, in_words, resident_nbytes, unbounded
 from streamconv.check.tensors import compare, comparer_nbytes, listed_nbytes
 from streamconv.engine.job import Job
 from streamconv.engine.layout import Io, MemoryProof, prove_memory
@@ -18,6 +18,7 @@ from streamconv.engine.split import Part
 from streamconv.errors import DestinationError, Interrupted, RunWarning, SourceError, UsageError
 from streamconv.files.window import mapping_module
 from streamconv.ggml import encode as codecs
+from streamconv.gguf.reader import GGUFFile
 from streamconv.options import RunOptions
 from streamconv.output.destination import Place, check_folder, check_room, claim, failures, write_text
 from streamconv.output.manifest import digest, manifest_path, manifest_text
@@ -43,7 +44,7 @@ class _Places:
             from streamconv.output.modelfile import plan_modelfile
 
             projectors = [part.path for other in job.companions if other.role == "mmproj" for part in other.parts]
-            modelfile = plan_modelfile(job.parts[0], job.base, projectors)
+            modelfile = plan_modelfile(job.parts[0], job.base, projectors, job.base_template)
         outputs = [part.path for _, part in job.files]
         beside = [manifest_path(path) for path in outputs] if options.sha256 else []
         beside += [modelfile.path] if modelfile else []
@@ -184,13 +185,16 @@ def _verify(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
 
     for output, total in zip(job.outputs, totals, strict=True):
         own, paths = paths[: len(output.parts)], paths[len(output.parts) :]
-        compare(
-            output,
-            own,
-            threads=proof.comparers,
-            progress=advance,
-            cancelled=options.cancelled,
-        )
+        with ExitStack() as stack:
+            # What their headers take was reserved with the lists of what is compared (`listed_nbytes`).
+            files = [stack.enter_context(GGUFFile.open(path, unbounded())) for path in own]
+            compare(
+                output,
+                files,
+                threads=proof.comparers,
+                progress=advance,
+                cancelled=options.cancelled,
+            )
         done += total
 
 

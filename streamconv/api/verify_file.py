@@ -84,33 +84,34 @@ def verify(
     options, wanted, started = RunOptions.of(locals()), OutputOptions.of(locals()), time.monotonic()
     budget, measures = Budget(options.limit_nbytes), error or plot is not None
     of_models = {"--adapter": adapters or None, "--pre": pre, "--imatrix": imatrix}
-    outputs, stored, architecture, is_adapter = _read(
-        out, budget, {"--base": base, "--scale": scale}, of_models, measures=measures
-    )
-    if is_adapter and base is None:
-        base = stated_source_of(source)
-    picture = _picture_place(plot, budget, force=force) if plot is not None else None
-    as_made = replace(stored, types={}) if measures else stored  # as numbers, F32
-    with (
-        using_recipes(recipes),
-        _counted(options.progress) as progress,
-        _open_job(source, base, out, wanted, budget, adapters, scale, as_made) as whole,
-    ):
-        job = _of_file(whole, architecture)
-        steps, paths = [*job.steps], [output.path for output in outputs]
-        if picture is not None:
-            picture = resolve(picture.path, job.sources)
-        proof = prove_comparison(
-            steps, budget, threads=options.n_threads, comparer=measurer_nbytes(steps) if measures else None
+    with GGUFSet.open(out, budget) as files:
+        outputs, stored, architecture, is_adapter = _read(
+            files, {"--base": base, "--scale": scale}, of_models, measures=measures
         )
-        how: _How = {"threads": proof.workers, "progress": progress, "cancelled": options.cancelled}
-        report = replace(job, companions=()).report()
-        if measures:
-            report.errors = measure_errors(job, paths, **how)
-            report.types = _totals(report.errors)
-        else:
-            report.warnings += compare(job, paths, **how)
-            report.verified = True
+        if is_adapter and base is None:
+            base = stated_source_of(source)
+        picture = _picture_place(plot, budget, force=force) if plot is not None else None
+        as_made = replace(stored, types={}) if measures else stored  # as numbers, F32
+        with (
+            using_recipes(recipes),
+            _counted(options.progress) as progress,
+            _open_job(source, base, out, wanted, budget, adapters, scale, as_made) as whole,
+        ):
+            job = _of_file(whole, architecture)
+            steps, parts = [*job.steps], files.files
+            if picture is not None:
+                picture = resolve(picture.path, job.sources)
+            proof = prove_comparison(
+                steps, budget, threads=options.n_threads, comparer=measurer_nbytes(steps) if measures else None
+            )
+            how: _How = {"threads": proof.workers, "progress": progress, "cancelled": options.cancelled}
+            report = replace(job, companions=()).report()
+            if measures:
+                report.errors = measure_errors(job, parts, **how)
+                report.types = _totals(report.errors)
+            else:
+                report.warnings += compare(job, parts, **how)
+                report.verified = True
     report.command = "verify"
     report.output, report.outputs = Path(out), [replace(output, role=job.role) for output in outputs]
     if report.errors is not None and picture is not None:
@@ -188,32 +189,33 @@ def _counted(progress: Callable[[int, int], None] | None) -> Iterator[Callable[[
 
 
 def _read(
-    out: str | Path,
-    budget: Budget,
+    found: GGUFSet,
     of_adapters: Mapping[str, object],
     of_models: Mapping[str, object],
     *,
     measures: bool,
 ) -> tuple[list[Output], StoredTypes, str | None, bool]:
-    """The files of the set at `out`, the types of its tensors, its architecture, and whether it is an adapter.
+    """The files of the set, the types of its tensors, its architecture, and whether it is an adapter.
 
     UsageError where an option is missing, or given and not for this kind of file.
     """
-    with GGUFSet.open(out, budget) as found:
-        refuse(found.problems)
-        outputs = [Output(Path(str(file.path)), file.file.nbytes) for file in found.files]
-        is_adapter = found.files[0].scalar("general.type", str) == "adapter"
-        stored = _types(found)
-        imatrix = _imatrix_of(found.files[0], stored)
-        architecture = found.files[0].scalar("general.architecture", str)
+    refuse(found.problems)
+    first = found.files[0]
+    outputs = [Output(Path(str(file.path)), file.file.nbytes) for file in found.files]
+    is_adapter = first.scalar("general.type", str) == "adapter"
+    stored = _types(found)
+    imatrix = _imatrix_of(first, stored)
+    architecture = first.scalar("general.architecture", str)
     if not (is_adapter or measures) and of_models["--imatrix"] is None and imatrix is not None:
         hint = "pass the same file with --imatrix FILE"
-        raise UsageError(f"was made with an importance matrix, {imatrix}", file=out, hint=hint, code="imatrix-missing")
+        raise UsageError(
+            f"was made with an importance matrix, {imatrix}", file=first.path, hint=hint, code="imatrix-missing"
+        )
     for option, value in (of_models if is_adapter else of_adapters).items():
         if value is not None:
             raise UsageError(
                 f"is {'an adapter' if is_adapter else 'a model'}, and {option} does not apply to it",
-                file=out,
+                file=first.path,
                 code="option-conflict",
             )
     return outputs, stored, architecture, is_adapter

@@ -277,14 +277,16 @@ def _listed(value: Any) -> list[Any]:
 def _resolved(source: Path, recipes: Sequence[str]) -> str:
     """What auto means for a checkpoint; "auto" where it cannot be read, which its job will report."""
     from streamconv.api.convert_model import auto_outtype
+    from streamconv.budget import Budget, default_limit_nbytes
     from streamconv.checkpoint.folder import Checkpoint
     from streamconv.errors import StreamconvError
     from streamconv.files.hub import find_source
     from streamconv.recipe.recognise import recipe_of_checkpoint, recognise
     from streamconv.recipe.registry import using_recipes
 
+    budget = Budget(default_limit_nbytes())
     try:
-        with using_recipes(recipes), Checkpoint.open(find_source(source)) as checkpoint:
+        with using_recipes(recipes), Checkpoint.open(find_source(source), budget=budget) as checkpoint:
             recipe = recipe_of_checkpoint(checkpoint)
             return auto_outtype(checkpoint, recognise(checkpoint, recipe))
     except (StreamconvError, OSError):

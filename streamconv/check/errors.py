@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.check.pairs import Pair, match, visit_slabs
+from streamconv.check.pairs import Pair, match, unchanged, visit_slabs
 from streamconv.engine.job import Job
 from streamconv.engine.layout import THREAD_NBYTES, Step, slab_rows
 from streamconv.errors import VerifyError
@@ -36,7 +34,7 @@ _SUM_NBYTES = 3 * 8 * PIECE  # float64 copies of a piece and of what it should b
 
 def measure_errors(
     job: Job,
-    paths: Sequence[Path],
+    files: Sequence[GGUFFile],
     *,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -52,12 +50,11 @@ def measure_errors(
         VerifyError: the files have other tensors than the source, or of types that cannot be decoded.
         SourceError: a file's structure is not what a strict loader takes.
     """
-    with ExitStack() as stack:
-        files = [stack.enter_context(GGUFFile.open(path)) for path in paths]
-        for file in files:
-            refuse(file.problems)
-        pairs = list(match(job, files, _pair))
-        sums = _Sums()
+    for file in files:
+        refuse(file.problems)
+    pairs = list(match(job, files, _pair))
+    sums = _Sums()
+    with unchanged(job, files):
         visit_slabs(
             pairs,
             sums.add,
@@ -66,8 +63,6 @@ def measure_errors(
             progress=progress or (lambda done, total: None),
             cancelled=cancelled,
         )
-        for shard in job.shards:
-            shard.check_unchanged()
     return sums.errors(pairs)
 
 

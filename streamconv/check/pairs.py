@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from streamconv.engine.job import Job
@@ -63,6 +64,28 @@ def match(job: Job, files: Sequence[GGUFFile], pair: Pairing) -> Iterator[Pair]:
             raise VerifyError(
                 f"the file {what} {names[0]}{more}", file=files[0].path, tensor=names[0], code="tensors-differ"
             )
+
+
+@contextmanager
+def unchanged(job: Job, files: Sequence[GGUFFile]) -> Iterator[None]:
+    """Inside, the files are compared with their sources.
+
+    Raises:
+        SourceError: At the end, in place of a difference that was found: one of them is no longer what it was.
+    """
+    try:
+        yield
+    except VerifyError:
+        _check_unchanged(job, files)
+        raise
+    _check_unchanged(job, files)
+
+
+def _check_unchanged(job: Job, files: Sequence[GGUFFile]) -> None:
+    for file in files:
+        file.file.check_unchanged()
+    for shard in job.shards:
+        shard.check_unchanged()
 
 
 class _Visits:

@@ -8,8 +8,6 @@ C for block types if it was built), in slabs of rows, and without the writer's c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from streamconv.budget import Budget, too_small
 from streamconv.check.keys import compare_keys
-from streamconv.check.pairs import Pair, match, visit_slabs
+from streamconv.check.pairs import Pair, match, unchanged, visit_slabs
 from streamconv.engine.job import Job
 from streamconv.engine.layout import MAX_WORKERS, MODULES_NBYTES, THREAD_NBYTES, MemoryProof, Step, slab_rows
 from streamconv.errors import RunWarning, VerifyError
@@ -35,7 +33,7 @@ _VALUE_ARRAYS = 6  # of float32: two rows, what gguf makes on the way to either,
 
 def compare(
     job: Job,
-    paths: Sequence[Path],
+    files: Sequence[GGUFFile],
     *,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -48,11 +46,10 @@ def compare(
     VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
     not what a strict loader takes.
     """
-    with ExitStack() as stack:
-        files = [stack.enter_context(GGUFFile.open(path)) for path in paths]
-        for file in files:
-            refuse(file.problems)
-        warnings = compare_keys(job, files[0])
+    for file in files:
+        refuse(file.problems)
+    warnings = compare_keys(job, files[0])
+    with unchanged(job, files):
         visit_slabs(
             list(match(job, files, _pair)),
             _compare_rows,
@@ -61,8 +58,6 @@ def compare(
             progress=progress or (lambda done, total: None),
             cancelled=cancelled,
         )
-        for shard in job.shards:
-            shard.check_unchanged()
     return warnings
 
 

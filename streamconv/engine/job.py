@@ -61,6 +61,7 @@ class Job:
         warnings: For the report.
         changed_by: The adapters that are merged into a tensor, by its name.
         base: The base model of an adapter.
+        base_template: The chat template of that base, if it is a GGUF file.
         role: model, adapter, or the kind of a companion, such as mmproj.
         companions: Further outputs of the same checkpoint, published together with this one.
         sources: Every file that was read; none of them may be overwritten.
@@ -80,6 +81,7 @@ class Job:
     warnings: list[RunWarning] = field(default_factory=list)
     changed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     base: Place | None = None
+    base_template: str = ""
     role: str = "model"
     companions: Sequence[Job] = ()
     sources: Mapping[FileId, Path] = field(default_factory=files_read)

@@ -98,6 +98,8 @@ def _read(step: Step, rows: range, out: NDArray[np.uint8], work: Workspace) -> N
     try:
         read(step.tensor, rows, out, work)
     except codecs.EncodeError as error:
+        for file in work.files:  # if one has changed, that is the error
+            file.check_unchanged()
         largest = f"{_largest(step, work):.6g}"
         raise SourceError(
             f"{error.reason}; its largest finite magnitude is {largest}",
@@ -113,9 +115,10 @@ def _largest(step: Step, work: Workspace) -> float:
     largest = 0.0
     for start in range(0, values.spec.n_rows, step.slab_rows):
         rows = range(start, min(start + step.slab_rows, values.spec.n_rows))
-        slab = np.empty(len(rows) * values.spec.row_nbytes, dtype=np.uint8)
-        read(values, rows, slab, work)
-        largest = max(largest, codecs.largest_finite(values.spec.dtype, slab))
+        with work.scratch.frame():
+            slab = work.scratch.take(len(rows) * values.spec.row_nbytes).view(np.uint8)
+            read(values, rows, slab, work)
+            largest = max(largest, codecs.largest_finite(values.spec.dtype, slab))
     return largest
 
 

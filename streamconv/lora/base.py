@@ -69,6 +69,7 @@ class BaseModel:
         shapes: Shapes that the base states; the others follow from its dims.
         is_tied: Whether the head is the embedding, None if unknown.
         is_merged: Whether adapters are merged into it, so that llama.cpp's support for adapters does not matter.
+        template: The chat template of a GGUF base, unless it is longer than any known one.
     """
 
     path: Place
@@ -79,6 +80,7 @@ class BaseModel:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     warnings: list[RunWarning] = field(default_factory=list)
     is_merged: bool = False
+    template: str = ""
 
     @property
     def recipe(self) -> Output:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from gguf.constants import Keys
+
 from streamconv.budget import Budget
 from streamconv.checkpoint.config import Config
 from streamconv.errors import RunWarning, SourceError
@@ -42,6 +44,7 @@ def base_of_gguf(path: Place, budget: Budget) -> BaseModel:
             warnings.append(
                 RunWarning("base-metadata-only", f"{path.name}: {what}, so shapes were derived from its keys")
             )
+        template = file.keys.get(Keys.Tokenizer.CHAT_TEMPLATE)
         return BaseModel(
             path=path,
             model=Model(header.recipe, Config({}, path), dims, kinds, has_config=False),
@@ -50,6 +53,7 @@ def base_of_gguf(path: Place, budget: Budget) -> BaseModel:
             targets=frozenset(shapes) if is_whole else None,
             shapes=shapes,
             warnings=warnings,
+            template=template.value if template is not None and isinstance(template.value, str) else "",
         )
 
 

@@ -17,8 +17,6 @@ from streamconv.engine.split import Part
 from streamconv.errors import UsageError
 from streamconv.files.local import local_path
 from streamconv.files.store import Place
-from streamconv.gguf.entries import Span
-from streamconv.gguf.splits import GGUFSet
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -80,13 +78,16 @@ class Modelfile:
     has_prompt: bool
 
 
-def plan_modelfile(output: Part, place: Place | None = None, projectors: Sequence[Path] = ()) -> Modelfile:
+def plan_modelfile(
+    output: Part, place: Place | None = None, projectors: Sequence[Path] = (), base_template: str = ""
+) -> Modelfile:
     """The Modelfile for an output, in the same folder.
 
     Args:
         output: A model, or an adapter.
         place: The base of an adapter.
         projectors: The projectors of a vision model, which Ollama takes as further FROM lines.
+        base_template: The chat template of an adapter's base.
 
     Raises:
         UsageError: Ollama could not import it: the output is split, or an adapter's base is not a local GGUF file, or a
@@ -108,7 +109,7 @@ def plan_modelfile(output: Part, place: Place | None = None, projectors: Sequenc
     lines += [f"FROM {_beside(projector, path)}" for projector in projectors]
     if base is not None:
         lines.append(f"ADAPTER {_beside(output.path, path)}")
-    prompt = find_prompt(_own_template(output) if base is None else _template_of(base))
+    prompt = find_prompt(_own_template(output) if base is None else base_template)
     if prompt is not None:
         lines.append(f'TEMPLATE """{prompt.template}"""')
         lines += [f'PARAMETER stop "{stop}"' for stop in prompt.stops]
@@ -126,10 +127,3 @@ def _beside(target: Path, path: Path) -> str:
 
 def _own_template(output: Part) -> str:
     return next((str(entry.value) for entry in output.keys if entry.key == TEMPLATE_KEY), "")
-
-
-def _template_of(base: Path) -> str:
-    with GGUFSet.open(base) as files:
-        key = files.keys.get(TEMPLATE_KEY)
-        value = next(iter(key.value.first(1)), "") if key and isinstance(key.value, Span) else key.value if key else ""
-    return value if isinstance(value, str) else ""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.shards import Conversion
+from tests.fault.shards import COMMANDS, Trials
 
 
 @pytest.mark.parametrize("io", ["mapped", "positioned"])
-def test_a_shard_that_changes_while_it_is_converted(tmp_path: Path, io: str) -> None:
-    conversion = Conversion(tmp_path, io)
+def test_a_source_that_changes_while_it_is_read(tmp_path: Path, io: str) -> None:
+    trials = Trials(tmp_path, io)
     chance = random.Random(14)
-    ends = {conversion.trial(chance) for _ in range(8)}
+    ends = {trials.trial(chance, command) for command in COMMANDS}
     assert ends - {"done"}

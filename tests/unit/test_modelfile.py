@@ -101,6 +101,16 @@ def test_an_adapter_names_its_base(tmp_path: Path) -> None:
     assert others[0].startswith(f'TEMPLATE """{LLAMA_3.template}"""\nPARAMETER stop "<|start_header_id|>"\n')
 
 
+def test_a_very_long_template_of_a_base_is_none_of_the_known(tmp_path: Path) -> None:
+    source = with_template(tiny.llama(tmp_path / "src"), JINJA_LLAMA_3 + "{# " + "x" * 100_000 + " #}")
+    adapter, base = tiny.peft_adapter(tmp_path / "adapter", source), tmp_path / "base.gguf"
+    assert main(["convert", str(source), "-o", str(base), "--quiet"]) == 0
+    assert (
+        main(["lora", str(adapter), "--base", str(base), "-o", str(tmp_path / "a.gguf"), "--modelfile", "--quiet"]) == 0
+    )
+    assert "TEMPLATE" not in (tmp_path / "a.Modelfile").read_text()
+
+
 def test_what_cannot_have_one_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -309,6 +310,19 @@ def test_how_far_it_is(source: Path, tmp_path: Path, threads: int) -> None:
     with GGUFFile.open(out) as file:
         total = sum(tensor.nbytes or 0 for tensor in file.tensors.values())
     assert told == sorted(told) and told[-1] == (total, total, threading.get_ident())
+
+
+@pytest.mark.parametrize("measures", [False, True])
+def test_a_file_that_changes_while_it_is_verified(source: Path, tmp_path: Path, measures: bool) -> None:
+    """No verdict on bytes that may be of either."""
+    out = made(source, tmp_path)
+
+    def touch(done: int, total: int) -> None:
+        os.utime(out, ns=(1, 1))
+
+    with pytest.raises(SourceError) as caught:
+        verify(out, source, progress=touch, error=measures)
+    assert (caught.value.code, caught.value.file) == ("source-changed", str(out))
 
 
 def test_tensors_that_exchanged_their_data(source: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ where all tensors of one name have one shape and no name has braces or a third n
 
 from __future__ import annotations
 
+from streamconv.budget import Budget, default_limit_nbytes
 from streamconv.checkpoint.folder import Checkpoint
 from streamconv.files.store import Place
 from streamconv.recipe.draft.dims import TODO, guess_dims
@@ -16,7 +17,7 @@ from streamconv.recipe.draft.text import Draft, module_text
 
 def draft(directory: Place) -> str:
     """The text of a recipe module for the checkpoint in `directory`. SourceError where that cannot be opened."""
-    with Checkpoint.open(directory) as checkpoint:
+    with Checkpoint.open(directory, budget=Budget(default_limit_nbytes())) as checkpoint:
         config, shapes = checkpoint.config.raw, {name: one.shape for name, one in checkpoint.tensors.items()}
     names = config.get("architectures")
     model_type = str(config.get("model_type") or TODO)
