@@ -54,6 +54,7 @@ class Program:
     dst: Path
     split: SplitOptions = field(default_factory=SplitOptions)
     threads: int = 1
+    force: bool = True
     progress: Callable[[], None] = field(default=lambda: None)
 
     def run(self) -> Report:
@@ -64,7 +65,7 @@ class Program:
                 outtype="bf16",
                 split=self.split,
                 threads=self.threads,
-                force=True,
+                force=self.force,
                 progress=lambda done, total: self.progress(),
             )
 
@@ -97,11 +98,11 @@ class Finished:
         return Finished(program.outputs(), warnings)
 
     def assert_old_or_new(self, program: Program) -> None:
-        """Of several parts: where the first is there, by which a loader takes the set, none is of another set."""
+        """Of several files: where the first is there, by which a loader takes the set, none is of another set."""
         found = program.outputs()
         for name, data in found.items():
             assert data in (OLD, self.outputs[name]), name
-        if min(self.outputs) in found:
+        if min(self.outputs, key=lambda name: (name.startswith("mmproj"), name)) in found:
             assert found in (dict.fromkeys(self.outputs, OLD), self.outputs)
 
     def assert_same(self, program: Program, report: Report) -> None:

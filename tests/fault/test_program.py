@@ -17,6 +17,7 @@ import pytest
 from streamconv.cli import main
 from streamconv.errors import DestinationError, SourceError
 from streamconv.options import SplitOptions
+from tests.families import build as families
 from tests.fault.calls import Call, syncs_skipped, watched
 from tests.fault.kills import kill_at_random
 from tests.fault.program import Finished, Program, empty, make_source, small_steps
@@ -90,6 +91,45 @@ def test_killed_at_every_call(source: Path, tmp_path: Path, way: str) -> None:
         expected.assert_same(program, report)
         shutil.rmtree(program.dst.parent)
     assert n_resumed > len(numbers) // 4
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_model_with_its_projector_killed_at_every_call(tmp_path: Path, replaces: bool) -> None:
+    """Most of all between the renames of the two; the run that goes on needs no --force.
+
+    Once both have their names, and the journal of one is gone, a further run is refused as after any finished one.
+    """
+    source = families.checkpoint("lfm2-vl", tmp_path / "LFM2-VL")
+    whole = Program(source, empty(tmp_path / "whole") / "out.gguf", force=replaces)
+    expected = Finished.of(whole)
+    assert set(expected.outputs) == {"out.gguf", "mmproj-out.gguf"}
+    shutil.rmtree(whole.dst.parent)
+    whole.dst.parent.mkdir()
+    n_calls, states = count_calls(whole), set()
+    for number in [n for n in range(1, n_calls + 1) if n % 160 == 0 or n > n_calls - 14]:
+        program = Program(source, empty(tmp_path / str(number)) / "out.gguf", force=replaces)
+        program.put_old(set(expected.outputs) if replaces else set())
+
+        def work(program: Program = program, number: int = number) -> None:
+            with watched(at_call(number, kill_self)):
+                program.run()
+
+        assert in_child(work) == signal.SIGKILL
+        states.add(tuple(sorted((name, data == OLD) for name, data in program.outputs().items())))
+        if replaces:
+            expected.assert_old_or_new(program)
+        is_done = (
+            program.outputs() == expected.outputs and not (program.dst.parent / "mmproj-out.gguf.part.journal").exists()
+        )
+        with syncs_skipped():
+            if is_done and not replaces:
+                with raises(DestinationError, code="exists"):
+                    program.run()
+                assert program.outputs() == expected.outputs
+            else:
+                expected.assert_same(program, program.run())
+        shutil.rmtree(program.dst.parent)
+    assert (("mmproj-out.gguf", False),) in states  # killed between the two
 
 
 def test_killed_at_any_moment(source: Path, tmp_path: Path) -> None:
