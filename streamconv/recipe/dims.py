@@ -7,6 +7,7 @@ else from defaults; one that the config states is never changed, and one that fo
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from streamconv.recipe.language import Output
 
 MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
+_PRIMES = (10_007, 20_011, 30_011, 40_009, 50_021, 60_013, 70_001, 80_021)  # by which extents are told apart
 _NOT_WHOLE = 0  # the extent of a quotient that does not come out whole: no tensor has it
 
 
@@ -111,6 +113,25 @@ def extents(shape: str, dims: Mapping[str, int]) -> tuple[int, ...] | None:
     """The row-major shape in numbers; None where a dim is not known."""
     values = [extent.value(dims) for extent in parse_shape(shape)]
     return None if None in values else tuple(value for value in values if value is not None)
+
+
+def differ(one: Iterable[str], other: Iterable[str]) -> bool:
+    """Whether two products of extents, in the same dims, are different numbers whatever the dims are.
+
+    Extents in other dims may be equal for a model, and those that are not known ("?") as well.
+    """
+    extents = [list(texts) for texts in (one, other)]
+    if any(text == "?" for texts in extents for text in texts):
+        return False
+    parsed = [[parse_extent(text) for text in texts] for texts in extents]
+    names = [{name for extent in each for name in extent.names} for each in parsed]
+    if names[0] != names[1]:
+        return False
+    dims = dict(zip(sorted(names[0]), _PRIMES, strict=False))
+    if len(dims) < len(names[0]):
+        return False
+    products = [math.prod(extent.value(dims) or 0 for extent in each) for each in parsed]
+    return 0 not in products and products[0] != products[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ when it is loaded. bind makes a `Model` of it and a checkpoint; registry finds t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,7 +23,7 @@ from streamconv.recipe.defaults import common_defaults
 from streamconv.recipe.dims import parse_extent
 from streamconv.recipe.names import MAIN_STACK, Found, NameTable, number_after, stack_of
 from streamconv.recipe.operation import applied, loss
-from streamconv.recipe.validation import faults
+from streamconv.recipe.validation import faults, faults_of_all
 from streamconv.recipe.words import Alias, Caveat, Claim, Computed, Dim, Drop, Key, Refusal, SpecialTokens, Tensor
 
 EMBEDDING = "token_embd.weight"  # GGUF's name of the token embedding
@@ -175,10 +174,10 @@ class Recipe(Output):
     head: str = "lm_head.weight"
 
     def __post_init__(self) -> None:
+        """ValueError, naming the recipe, with all that it cannot mean."""
         Output.__post_init__(self)
-        role, n = Counter(output.role for output in (self, *self.outputs)).most_common(1)[0]
-        if n > 1:  # files are named by it
-            raise ValueError(f"the recipe of {self.arch}: {n} outputs are {role}")
+        if found := list(faults_of_all(self)):
+            raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
 
     def config_of(self, config: Config) -> Config:
         return config.within(self.config_root)

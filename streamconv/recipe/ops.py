@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streamconv.lazy import arithmetic, dtype, indexing, views
 from streamconv.lazy.node import LazyTensor, TensorSpec
-from streamconv.recipe.dims import parse_extent, parse_shape
+from streamconv.recipe.dims import differ, parse_extent, parse_shape
 from streamconv.recipe.operation import N_EXPERTS, CannotAdapt, Extents, Op
 
 if TYPE_CHECKING:
@@ -99,6 +99,10 @@ class _Indexed(Op):
 
     index: Callable[[Model], Index | None]
 
+    def __post_init__(self) -> None:
+        if not callable(self.index):
+            raise ValueError(f"{self.index!r} is not a rule: write a function of the model")
+
 
 @dataclass(frozen=True, slots=True)
 class Rows(_Indexed):
@@ -149,6 +153,8 @@ class Split(Op):
         count = self.sizes if isinstance(self.sizes, int) else len(self.sizes.split())
         if not 0 <= self.index < count:
             raise ValueError(f"there is no block {self.index} of {self.sizes!r}")
+        if count == 1:
+            raise ValueError(f"the only block of {self.sizes!r} is the whole")
 
     def bounds(self, extent: int, model: Model) -> tuple[int, int]:
         """(start, size) of the block. ValueError where the blocks do not make up `extent`."""
@@ -182,7 +188,12 @@ class Split(Op):
         return () if isinstance(self.sizes, int) else _names(self.sizes)
 
     def extents(self, shape: Extents) -> Extents:
-        return _with_part(shape, _axis_of_parts(shape, self.of_columns))
+        axis = _axis_of_parts(shape, self.of_columns)
+        if isinstance(self.sizes, int):
+            _check_divides(shape[axis], self.sizes)
+        elif differ(["+".join(f"({size})" for size in self.sizes.split())], [shape[axis]]):
+            raise ValueError(f"blocks of {self.sizes} do not make up {shape[axis]}")
+        return _with_part(shape, axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +210,8 @@ class Interleaved(Op):
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
             raise ValueError(f"there is no row {self.index} of every {self.count}")
+        if self.count == 1:
+            raise ValueError("every row is the whole")
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         shape = parent.spec.shape
@@ -215,7 +228,15 @@ class Interleaved(Op):
         return b if self.of_columns else self.node(b, model)
 
     def extents(self, shape: Extents) -> Extents:
-        return _with_part(shape, _axis_of_parts(shape, self.of_columns))
+        axis = _axis_of_parts(shape, self.of_columns)
+        _check_divides(shape[axis], self.count)
+        return _with_part(shape, axis)
+
+
+def _check_divides(extent: str, count: int) -> None:
+    """ValueError where an extent that is a number does not divide by `count`."""
+    if extent.isdecimal() and int(extent) % count:
+        raise ValueError(f"{extent} does not divide by {count}")
 
 
 def _axis_of_parts(shape: Extents, of_columns: bool) -> int:
@@ -237,6 +258,8 @@ class Squeeze(Op):
         return reshaped(parent, tuple(extent for extent in parent.spec.shape if extent != 1) or (1,))
 
     def extents(self, shape: Extents) -> Extents:
+        if not {"1", "?"} & set(shape):
+            raise ValueError(f"no extent of {' '.join(shape)} is 1")
         return tuple(extent for extent in shape if extent != "1") or ("1",)
 
 
@@ -254,7 +277,12 @@ class Reshape(Op):
         return _names(self.to)
 
     def extents(self, shape: Extents) -> Extents:
-        return tuple(self.to.split())
+        to = tuple(self.to.split())
+        if not to or differ(to, shape):
+            raise ValueError(f"{' '.join(shape)} cannot be seen as {self.to!r}")
+        if to == shape:
+            raise ValueError(f"it is {self.to} already")
+        return to
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +336,10 @@ class Scale(Op):
 
     keeps_shape = True
     rule: Callable[[Model], float]
+
+    def __post_init__(self) -> None:
+        if not callable(self.rule):
+            raise ValueError(f"{self.rule!r} is not a rule: write a function of the model")
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         factor = self.rule(model)

@@ -235,6 +235,7 @@ def test_a_fused_tensor_is_split_by_sums() -> None:
     recipe = replace(
         TOY,
         dims={**TOY.dims, "K": Dim("kv_heads", "A")},
+        flags={},
         tensors=tuple(row for row in TOY.tensors if ".q." not in row.source)
         + tuple(
             Tensor(LAYER + "qkv.weight", BLOCK + f"attn_{x}.weight", "(A+2*K)*D H", (Split(n, "A*D K*D K*D"), *ops),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from streamconv.recipe import (
     Refusal,
     Reshape,
     Rows,
+    Scale,
     Split,
     Squeeze,
     Tensor,
@@ -186,6 +188,24 @@ def projector(arch: str) -> Output:
         ),
         ({"tensors": (Tensor("w", "w", "H"), Tensor("w", "w", "H"))}, "w: 2 rows make w from it"),
         ({"tensors": (Tensor("w", "w", "H", required="attention_bais"),)}, "there is no such flag"),
+        ({"tensors": (Tensor("w", "w", "H", or_f16=True),)}, "w: or_f16 is for tensors that stay F32"),
+        ({"tensors": (Tensor("w", "w", "H", unless="x"),)}, "w: unless='x', and no row has that source"),
+        ({"tensors": (Tensor("w", "blk." + "w" * 60, "H"),)}, "is longer than the 63 bytes of a name in GGUF"),
+        ({"role": ""}, "it has no arch, or no role"),
+        ({"keys": (Key("{arch}.heads", "A"), Key("{arch}.heads", "H"))}, "{arch}.heads: a key 2 times"),
+        ({"keys": (Key("", "A"),)}, "a key without a name"),
+        ({"keys": (Key("{arch}.heads", None),)}, "{arch}.heads: is not written, and has no default"),
+        ({"keys": (Key("{arch}.heads", 5),)}, "5 is neither an extent nor a rule"),  # type: ignore[arg-type]
+        ({"dims": {"L": Dim("l"), "V": Dim("v"), "H": Dim(())}}, "dim H has no key of the config"),
+        ({"dims": {"L": Dim("l"), "V": Dim("v"), "H": Dim("h", "H")}}, "the default of dim H is the dim itself"),
+        ({"flags": {"bias": True}}, "no row names the flag 'bias'"),
+        ({"stacks": {"": "L", "vision": "A"}}, "no row counts the layers of 'vision'"),
+        ({"prefixes": {"text.": "mdoel."}}, "prefix 'text.': no row begins with 'mdoel.'"),
+        ({"prefixes": {"layers.": "layers."}}, "prefix 'layers.' becomes itself"),
+        ({"drops": (Drop("x", "why"), Drop("x", "why"))}, "x: dropped 2 times"),
+        ({"drops": (Drop("w", "why"),), "tensors": (Tensor("w", "w", "H"),), "axes": {}}, "w is a row and a drop"),
+        ({"aliases": (Alias("w", "w"),), "tensors": (Tensor("w", "w", "H"),), "axes": {}}, "w is a row and an alias"),
+        ({"unrunnable": {"(": "why"}}, "unrunnable '('"),
         ({"tensors": (Tensor("w", "w", "A H", (Transpose,)),)}, "is not an operation"),  # type: ignore[arg-type]
         ({"aliases": (Alias("v.w", "embd.weight"),)}, "v.w: no row has the name embd.weight"),
         ({"outputs": (projector("clip"), projector("dlip"))}, "2 outputs are mmproj"),
@@ -210,6 +230,22 @@ def nothing(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Split(0, 0),
+        lambda: Split(0, 1),
+        lambda: Split(0, "A"),
+        lambda: Interleaved(0, 1),
+        lambda: Rows([1, 0]),  # type: ignore[arg-type]
+        lambda: Scale(2.0),  # type: ignore[arg-type]
+    ],
+)
+def test_an_op_that_means_nothing_whatever_the_shape(made: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=r"the whole|no block|is not a rule"):
+        made()
+
+
+@pytest.mark.parametrize(
     ("source", "shape", "ops", "fault"),
     [
         ("w", "A H", Transpose(), "ops=Transpose() is not a tuple"),
@@ -229,6 +265,39 @@ def nothing(model: Model) -> None:
         ("w", "A E", (Transpose(), Split(0, 2)), "w: Split: the rows of E A are experts"),
         ("w.{e}.b", "2*A", (Split(0, 2, of_columns=True),), None),
         ("w.{e}.b", "2*A H", (Split(0, 2), Transpose()), None),
+        ("w", "(A+2*H)*V H", (Split(0, "A*V H*V H*V"),), None),
+        ("w", "(A+2*H)*V H", (Split(0, "A*V H*V"),), "w: Split: blocks of A*V H*V do not make up (A+2*H)*V"),
+        (
+            "w",
+            "(A+2*H)*V H",
+            (
+                Transpose(),
+                Split(0, "A*V H*V"),
+            ),
+            None,
+        ),
+        (
+            "w",
+            "(A+2*H)*V H",
+            (
+                Transpose(),
+                Split(0, "A*V H*V", True),
+            ),
+            "w: Split: blocks of A*V H*V do not make up",
+        ),
+        ("w", "V H", (Split(0, "A*A H*A"),), None),  # as a model's dims may be
+        ("w", "A/H H", (Split(0, "A/H-1 1"),), None),
+        ("w", "3 H", (Split(0, 2),), "w: Split: 3 does not divide by 2"),
+        ("w", "4 H", (Interleaved(0, 3),), "w: Interleaved: 4 does not divide by 3"),
+        ("w", "4 H", (Interleaved(0, 4),), None),
+        ("w", "A H", (Squeeze(),), "w: Squeeze: no extent of A H is 1"),
+        ("w", "A*V H", (Reshape("A V H"),), None),
+        ("w", "A*V H", (Reshape("A 2*V H"),), "w: Reshape: A*V H cannot be seen as 'A 2*V H'"),
+        ("w", "A*V H", (Reshape("A*V H"),), "w: Reshape: it is A*V H already"),
+        ("w", "A*V H", (Reshape(""),), "w: Reshape: A*V H cannot be seen as ''"),
+        ("w", "A V H 2", (Transpose(),), None),
+        ("w", "A V H 2 2", (), "w: it has 5 extents"),
+        ("w", "0 H", (), "w: shape '0 H': 0 is not a size"),
     ],
 )
 def test_an_op_that_means_nothing_for_a_shape_is_an_error_when_the_recipe_loads(
