@@ -426,3 +426,19 @@ def test_a_part_of_a_stack_that_is_stored_as_one(tmp_path: Path) -> None:
         written(source, tmp_path / "out.gguf", adapter)
     assert [problem["code"] for problem in refused.value.problems] == ["experts"]
     streamconv.convert_adapter(adapter, source, tmp_path / "adapter.gguf")  # the way out that it names
+
+
+def test_magnitudes_of_a_stack_are_refused(tmp_path: Path) -> None:
+    source = families.checkpoint("granitemoe", tmp_path / "model")
+    n_experts, hidden, width = tiny.tensors_of(source)["model.layers.1.block_sparse_moe.output_linear.weight"].shape
+    module = "model.layers.1.block_sparse_moe.switch_mlp.down_proj"
+    factors = {
+        f"{module}.lora_a": tiny.noise("a", (n_experts, RANK, width), 0.1),
+        f"{module}.lora_b": tiny.noise("b", (n_experts, hidden, RANK), 0.1),
+        f"{module}.m": np.ones(hidden),
+    }
+    tensors = {name: tiny.Tensor.of(values, "F32") for name, values in factors.items()}
+    config = {"fine_tune_type": "dora", "lora_parameters": {"rank": RANK, "scale": 2.0}}
+    adapter = loras.write(tmp_path / "adapter", tensors, config)
+    with raises(SourceError, code="dora"):
+        written(source, tmp_path / "out.gguf", adapter)

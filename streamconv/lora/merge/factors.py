@@ -77,7 +77,7 @@ def add_products(weights: Weights, base: BaseModel, adapter: Adapter, config: Lo
     origins = []
     for module in resolved.modules:
         if _is_one(weights, module, singles) and _stored_stack(weights, module) is None:
-            what = f"the base stores other experts' matrices in the same tensor; {AT_RUNTIME}"
+            what = f"the base stores experts' gate and up as one tensor, and the adapter has one of them; {AT_RUNTIME}"
             findings.append(finding(adapter, "experts", what, module.name))
             continue
         for product in _products(weights, module, singles):
