@@ -1,1 +1,1 @@
-"""The library's calls, one module each, and `run`, which makes a sealed file of a job."""
+"""The public functions of the library, one module each, and `run`, which turns a job into a finished file."""

@@ -1,7 +1,7 @@
-"""Convert a LoRA adapter to a GGUF adapter: open -> resolve on the base -> plan -> stream -> seal.
+"""Convert a LoRA adapter to a GGUF adapter: open -> match with the base -> plan -> stream -> seal.
 
-Chooses which keys and tensors are written, and the one alpha that fits all modules. With s = alpha / rank, as llama.cpp
-computes it, s * lora_b @ lora_a is always the trained change of the base's tensor, in that tensor's row order.
+Chooses the keys and tensors to write, and one alpha for all modules. With s = alpha / rank, as llama.cpp computes it,
+s * lora_b @ lora_a is always the trained change of the base's tensor, in that tensor's row order.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from streamconv.recipe.registry import RecipeSource, identity_of, using_recipes
 from streamconv.report import Report
 from streamconv.timing import Profile
 
-FACTOR_NBYTES = 4 << 10  # what a stored factor takes, with its module, its nodes and its place in the file
+FACTOR_NBYTES = 4 << 10  # memory of a stored factor, with its module, its nodes and its entry in the file
 
 
 @public("lora")
@@ -72,21 +72,21 @@ def convert_adapter(
     progress: Callable[[int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Report:
-    """Write a PEFT or MLX adapter as a GGUF adapter for a base model. Nothing is printed.
+    """Convert a PEFT or MLX adapter to a GGUF adapter for a base model. Nothing is printed.
 
     Args:
-        adapter: the folder of adapter_config.json and its weights, or those weights.
-        base: a GGUF file or a Hugging Face folder; none of its weights are read. By default the one that the
-            adapter's configuration names, in the Hugging Face cache.
-        dst: the file to write; by default GGUF's naming convention, in the current directory.
+        adapter: the folder with adapter_config.json and the weights, or the file of weights.
+        base: a GGUF file or a Hugging Face folder; its weights are not read. By default the base that the adapter's
+            configuration names, from the Hugging Face cache.
+        dst: the file to write; by default named by GGUF's convention, in the current directory.
         {options}
 
     Returns:
-        What was written; with `dry_run` what would be, with the proof that it fits in memory.
+        A report on the written file; with `dry_run`, on the planned one, with the proof that it fits in memory.
 
     Raises:
-        StreamconvError: with a stable `code`; `dst` is then what it was before.
-        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
+        StreamconvError: with a stable `code`; `dst` is then unchanged.
+        Exception: exceptions from `progress` or `cancel`, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
     if wanted.outtype != AUTO and OUTTYPES[wanted.outtype].is_mix:
@@ -108,7 +108,7 @@ def open_adapter_job(
     scale: float | None = None,
     stored: StoredTypes | None = None,
 ) -> Iterator[Job]:
-    """The job of an adapter as a file of its own, while its weights are open."""
+    """Yield the job that writes an adapter as a separate file, while its weights are open."""
     with LoraFile.open(adapter, budget) as source:
         facts = open_base(stated_source(source.config) if base is None else base, budget)
         budget.reserve("plan", FACTOR_NBYTES * len(source.shard.tensors), file=source.directory)
@@ -124,10 +124,19 @@ def plan_adapter(
     scale: float | None,
     stored: StoredTypes | None = None,
 ) -> Job:
-    """Everything that decides the output's bytes; factors are read only to see whether folding a scale is exact.
+    """Plan the output: everything that determines its bytes. Factors are read only to check that a fold is exact.
 
-    SourceError with all that cannot be carried, UsageError on options that do not go together. stored: the types of the
-    file that the job is compared with, in place of an outtype.
+    Args:
+        source: the open adapter.
+        base: the open base.
+        dst: the file to write, or None for the default name.
+        wanted: the options of the output.
+        scale: the scale of every module, if the user passed one.
+        stored: the types in the file to compare with, which replace the outtype.
+
+    Raises:
+        SourceError: the adapter cannot be converted; the error lists all problems.
+        UsageError: the options contradict each other.
     """
     _check_legacy(wanted.dialect, {"--scale": scale})
     if scale is not None and not abs(scale) <= MAX_SCALE:
@@ -151,7 +160,7 @@ def _plan(
 ) -> Job:
     folded = fold(resolved.sound, base.model)
     refuse([*resolved.problems, *folded.problems], source, base)
-    # gguf counts the matrices that an adapter changes, for the heuristics that read names like my-1B-lora.
+    # gguf's heuristics for names such as my-1B-lora need the size of the matrices that an adapter changes.
     specs = [(pair.target, pair.changed) for pair in folded.pairs]
     general = read_general(source.directory, arch=base.recipe.arch, name=wanted.name, specs=specs, kind="adapter")
     policy = stored or (None if wanted.outtype == "auto" else OuttypePolicy(wanted.outtype))
@@ -189,7 +198,7 @@ def _plan_legacy(
     wanted: OutputOptions,
     stored: StoredTypes | None,
 ) -> Job:
-    """The job of an ollama-legacy file, which takes nothing but Ollama's own choices."""
+    """The job of an ollama-legacy file, which accepts no options that Ollama's converter lacks."""
     refuse([*resolved.problems, *legacy_problems(base, resolved.sound, source.config)], source, base)
     legacy = legacy_adapter(base, resolved.modules, source.factors, source.config)
     general = read_general(source.directory, arch=base.recipe.arch, name=None, specs=(), kind="adapter")
@@ -214,7 +223,7 @@ def _plan_legacy(
 
 
 def _check_legacy(dialect: str, options: Mapping[str, object]) -> None:
-    """UsageError where an option is given of which Ollama's converter leaves no choice."""
+    """Raise UsageError for an option that Ollama's converter does not have."""
     given = [option for option, value in options.items() if value is not None]
     if dialect == OLLAMA_LEGACY and given:
         raise UsageError(
@@ -230,7 +239,7 @@ def _outtype(tensors: Sequence[PlacedTensor]) -> str:
 
 
 def _factors(pair: Pair) -> Iterator[PlacedTensor]:
-    """Both factors of a pair, each in the type that loses nothing."""
+    """Both factors of a pair, each in a type that holds it exactly."""
     for target, tensor, own_type in (
         (f"{pair.target}.lora_a", pair.a, pair.a_type),
         (f"{pair.target}.lora_b", pair.b, pair.b_type),
@@ -239,7 +248,7 @@ def _factors(pair: Pair) -> Iterator[PlacedTensor]:
 
 
 def _place(tensors: Sequence[PlacedTensor], arch: str, policy: TypePolicy | None) -> list[PlacedTensor]:
-    """The tensors in the types that `policy` chooses; in their own without one."""
+    """The tensors in the types that `policy` chooses; without one, in their own."""
     if policy is None:
         return list(tensors)
     types = policy.choose([TensorRole(one.target, one.rows.spec.shape) for one in tensors], ModelFacts(arch))
@@ -255,12 +264,12 @@ def _switched_off(modules: Sequence[LoraModule]) -> Iterator[RunWarning]:
 
 
 def _digest(pairs: Sequence[Pair]) -> str:
-    """What of the base and the configuration decides bytes that no header shows."""
+    """A digest of the properties of base and configuration that determine bytes but appear in no header."""
     return hashlib.sha256("\n".join(pair.origin for pair in pairs).encode()).hexdigest()
 
 
 def _adapter_keys(alpha: float, invocation_tokens: Sequence[int]) -> Iterator[KeyValue]:
-    """What llama.cpp's runtime reads of an adapter, beside its architecture."""
+    """The keys of an adapter that llama.cpp's runtime reads, besides its architecture."""
     yield KeyValue.string("adapter.type", "lora")
     yield KeyValue.f32("adapter.lora.alpha", alpha)
     if invocation_tokens:

@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint becomes a GGUF file: open -> plan -> stream -> seal. A reader starts here.
+"""Convert a Hugging Face checkpoint to a GGUF file: open -> plan -> stream -> seal. Start reading here.
 
-The checkpoint's headers say what there is, the architecture's recipe what it becomes, the layout where each byte of the
-output lies; `run` then makes those bytes, a chunk at a time.
+The checkpoint's headers list the tensors, the architecture's recipe maps them to those of the output, and the layout
+gives the offset of every byte; `run` then computes these bytes, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from streamconv.recipe.registry import RecipeSource, identity_of, using_recipes
 from streamconv.report import Report
 from streamconv.timing import Profile
 
-MIN_PART_NBYTES = 1_000_000  # a limit below it is rather a number without its unit
+MIN_PART_NBYTES = 1_000_000  # a smaller limit probably lacks its unit
 
-# What a stored tensor takes as a node, and an output's tensor with its nodes, names and place. Measured: 340 and 750.
+# Memory of a stored tensor as a node, and of an output tensor with its nodes, names and entry. Measured: 340 and 750.
 SOURCE_NBYTES = 400
 TARGET_NBYTES = 900
 FACTOR_NBYTES = 4 << 10  # a stored factor, with its module and its nodes. Measured:
@@ -93,19 +93,19 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Report:
-    """Write a checkpoint as one GGUF file, or as several. Nothing is printed.
+    """Convert a checkpoint to one or several GGUF files. Nothing is printed.
 
     Args:
         src: a folder, a .safetensors file, the id of a repo in the Hugging Face cache, or a `Store`.
-        dst: the file to write; by default GGUF's naming convention, in the current directory.
+        dst: the file to write; by default named by GGUF's convention, in the current directory.
         {options}
 
     Returns:
-        What was written; with `dry_run` what would be, with the proof that it fits in memory.
+        A report on the written files; with `dry_run`, on the planned ones, with the proof that they fit in memory.
 
     Raises:
-        StreamconvError: with a stable `code`; `dst` is then what it was before.
-        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
+        StreamconvError: with a stable `code`; `dst` is then unchanged.
+        Exception: exceptions from `progress` or `cancel`, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
     with using_recipes(recipes):
@@ -123,7 +123,7 @@ def open_model_job(
     adapters: Sequence[AdapterSpec] = (),
     stored: StoredTypes | None = None,
 ) -> Iterator[Job]:
-    """The job of a checkpoint and the adapters merged into it, while their files are open."""
+    """Yield the job of a checkpoint with adapters merged into it, while their files are open."""
     with (
         open_imatrix(wanted.imatrix, budget) as imatrix,
         open_adapters(adapters, budget) as opened,
@@ -134,7 +134,7 @@ def open_model_job(
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checkpoint bound to its recipe, and the same with adapters merged into it."""
+    """A checkpoint bound to its recipe, without and with adapters merged into it."""
 
     recipe: Recipe
     bound: Model
@@ -143,7 +143,7 @@ class Prepared:
 
 @source_failures()
 def prepare(checkpoint: Checkpoint, budget: Budget, adapters: Sequence[Adapter] = ()) -> Prepared:
-    """What of a job does not depend on its options; no weight is read."""
+    """Return the part of a job that does not depend on its options. No weights are read."""
     recipe = recipe_of_checkpoint(checkpoint)
     budget.reserve("plan", SOURCE_NBYTES * len(checkpoint.tensors), file=checkpoint.directory)
     bound = recognise(checkpoint, recipe)
@@ -169,9 +169,17 @@ def plan_model(
     imatrix: ImportanceMatrix | None = None,
     prepared: Prepared | None = None,
 ) -> Job:
-    """Everything that decides the output's bytes; headers and vocabulary are read, and no weight.
+    """Plan the output: everything that determines its bytes. Reads headers and vocabulary, but no weights.
 
-    stored: the types of the file that the job is compared with, in place of an outtype.
+    Args:
+        checkpoint: the open checkpoint.
+        dst: the file to write, or None for the default name.
+        wanted: the options of the output.
+        budget: the memory that the run may take.
+        adapters: the adapters to merge.
+        stored: the types in the file to compare with, which replace the outtype.
+        imatrix: the importance matrix, if there is one.
+        prepared: the result of `prepare`, to plan several outtypes of one checkpoint.
     """
     config = checkpoint.config
     prepared = prepared or prepare(checkpoint, budget, adapters)
@@ -202,7 +210,7 @@ def plan_model(
     beside = stored or OuttypePolicy(
         wanted.mmproj_outtype or (policy.outtype if policy.outtype in MMPROJ_OUTTYPES else "f16")
     )
-    # Where the caller named neither, by GGUF's naming convention as the model's own file.
+    # If the caller named neither, both are named by GGUF's convention.
     named = path if dst else Path(general.file_name(beside.outtype))
     parts = make_parts(path, keys, tensors, wanted.parts)
     return Job(
@@ -241,7 +249,7 @@ def plan_model(
 
 
 def _further_outputs(checkpoint: Checkpoint, prepared: Prepared, wanted: OutputOptions) -> list[Model]:
-    """The files that are written beside the model's. UsageError where one is asked for, and nothing is there for it."""
+    """The outputs beside the model's file. UsageError if one is requested that the checkpoint has no tensors for."""
     recipe, model, merged = prepared.recipe, prepared.merged.model, prepared.merged
     if merged.outputs and wanted.no_mmproj:
         what = f"the adapters also change the {' and '.join(merged.outputs)}, which is not written"
@@ -266,7 +274,7 @@ def _further_outputs(checkpoint: Checkpoint, prepared: Prepared, wanted: OutputO
 def _plan_companion(
     checkpoint: Checkpoint, model: Model, merged: Merged, beside: Path, wanted: OutputOptions, policy: TypePolicy
 ) -> Job:
-    """The job of a further output, named after the file `beside` where the caller did not name its path."""
+    """The job of a further output, named after the file `beside` unless the caller gave a path."""
     output = model.recipe
     tensors = _place(model, wanted.dialect, policy)
     specs = [(target.name, target.tensor.spec) for target in model.targets]
@@ -302,7 +310,7 @@ def _plan_companion(
 
 
 def _missing_tokens(others: Sequence[Model], vocabulary: Vocabulary) -> Iterator[RunWarning]:
-    """What the runtime looks for in the vocabulary when it uses another output."""
+    """Warnings for tokens that the runtime needs when it uses a further output, but that the vocabulary lacks."""
     tokens = next((entry.value for entry in vocabulary.keys if entry.key == Keys.Tokenizer.LIST), None)
     for other in others:
         missing = [
@@ -314,7 +322,7 @@ def _missing_tokens(others: Sequence[Model], vocabulary: Vocabulary) -> Iterator
 
 
 def _small_parts(options: SplitOptions, count: int) -> Iterator[RunWarning]:
-    """Whether a bare number was meant in another unit."""
+    """A warning if a bare number of bytes was probably meant in another unit."""
     size = options.max_nbytes
     if size is not None and size < MIN_PART_NBYTES and count > 1:
         message = f"--split-max-size {size} is {size:,} bytes: {count} files; {size}M would be megabytes"
@@ -322,13 +330,13 @@ def _small_parts(options: SplitOptions, count: int) -> Iterator[RunWarning]:
 
 
 def auto_outtype(checkpoint: Checkpoint, model: Model) -> str:
-    """The outtype that `auto` stands for: tensors that the recipe drops have no say in it."""
+    """Return the outtype that `auto` stands for. Tensors that the recipe drops do not count."""
     used = {source.name for target in model.targets for source in sources(target.tensor)}
     return resolve_auto(tensor.lazy().spec for name, tensor in checkpoint.tensors.items() if name in used)
 
 
 def policy_of(model: Model, outtype: str, options: MixOptions, *, has_importance: bool = False) -> TypePolicy:
-    """The types of a file of `outtype`, which is not auto."""
+    """Return the type policy for `outtype`, which must not be auto."""
     if OUTTYPES[outtype].is_mix or (outtype == "q8_0" and options != MixOptions()):
         return MixPolicy(outtype, _lossless(model), options, has_importance)
     if options.leave_output:
@@ -338,13 +346,13 @@ def policy_of(model: Model, outtype: str, options: MixOptions, *, has_importance
 
 
 def _lossless(model: Model) -> str:
-    """The plain outtype that holds all weights as they are."""
+    """The plain outtype that holds all weights exactly."""
     dtypes = {target.tensor.spec.dtype for target in model.targets if model.role(target).is_weight}
     return "bf16" if dtypes == {dtype.BF16} else "f16" if dtypes == {dtype.F16} else "f32"
 
 
 def require_importance(outtype: str, tensors: Sequence[PlacedTensor]) -> None:
-    """UsageError where llama-quantize makes a type with an importance matrix only."""
+    """Raise UsageError for a type that llama-quantize makes only with an importance matrix."""
     mix = MIXES.get(outtype)
     for one in tensors if mix else ():
         if mix and one.weights is None and requires_importance(mix, one.target, one.type):
@@ -366,7 +374,7 @@ def open_imatrix(source: Source | None, budget: Budget) -> Iterator[ImportanceMa
 def _place(
     model: Model, dialect: str, policy: TypePolicy, imatrix: ImportanceMatrix | None = None
 ) -> list[PlacedTensor]:
-    """The model's tensors under the names, and of the types, that the file will have."""
+    """The model's tensors with their names and types in the file."""
     types = policy.choose([model.role(target) for target in model.targets], facts_of(model.recipe.arch, model.keys()))
     return [
         PlacedTensor(
@@ -387,19 +395,19 @@ def _bounded_vocabulary(
     tensors: Sequence[PlacedTensor],
     budget: Budget,
 ) -> Vocabulary:
-    """The tokenizer's keys, once it is certain that parsing them, and what comes after, fits; else BudgetError."""
+    """The tokenizer's keys, read after a proof that parsing and the later steps fit in memory; else BudgetError."""
     model = merged.model
     n_vocab = model.dims["V"]
 
     def read(directory: Place, over: Place | None) -> Vocabulary:
         kept, extra = vocabulary_nbytes(directory, n_vocab, over)
-        # What parsing needs beside the keys is given back before workers start.
+        # The additional memory for parsing is released before workers start.
         steps = make_layout([], tensors).steps
         comparing = comparer_nbytes(steps) + listed_nbytes(steps) + MODULES_NBYTES if budget.compares else 0
         needed = budget.held + kept + max(extra, least_run_nbytes(steps), comparing)
         if needed > budget.allowed:
             raise too_small(budget.allowed, needed, directory)
-        # Of several tokenizers that are read, the largest is counted: one is written.
+        # If several tokenizers are read, the largest one counts: only one is written.
         held = budget.terms.get("vocabulary", 0)
         budget.reserve("vocabulary", max(0, kept - held), file=directory)
         with budget.lend("reading the vocabulary", extra, file=directory):

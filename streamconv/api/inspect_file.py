@@ -1,7 +1,7 @@
 """What a model's files contain: keys, tensors, problems, and what a conversion would write.
 
-No weights are read, and the memory used is bounded whatever an untrusted file declares. A file that cannot be parsed is
-a SourceError; one that can be parsed but has defects is shown with its problems. Scripts rely on the JSON form
+No weights are read, and memory is bounded whatever an untrusted file declares. A file that cannot be parsed raises a
+SourceError; one that can be parsed but has defects is shown with its problems. Scripts rely on the JSON form
 (schema 1).
 """
 
@@ -42,11 +42,11 @@ from streamconv.recipe.recognise import recipe_of_checkpoint, recognise, recogni
 from streamconv.recipe.registry import RecipeSource, using_recipes
 
 SCHEMA: Final = 1
-MAX_LISTED: Final = 1024  # a longer array is given as its length and first values
+MAX_LISTED: Final = 1024  # a longer array is shown as its length and first values
 N_FIRST: Final = 8
-ROW_NBYTES: Final = 640  # what a tensor takes in the listing, and in its JSON. Measured: 512
+ROW_NBYTES: Final = 640  # memory of a tensor in the listing and its JSON. Measured: 512
 TEXT_NBYTES: Final = 1024  # of each text among the first values
-ARRAYS_NBYTES: Final = 8 << 20  # of all arrays together; real ones of 1024 values take some 10 KB each
+ARRAYS_NBYTES: Final = 8 << 20  # of all arrays together; real ones of 1024 values take about 10 KB each
 
 _JSON_TYPES: Final = {
     str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", list: "array", dict: "object",
@@ -57,7 +57,7 @@ Kind = Literal["gguf", "checkpoint", "adapter"]
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """A stored tensor. `shape` is row-major, `offset` counts from the start of `file`, `nbytes` None is unknown."""
+    """A stored tensor. `shape` is row-major, `offset` counts from the start of `file`, `nbytes` is None if unknown."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class TensorRow:
 
 @dataclass(slots=True)
 class Total:
-    """Of all tensors of a type."""
+    """The sums over all tensors of a type."""
 
     n_tensors: int = 0
     n_parameters: int = 0
@@ -87,7 +87,7 @@ class Total:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What `streamconv convert` writes with its default options, once there is no problem left."""
+    """The file that `streamconv convert` writes with default options if there are no problems."""
 
     architecture: str
     outtype: str
@@ -96,7 +96,7 @@ class Conversion:
 
 @dataclass(slots=True)
 class Inspection:
-    """The facts of one model, split set, checkpoint or adapter. `form` is a line about the files themselves."""
+    """The facts about one model, split set, checkpoint or adapter. `form` is a line about the files themselves."""
 
     kind: Kind
     path: Place
@@ -115,14 +115,14 @@ class Inspection:
 
     @property
     def totals(self) -> dict[str, Total]:
-        """By type, in order of appearance."""
+        """Return the sums by type, in order of appearance."""
         totals: dict[str, Total] = {}
         for row in self.tensors:
             totals.setdefault(row.type, Total()).add(row.n_elements, row.nbytes or 0)
         return totals
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "schema": SCHEMA,
             "kind": self.kind,
@@ -152,14 +152,15 @@ class Inspection:
 
 @public()
 def inspect(source: Source, *, recipes: Sequence[RecipeSource] = ()) -> Inspection:
-    """What is at `source`: a GGUF file (the first of a split stands for all), the folder of a checkpoint or an adapter,
-    or one .safetensors file.
+    """Return the contents of a model's files. Nothing is printed.
 
     Args:
-        recipes: Python files with recipes, which are run, or recipes.
+        source: a GGUF file (the first part of a split stands for all), the folder of a checkpoint or adapter, or a
+            .safetensors file.
+        recipes: recipes, or Python files that define them (their code is run).
 
     Raises:
-        SourceError: nothing of it can be read.
+        SourceError: nothing can be read.
     """
     path = find_source(source)
     try:
@@ -189,7 +190,7 @@ def _reader_of(path: Place) -> Callable[[Place, Budget], Inspection]:
 def _gguf(path: Place, budget: Budget) -> Inspection:
     with GGUFSet.open(path, budget) as files:
         budget.reserve("listing", ROW_NBYTES * len(files.tensors), file=path)
-        budget.reserve("modules", MODULES_NBYTES // 2)  # of which fewer are loaded than for a conversion
+        budget.reserve("modules", MODULES_NBYTES // 2)  # fewer modules are loaded than for a conversion
         first = files.files[0]
         arch = first.keys.get("general.architecture")
         room = ARRAYS_NBYTES
@@ -213,7 +214,7 @@ def _gguf(path: Place, budget: Budget) -> Inspection:
 
 
 def _value(key: GGUFKey, room: int) -> tuple[Any, int]:
-    """The key's value for JSON, and how many bytes of arrays that took out of `room`."""
+    """The key's value for JSON, and the bytes of arrays that it uses up of `room`."""
     if not isinstance(key.value, Span):
         return _number(key.value, key.type), 0
     span = key.value
@@ -228,7 +229,7 @@ def _value(key: GGUFKey, room: int) -> tuple[Any, int]:
 
 
 def _number(value: Scalar, kind: GGUFValueType) -> Scalar:
-    """As JSON can carry it: the shortest decimal that gives the same float32; infinities and NaN by name."""
+    """The number for JSON: the shortest decimal that gives the same float32; infinities and NaN by name."""
     if not isinstance(value, float):
         return value
     if not math.isfinite(value):
@@ -246,7 +247,7 @@ def _checkpoint(path: Place, budget: Budget) -> Inspection:
     except SourceError as error:
         found.problems.append(_problem(error, path))
         config = _read_apart(found, CONFIG, budget)
-        if config.raw:  # else that is the problem, and it is listed
+        if config.raw:  # else the config is already listed as a problem
             with _listing(found):
                 found.architecture = recognise_architecture(config).arch
         return found
@@ -261,7 +262,7 @@ def _checkpoint(path: Place, budget: Budget) -> Inspection:
 
 
 def _add_conversion(found: Inspection, checkpoint: Checkpoint, budget: Budget) -> None:
-    """What a conversion makes of the tensors and the tokenizer; SourceError where it would be refused."""
+    """Add the result of a conversion. SourceError if it would be refused."""
     config = checkpoint.config
     recipe = recipe_of_checkpoint(checkpoint)
     found.architecture = recipe.arch
@@ -322,10 +323,10 @@ def _adapter(path: Place, budget: Budget) -> Inspection:
 
 
 def _read_apart(found: Inspection, config_name: str, budget: Budget) -> Config:
-    """The config, and the tensors of each file by itself: whatever can be read is shown, the rest is a problem."""
+    """Read the config and each file separately: everything readable is shown, the rest becomes problems."""
     folder = found.path if found.path.is_dir() else found.path.parent
     config: dict[str, Any] = {}
-    if (folder / config_name).is_file():  # else that is a problem already
+    if (folder / config_name).is_file():  # else that is already a problem
         with _listing(found):
             config = load_object(folder / config_name)
     _add_config(found, config)
@@ -343,7 +344,7 @@ def _read_apart(found: Inspection, config_name: str, budget: Budget) -> Config:
 
 @contextmanager
 def _listing(found: Inspection) -> Iterator[None]:
-    """A SourceError of the block becomes a problem, once."""
+    """Turn a SourceError raised in the block into a problem, listed once."""
     try:
         yield
     except SourceError as error:

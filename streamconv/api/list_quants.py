@@ -86,15 +86,15 @@ class Quants:
 @noting_files()
 @memory_failures()
 def quants(src: Source, *, adapters: Sequence[AdapterSpec] = (), recipes: Sequence[RecipeSource] = ()) -> Quants:
-    """The size of a model's file in every outtype; no weight is read.
+    """Return the size of a model's file in every outtype. No weights are read.
 
     Args:
-        src: as for `convert`; or a GGUF file, or the first of a split, as for `quantize`.
-        adapters: that would be merged.
-        recipes: Python files with recipes, which are run, or recipes.
+        src: as for `convert`; or a GGUF file, or the first part of a split, as for `quantize`.
+        adapters: the adapters that would be merged.
+        recipes: recipes, or Python files that define them (their code is run).
 
     Raises:
-        StreamconvError: the checkpoint cannot be converted at all, or the file not be quantised.
+        StreamconvError: the checkpoint cannot be converted at all, or the file cannot be quantised.
     """
     budget = Budget(default_limit_nbytes())
     if is_gguf(src) and not adapters:
@@ -107,7 +107,7 @@ def quants(src: Source, *, adapters: Sequence[AdapterSpec] = (), recipes: Sequen
         prepared = prepare(checkpoint, budget, opened)
         job = plan_model(checkpoint, None, OutputOptions(outtype="q8_0"), budget, opened, prepared=prepared)
         model = prepared.merged.model
-        header = job.parts[0].layout.header.nbytes  # the same for all types
+        header = job.parts[0].layout.header.nbytes  # the same size for all types
         n_parameters = sum(math.prod(target.tensor.spec.shape) for target in model.targets)
         found = [_quant(model, outtype, header, n_parameters) for outtype in OUTTYPES]
     return Quants(str(src), job.architecture, n_parameters, found)

@@ -1,4 +1,4 @@
-"""A GGUF file, or a split set, becomes one of another type, as llama-quantize makes it."""
+"""Convert a GGUF file, or a split set, to another type, as llama-quantize does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from streamconv.output.destination import output_path
 from streamconv.report import Report
 from streamconv.timing import Profile
 
-# What is said of the file that is read, and not of the one that is made.
+# Keys that describe only the input file.
 _DROPPED = ("split.", "quantize.imatrix.", "general.file_type", "general.quantization_version", "general.alignment")
 _TYPE_ENDING = re.compile(rf"[-.](?:{'|'.join(OUTTYPES)})$", re.IGNORECASE)
 _VERSION = 2  # general.quantization_version, GGML_QNT_VERSION
@@ -74,19 +74,19 @@ def quantize(
     progress: Callable[[int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Report:
-    """Write a GGUF file of another type. Nothing is printed.
+    """Convert a GGUF file to another type. Nothing is printed.
 
     Args:
-        src: the GGUF file, or the first of a split.
-        dst: the file to write; by default the name of `src` with the outtype.
+        src: the GGUF file, or the first part of a split.
+        dst: the file to write; by default named after `src`, with the outtype.
         {options}
 
     Returns:
-        What was written; with `dry_run` what would be, with the proof that it fits in memory.
+        A report on the written file; with `dry_run`, on the planned one, with the proof that it fits in memory.
 
     Raises:
-        StreamconvError: with a stable `code`; `dst` is then what it was before.
-        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
+        StreamconvError: with a stable `code`; `dst` is then unchanged.
+        Exception: exceptions from `progress` or `cancel`, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted = RunOptions.of(locals()), OutputOptions.of(locals())
     if wanted.outtype == AUTO:
@@ -110,13 +110,18 @@ def plan_quantized(
     imatrix: ImportanceMatrix | None = None,
     stored: StoredTypes | None = None,
 ) -> Job:
-    """Everything that decides the output's bytes; no weight is read.
+    """Plan the output: everything that determines its bytes. No weights are read.
 
     Args:
-        stored: the types of the file that the job is compared with, in place of an outtype.
+        files: the parts of the input.
+        dst: the file to write, or None for the default name.
+        wanted: the options of the output.
+        budget: the memory that the run may take.
+        imatrix: the importance matrix, if there is one.
+        stored: the types in the file to compare with, which replace the outtype.
 
     Raises:
-        SourceError: a file is damaged, or has a type that is only quantised again with `allow_requantize`.
+        SourceError: a file is damaged, or has a type that is quantised again only with `allow_requantize`.
     """
     own, facts = read_model(files)
     first = files.files[0]
@@ -183,7 +188,7 @@ def read_model(files: GGUFSet) -> tuple[list[MixedTensor], ModelFacts]:
 
 
 def _model_name(stem: str) -> str:
-    """A file's name without what it says of a split and of its type: Name of Name-BF16-00001-of-00003."""
+    """A file's name without its type and part number: Name for Name-BF16-00001-of-00003."""
     return _TYPE_ENDING.sub("", re.sub(r"-\d{5}-of-\d{5}$", "", stem)) or stem
 
 
@@ -194,7 +199,7 @@ def _type_of(type_: GGMLQuantizationType | None, file: GGUFFile, name: str) -> G
 
 
 def _requantised(one: MixedTensor, file: GGUFFile) -> SourceError:
-    """The error for a quantised tensor that may not be quantised a second time."""
+    """The error for a tensor that is already quantised."""
     message = f"is already {one.type.name}; quantising it again loses more than quantising the original"
     hint = "quantise the F16 or BF16 file, or pass --allow-requantize"
     return SourceError(message, file=file.path, tensor=one.name, hint=hint, code="requantize")
@@ -208,7 +213,7 @@ def _not_numbers(one: MixedTensor, file: GGUFFile) -> SourceError:
 
 
 def _keys(file: GGUFFile, budget: Budget) -> Iterator[KeyValue]:
-    """The keys that stay, arrays in the bytes that they have in the file."""
+    """The keys that are kept; arrays are copied as bytes."""
     kept = [key for key in file.keys.values() if not key.name.startswith(_DROPPED)]
     needed = 2 * sum(key.value.nbytes for key in kept if isinstance(key.value, Span))  # and once more in the header
     budget.reserve("keys", needed, file=file.path)

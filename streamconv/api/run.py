@@ -1,4 +1,4 @@
-"""From a job to a sealed file: memory proof -> destinations -> sinks -> stream -> verify -> publish -> report."""
+"""Run a job: memory proof -> destinations -> sinks -> stream -> verify -> publish -> report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Every file that a run writes, none of them a file that it reads. beside: the manifests, then the Modelfile."""
+    """Every file that a run writes; none is one that it reads. `beside`: the manifests, then the Modelfile."""
 
     outputs: Sequence[Place]
     beside: Sequence[Place]
@@ -51,24 +51,24 @@ class _Places:
         profile = [options.profile.path] if options.profile and options.profile.path else []
         places = claim([*outputs, *beside, *profile], job.sources)
         n, m = len(outputs), len(outputs) + len(beside)
-        for place in places[m:]:  # it is written by the caller, of a dry run, too
+        for place in places[m:]:  # the caller writes it, after a dry run too
             refuse_foreign(place)
             refuse_taken(place, force=options.force)
             check_folder(place)
         return cls(places[:n], places[n:m], modelfile)
 
     def refuse_taken(self, options: RunOptions) -> None:
-        """DestinationError where a file is there that must stay, before an unfinished one is touched."""
+        """Raise DestinationError if a file must not be overwritten, before an unfinished one is touched."""
         for place in self.outputs:
             refuse_foreign(place)
             refuse_taken(place, force=options.force)
         goes_on = any(is_begun(place) for place in self.outputs)
-        for place in () if goes_on else self.beside:  # that run may have been stopped while it wrote them
+        for place in () if goes_on else self.beside:  # the earlier run may have stopped while writing them
             refuse_foreign(place)
             refuse_taken(place, force=options.force)
 
     def in_the_way(self, options: RunOptions) -> Iterator[RunWarning]:
-        """What the run itself would refuse."""
+        """Yield a warning for each existing file at which the run itself would stop."""
         for place in (*self.outputs, *self.beside):
             with failures(place.path):
                 if not options.force and os.path.lexists(place.path):
@@ -81,7 +81,21 @@ class _Places:
 
 
 def run(job: Job, options: RunOptions, budget: Budget) -> Report:
-    """Write the job's output and say what was done; with `dry_run`, prove that it can be and say what would be."""
+    """Write the job's outputs; with `dry_run`, only prove that they fit in memory.
+
+    Args:
+        job: what to write.
+        options: how to run it.
+        budget: the memory already reserved.
+
+    Returns:
+        A report on what was written, or would be.
+
+    Raises:
+        BudgetError: the run does not fit in memory.
+        DestinationError: an output exists or cannot be written.
+        VerifyError: with `verify`, an output differs from its source.
+    """
     report = job.report()
     steps = [step for _, part in job.files for step in part.layout.steps] if options.verify else []
     proof = prove_memory(
@@ -110,9 +124,9 @@ def run(job: Job, options: RunOptions, budget: Budget) -> Report:
 
 
 def _io(job: Job, options: RunOptions) -> Io:
-    """How sources are read: as asked for, or mapped where their filesystems, the kernel and the system allow it.
+    """The way to read sources: the requested one, else mapped if filesystems, kernel and system support it.
 
-    UsageError where mapped reads are asked for and cannot be.
+    UsageError if mapped reads are requested but not supported.
     """
     if options.io == Io.POSITIONED.value:
         return Io.POSITIONED
@@ -127,9 +141,9 @@ def _io(job: Job, options: RunOptions) -> Io:
 
 
 def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, report: Report) -> None:
-    """Every part is complete, and verified, before the first gets its name; what lies beside them is written last.
+    """Write all parts, verify them, then give them their names; files beside them are written last.
 
-    The sinks are left after all of that: whenever the run is stopped, it can be resumed.
+    The sinks are closed after all of this, so that a run can be resumed whenever it stops.
     """
     places.refuse_taken(options)
     parts = [part for _, part in job.files]
@@ -160,11 +174,11 @@ def _write(job: Job, places: _Places, proof: MemoryProof, options: RunOptions, r
 
 @contextmanager
 def _naming_what_is_left(sinks: Sequence[Sink], places: Sequence[Place], sizes: Sequence[int]) -> Iterator[None]:
-    """An interrupt passes through, with a note of what is kept for the next run."""
+    """Let an interrupt through, with a note on what is kept for the next run."""
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as error:
-        if len(sinks) < len(places):  # there is nothing of some outputs
+        if len(sinks) < len(places):  # some outputs have not been started
             raise
         kept = [sink.recorded_nbytes for sink in sinks]
         where = next((n for n, size in enumerate(sizes) if kept[n] < size), len(sizes) - 1)
@@ -174,7 +188,7 @@ def _naming_what_is_left(sinks: Sequence[Sink], places: Sequence[Place], sizes: 
 
 
 def _verify(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOptions) -> None:
-    """Each output compared with its source, before any gets its name."""
+    """Compare each output with its source, before any gets its name."""
     paths = [sink.readable_path for sink in sinks]
     totals = [sum(step.nbytes for step in output.steps) for output in job.outputs]
     done = 0
@@ -206,7 +220,7 @@ def _sinks(job: Job, places: _Places, options: RunOptions) -> Iterator[Sink]:
 
 
 def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOptions, report: Report) -> None:
-    """Every part's bytes, complete under its other name; what was found in them, in the report."""
+    """Write every part under its temporary name, and record non-finite values in the report."""
     advance = _progress(job, options)
     for (output, part), sink in zip(job.files, sinks, strict=True):
         report.resumed |= sink.resumed_nbytes > 0
@@ -224,13 +238,13 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
         with options.stopwatch.time("sync"):
             sink.complete(state_of(counts))
         report.warnings += _non_finite(output, part, counts)
-    for shard in job.shards:  # chunks checked what they read; something may have been read before
+    for shard in job.shards:  # chunks checked their own reads, but not those before them
         shard.check_unchanged()
 
 
 @contextmanager
 def _naming_option(output: Job) -> Iterator[None]:
-    """What is said of the outtype as a way out is said of this output's own."""
+    """Replace --outtype in hints by the option of this output."""
     try:
         yield
     except SourceError as error:
@@ -240,7 +254,7 @@ def _naming_option(output: Job) -> Iterator[None]:
 
 
 def _publish(sinks: Sequence[Sink]) -> None:
-    """Part 1 gets its name last, and an old one goes first: loaders take a set from there, so none takes a mixture."""
+    """Rename part 1 last and remove an old one first: loaders start from it, so none loads a mixed set."""
     first, *others = sinks
     if others:
         first.withdraw_old()
@@ -249,7 +263,7 @@ def _publish(sinks: Sequence[Sink]) -> None:
 
 
 def _progress(job: Job, options: RunOptions) -> Callable[[int], None]:
-    """What to tell of each chunk: the caller hears (bytes done, bytes in all)."""
+    """The callback for each chunk; it reports (bytes done, bytes in total) to the caller."""
     total = sum(part.layout.nbytes for _, part in job.files)
     done = 0
 

@@ -1,7 +1,7 @@
-"""`streamconv verify`: does a GGUF file, whichever program wrote it, contain what its source gives?
+"""Verify that a GGUF file, whichever program wrote it, matches its source.
 
-Finds out what the file claims to be, has convert_model.py or convert_lora.py plan what it should contain, compares the
-two (check/) and reports.
+Reads what kind of file it is, plans with convert_model.py or convert_lora.py what it should contain, compares the two
+(check/) and reports.
 """
 
 from __future__ import annotations
@@ -63,23 +63,24 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Report:
-    """Compare a GGUF file, whatever made it, with its source. Nothing is printed.
+    """Compare a GGUF file, whichever program wrote it, with its source. Nothing is printed.
 
     Args:
-        out: the file, or the first of a split: its tensors in any order and in any type that can be made here.
-        source: the checkpoint that it was made of, or a GGUF file of that; the adapter that was written as a file of
-            its own.
+        out: the file, or the first part of a split. Its tensors may be in any order, and in any type that streamconv
+            can write.
+        source: the checkpoint from which it was made, or a GGUF file of that; for a GGUF adapter, the adapter.
         {options}
 
     Returns:
-        What the file holds, which is what its source says; with `error` or `plot` how far it is from that (`errors`),
-        whatever its types are and whether it was made with an importance matrix or not.
+        A report on the file, which matches its source. With `error` or `plot`, its `errors` are the distances from the
+        source, for any types, with or without an importance matrix.
 
     Raises:
-        VerifyError: the first difference; with `error` or `plot` only other tensors, or other shapes.
-        DestinationError: the picture is there already, without `force`, or cannot be written.
-        StreamconvError: the file, or its source, cannot be read.
-        Exception: whatever `progress` or `cancel` raise, and KeyboardInterrupt, pass through unchanged.
+        VerifyError: the file differs; the message names the first difference. With `error` or `plot`, only for other
+            tensors or other shapes.
+        DestinationError: the picture exists and `force` is false, or it cannot be written.
+        StreamconvError: the file or its source cannot be read.
+        Exception: exceptions from `progress` or `cancel`, and KeyboardInterrupt, pass through unchanged.
     """
     options, wanted, started = RunOptions.of(locals()), OutputOptions.of(locals()), time.monotonic()
     budget, measures = Budget(options.limit_nbytes), error or plot is not None
@@ -91,7 +92,7 @@ def verify(
         if is_adapter and base is None:
             base = stated_source_of(source)
         picture = _picture_place(plot, budget, force=force) if plot is not None else None
-        as_made = replace(stored, types={}) if measures else stored  # as numbers, F32
+        as_made = replace(stored, types={}) if measures else stored  # compared as F32 values
         with (
             using_recipes(recipes),
             _counted(options.progress) as progress,
@@ -139,7 +140,7 @@ def _open_job(
     scale: float | None,
     stored: StoredTypes,
 ) -> Iterator[Job]:
-    """The job of a checkpoint, of an adapter, or of a GGUF file."""
+    """The job that would make the file from a checkpoint, an adapter, or a GGUF file."""
     if base is not None:
         with open_adapter_job(source, base, out, wanted, budget, scale, stored) as job:
             yield job
@@ -152,7 +153,7 @@ def _open_job(
 
 
 def _picture_place(plot: str | Path, budget: Budget, *, force: bool) -> Place:
-    """Where the picture goes; what cannot be written, or drawn, is said before anything is measured."""
+    """The path of the picture; errors about drawing or writing it are raised before anything is measured."""
     require_matplotlib()
     place = resolve(Path(plot))
     if not force:
@@ -172,7 +173,7 @@ def _totals(errors: RelativeErrors) -> dict[str, TypeTotal]:
 
 @contextmanager
 def _counted(progress: Callable[[int, int], None] | None) -> Iterator[Callable[[int, int], None]]:
-    """What passes progress on; an interrupt gets a note of how far the comparison was."""
+    """A callback that passes progress on; an interrupt gets a note on how much was compared."""
     reached = (0, 0)
 
     def count(done: int, total: int) -> None:
@@ -197,7 +198,7 @@ def _read(
 ) -> tuple[list[Output], StoredTypes, str | None, bool]:
     """The files of the set, the types of its tensors, its architecture, and whether it is an adapter.
 
-    UsageError where an option is missing, or given and not for this kind of file.
+    UsageError if a required option is missing, or one does not apply to this kind of file.
     """
     refuse(found.problems)
     first = found.files[0]
@@ -222,12 +223,12 @@ def _read(
 
 
 def _of_file(job: Job, architecture: str | None) -> Job:
-    """The output of a job that a file of this architecture is: the model, or what comes with it."""
+    """The output of a job that has this architecture: the model, or a further one such as a projector."""
     return next((one for one in job.outputs if one.architecture == architecture), job)
 
 
 def _imatrix_of(file: GGUFFile, stored: StoredTypes) -> str | None:
-    """The importance matrix that decided bytes of a file, by its name; None where there was none."""
+    """The name of the importance matrix with which a file was made, or None."""
     key = file.keys.get("quantize.imatrix.file")
     has_blocks = any(type_ in BLOCK_TYPES for _, type_ in stored.types.values())
     return None if key is None or not has_blocks else str(key.value)

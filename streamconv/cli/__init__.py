@@ -23,15 +23,17 @@ from streamconv.cli.parser import build_parser
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory, with_notes
 
 RESUME = "run it again to continue"
-RESUMED = frozenset({"convert", "lora", "quantize", "batch"})  # the commands that have something to resume
+RESUMED = frozenset({"convert", "lora", "quantize", "batch"})  # commands that can be resumed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of one call of the command."""
+    """Run the command line and return its exit code."""
     arguments = _asked(list(sys.argv[1:] if arguments is None else arguments))
     as_json, started = "--json" in arguments, time.monotonic()
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's products are small here; threads for them cost 40 ms
-    gc.set_threshold(10_000, 20, 20)  # modules and vocabularies stay; looking through them for cycles takes 10 ms
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # numpy's products are small; starting threads for them takes 40 ms
+    gc.set_threshold(10_000, 20, 20)  # modules and vocabularies live on; scanning them for cycles takes 10 ms
     hint = RESUME if RESUMED & set(arguments[:1]) else None
     _keep_standard_streams()
     _print_any_character()
@@ -40,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser = build_parser(arguments[:1])
             try:
                 options = parser.parse_args(arguments, argparse.Namespace(started=started))
-            except SystemExit:  # of --help and --version
+            except SystemExit:  # raised by --help and --version
                 say(end="", flush=True)
                 raise
-            if arguments[0] in ("-v", "--verbose"):  # before the command, whose own default came later
+            if arguments[0] in ("-v", "--verbose"):  # given before the command, whose default then replaced it
                 options.verbose = True
             code = int(options.run(options))
             say(end="", flush=True)
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _leave_pipe()
     except Exception as error:
-        if type(error) is MemoryError:  # while a module was imported; the library tells its own
+        if type(error) is MemoryError:  # during an import; the library reports its own
             return _fail(no_memory(), as_json)
         if {"-v", "--verbose"} & set(arguments):
             raise
@@ -68,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _asked(words: list[str]) -> list[str]:
-    """The words, with what people type to get help in the one form that the parser has."""
+    """The arguments, with the usual ways to ask for help replaced by --help."""
     if not words:
         return ["--help"]
     if {*words} <= {"-v", "--verbose", "-V", "--version"}:
-        return sorted(words, key=lambda word: word in ("-V", "--version"))  # which answers at once
+        return sorted(words, key=lambda word: word in ("-V", "--version"))  # which prints and exits
     return [*words[1:2], "--help", *words[2:]] if words[0] == "help" else words
 
 
@@ -86,32 +88,32 @@ def _fail(error: StreamconvError, as_json: bool) -> int:
         except BrokenPipeError:
             return _leave_pipe()
         except OSError:
-            sys.stdout = None  # stderr has it; the interpreter would try again at its end
+            sys.stdout = None  # reported on stderr; the interpreter would retry at exit
     return error.exit_code
 
 
 def _leave_pipe() -> int:
-    """Nobody reads on: what is still in the buffer goes nowhere, without a word."""
+    """Discard buffered output silently after the reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
 
 def _keep_standard_streams() -> None:
-    """A closed stdin, stdout or stderr leads nowhere from now on: none of our files may come to have its number."""
+    """Redirect a closed stdin, stdout or stderr to /dev/null, so that no opened file gets its descriptor."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
 
 
 def _print_any_character() -> None:
-    """A character that the terminal's encoding lacks is shown by its number, and ends nothing."""
+    """Print characters that the terminal's encoding lacks as escapes instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def _signals(hint: str | None) -> Iterator[None]:
-    """SIGTERM stops a run as Ctrl-C does."""
+    """Make SIGTERM stop a run like Ctrl-C."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise InterruptedByTerm("terminated", hint=hint, code="interrupted")

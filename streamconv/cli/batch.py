@@ -1,4 +1,4 @@
-"""The command that runs many jobs, and the one that each of them is: batch, batch-job."""
+"""The command that runs many jobs (batch), and the command of each job's process (batch-job)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from streamconv.batch.jobs_file import JobSpec
     from streamconv.batch.run import Forecast
 
-PROGRESS_SECONDS = 0.2  # between what a job says of how far it is
+PROGRESS_SECONDS = 0.2  # between two progress messages of a job
 EPILOG = """example of JOBS:
   [defaults]
   outtype = "q8_0"
@@ -68,7 +68,7 @@ def add_batch(commands: Any) -> None:
 
 
 def add_batch_job(commands: Any) -> None:
-    """A job's own process: a command without help, since only `batch` calls it."""
+    """Add the command of a job's process, without help since only `batch` calls it."""
     commands.add_parser("batch-job").set_defaults(run=_batch_job, command="batch-job")
 
 
@@ -159,7 +159,7 @@ def _dask(address: str) -> Iterator[_Where]:
     except (OSError, TimeoutError, ValueError) as error:
         raise UsageError(f"no Dask scheduler answers at {address}: {error}", code="dask-unreachable") from None
     with client:
-        # What a worker has begun is out of an executor's reach.
+        # An executor cannot stop a job that a worker has started.
         yield {"executor": client.get_executor(), "stop": lambda: client.run(end_jobs)}
 
 
@@ -175,7 +175,7 @@ def _say_forecast(rows: Sequence[Forecast], as_json: bool) -> None:
 
 
 class _Lines:
-    """A line for each job that ends, and one for all of them: on stdout, or with --json on stderr beside the JSON."""
+    """Prints a line for each finished job and a summary to stdout, or with --json to stderr beside the JSON."""
 
     def __init__(self, options: argparse.Namespace, jobs: Sequence[JobSpec]) -> None:
         self._options = options

@@ -1,4 +1,4 @@
-"""How far a batch is, on stderr: a live line for each job that runs and one for all of them, or lines for a log."""
+"""Progress of a batch on stderr: a live line for each running job and one for all, or lines for a log."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def _short(name: str) -> str:
 
 
 class BatchProgress(Protocol):
-    """What is told of jobs that run. `progress` is called from their threads, the others from the main thread."""
+    """The interface for progress of jobs. `progress` is called from their threads, the others from the main thread."""
 
     def progress(self, job: JobSpec, done: int, total: int) -> None:
-        """(job, 0, 0) as it begins."""
+        """Called with (job, 0, 0) when a job starts."""
 
     def ended(self, result: JobResult) -> None: ...
 
     def aside(self) -> AbstractContextManager[Any]:
-        """While other lines are printed."""
+        """Return a context manager for printing other lines."""
         ...
 
     def close(self) -> None: ...
@@ -38,7 +38,7 @@ class BatchProgress(Protocol):
 
 @contextmanager
 def shown_batch(how: str, n_jobs: int) -> Iterator[BatchProgress | None]:
-    """What shows how far the jobs are; None for `none`.
+    """Return a display of the jobs' progress; None for `none`.
 
     Args:
         how: one of PROGRESS.
@@ -54,7 +54,7 @@ def shown_batch(how: str, n_jobs: int) -> Iterator[BatchProgress | None]:
 
 
 class _Log:
-    """A line as a job begins, and one for each tenth of it."""
+    """A line when a job starts, and one for each tenth of it."""
 
     def __init__(self) -> None:
         self._lines: dict[JobSpec, Lines] = {}
@@ -64,22 +64,22 @@ class _Log:
             tell(f"{job.name}: begins")
             return
         lines = self._lines.get(job)
-        if lines is None or done < lines.n:  # the second time of a job that is verified
+        if lines is None or done < lines.n:  # a job that is verified starts its second phase
             lines = self._lines[job] = Lines(job.name if lines is None else f"{job.name}: verifying", total)
         lines.update(done - lines.n)
 
     def ended(self, result: JobResult) -> None:
-        """Its outcome is a line already."""
+        """Nothing to do: the outcome is printed elsewhere."""
 
     def aside(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def close(self) -> None:
-        """Every line was whole."""
+        """Nothing to do: every line was complete."""
 
 
 class _Bars:
-    """One bar for the batch, below it one for each job that runs."""
+    """A bar for the batch, and below it one for each running job."""
 
     def __init__(self, n_jobs: int) -> None:
         self._lock = threading.Lock()
@@ -94,7 +94,7 @@ class _Bars:
                 self._places[job] = next(n for n in range(1, len(taken) + 2) if n not in taken)
                 self._running[job] = self._bar(job, total)
             shown = self._running[job]
-            if done < shown.n:  # the second time of a job that is verified
+            if done < shown.n:  # a job that is verified starts its second phase
                 shown.set_description(f"{_short(job.name)} (verifying)", refresh=False)
                 shown.reset(total)
             shown.total = total

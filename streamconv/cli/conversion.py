@@ -141,7 +141,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, work: Callable[[Mapping[str, Any]], Report]) -> int:
-    """Do one conversion with the options that were given, and say what was done."""
+    """Run one conversion with the given options and print its report."""
     from contextlib import nullcontext
 
     from streamconv.output.destination import resolve, write_text
@@ -154,9 +154,9 @@ def _run(options: argparse.Namespace, work: Callable[[Mapping[str, Any]], Report
     if profile is not None:
         try:
             write_text(resolve(options.profile), json.dumps(profile.as_json()) + "\n", replaces=options.force)
-        except DestinationError as error:  # the run is over: there is nothing to go on with, as the hint may say
+        except DestinationError as error:  # the run is complete, so a hint about continuing would be wrong
             error.hint = None if options.dry_run else f"{report.output} is complete, only the profile is missing"
             raise
-    report.seconds = time.monotonic() - options.started  # imports and the plan, too
+    report.seconds = time.monotonic() - options.started  # includes imports and planning
     show_report(report, options)
     return 0

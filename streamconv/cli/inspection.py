@@ -28,18 +28,19 @@ _UNITS: Final = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
 
 def terminal_width() -> int:
-    """The columns of the terminal, where stdout is one; at most PIPE_WIDTH elsewhere. COLUMNS overrides either."""
+    """Return the width of the terminal if stdout is one, else at most PIPE_WIDTH. COLUMNS sets it if defined."""
     width = max(get_terminal_size((PIPE_WIDTH, 24)).columns, MIN_WIDTH)
     return width if sys.stdout.isatty() else min(width, PIPE_WIDTH)
 
 
 def render(found: Inspection, *, width: int = WIDTH, tensors: bool = False, head: int | None = None) -> Iterator[str]:
-    """An inspection in lines.
+    """Format an inspection as lines.
 
     Args:
-        width: columns that no line exceeds. A value that does not fit is cut, and its length is given.
-        tensors: a line for each tensor as well.
-        head: at most this many keys and tensors.
+        found: the inspection.
+        width: maximum width of a line in columns. A value that does not fit is cut, and its length is given.
+        tensors: whether to add a line for each tensor.
+        head: maximum number of keys and of tensors.
 
     Returns:
         Lines without newlines.
@@ -200,6 +201,6 @@ def _cut(text: str, width: int, *, tail: bool = False) -> str:
 
 
 def _base_of(found: Inspection) -> str:
-    """The base that an adapter names, where that is a repo id: a path is one of the machine that it was trained on."""
+    """The base that an adapter names, if it is a repo id; a path would be one on the machine where it was trained."""
     name = stated_base(found.metadata)
     return name if name is not None and is_repo_id(name) else "BASE"

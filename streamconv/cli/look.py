@@ -111,7 +111,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from streamconv.cli.inspection import render, terminal_width
 
     found = inspect(options.path, recipes=options.recipes or ())
-    # An adapter's problems are those of a GGUF adapter: it may still be merged.
+    # Problems of an adapter concern the GGUF adapter; it may still be merged.
     code = SourceError.exit_code if found.problems and found.kind != "adapter" else 0
     if options.json:
         say(json.dumps(found.to_json()))
@@ -191,7 +191,7 @@ def _draft(options: argparse.Namespace) -> int:
 
 
 def environment() -> Iterator[str]:
-    """What decides the speed, and what a report of a fault should name."""
+    """Return facts that affect speed and belong in a bug report."""
     from importlib.metadata import PackageNotFoundError, version
 
     from streamconv.ggml import blocks, encode
@@ -206,7 +206,7 @@ def environment() -> Iterator[str]:
 
 
 def _cpu_features() -> list[str]:
-    """Of FEATURES those that Linux lists; none on other systems."""
+    """Those of FEATURES that Linux lists; empty on other systems."""
     with suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.startswith(("flags", "Features")):

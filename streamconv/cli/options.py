@@ -35,9 +35,9 @@ SUGGESTION_CUTOFF = 0.6  # difflib's ratio, above which a word may have been mea
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong usage as any other error is reported, so that --json covers it.
+    """Reports wrong usage like any other error, so that --json covers it.
 
-    A word that is not known is told with the nearest that is, by the parser of the command that it was given to.
+    The error for an unknown word suggests the nearest known one of the same command.
     """
 
     def error(self, message: str) -> NoReturn:
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
-        """UsageError on the first option that this command does not have."""
+        """Raise UsageError for the first option that this command does not have."""
         for word in args:
             if word == "--":
                 return
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(commands: Any, name: str, *, help: str, description: str, epilog: str = EXIT_CODES) -> Parser:
-    """The parser of a command. help: a phrase for the list of commands; epilog: an example and the exit codes."""
+    """Add the parser of a command. `help` is a phrase for the list of commands, `epilog` an example and exit codes."""
     parser: Parser = commands.add_parser(
         name,
         help=help,
@@ -84,10 +84,10 @@ def add_command(commands: Any, name: str, *, help: str, description: str, epilog
 
 
 def add_options(parser: argparse.ArgumentParser, command: str, *, output: str | None = None) -> None:
-    """The options that are declared for a command, and those that only a command line has.
+    """Add the options declared for a command, and those that only the command line has.
 
     Args:
-        output: the default name of what the command writes, as an example; None where it writes nothing.
+        output: an example of the default name of the output; None if the command writes none.
     """
     groups: dict[str, Any] = {"": parser}
 
@@ -128,7 +128,7 @@ def _add(group: Any, one: declared.Declared, command: str) -> None:
 
 
 def _reader(one: declared.Declared, command: str) -> Callable[[str], Any]:
-    """What makes a value of the text on the command line."""
+    """The function that converts the text on the command line to a value."""
     readers: dict[Kind, Callable[[str], Any]] = {
         Kind.COUNT: positive,
         Kind.NUMBER: float,
@@ -140,7 +140,7 @@ def _reader(one: declared.Declared, command: str) -> Callable[[str], Any]:
 
 
 def _word(one: declared.Declared, command: str, text: str) -> str:
-    """The word in small letters; UsageError, with the way to it, on one that has a better name or place."""
+    """The word in lower case. UsageError with a hint if it is unknown or belongs elsewhere."""
     word = canonical(text)
     if word not in one.option.choices_for(command):
         error = declared.not_a_choice(one, text, f"argument {one.option.flag}: ", command)
@@ -150,11 +150,11 @@ def _word(one: declared.Declared, command: str, text: str) -> str:
 
 
 def add_report_options(group: Any, *, json: str = "one JSON object on stdout", elsewhere: str = "none") -> None:
-    """What is said of a run.
+    """Add the options on the output of a run.
 
     Args:
         json: the help of --json.
-        elsewhere: how progress is shown where stderr is not a terminal.
+        elsewhere: how progress is shown if stderr is not a terminal.
     """
     group.add_argument("--json", action="store_true", help=json)
     group.add_argument("--quiet", action="store_true", help="print only warnings and errors")
@@ -164,7 +164,7 @@ def add_report_options(group: Any, *, json: str = "one JSON object on stdout", e
 
 
 def add_recipes(parser: argparse.ArgumentParser) -> None:
-    """--recipe, of the commands whose other options are their own."""
+    """Add --recipe to a command that declares its other options itself."""
     (one,) = (one for one in declared.declared() if one.name == "recipes")
     _add(parser, one, "convert")
 
@@ -180,25 +180,25 @@ def add_resume_options(group: Any, unfinished: str) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
 
 
-positive.__name__ = "number"  # argparse names it where it refuses a word
+positive.__name__ = "number"  # argparse shows this name in errors
 
 
 def src_path(text: str) -> Path:
-    """What is read; not what an unset variable of a script would name, the current folder."""
+    """Return a source path. An empty one, as from an unset variable, is refused: it would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; the current folder is .")
     return Path(text)
 
 
 def dst_name(text: str) -> str:
-    """What is written, as it was spelled: a slash at its end says that a folder is meant."""
+    """Return an output path as given, since a slash at its end means a folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file")
     if text == "-":

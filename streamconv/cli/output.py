@@ -28,20 +28,25 @@ BAR: Final = "{l_bar}{bar}| {done} of {whole} [{elapsed}<{remaining}, {speed}/s]
 
 
 def say(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
-    """`text` on stdout. DestinationError where that cannot be written; a pipe that nobody reads is BrokenPipeError."""
+    """Print `text` to stdout.
+
+    Raises:
+        DestinationError: It cannot be written.
+        BrokenPipeError: The reader has closed the pipe.
+    """
     try:
         print(text, end=end, flush=flush)
     except BrokenPipeError:
         raise
     except OSError as error:
-        sys.stdout = None  # or else the interpreter tries again at its end, and exits with 120
+        sys.stdout = None  # else the interpreter retries at exit, and returns 120
         raise DestinationError(
             f"cannot be written: {error.strerror}", file="standard output", code="cannot-write"
         ) from None
 
 
 class _Stderr:
-    """Standard error as it is at the time: there or closed, on a disk with room or without."""
+    """Standard error, whether it is open, closed, or on a full disk."""
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
@@ -54,31 +59,31 @@ class _Stderr:
             if sys.stderr is not None:
                 sys.stderr.flush()
         except (OSError, ValueError):
-            sys.stderr = None  # or else the interpreter tries again at its end, and exits with 120
+            sys.stderr = None  # else the interpreter retries at exit, and returns 120
 
     def isatty(self) -> bool:
         return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)  # tqdm asks for the terminal's width and encoding
+        return getattr(sys.stderr, name)  # tqdm reads the terminal's width and encoding
 
 
 STDERR: Final = _Stderr()
 
 
 def tell(line: str) -> None:
-    """`line` on stderr, for people; nothing depends on whether it can be written."""
+    """Print `line` to stderr for people. A failure to write is ignored."""
     STDERR.write(line + "\n")
     STDERR.flush()
 
 
 @contextmanager
 def shown_progress(how: str, *labels: str) -> Iterator[Callable[[int, int], None] | None]:
-    """What shows how far a call is, on stderr; None for `none`.
+    """Return a callback that shows progress on stderr; None for `none`.
 
     Args:
         how: one of PROGRESS.
-        labels: of each time that it goes from 0 to its total.
+        labels: a label for each phase, which goes from 0 to its total.
     """
     if how == "none":
         yield None
@@ -89,7 +94,7 @@ def shown_progress(how: str, *labels: str) -> Iterator[Callable[[int, int], None
 
     def progress(done: int, total: int) -> None:
         nonlocal shown
-        if shown is None or done < shown.n:  # from here on it has a size to show
+        if shown is None or done < shown.n:  # a new phase starts
             if shown is not None:
                 shown.close()
             shown = make(later.pop(0), total)
@@ -104,14 +109,14 @@ def shown_progress(how: str, *labels: str) -> Iterator[Callable[[int, int], None
 
 
 def progress_of(options: argparse.Namespace, *, elsewhere: str = "none") -> str:
-    """How progress is shown: as asked for; by default a bar, where stderr is a terminal, and `elsewhere` where not."""
+    """Return how to show progress: as requested, else a bar if stderr is a terminal, else `elsewhere`."""
     if options.quiet or getattr(options, "dry_run", False):
         return "none"
     return options.progress or ("bar" if STDERR.isatty() else elsewhere)
 
 
 class Lines:
-    """As a bar, in lines for a log: one for each tenth that is done."""
+    """Progress as lines for a log, one for each tenth; same interface as a bar."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.n = label, total, 0
@@ -125,11 +130,11 @@ class Lines:
             tell(f"{self.label}: {10 * tenth}% ({in_words(self.n)} of {in_words(self.total)})")
 
     def close(self) -> None:
-        """Every line was whole."""
+        """Nothing to do: every line was complete."""
 
 
 def bar(label: str, total: int | None, **words: Any) -> Any:
-    """A bar on stderr, of bytes in the units of all other lines; `words`: further ones of tqdm's."""
+    """Return a progress bar on stderr in bytes. `words`: further keywords for tqdm."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]
@@ -153,7 +158,7 @@ def bar(label: str, total: int | None, **words: Any) -> Any:
 
 
 def _is_ascii(environment: Mapping[str, str], encoding: str | None) -> bool:
-    """Whether people may see no more than ASCII: Python takes UTF-8 also where the locale is C."""
+    """Whether the terminal may show only ASCII. Python uses UTF-8 even if the locale is C."""
     asked = [environment.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG")]
     if asked[1] == "C.UTF-8" and asked[2] in ("", "C", "POSIX"):
         asked[1] = ""  # Python itself sets it, in the locale C (PEP 538)
@@ -162,7 +167,7 @@ def _is_ascii(environment: Mapping[str, str], encoding: str | None) -> bool:
 
 
 def show_report(report: Report, options: argparse.Namespace) -> None:
-    """Warnings on stderr; then JSON, the plan of a dry run, or a summary."""
+    """Print warnings to stderr, then JSON, the plan of a dry run, or a summary to stdout."""
     tell_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
@@ -176,7 +181,7 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
 
 
 def tell_warnings(report: Report) -> None:
-    """What to know of a result that is complete, a line each."""
+    """Print each warning of a complete result on a line of stderr."""
     for warning in report.warnings:
         where = f"{warning.tensor}: " if warning.tensor else ""
         tell(printable(f"streamconv: warning: {where}{warning.message}"))
@@ -189,7 +194,7 @@ def _say_plan(report: Report) -> None:
 
 
 def _say_tensors(rows: Sequence[PlannedTensor]) -> None:
-    """A line for each tensor, as wide as names are."""
+    """Print a line for each tensor, with columns as wide as the names need."""
     width = max((len(row.target) for row in rows), default=0)
     for row in rows:
         source = row.source[0] if row.source else "(computed)"
@@ -202,7 +207,7 @@ def _say_tensors(rows: Sequence[PlannedTensor]) -> None:
 
 
 def _say_memory(memory: Mapping[str, Any]) -> None:
-    """The proof, term by term; as rounded, they add up."""
+    """Print the memory proof term by term, rounded so that the terms add up."""
     tenths = {name: round(10 * nbytes / MIB) for name, nbytes in memory["terms"].items()}
     say(f"memory ({memory['workers']} workers, {memory['io']} reads):")
     for name, value in tenths.items():
@@ -243,7 +248,7 @@ _RUN_WITH: dict[Gives, str] = {
 
 
 def next_command(report: Report, base: Path | None) -> str | None:
-    """How the result is run, to copy; None where that is not known. base: of an adapter."""
+    """Return a command that runs the result, or None if unknown. `base`: the base of an adapter."""
     modelfile = next((path for path in report.beside if path.name.endswith(".Modelfile")), None)
     first, *others = report.outputs
     if modelfile is not None:
@@ -259,7 +264,7 @@ def next_command(report: Report, base: Path | None) -> str | None:
 
 
 def error_lines(path: Path, errors: RelativeErrors) -> Iterator[str]:
-    """The errors of a file and of its tensors, the worst first; tensors without one are counted."""
+    """Return lines with the errors of a file and its tensors, the worst first; exact tensors are only counted."""
     yield f"{path}: relative RMS error {_figure(errors.relative_rms)}, {errors.bits_per_weight:.2f} bits per weight"
     shown = [one for one in errors.tensors if one.relative_rms != 0]
     width = max((len(one.type) for one in shown), default=0)
@@ -280,7 +285,7 @@ def _figure(relative_rms: float | None) -> str:
 
 
 def _size(nbytes: int) -> str:
-    """A file's size, exact and as people read it."""
+    """A file's size in bytes and in readable units."""
     return f"{nbytes:,} bytes" + (f" ({in_words(nbytes)})" if nbytes >= MIB else "")
 
 

@@ -29,7 +29,7 @@ OWN = {"batch-job": batch.add_batch_job}
 
 
 class Version(argparse.Action):
-    """Prints the version, and what else decides speed and bytes where -v is among the words."""
+    """Prints the version; with -v, also everything else that affects speed and output."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, *_: Any) -> NoReturn:
         print(f"streamconv {__version__}")
@@ -41,9 +41,10 @@ class Version(argparse.Action):
 
 
 def build_parser(command: Sequence[str] = ()) -> Parser:
-    """The parser; each command sets `run`, a function of the options that gives the exit code.
+    """Return the parser. Each command sets `run`, a function from options to an exit code.
 
-    command: the one that is called, where that is known.
+    Args:
+        command: the command that is called, if known.
     """
     parser = Parser(
         prog="streamconv",

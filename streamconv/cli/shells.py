@@ -1,6 +1,6 @@
-"""The man page, and what makes shells complete commands and options: made of the parser, so that they are always whole.
+"""The man page and shell completion scripts, generated from the parser so that they are always complete.
 
-They are static texts: a Tab starts no process. `cli/build.py` has them installed where shells and `man` look for them.
+They are static: pressing Tab starts no process. `cli/build.py` installs them where shells and `man` look for them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ PLACES: Final[Mapping[str, str]] = {
 
 
 def text_for(what: str) -> str:
-    """One of PLACES' texts."""
+    """Return the text of one of PLACES."""
     makers: dict[str, Callable[[], Iterator[str]]] = {"bash": _bash, "zsh": _zsh, "fish": _fish, "man": _man}
     return "\n".join(makers[what]()) + "\n"
 
 
 def commands() -> dict[str, tuple[str, argparse.ArgumentParser]]:
-    """Help and parser of each command, by its name."""
+    """Return help and parser of each command by name."""
     (found,) = (one for one in build_parser()._actions if isinstance(one, argparse._SubParsersAction))
     helps = {one.dest: str(one.help) for one in found._choices_actions}
     return {name: (help, found.choices[name]) for name, help in helps.items()}
