@@ -1,1 +1,1 @@
-"""Many conversions: what is wanted (jobs_file), what was done (state), one of them (child), all of them (run)."""
+"""Many conversions: their description (jobs_file), finished jobs (state), one job (child), all jobs (run)."""

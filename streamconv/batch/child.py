@@ -42,7 +42,7 @@ Leftover = tuple[str, int, int]  # a journal's path, inode and time of the last 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """How one job ended. `report` or `error` is what `--json` of its conversion has."""
+    """The result of one job. `report` or `error` is the same as with `--json` for its conversion."""
 
     job: JobSpec
     status: Status
@@ -56,7 +56,7 @@ class JobResult:
         return self.status == "failed"
 
     def to_json(self) -> dict[str, Any]:
-        """The line that is printed for it."""
+        """Return the object that is printed for the job."""
         line: dict[str, Any] = {
             "schema": SCHEMA,
             "job": self.job.to_json(),
@@ -79,22 +79,22 @@ class JobResult:
 
     @classmethod
     def cancelled(cls, job: JobSpec, exit_code: int = 128 + signal.SIGINT) -> JobResult:
-        """Of a job that never began."""
+        """Return the result of a job that was never started."""
         return cls(job, "cancelled", exit_code, 0)
 
 
 def in_words(error: Mapping[str, Any]) -> str:
-    """The line that people read of an error's JSON."""
+    """Return a readable line for an error's JSON."""
     file, tensor, hint = (error.get(key) for key in ("file", "tensor", "hint"))
     return str(StreamconvError(error["message"], file=file, tensor=tensor, hint=hint, code=error["code"]))
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a job's process reads on its stdin.
+    """The instructions for a job's process, sent to its stdin.
 
     Attributes:
-        progress: whether it prints how far it is, as `{"progress": [done, total]}`, before its one report.
+        progress: whether it prints its progress, as `{"progress": [done, total]}`, before its report.
     """
 
     job: JobSpec
@@ -119,12 +119,13 @@ _is_stopping = threading.Event()
 def run_job(
     job: JobSpec, stale: frozenset[Leftover] = frozenset(), n_before: int = 0, progress: Progress | None = None
 ) -> JobResult:
-    """The result of `job`, run in a process of its own; tried again where that process was killed.
+    """Run `job` in a separate process and return its result. If the process is killed, it is started again.
 
     Args:
-        stale: journals of an earlier batch, to be discarded.
-        n_before: tries that the batch knows of.
-        progress: called from this thread: (0, 0) as the job begins, then the bytes done and the bytes in all.
+        job: what to do.
+        stale: journals of an earlier batch, which are discarded.
+        n_before: number of earlier attempts.
+        progress: called from this thread: (0, 0) at the start, then (bytes done, bytes in total).
     """
     if progress is not None:
         progress(0, 0)
@@ -196,7 +197,7 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def stop_jobs() -> None:
-    """End the jobs of this process, and let none begin until `allow_jobs`."""
+    """End the jobs of this process, and start no more until `allow_jobs`."""
     with _lock:
         _is_stopping.set()
     end_jobs()
@@ -212,7 +213,7 @@ def end_jobs() -> None:
 
 
 def allow_jobs() -> None:
-    """Jobs may begin (again) in this process."""
+    """Allow jobs to start (again) in this process."""
     _is_stopping.clear()
 
 

@@ -40,7 +40,7 @@ class JobSpec:
     """One job, complete: absolute paths, every default filled in.
 
     Attributes:
-        options: what else was given, by the keys of streamconv/options.py, in their order.
+        options: the other values given, by the keys of streamconv/options.py, in their order.
     """
 
     name: str
@@ -59,7 +59,7 @@ class JobSpec:
     options: tuple[tuple[str, Any], ...] = ()
 
     def given(self) -> dict[str, Any]:
-        """All values by key, None where one was not given."""
+        """Return all values by key, None for those not given."""
         return {key: value for key, value in asdict(self).items() if key != "options"} | dict(self.options)
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class JobSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> JobSpec:
-        """A job from what `to_json` gave."""
+        """Return the job for the result of `to_json`."""
         return cls(**{**values, "options": tuple((key, _frozen(value)) for key, value in values["options"].items())})
 
     @classmethod
@@ -119,7 +119,11 @@ def in_jobs_file(hint: str) -> str:
 
 
 def read_jobs(path: Path) -> list[JobSpec]:
-    """The jobs of a file, sorted by output; UsageError on whatever is wrong with it, before anything runs."""
+    """Return the jobs of a file, sorted by output.
+
+    Raises:
+        UsageError: The file is malformed.
+    """
     try:
         with path.open("rb") as file:  # a pipe, or a device, has no size
             raw = file.read(MAX_FILE_NBYTES + 1)

@@ -42,7 +42,7 @@ class State:
                 self._entries[entry["key"]] = entry
 
     def standing(self, job: JobSpec) -> Standing:
-        """Whether the job is to be run, or its inputs are what they were and its output is what came of them."""
+        """Return "done" if inputs and output are unchanged, "unverified" if the output must be checked, else "due"."""
         entry = self._entries.get(_key(job), {})
         try:
             if entry.get("digest") != _digest(job):

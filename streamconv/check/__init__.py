@@ -1,1 +1,1 @@
-"""A finished file compared with its source: tensors and keys."""
+"""Compare a finished file with its source: tensors and keys."""

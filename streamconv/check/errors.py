@@ -1,4 +1,4 @@
-"""How far the numbers of a GGUF file are from those of its source: the relative RMS error of each tensor.
+"""Measure the relative RMS error of each tensor of a GGUF file against its source.
 
 The gguf package dequantises the file's rows, so every type that it decodes can be measured, in files of any tool, made
 with or without an importance matrix.
@@ -28,8 +28,8 @@ from streamconv.lazy.node import Workspace, peak_nbytes, read
 from streamconv.report import RelativeErrors, TensorRelativeError
 
 F32 = GGMLQuantizationType.F32
-_DIGITS = 9  # that are reported: more would depend on the order in which threads add
-_SUM_NBYTES = 3 * 8 * PIECE  # float64 copies of a piece and of what it should be, and their difference
+_DIGITS = 9  # reported digits; more would depend on the order in which threads add
+_SUM_NBYTES = 3 * 8 * PIECE  # float64 copies of a piece and of the expected values, and their difference
 
 
 def measure_errors(
@@ -40,15 +40,15 @@ def measure_errors(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], Exception | None] = lambda: None,
 ) -> RelativeErrors:
-    """The errors of all tensors of the files, which together are one model, against the rows of `job`.
+    """Return the errors of all tensors of the files, which together are one model, against the rows of `job`.
 
     Args:
-        threads: as many as were reserved (`measurer_nbytes`).
+        threads: the number of threads for which memory was reserved (`measurer_nbytes`).
         progress: called as progress(done, total), of the tensors' bytes as F32.
 
     Raises:
         VerifyError: the files have other tensors than the source, or of types that cannot be decoded.
-        SourceError: a file's structure is not what a strict loader takes.
+        SourceError: a strict loader would refuse the structure of a file.
     """
     for file in files:
         refuse(file.problems)
@@ -67,7 +67,7 @@ def measure_errors(
 
 
 def measurer_nbytes(steps: Iterable[Step]) -> int:
-    """What one thread takes to measure the errors of a file's tensors."""
+    """Return the memory in bytes that one thread needs to measure errors."""
     return THREAD_NBYTES + max((_worker_nbytes(_as_numbers(step.tensor)) for step in steps), default=0)
 
 
@@ -144,7 +144,7 @@ def _squares(pair: Pair, rows: range, expected: NDArray[np.float32]) -> tuple[fl
 
 
 def _relative(error: float, norm: float) -> float | None:
-    """sqrt(error / norm), to the digits that are reported; None where that is no number."""
+    """sqrt(error / norm), rounded to the reported digits; None if it is not a number."""
     if error == 0:
         return 0.0
     if not (math.isfinite(error) and math.isfinite(norm) and norm > 0):

@@ -1,4 +1,4 @@
-"""Compare the keys of a GGUF file with those that its source gives: which must agree, and which may be missing.
+"""Compare the keys of a GGUF file with those expected from its source.
 
 A file passes only if llama.cpp runs it like the file that the job would write: a missing key counts as llama.cpp's
 default for it, and keys that no loader can do without are required. Descriptive keys are not compared.
@@ -22,7 +22,7 @@ from streamconv.gguf.entries import GGUFKey, Span
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray, Scalar
 from streamconv.gguf.reader import GGUFFile
 
-RELATIVE_TOLERANCE: Final = 1e-6  # of a float key: others round a double once more than we do
+RELATIVE_TOLERANCE: Final = 1e-6  # of a float key: other tools round a double once more
 TEMPLATE: Final = "tokenizer.chat_template"
 VOCABULARY: Final = "tokenizer.ggml."
 # Names of one pre-tokenizer.
@@ -35,7 +35,11 @@ Values = dict[str, Scalar | PackedArray]
 
 
 def compare_keys(job: Job, file: GGUFFile) -> list[RunWarning]:
-    """What differs from the source and changes no result; VerifyError with the first key that does change it."""
+    """Return warnings for harmless differences from the source.
+
+    Raises:
+        VerifyError: a key differs in a way that changes results; the message names the first one.
+    """
     ours = {entry.key: entry for entry in job.keys}
     absent = {Keys.General.TYPE: ("model",), **job.defaults}
     absent |= _absent_in_vocabulary({entry.key: entry.value for entry in job.keys})
@@ -53,7 +57,7 @@ def compare_keys(job: Job, file: GGUFFile) -> list[RunWarning]:
 
 
 def _counts(name: str, job: Job, *, is_in_both: bool) -> bool:
-    """Whether a loader looks at `name`; of the base's keys in an adapter it does not."""
+    """Whether a loader reads the key `name`; in an adapter, it ignores the keys of the base."""
     if job.command == "lora" and name.startswith(f"{job.architecture}."):
         return is_in_both
     return name.startswith((f"{job.architecture}.", "adapter.", VOCABULARY, TEMPLATE)) or name in (
@@ -63,18 +67,18 @@ def _counts(name: str, job: Job, *, is_in_both: bool) -> bool:
 
 
 def _decides(name: str, ours: dict[str, KeyValue], file: GGUFFile, *, is_known: bool) -> bool:
-    """Whether another value gives another result, and not only another look of the file."""
+    """Whether another value of the key would change results."""
     if name.startswith(TEMPLATE):
         return False
     model = ours.get(Keys.Tokenizer.MODEL)
     if name == Keys.Tokenizer.PRE and (model is None or model.value != "gpt2"):
-        return False  # byte-level BPE alone has pre-tokenizers
+        return False  # only byte-level BPE has pre-tokenizers
     if is_known or (name in ours and name in file.keys):
         return True
     return name in ours and not name.endswith("_token_id")  # llama.cpp finds most of those by their texts
 
 
-# ---------------------------------------------------------------- what llama.cpp takes where a key is missing
+# ---------------------------------------------------------------- llama.cpp's defaults for missing keys
 
 
 def _absent_in_vocabulary(ours: Values) -> dict[str, tuple[Scalar, ...]]:
@@ -100,7 +104,7 @@ def _absent_in_vocabulary(ours: Values) -> dict[str, tuple[Scalar, ...]]:
 def _difference(
     name: str, ours: KeyValue | None, theirs: GGUFKey | None, absent: tuple[Scalar, ...], all_ours: dict[str, KeyValue]
 ) -> str | None:
-    """How the file's key differs from the source's, None where it does not; either may be missing."""
+    """A description of how the file's key differs from the source's, or None. Either may be missing."""
     if ours is None:
         found = theirs.value if theirs is not None else None
         if not isinstance(found, Span) and found in absent:

@@ -1,4 +1,4 @@
-"""The tensors of a file paired by name with the rows that they should have, slab by slab on any number of threads.
+"""Pair the tensors of a file by name with their expected rows, and visit them slab by slab on several threads.
 
 tensors.py compares the slabs, errors.py measures them.
 """
@@ -26,7 +26,7 @@ from streamconv.threads import start_threads
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A tensor of the file and the rows that it should have, in the type in which they are looked at."""
+    """A tensor of the file and its expected rows, in the type used for the comparison."""
 
     expected: Encode
     file: GGUFFile
@@ -42,9 +42,10 @@ Visit = Callable[[Pair, range, Workspace], None]
 
 
 def match(job: Job, files: Sequence[GGUFFile], pair: Pairing) -> Iterator[Pair]:
-    """Each tensor of the job with the one of the files that bears its name in any dialect.
+    """Yield each tensor of the job with the tensor of the same name, in any dialect, in the files.
 
-    VerifyError where the files have other tensors, or one in another shape.
+    Raises:
+        VerifyError: The files have other tensors, or one has another shape.
     """
     unclaimed = {name: (file, tensor) for file in files for name, tensor in file.tensors.items()}
     missing = []
@@ -68,10 +69,10 @@ def match(job: Job, files: Sequence[GGUFFile], pair: Pairing) -> Iterator[Pair]:
 
 @contextmanager
 def unchanged(job: Job, files: Sequence[GGUFFile]) -> Iterator[None]:
-    """Inside, the files are compared with their sources.
+    """Check after the block that files and sources have not changed during it.
 
     Raises:
-        SourceError: At the end, in place of a difference that was found: one of them is no longer what it was.
+        SourceError: One has changed. This replaces a difference found in the block.
     """
     try:
         yield
@@ -117,7 +118,7 @@ class _Visits:
                 self._visit(pair, rows, workspace)
                 with self._lock:
                     self.done_nbytes += len(rows) * pair.expected.spec.row_nbytes
-            except BaseException as error:  # carried to the calling thread
+            except BaseException as error:  # raised again in the calling thread
                 self._failures.put((pair.stored.offset, rows.start, error))
                 self.stop.set()
 

@@ -1,6 +1,6 @@
-"""A picture of a file's errors: one point a tensor, by layer, a line for each kind of tensor.
+"""Plot a file's errors: one point per tensor, by layer, and a line for each kind of tensor.
 
-matplotlib is the `plot` extra; without pyplot, which would keep state and look for a screen.
+Uses matplotlib (the `plot` extra) without pyplot, which would keep state and look for a display.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PICTURE_NBYTES: Final = 64 * MIB
 
 _LAYER: Final = re.compile(r"(?:^|\.)blk\.(\d+)\.(.*)")
 _MARKERS: Final = "os^Dv<>pP*Xh"
-_NO_LAYER: Final = -1.5  # where what belongs to no layer stands
+_NO_LAYER: Final = -1.5  # position of tensors outside of layers
 
 
 def require_matplotlib() -> None:
-    """UsageError where the `plot` extra is missing."""
+    """Raise UsageError if the `plot` extra is missing."""
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs the plot extra", hint='pip install ".[plot]"', code="extra-missing")
 
 
 def draw_errors(errors: RelativeErrors, title: str) -> bytes:
-    """The picture as PNG; tensors without an error are left out."""
+    """Return the picture as PNG. Tensors without an error are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

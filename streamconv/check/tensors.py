@@ -27,8 +27,8 @@ from streamconv.gguf.entries import StoredTensor, refuse
 from streamconv.gguf.reader import GGUFFile
 from streamconv.lazy.node import Workspace, peak_nbytes, read
 
-LISTED_NBYTES = 2 << 10  # what a tensor of the file takes in the lists of what is compared
-_VALUE_ARRAYS = 6  # of float32: two rows, what gguf makes on the way to either, and their comparison
+LISTED_NBYTES = 2 << 10  # memory of a tensor in the lists for the comparison
+_VALUE_ARRAYS = 6  # float32 arrays: two rows, gguf's intermediate results for each, and their comparison
 
 
 def compare(
@@ -39,12 +39,18 @@ def compare(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], Exception | None] = lambda: None,
 ) -> list[RunWarning]:
-    """What is only another look of the files, if together they are what `job` would write, but for order and types.
+    """Compare files with what `job` would write, up to order and types. Return warnings for harmless differences.
 
-    threads: as many as were reserved (`comparer_nbytes`).
-    progress(done, total): of the tensors' bytes, called from the calling thread with 0, now and then, and at the end.
-    VerifyError naming the first key, or tensor, row and values, that differ; SourceError where a file's structure is
-    not what a strict loader takes.
+    Args:
+        job: what the files should contain.
+        files: the parts, open.
+        threads: the number of threads for which memory was reserved (`comparer_nbytes`).
+        progress: called from this thread with (bytes done, bytes in total): at the start, regularly, and at the end.
+        cancelled: returns the exception with which to stop, or None.
+
+    Raises:
+        VerifyError: a difference; the message names the first key, or the tensor, row and values.
+        SourceError: a strict loader would refuse the structure of a file.
     """
     for file in files:
         refuse(file.problems)
@@ -62,21 +68,28 @@ def compare(
 
 
 def comparer_nbytes(steps: Iterable[Step]) -> int:
-    """What one thread takes to compare the tensors of a file with their sources."""
+    """Return the memory in bytes that one thread needs to compare tensors with their sources."""
     return THREAD_NBYTES + max((_worker_nbytes(step.tensor) for step in steps), default=0)
 
 
 def listed_nbytes(steps: Iterable[Step]) -> int:
-    """What the lists of the tensors that are compared take."""
+    """Return the memory in bytes of the lists of compared tensors."""
     return sum(1 for _ in steps) * LISTED_NBYTES
 
 
 def prove_comparison(
     steps: Sequence[Step], budget: Budget, *, threads: int, comparer: int | None = None
 ) -> MemoryProof:
-    """How many threads can compare these tensors under the bound; BudgetError where none can.
+    """Return a proof of how many threads can compare these tensors within the memory bound.
 
-    comparer: what one of them takes, by default to compare bytes.
+    Args:
+        steps: the tensors.
+        budget: the memory bound.
+        threads: the maximum number of threads.
+        comparer: the memory in bytes that one thread needs; by default, to compare bytes.
+
+    Raises:
+        BudgetError: not even one thread fits.
     """
     budget.reserve("modules", MODULES_NBYTES)
     budget.settle()
@@ -132,10 +145,10 @@ def _compare_rows(pair: Pair, rows: range, work: Workspace) -> None:
 
 
 def _compare_values(pair: Pair, row: int, expected: NDArray[np.uint8], found: NDArray[np.uint8]) -> None:
-    """VerifyError where a row of other bytes has other values too."""
+    """Raise VerifyError if a row with different bytes also has different values."""
     type_ = pair.expected.type
     ours, theirs = _values(expected, type_), _values(found, type_)
-    # Two NaNs are the same value, whatever their payload: other tools make them quiet.
+    # Two NaNs count as equal, whatever their payloads: other tools make them quiet.
     differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))
     if not differ.any():
         return

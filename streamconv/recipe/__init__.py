@@ -1,4 +1,4 @@
-"""The language that architectures/ is written in, and how a recipe is bound to a checkpoint."""
+"""The language of the recipes in architectures/, and how a recipe is bound to a checkpoint."""
 
 from streamconv.checkpoint.config import Config
 from streamconv.gguf.format import Scalar

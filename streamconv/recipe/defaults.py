@@ -1,6 +1,6 @@
-"""What llama.cpp takes where a key is missing that it reads of every architecture.
+"""llama.cpp's defaults for missing keys that it reads for every architecture.
 
-An architecture's own keys, and where it takes something else, say so in its file (`Key(default=...)`).
+Defaults for an architecture's own keys, and exceptions, are in its file (`Key(default=...)`).
 Source: load_hparams in src/llama-model.cpp of the llama.cpp inside llama-cpp-python 0.3.36.
 """
 
@@ -11,7 +11,7 @@ from typing import Final
 
 from streamconv.gguf.format import PackedArray, Scalar
 
-# The first value is llama.cpp's default, the others do the same.
+# The first value is llama.cpp's default, the others are equivalent.
 _FIXED: Final[Mapping[str, tuple[Scalar, ...]]] = {
     "rope.freq_base": (10_000.0,),
     "rope.scaling.type": ("linear", "none"),  # by a factor of 1
@@ -38,7 +38,7 @@ _HEAD_SIZES: Final = ("attention.key_length", "attention.value_length")  # the w
 def common_defaults(
     arch: str, written: Mapping[str, Scalar | PackedArray], n_vocab: int | None
 ) -> dict[str, tuple[Scalar, ...]]:
-    """By key, the values that mean what a missing key means.
+    """Return, by key, the values that mean the same as a missing key.
 
     Args:
         arch: The architecture, with which the keys begin.

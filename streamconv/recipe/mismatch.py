@@ -1,4 +1,4 @@
-"""What to say where a checkpoint is not what its recipe asks for: the likely cause, then one example of each kind."""
+"""Errors for a checkpoint that does not match its recipe: the likely cause, then one example of each kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Problem(NamedTuple):
 
 
 def first_few(items: Sequence[object]) -> str:
-    """A few of the items, and how many more there are."""
+    """Return the first few items as text, and the number of others."""
     more = f" and {len(items) - MAX_NAMES_SHOWN} more" if len(items) > MAX_NAMES_SHOWN else ""
     return ", ".join(map(str, items[:MAX_NAMES_SHOWN])) + more
 
@@ -40,7 +40,7 @@ def kinds(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def listed(names: Iterable[str], closest: Mapping[str, str] | None = None) -> str:
-    """One name of each kind and how many more there are, the closest known names beside them."""
+    """Return one name of each kind and the number of others, with the closest known names."""
     by_kind = kinds(names)
     shown = []
     for template, of_kind in [*by_kind.items()][:MAX_KINDS_SHOWN]:
@@ -52,7 +52,7 @@ def listed(names: Iterable[str], closest: Mapping[str, str] | None = None) -> st
 
 
 def closest(unknown: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """For kinds of unknown names the known name that is most alike, where one is alike at all."""
+    """Return, by kind of unknown name, the most similar known name, if one is similar enough."""
     found = {}
     templates = list(dict.fromkeys(known))
     for template in [*kinds(unknown)][:MAX_COMPARED]:
@@ -62,7 +62,7 @@ def closest(unknown: Collection[str], known: Collection[str]) -> dict[str, str]:
 
 
 def cause(codes: Collection[str], sizes: Sequence[str], arch: str, class_names: Sequence[str]) -> tuple[str, str]:
-    """The likely cause of the problems of these codes, and the way out.
+    """Return the likely cause of problems with these codes, and a hint.
 
     Args:
         codes: Of all problems.
@@ -87,11 +87,11 @@ def cause(codes: Collection[str], sizes: Sequence[str], arch: str, class_names: 
 def mismatch(
     arch: str, config: Config, problems: Sequence[Problem], sizes: Sequence[str], refusals: Sequence[Problem]
 ) -> SourceError:
-    """The error for a checkpoint that disagrees with its recipe, or that the runtime would compute otherwise.
+    """Return the error for a checkpoint that disagrees with its recipe, or that the runtime does not support.
 
     Args:
         sizes: What the config says of dims that the tensors' shapes contradict.
-        refusals: What the runtime cannot do for the model; they come first.
+        refusals: Features that the runtime does not support; they are listed first.
     """
     all_problems = [*refusals, *problems]
     listed_problems = [problem._asdict() for problem in all_problems]

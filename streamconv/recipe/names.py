@@ -20,7 +20,7 @@ _PLACEHOLDER = re.compile(r"\{(?:i(?::(\w+))?|(e))\}")
 
 
 def match_name(name: str) -> tuple[str, tuple[int, ...]]:
-    """A tensor's name as template and numbers: layers.3.experts.7.w1 as layers.{i}.experts.{e}.w1 and (3, 7)."""
+    """Split a tensor's name into template and numbers: layers.3.experts.7.w1 is layers.{i}.experts.{e}.w1, (3, 7)."""
     numbers: list[int] = []
 
     def placeholder(match: re.Match[str]) -> str:
@@ -31,12 +31,12 @@ def match_name(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def fill(template: str, i: int | None = None, e: int | None = None) -> str:
-    """The name that `template` has for layer `i` and expert `e`."""
+    """Return the name for layer `i` and expert `e`."""
     return _PLACEHOLDER.sub(lambda match: str(e if match[2] else i), template)
 
 
 def stack_of(template: str) -> str | None:
-    """The stack whose layers `template` counts; None where it has no layer."""
+    """Return the stack to which the layer in `template` belongs; None if it has no layer."""
     return next((match[1] or MAIN_STACK for match in _PLACEHOLDER.finditer(template) if not match[2]), None)
 
 
@@ -45,7 +45,7 @@ def has_experts(template: str) -> bool:
 
 
 def template_fault(template: str) -> str | None:
-    """Why no tensor could have a name of this template."""
+    """Return why a template is invalid, or None."""
     found = [match[0] for match in _PLACEHOLDER.finditer(template)]
     rest = _PLACEHOLDER.sub("0", template)
     if "{" in rest or "}" in rest:
@@ -61,7 +61,7 @@ def template_fault(template: str) -> str | None:
 
 
 def number_after(beginning: str, name: str) -> int | None:
-    """The layer of a name that begins as a template with one `{i}` does; None where it begins otherwise."""
+    """Return the layer of a name that starts like a template with one `{i}`, else None."""
     before, after = (re.escape(part) for part in _LAYER.split(beginning, maxsplit=1))
     match = re.match(rf"{before}(0|[1-9]\d{{0,5}}){after}", name)
     return int(match[1]) if match else None
@@ -69,7 +69,7 @@ def number_after(beginning: str, name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a name is: an instance of `template`, of layer `i` and expert `e` (NONE where it has none)."""
+    """A parsed name: an instance of `template`, with layer `i` and expert `e` (NONE if it has none)."""
 
     template: str
     i: int
@@ -77,7 +77,7 @@ class Found:
 
 
 class NameTable:
-    """The templates of an architecture, to find the one that a name is of."""
+    """The templates of an architecture, for finding that of a name."""
 
     def __init__(self, templates: Iterable[str]) -> None:
         # By the name with every number left open: templates, and what each number of theirs is.

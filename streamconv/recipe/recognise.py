@@ -1,7 +1,7 @@
-"""A checkpoint as the model that it is: its architecture found, its names and shapes brought to the recipe's, bound.
+"""Recognise a checkpoint: find its architecture, map its names and shapes to those of the recipe, and bind it.
 
-What cannot be a model of a supported architecture is named for what it is, with the way out: another architecture, and
-how near it is to those that are known; unmerged adapters, value heads, empty shards.
+Errors say what an unsupported checkpoint is, with a hint: another architecture and the most similar supported one,
+unmerged adapters, value heads, empty shards.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from streamconv.recipe.names import match_name
 from streamconv.recipe.registry import PAGE, all_recipes, find_recipe
 from streamconv.recipe.spelling import Spelled, Speller, spell
 
-# What PEFT's layers and mlx-lm's keep beside the weight that they change.
+# Tensors that layers of PEFT and mlx-lm keep beside the weight that they change.
 _ADAPTER = re.compile(
     r"\.(base_layer|original_module|modules_to_save|lora_([ABab]|embedding_[AB]|magnitude_vector)"
     r"|token_adapter|trainable_tokens_\w+|(vera|oft|boft|hada|lokr|ia3|ln_tuning|hra)_\w+)(\.|$)"
@@ -43,10 +43,10 @@ _CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
 
 
 def open_checkpoint(source: Place, budget: Budget | None = None) -> Checkpoint:
-    """The checkpoint at `source`, its headers read.
+    """Open the checkpoint at `source` and read its headers.
 
     Raises:
-        SourceError: As Checkpoint.open; of an unsupported architecture that is said first, whatever else is wrong.
+        SourceError: As for Checkpoint.open; an unsupported architecture is reported first, whatever else is wrong.
     """
     try:
         return Checkpoint.open(source, budget=budget)
@@ -59,7 +59,7 @@ def open_checkpoint(source: Place, budget: Budget | None = None) -> Checkpoint:
 
 
 def recipe_of_checkpoint(checkpoint: Checkpoint) -> Recipe:
-    """As `recognise_architecture`; of a model that ranks, its recipe for that.
+    """Like `recognise_architecture`, but for a reranker return the recipe for reranking.
 
     Raises:
         SourceError: llama.cpp does not rank with this architecture (`module-unsupported`).
@@ -75,7 +75,7 @@ def recipe_of_checkpoint(checkpoint: Checkpoint) -> Recipe:
 
 
 def recognise(checkpoint: Checkpoint, recipe: Recipe) -> Model:
-    """The checkpoint's model, with warnings of what was taken otherwise than it is stored.
+    """Return the checkpoint's model, with warnings about everything that is not used as stored.
 
     Raises:
         SourceError: It is quantised, or it does not hold what `recipe` asks for.

@@ -1,8 +1,8 @@
-"""Which recipe a checkpoint, or a GGUF file, is read by: those of architectures/, of files, and of installed packages.
+"""Find the recipe of a checkpoint or GGUF file: in recipe files, in architectures/, or in installed packages.
 
-A recipe file (`--recipe`) and a package's entry point are code: both are run, and both were chosen by the user, by
-naming the one and by installing the other. A file comes first, also where streamconv has the architecture; a package is
-asked only for what streamconv does not have, so that installing one changes no other file.
+A recipe file (`--recipe`) and a package's entry point are code that is run; the user chose both, by naming the file or
+installing the package. A file takes precedence over streamconv's own recipes; packages are used only for architectures
+that streamconv does not have, so that installing one does not change other outputs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Installed:
 
 @cache
 def installed_recipes() -> Installed:
-    """What the entry points of the group `streamconv.architectures` name."""
+    """Return the recipes from entry points of the group `streamconv.architectures`."""
     from importlib.metadata import entry_points  # 15 ms, and streamconv has most architectures itself
 
     recipes, broken = [], []
@@ -99,7 +99,7 @@ def _package(entry: EntryPoint) -> str:
 
 @contextmanager
 def using_recipes(given: Sequence[RecipeSource]) -> Iterator[None]:
-    """Inside, these recipes come before all others.
+    """Give these recipes precedence over all others inside the block.
 
     Raises:
         SourceError: A file cannot be read, or it does not define a recipe (`recipe-broken`).
@@ -113,7 +113,7 @@ def using_recipes(given: Sequence[RecipeSource]) -> Iterator[None]:
 
 @source_failures()
 def load_recipe(file: str | Path) -> Recipe:
-    """The recipe that a Python file defines as RECIPE; the file's code is run.
+    """Return the recipe that a Python file defines as RECIPE. The file's code is run.
 
     Raises:
         SourceError: It cannot be read; its code fails, or there is no recipe in it (`recipe-broken`).
@@ -140,7 +140,7 @@ def load_recipe(file: str | Path) -> Recipe:
 
 
 def _broken(place: Place, error: Exception | SystemExit) -> SourceError:
-    """What is wrong with a recipe file, and in which line."""
+    """The error for a recipe file, with the line at fault."""
     line, trace = getattr(error, "lineno", None), error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(place):
@@ -154,7 +154,7 @@ def _broken(place: Place, error: Exception | SystemExit) -> SourceError:
 
 
 def identity_of(recipe: Output) -> dict[str, str]:
-    """What a recipe from elsewhere adds to the identity of a run; nothing of one of architectures/."""
+    """Return what an external recipe adds to the identity of a run; empty for one in architectures/."""
     return {"recipe": recipe.origin} if isinstance(recipe, Recipe) and recipe.origin else {}
 
 
@@ -177,10 +177,10 @@ def _recipes(config: Config) -> Iterator[Recipe]:
 
 
 def find_recipe(config: Config) -> Recipe:
-    """The recipe for a config.json.
+    """Return the recipe for a config.json.
 
     Raises:
-        SourceError: There is none (`architecture-unsupported`), it is known that llama.cpp runs none
+        SourceError: There is none (`architecture-unsupported`), llama.cpp is known not to run the model
             (`architecture-unrunnable`), or several packages have one (`recipe-ambiguous`).
     """
     names = config.list_of("architectures", str) or []
@@ -207,7 +207,7 @@ def find_recipe(config: Config) -> Recipe:
 
 
 def _refuse_unrunnable(config: Config, names: Sequence[str]) -> None:
-    """SourceError for a class, or a model type, of which a recipe says why llama.cpp cannot run it."""
+    """Raise SourceError for a class or model type that a recipe marks as not supported by llama.cpp."""
     for recipe in all_recipes():
         for pattern, reason in recipe.unrunnable.items():
             for name in names:
@@ -217,7 +217,7 @@ def _refuse_unrunnable(config: Config, names: Sequence[str]) -> None:
 
 
 def supported_hint(names: Sequence[str]) -> str:
-    """The names most like `names`, and the command that lists all."""
+    """Return a hint with the most similar supported names and the command that lists all."""
     known = {name.lower(): name for recipe in all_recipes() for name in (*recipe.hf_names, recipe.arch)}
     near = [known[low] for name in names for low in get_close_matches(name.lower(), known, n=N_SUGGESTED, cutoff=0.6)]
     like = f", such as {', '.join(dict.fromkeys(near[:N_SUGGESTED]))}" if near else ""
@@ -225,7 +225,7 @@ def supported_hint(names: Sequence[str]) -> str:
 
 
 def recipe_of(arch: str, tensors: Collection[str] = ()) -> Recipe | None:
-    """The recipe of a GGUF architecture name; of several, the one that makes most of the file's `tensors`."""
+    """Return the recipe of a GGUF architecture name; of several, the one that defines most of the file's `tensors`."""
 
     def n_known(recipe: Recipe) -> int:
         table = NameTable(row.target for row in recipe.tensors)

@@ -1,7 +1,7 @@
-"""The words of a recipe: dims, rows of tensors, keys, claims, refusals. Each is a value, and holds rules at most.
+"""The vocabulary of recipes: dims, rows of tensors, keys, claims, refusals. Each is a plain value.
 
 Shapes are written in dims, row-major: "(A+2*K)*D H" has (heads + 2 * key-value heads) * head size rows. Three dims have
-a meaning here: L counts the layers ({i} in a name), E the experts ({e}), V the tokens; every recipe has L and V.
+a fixed meaning: L is the number of layers ({i} in a name), E of experts ({e}), V of tokens; every recipe has L and V.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Value = Scalar | Sequence[int] | Sequence[float] | Sequence[str]  # of a key
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """Where a dim's value comes from: config keys (or a rule over the config), else the shapes, else `default`.
+    """The source of a dim's value: config keys (or a rule over the config), else the shapes, else `default`.
 
-    Of several keys the first that is stated counts. `default` is a number or an extent in other dims ("A", "H/A").
-    `rule` names a rule in messages. `minimum` is 0 for a dim that counts what a model may lack.
+    The first key that the config has is used. `default` is a number or an extent in other dims ("A", "H/A"). `rule` is
+    the name of a rule in messages. `minimum` is 0 for the number of something that a model may not have.
     """
 
     config: str | tuple[str, ...] | Callable[[Config], int | None]
@@ -62,17 +62,16 @@ class Dim:
 class Tensor:
     """A row of the table: source name, target name, shape of the source. {i} is the layer, {e} the expert.
 
-    `ops` are applied in their order, for a source with {e} to the stack of all experts [E, ...]. `only` ("axis=kind")
-    limits the row to the layers of that kind. `required` may name a flag of the config: the tensor is then stored just
-    where the flag is true, and either way where the config does not say (Recipe.flags). It may be a rule over the
-    config: where that says no, the tensor is not part of the model, and is left out with a warning where it is stored.
-    Rows with the same target are alternatives; rows with the same source take parts of it.
+    `ops` are applied in order; for a source with {e}, to the stack of all experts [E, ...]. `only` ("axis=kind")
+    limits the row to layers of that kind. `required` may name a flag of the config: the tensor must be stored if the
+    flag is true and must not if it is false; if the config does not have it, both are fine (Recipe.flags). It may also
+    be a rule over the config: if that is false, the tensor is not part of the model, and is left out with a warning if
+    it is stored. Rows with the same target are alternatives; rows with the same source take parts of it.
 
-    `unless` names a source; where that is stored, the row is not used ("lm_head.weight", for a row of the embedding).
+    `unless` names a source; if that is stored, the row is not used ("lm_head.weight", for a row of the embedding).
 
-    `f32`: it stays F32 in every outtype, as llama.cpp keeps it; with `or_f16` in all but F16, where it is F16, too.
-    `no_adapter`: why no adapter can change it although it
-    is a matrix, as "it is a table of positions, for which llama.cpp asks no adapter".
+    `f32`: the tensor stays F32 in every outtype, as in llama.cpp; with `or_f16`, it is F16 in an F16 file.
+    `no_adapter`: why no adapter can change it although it is a matrix, such as "it is a table of positions".
     """
 
     source: str
@@ -89,7 +88,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A target made from the config, for each layer (or once), where no source holds it. None: the model has none."""
+    """A target computed from the config, for each layer or once, not stored in any source. None: the model has none."""
 
     target: str
     value: Callable[[Model], NDArray[np.float32] | None]
@@ -104,10 +103,10 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """What another program calls a source, or in which shape it stores it.
+    """The name, or the shape, that another program uses for a source.
 
-    `source` is its name there, `name` that of the rows. `shape` gives the rows' shape for a stored one, with the
-    elements in the same order, and None for any other.
+    `source` is its name there, `name` the one in the rows. `shape` maps a stored shape to that of the rows, with the
+    elements in the same order, or returns None for any other shape.
     """
 
     source: str
@@ -117,9 +116,9 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A source that is known, and not needed. One that ends in "*" is every name that begins so.
+    """A known source that is not needed. One that ends in "*" matches every name with this prefix.
 
-    `beyond`: only those of layers past the stack's depth, as the config states it: "model.layers.{i}.*".
+    `beyond`: only layers beyond the depth of the stack that the config states: "model.layers.{i}.*".
     """
 
     source: str
@@ -135,8 +134,8 @@ class Drop:
 class Key:
     """One metadata key. `value`: an extent in dims ("A", "D/2"), or a rule; None means that the key is not written.
 
-    `default`: what llama.cpp takes where the key is missing, or a rule for that; of several values the first is its
-    default, and the others mean the same. What it takes for the keys of every architecture is in defaults.py.
+    `default`: the value that llama.cpp uses if the key is missing, or a rule for it; of several values, the first is
+    the default and the others are equivalent. Defaults common to all architectures are in defaults.py.
     """
 
     name: str
@@ -159,7 +158,7 @@ class PerLayer:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What the config's `key` says of the layers: the kind of each on `axis`, None where it says nothing."""
+    """The kinds of the layers on `axis` according to the config's `key`; None if the config does not have it."""
 
     key: str
     axis: str
@@ -168,10 +167,11 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """What an architecture's models mean by special tokens, beside the tokenizer's files; by role (bos, eos, eot ...).
+    """Special tokens that an architecture defines besides the tokenizer files, by role (bos, eos, eot ...).
 
-    texts: the token of a role that the files leave out, where the vocabulary has it.
-    keys: the config's key that says a role's id, before any file does.
+    Attributes:
+        texts: The token of a role that the files omit, used if the vocabulary has it.
+        keys: The config key with the id of a role, which takes precedence over all files.
     """
 
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -180,7 +180,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What the GGUF architecture or its runtime cannot do: `what`, told of every model for which `applies`.
+    """A model feature that the GGUF architecture or its runtime does not support: `what`, if `applies` to the model.
 
     `what` may have dims, keys of the config and `rope_type` in braces; a key that the config lacks is None.
     """
@@ -189,7 +189,7 @@ class Refusal:
     applies: Callable[[Model], bool]
 
     def of(self, model: Model) -> str | None:
-        """The sentence for `model`; None where the model is fine."""
+        """Return the sentence for `model`, or None if it does not apply."""
         if not self.applies(model):
             return None
         rope = {"rope_type": model.config.rope_type} if "{rope_type" in self.what else {}
@@ -199,6 +199,6 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Caveat(Refusal):
-    """What the runtime does otherwise in some uses of a model, and not in all: said as a warning under `code`."""
+    """A difference of the runtime in some uses of a model, reported as a warning with `code`."""
 
     code: str = "caveat"

@@ -1,11 +1,11 @@
-"""Holding a recipe against a checkpoint: every source tensor accounted for, or every disagreement listed at once.
+"""Bind a recipe to a checkpoint: every source tensor is accounted for, or every disagreement is listed at once.
 
 In steps: names (sources.py), dims and shapes (shapes.py), kinds of layers (kinds.py), the tensors that make each target
-(choices.py). Each gives the value that the next ones take, and the problems that it found.
+(choices.py). Each step returns a value for the next ones, and the problems that it found.
 
-A source that no row takes is an error, and so is a row that finds nothing, a second source of one target, a shape that
-disagrees, a gap in {i} or {e}. A value that the config states must agree with the tensors; one that is absent or null
-yields to them. Work is bounded by the number of tensors stored, not by the numbers of a config.
+Errors are: a source that no row uses, a row without a source, a second source for one target, a wrong shape, a gap in
+{i} or {e}. A value in the config must agree with the tensors; for one that is absent or null the tensors decide. Work
+is bounded by the number of stored tensors, not by numbers in the config.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ def bind(
     is_body: bool = False,
     modules: Modules = NO_MODULES,
 ) -> Model:
-    """The recipe with every dim, kind and tensor of a checkpoint.
+    """Return a model: the recipe with every dim, kind and tensor of a checkpoint.
 
     Args:
-        main: Of a further output, the model that it comes with.
-        is_body: The model was saved without its head, so that one that is not tied is incomplete.
-        modules: What sentence-transformers does after the model, which then needs no head.
+        recipe: The architecture, or one of its further outputs.
+        config: The checkpoint's config.
+        stored: The checkpoint's tensors by the recipe's names.
+        main: For a further output, the model that it belongs to.
+        is_body: The model was saved without its head, so it is incomplete unless it is tied.
+        modules: The sentence-transformers modules after the model, which then needs no head.
 
     Raises:
-        SourceError: listing all disagreements at once.
+        SourceError: The checkpoint disagrees with the recipe; the error lists everything.
     """
     config = recipe.config_of(config)
     sources, of_names = match_names(recipe, config, stored)
