@@ -449,7 +449,7 @@ class RunOptions(Options):
     def cancelled(self) -> Interrupted | None:
         """What to raise, where the caller wants the run to stop."""
         if self.cancel is not None and self.cancel():
-            return Interrupted("cancelled", hint="run it again to go on", code="cancelled")
+            return Interrupted("cancelled", hint="run it again to continue", code="cancelled")
         return None
 
 

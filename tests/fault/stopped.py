@@ -148,7 +148,7 @@ def stop_and_resume(program: Program, chance: random.Random, numbers: Sequence[s
             return stops
         assert stopped.code == EXIT_CODES[number], stopped.printed
         if number != signal.SIGKILL:
-            assert "run it again to go on" in stopped.printed
+            assert "run it again to continue" in stopped.printed
             assert stopped.printed.count("\n") == 1, stopped.printed
         program.assert_old_or_new()
         stops.append(stopped)
