@@ -16,10 +16,10 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from streamconv.errors import UsageError
 from streamconv.ggml.element_types import TYPES
-from streamconv.ggml.outtypes import canonical
+from streamconv.ggml.outtypes import OUTTYPES, Outtype, canonical
+from streamconv.lazy.dtype import FLOATS
 
 T = GGMLQuantizationType
-F = LlamaFileType
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +37,20 @@ class Mix:
     type: GGMLQuantizationType
 
 
+def file_type_of(outtype: Outtype) -> LlamaFileType:
+    """general.file_type of a file with this outtype."""
+    own = TYPES[GGMLQuantizationType[outtype.type]].file_type
+    if outtype.file_type or own is None:
+        return LlamaFileType[f"MOSTLY_{outtype.file_type}"]
+    return own
+
+
+# Of all quantised types; also of Q8_0, which llama.cpp's converter makes as well.
 MIXES: Final[Mapping[str, Mix]] = MappingProxyType(
     {
-        mix.name: mix
-        for mix in (
-            Mix("q4_0", F.MOSTLY_Q4_0, T.Q4_0),
-            Mix("q4_1", F.MOSTLY_Q4_1, T.Q4_1),
-            Mix("q5_0", F.MOSTLY_Q5_0, T.Q5_0),
-            Mix("q5_1", F.MOSTLY_Q5_1, T.Q5_1),
-            Mix("q8_0", F.MOSTLY_Q8_0, T.Q8_0),
-            Mix("q2_k", F.MOSTLY_Q2_K, T.Q2_K),
-            Mix("q2_k_s", F.MOSTLY_Q2_K_S, T.Q2_K),
-            Mix("q3_k_s", F.MOSTLY_Q3_K_S, T.Q3_K),
-            Mix("q3_k_m", F.MOSTLY_Q3_K_M, T.Q3_K),
-            Mix("q3_k_l", F.MOSTLY_Q3_K_L, T.Q3_K),
-            Mix("q4_k_s", F.MOSTLY_Q4_K_S, T.Q4_K),
-            Mix("q4_k_m", F.MOSTLY_Q4_K_M, T.Q4_K),
-            Mix("q5_k_s", F.MOSTLY_Q5_K_S, T.Q5_K),
-            Mix("q5_k_m", F.MOSTLY_Q5_K_M, T.Q5_K),
-            Mix("q6_k", F.MOSTLY_Q6_K, T.Q6_K),
-            Mix("iq4_nl", F.MOSTLY_IQ4_NL, T.IQ4_NL),
-            Mix("iq4_xs", F.MOSTLY_IQ4_XS, T.IQ4_XS),
-            Mix("tq1_0", F.MOSTLY_TQ1_0, T.TQ1_0),
-            Mix("tq2_0", F.MOSTLY_TQ2_0, T.TQ2_0),
-        )
+        row.name: Mix(row.name, file_type_of(row), GGMLQuantizationType[row.type])
+        for row in OUTTYPES.values()
+        if TYPES[GGMLQuantizationType[row.type]].dtype not in FLOATS
     }
 )
 

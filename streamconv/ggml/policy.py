@@ -20,10 +20,10 @@ from gguf.constants import GGMLQuantizationType as T
 from gguf.constants import LlamaFileType
 
 from streamconv.errors import RunWarning, SourceError
-from streamconv.ggml.element_types import TYPES, VERIFIABLE
+from streamconv.ggml.element_types import VERIFIABLE
 from streamconv.ggml.mix_rules import asked, choice_warnings, choose_types, divisible
-from streamconv.ggml.mixes import MIXES, Choice, MixedTensor, MixOptions, ModelFacts
-from streamconv.ggml.outtypes import OUTTYPES, Outtype, canonical
+from streamconv.ggml.mixes import MIXES, Choice, MixedTensor, MixOptions, ModelFacts, file_type_of
+from streamconv.ggml.outtypes import OUTTYPES, canonical
 from streamconv.gguf.format import SCALAR_FORMATS, KeyValue, PackedArray
 from streamconv.gguf.names import spellings
 from streamconv.lazy import dtype
@@ -228,14 +228,6 @@ class StoredTypes:
         shape, type_ = next(found, ((), T.F32))
         kept = role.type if isinstance(role, MixedTensor) else None
         return type_ if shape == role.shape and (type_ == kept or type_ in VERIFIABLE) else T.F32
-
-
-def file_type_of(outtype: Outtype) -> LlamaFileType:
-    """general.file_type of a file with this outtype."""
-    own = TYPES[T[outtype.type]].file_type
-    if outtype.file_type or own is None:
-        return LlamaFileType[f"MOSTLY_{outtype.file_type}"]
-    return own
 
 
 def settled(role: TensorRole, type_: T) -> T:
