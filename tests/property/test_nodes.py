@@ -466,6 +466,17 @@ def test_every_node_class_has_a_maker() -> None:
     assert not {name for name in named if name.lower() not in made}
 
 
+def test_lent_memory_is_for_the_encoder_alone() -> None:
+    """What numpy computes with is read, or copied out by the compiled encoder: never the mapped pages themselves."""
+    modules = (leaves, views, indexing, arithmetic)
+    found = {one for module in modules for _, one in inspect.getmembers(module, inspect.isclass)} | {Encode}
+    assert {one for one in found if "borrows" in vars(one)} - {LazyTensor} == {Encode, Widen}
+    for node in (Encode, Widen):
+        calls = inspect.getsource(node.apply)
+        assert "codecs.encode(" in calls and "np." not in calls
+    assert not REFERENCE.borrows
+
+
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -376,6 +377,26 @@ def test_without_the_kernel_or_the_system_sources_are_read(
     with pytest.raises(UsageError) as caught:
         streamconv.convert(source, tmp_path / "out2.gguf", io="mapped")
     assert caught.value.code == "io-mapped" and not (tmp_path / "out2.gguf").exists()
+
+
+def test_a_kernel_that_cannot_populate_a_window_maps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux before 5.14 answers EINVAL."""
+
+    class Module:
+        class Window:
+            def __init__(self, *words: int) -> None:
+                pass
+
+            def populate(self, *words: int) -> None:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+    assert mapping_module() is not None
+    monkeypatch.setattr(window.importlib, "import_module", lambda name: Module)
+    mapping_module.cache_clear()
+    try:
+        assert mapping_module() is None and not window.is_local(0)
+    finally:
+        mapping_module.cache_clear()
 
 
 def test_another_word_is_a_usage_error(tmp_path: Path) -> None:
