@@ -66,7 +66,7 @@ def _other_weights(path: Path) -> bytes:
     if path.suffix == ".gguf":
         with GGUFFile.open(path) as file:
             start = file.data_offset
-    content[start:] = content[start:].translate(bytes(value ^ 0x7F for value in range(256)))
+    content[start:] = content[start:].translate(bytes(value ^ 0x41 for value in range(256)))
     return bytes(content)
 
 

@@ -237,6 +237,21 @@ def test_one_loan_fills_all_rows_before_a_border(tmp_path: Path, monkeypatch: py
         assert caught.value.code == "value-range" and caught.value.tensor == "made"
 
 
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_value_that_a_change_of_the_file_brought_is_that_change(tmp_path: Path, maps: bool) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(np.zeros((64, 512), np.uint16).tobytes())
+    with LocalBlob(path) as opened:
+        source = Source("made", opened, 0, TensorSpec((64, 512), BF16))
+        (step,) = make_layout([], [PlacedTensor("made", source, ("made",), T.F16)]).steps
+        path.write_bytes(np.full((64, 512), 0x7F00, np.uint16).tobytes())
+        os.utime(path, ns=(1, 1))
+        work = Workspace(Scratch(step.scratch_nbytes), window=Window() if maps else None)
+        with pytest.raises(SourceError) as caught:
+            _fill_step(step, 0, np.empty(step.nbytes, dtype=np.uint8), work)
+    assert (caught.value.code, caught.value.file) == ("source-changed", str(path))
+
+
 # ---------------------------------------------------------------- the signal
 
 
