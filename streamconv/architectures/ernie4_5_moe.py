@@ -35,6 +35,15 @@ def n_leading_dense(model: Model) -> int:
     return [*model.kinds["ffn"], "moe"].index("moe")
 
 
+def has_least_sum(model: Model) -> bool:
+    """Whether the weights of the chosen experts may sum to less than what transformers divides them by at least.
+
+    The best k of E probabilities sum to k / E or more.
+    """
+    used = model.config.integer("moe_k") or 6
+    return (model.config.number("moe_norm_min") or 0.0) > used / model.dims["E"]
+
+
 RECIPE = Recipe(
     arch="ernie4_5-moe",
     description="ERNIE 4.5 with experts",
@@ -92,6 +101,7 @@ RECIPE = Recipe(
         decoder.SILU,
         ernie4_5.NO_BIAS,
         decoder.USED_EXPERTS,
+        Refusal("moe_norm_min is {moe_norm_min}, but the runtime has no such limit", has_least_sum),
         Refusal(
             "a dense layer follows one with experts, but the runtime expects all dense layers first",
             lambda m: "dense" in m.kinds["ffn"][n_leading_dense(m) :],

@@ -164,6 +164,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3-long", {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "long_factor"),
     ("ernie4_5", {"use_bias": True}, "use_bias"),
     ("ernie4_5-moe", {"use_bias": True}, "use_bias"),
+    ("ernie4_5-moe", {"moe_norm_min": 0.9}, "moe_norm_min"),
     ("ernie4_5-moe", {"moe_k": 6}, "6 experts of 5"),
     ("nemotron", {"hidden_act": "silu"}, "hidden_act"),
     ("nemotron", {"rope_parameters": YARN}, "yarn"),
