@@ -6,10 +6,11 @@ gives the offset of every byte; `run` then computes these bytes, a chunk at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from gguf.constants import Keys
 
@@ -128,8 +129,27 @@ def open_model_job(
         open_imatrix(wanted.imatrix, budget) as imatrix,
         open_adapters(adapters, budget) as opened,
         open_checkpoint(find_source(src), budget) as source,
+        _open_folders(source, wanted, budget) as folders,
     ):
-        yield plan_model(source, dst, wanted, budget, opened, stored, imatrix)
+        yield plan_model(source, dst, wanted, budget, opened, stored, imatrix, folders=folders)
+
+
+@contextmanager
+def _open_folders(checkpoint: Checkpoint, wanted: OutputOptions, budget: Budget) -> Iterator[dict[str, Checkpoint]]:
+    """The models in folders of a checkpoint that are written beside its own, by role."""
+    with ExitStack() as stack:
+        yield {
+            role: stack.enter_context(open_checkpoint(folder, budget))
+            for role, folder in _folders(checkpoint, wanted).items()
+        }
+
+
+@source_failures()
+def _folders(checkpoint: Checkpoint, wanted: OutputOptions) -> dict[str, Place]:
+    if not wanted.writes_others:
+        return {}
+    named = {role: checkpoint.directory / name for role, name in recipe_of_checkpoint(checkpoint).folders.items()}
+    return {role: folder for role, folder in named.items() if folder.is_dir()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +188,7 @@ def plan_model(
     stored: StoredTypes | None = None,
     imatrix: ImportanceMatrix | None = None,
     prepared: Prepared | None = None,
+    folders: Mapping[str, Checkpoint] = MappingProxyType({}),
 ) -> Job:
     """Plan the output: everything that determines its bytes. Reads headers and vocabulary, but no weights.
 
@@ -180,6 +201,7 @@ def plan_model(
         stored: the types in the file to compare with, which replace the outtype.
         imatrix: the importance matrix, if there is one.
         prepared: the result of `prepare`, to plan several outtypes of one checkpoint.
+        folders: models in folders of the checkpoint that are written beside it, by role.
     """
     config = checkpoint.config
     prepared = prepared or prepare(checkpoint, budget, adapters)
@@ -218,7 +240,10 @@ def plan_model(
         keys=keys,
         parts=parts,
         role=recipe.role,
-        companions=[_plan_companion(checkpoint, other, merged, named, wanted, beside) for other in others],
+        companions=[
+            *(_plan_companion(checkpoint, other, merged, named, wanted, beside) for other in others),
+            *(_plan_folder(role, one, named, wanted, budget, beside, stored) for role, one in folders.items()),
+        ],
         architecture=model.recipe.arch,
         dialect=wanted.dialect,
         outtype=policy.outtype,
@@ -254,7 +279,7 @@ def _further_outputs(checkpoint: Checkpoint, prepared: Prepared, wanted: OutputO
     if merged.outputs and wanted.no_mmproj:
         what = f"the adapters also change the {' and '.join(merged.outputs)}, which is not written"
         model.warnings.append(RunWarning("adapter-in-part", what))
-    if wanted.no_mmproj or wanted.parts.only_part not in (None, 1):
+    if not wanted.writes_others:
         return []
     stored = prepared.bound.stored
     for output in recipe.outputs:
@@ -307,6 +332,21 @@ def _plan_companion(
         if output.role in merged.outputs
         else {},
     )
+
+
+def _plan_folder(
+    role: str,
+    folder: Checkpoint,
+    beside: Path,
+    wanted: OutputOptions,
+    budget: Budget,
+    policy: TypePolicy,
+    stored: StoredTypes | None,
+) -> Job:
+    """The job of a model in a folder of the checkpoint, named after the file `beside`; few options are about it."""
+    own = OutputOptions(outtype=policy.outtype, dialect=wanted.dialect)
+    job = plan_model(folder, beside.with_name(f"{role}-{beside.name}"), own, budget, stored=stored)
+    return replace(job, role=role)
 
 
 def _missing_tokens(others: Sequence[Model], vocabulary: Vocabulary) -> Iterator[RunWarning]:
@@ -397,6 +437,8 @@ def _bounded_vocabulary(
 ) -> Vocabulary:
     """The tokenizer's keys, read after a proof that parsing and the later steps fit in memory; else BudgetError."""
     model = merged.model
+    if not recipe.has_tokenizer:
+        return Vocabulary((KeyValue.string(Keys.Tokenizer.MODEL, "none"),), ())
     n_vocab = model.dims["V"]
 
     def read(directory: Place, over: Place | None) -> Vocabulary:

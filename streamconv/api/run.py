@@ -238,7 +238,8 @@ def _stream(job: Job, sinks: Sequence[Sink], proof: MemoryProof, options: RunOpt
         with options.stopwatch.time("sync"):
             sink.complete(state_of(counts))
         report.warnings += _non_finite(output, part, counts)
-    for shard in job.shards:  # chunks checked their own reads, but not those before them
+    # Chunks checked their own reads, but not those before them.
+    for shard in dict.fromkeys(shard for output in job.outputs for shard in output.shards):
         shard.check_unchanged()
 
 

@@ -98,7 +98,7 @@ def verify(
             _counted(options.progress) as progress,
             _open_job(source, base, out, wanted, budget, adapters, scale, as_made) as whole,
         ):
-            job = _of_file(whole, architecture)
+            job = _of_file(whole, architecture, stored)
             steps, parts = [*job.steps], files.files
             if picture is not None:
                 picture = resolve(picture.path, job.sources)
@@ -222,9 +222,17 @@ def _read(
     return outputs, stored, architecture, is_adapter
 
 
-def _of_file(job: Job, architecture: str | None) -> Job:
-    """The output of a job that has this architecture: the model, or a further one such as a projector."""
-    return next((one for one in job.outputs if one.architecture == architecture), job)
+def _of_file(job: Job, architecture: str | None, stored: StoredTypes) -> Job:
+    """The output of a job that has this architecture: the model, or a further one such as a projector.
+
+    Of several that have it, the one whose tensors are most like those of the file.
+    """
+
+    def n_strange(one: Job) -> int:
+        planned = {(step.target, step.tensor.spec.shape) for step in one.steps}
+        return len(planned ^ {(name, shape) for name, (shape, _) in stored.types.items()})
+
+    return min((one for one in job.outputs if one.architecture == architecture), key=n_strange, default=job)
 
 
 def _imatrix_of(file: GGUFFile, stored: StoredTypes) -> str | None:

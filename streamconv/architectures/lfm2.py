@@ -50,7 +50,7 @@ def ffn_width(config: Config) -> int | None:
 
 
 def mixers_by_type(config: Config, n_layers: int) -> Sequence[str] | None:
-    names = {"full_attention": "attention"}
+    names = {"full_attention": "attention", "sliding_attention": "attention"}  # the latter of LFM2.5-Audio's codec
     types = config.list_of("layer_types", str)
     return None if types is None else [names.get(kind, kind) for kind in types]
 

@@ -252,7 +252,7 @@ class OutputOptions(Options):
     )
     mmproj_outtype: str | None = option(
         None,
-        "type of the projector; default: the outtype if it is one of these, otherwise f16",
+        "type of the projector, and of a detokenizer; default: the outtype if it is one of these, otherwise f16",
         kind=Kind.WORD,
         commands=("convert",),
         group="projector",
@@ -276,6 +276,11 @@ class OutputOptions(Options):
     def asks_for_mmproj(self) -> bool:
         """Whether an option is about a projector that is written."""
         return self.mmproj is not None or self.mmproj_outtype is not None
+
+    @property
+    def writes_others(self) -> bool:
+        """Whether files beside the text model's are written: not with a later part of a split alone."""
+        return not self.no_mmproj and self.parts.only_part in (None, 1)
 
     @property
     def mix(self) -> MixOptions:

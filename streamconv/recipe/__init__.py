@@ -6,6 +6,8 @@ from streamconv.recipe.language import Model, Output, Recipe
 from streamconv.recipe.operation import Op
 from streamconv.recipe.ops import (
     Columns,
+    FoldedScale,
+    FoldedShift,
     Interleaved,
     MinusExp,
     Permute,
@@ -50,6 +52,8 @@ __all__ = [
     "Config",
     "Dim",
     "Drop",
+    "FoldedScale",
+    "FoldedShift",
     "Interleaved",
     "Key",
     "MinusExp",

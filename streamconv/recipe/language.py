@@ -86,7 +86,9 @@ class Output:
         """ValueError, naming the recipe, with all that it cannot mean."""
         if found := list(faults(self)):
             raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
-        sources = [row.source for row in self.tensors] + [drop.source for drop in self.drops if not drop.is_open]
+        sources = [name for row in self.tensors for name in row.sources] + [
+            drop.source for drop in self.drops if not drop.is_open
+        ]
         object.__setattr__(self, "names", NameTable(sources))
         object.__setattr__(self, "alias_names", NameTable(alias.source for alias in self.aliases))
 
@@ -155,6 +157,9 @@ class Recipe(Output):
         origin: Where it comes from, for the identity of a run: "" of architectures/, else file and digest, or package
             and version; set by what loads it.
         templates: Chat templates that the runtime looks for by name and no file has.
+        has_tokenizer: Whether it takes tokens of text. (A codec's decoder takes codes.)
+        folders: Models of their own in folders of the checkpoint, by role; each has a recipe, and becomes a file that
+            is written and sealed together with this one.
         reranker: The same architecture where it scores texts by the logits of two tokens (`Modules.answers`); None
             where the runtime does not rank with it.
     """
@@ -170,6 +175,8 @@ class Recipe(Output):
     description: str = ""
     origin: str = field(default="", compare=False)
     templates: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    has_tokenizer: bool = True
+    folders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     reranker: Recipe | None = None
     head: str = "lm_head.weight"
 
@@ -275,9 +282,11 @@ class Model:
             raise KeyError(extent)
         return value
 
-    def made(self, row: Tensor, tensor: LazyTensor) -> LazyTensor:
-        """The target of a row, of its source or its stack of experts."""
-        return applied(row.ops, tensor, self)
+    def made(self, row: Tensor, sources: Sequence[LazyTensor]) -> LazyTensor:
+        """The target of a row, of its sources or its stack of experts."""
+        if len(sources) == 1:
+            return applied(row.ops, sources[0], self)
+        return applied(row.ops[1:], row.ops[0].join(sources, self), self)
 
     def role(self, target: Target) -> TensorRole:
         """A target as a type policy sees it."""

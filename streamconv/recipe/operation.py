@@ -42,10 +42,16 @@ class Op(ABC):
     __slots__ = ()
     keeps_shape: ClassVar[bool] = False
     refuses: ClassVar[str] = ""  # what a tensor is of which no pair of factors can carry a change through this
+    n_sources: ClassVar[int] = 1  # the source of its row, and those in the row's `also`
 
     @abstractmethod
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         """The operation on `parent`. ValueError where its shape does not suit."""
+
+    def join(self, sources: Sequence[LazyTensor], model: Model) -> LazyTensor:
+        """The operation on all sources of a row, of which there are `n_sources`, of one shape."""
+        (parent,) = sources
+        return self.node(parent, model)
 
     def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
         """What becomes of the factor a [r, columns]. CannotAdapt where no factor can carry a change through this."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from streamconv.lazy import arithmetic, dtype, indexing, views
+from streamconv.lazy import arithmetic, dtype, indexing, norms, views
 from streamconv.lazy.node import LazyTensor, TensorSpec
 from streamconv.recipe.dims import differ, parse_extent, parse_shape
 from streamconv.recipe.operation import N_EXPERTS, CannotAdapt, Extents, Op
@@ -367,6 +367,44 @@ class Scale(Op):
 
     def phrase(self, model: Model) -> str:
         return f"scales these weights by {self.rule(model):g}"
+
+
+@dataclass(frozen=True, slots=True)
+class _FoldedNorm(Op):
+    """A part of a batch norm that is folded, in F32, over `n_sources` vectors of one length."""
+
+    keeps_shape = True
+    refuses = "a batch norm, which is folded"
+
+    epsilon: float = 1e-5  # torch's default for BatchNorm1d
+
+    def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
+        return self.join([parent] * self.n_sources, model)
+
+    def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
+        return type_ == F32
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedScale(_FoldedNorm):
+    """The scale of a batch norm: of its weight, and its running_var in the row's `also`."""
+
+    n_sources = 2
+
+    def join(self, sources: Sequence[LazyTensor], model: Model) -> LazyTensor:
+        weight, variance = sources
+        return norms.NormScale(weight, variance, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedShift(_FoldedNorm):
+    """The shift of a batch norm: of its bias, and its running_mean, weight and running_var in the row's `also`."""
+
+    n_sources = 4
+
+    def join(self, sources: Sequence[LazyTensor], model: Model) -> LazyTensor:
+        bias, mean, weight, variance = sources
+        return norms.NormShift(bias, mean, norms.NormScale(weight, variance, self.epsilon))
 
 
 def _names(shape: str) -> tuple[str, ...]:

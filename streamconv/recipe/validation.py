@@ -25,7 +25,8 @@ def faults(recipe: Output) -> Iterator[str]:
         yield "it has no arch, or no role"
     if recipe.head and (missing := {"L", "V"} - recipe.dims.keys()):
         yield f"no dim {' and '.join(sorted(missing))}"
-    used = {stack_of(row.source) for row in recipe.tensors}
+    sources = {source for row in recipe.tensors for source in row.sources}
+    used = set(map(stack_of, sources))
     for stack, dim_name in recipe.stacks.items():
         if dim_name not in recipe.dims and (stack != MAIN_STACK or stack in used):
             yield f"stack {stack!r}: there is no dim {dim_name}"
@@ -43,7 +44,6 @@ def faults(recipe: Output) -> Iterator[str]:
             yield f"{claim.key}: there is no axis {claim.axis!r}"
     for axis in recipe.axes:
         yield from (f"axis {axis}: {fault}" for fault in _axis_faults(recipe, axis))
-    sources = {row.source for row in recipe.tensors}
     for alias in recipe.aliases:
         if alias.name not in sources:
             yield f"{alias.source}: no row has the name {alias.name}"
@@ -65,7 +65,7 @@ def faults(recipe: Output) -> Iterator[str]:
 
 def _repetitions(recipe: Output) -> Iterator[str]:
     """What is said twice, so that one of the two would count."""
-    sources = {row.source for row in recipe.tensors}
+    sources = {source for row in recipe.tensors for source in row.sources}
     aliases = Counter(alias.source for alias in recipe.aliases)
     drops = Counter(drop.source for drop in recipe.drops)
     keys = Counter(key.name for key in recipe.keys if isinstance(key.value, str))
@@ -78,7 +78,7 @@ def _repetitions(recipe: Output) -> Iterator[str]:
 
 def _idle_words(recipe: Output) -> Iterator[str]:
     """What no row refers to."""
-    sources = [row.source for row in recipe.tensors]
+    sources = [source for row in recipe.tensors for source in row.sources]
     flags = {row.required for row in recipe.tensors if isinstance(row.required, str)}
     yield from (f"no row names the flag {flag!r}" for flag in recipe.flags if flag not in flags)
     stacks = {stack_of(source) for source in sources}
@@ -93,9 +93,9 @@ def _idle_words(recipe: Output) -> Iterator[str]:
 def faults_of_all(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the files of a recipe together, and with what it refuses."""
     outputs = (recipe, *recipe.outputs)
-    roles = Counter(output.role for output in outputs)
+    roles = Counter([*(output.role for output in outputs), *recipe.folders])
     yield from (f"{n} outputs are {role}" for role, n in roles.items() if n > 1)  # files are named by it
-    sources = Counter(source for output in outputs for source in {row.source for row in output.tensors})
+    sources = Counter(source for output in outputs for source in {one for row in output.tensors for one in row.sources})
     yield from (f"{source} is of {n} outputs" for source, n in sources.items() if n > 1)
     for pattern in recipe.unrunnable:
         try:
@@ -138,6 +138,7 @@ def _row_faults(recipe: Output, row: Tensor) -> Iterator[str]:
         yield fault
     if stack_of(row.source) != stack_of(row.target):
         yield f"its target {row.target} counts other layers"
+    yield from _also_faults(row)
     if (stack := stack_of(row.source)) is not None and stack not in recipe.stacks:
         yield f"there is no stack {stack!r}"
     if has_experts(row.source) and "E" not in recipe.dims:
@@ -155,16 +156,31 @@ def _row_faults(recipe: Output, row: Tensor) -> Iterator[str]:
     yield from _target_faults(recipe, row)
 
 
+def _also_faults(row: Tensor) -> Iterator[str]:
+    for source in row.also:
+        if fault := template_fault(source):
+            yield f"{source}: {fault}"
+        if stack_of(source) != stack_of(row.source):
+            yield f"{source} counts other layers"
+        if has_experts(source) or has_experts(row.source):
+            yield f"{source}: experts are stacked, and have no other sources"
+
+
 def _ops_faults(recipe: Output, row: Tensor) -> Iterator[str]:
     if not isinstance(row.ops, tuple):
         yield f"ops={row.ops!r} is not a tuple: write ({row.ops!r},)"
         return
     shape = (*(N_EXPERTS,) * has_experts(row.source), *row.shape.split())
-    for op in row.ops:
+    if row.also and not row.ops:
+        yield "also= and no operation that takes several sources"
+    for number, op in enumerate(row.ops):
         if not isinstance(op, Op):
             yield f"{op!r} is not an operation"
             return
         name = type(op).__name__
+        if op.n_sources != (n := len(row.sources) if number == 0 else 1):
+            yield f"{name} takes {op.n_sources}, and has {n} source{'s' if n > 1 else ''} here"
+            return
         if faults := list(_extent_faults(recipe, op.dims(), name)):
             yield from faults
             return

@@ -69,6 +69,7 @@ class Tensor:
     it is stored. Rows with the same target are alternatives; rows with the same source take parts of it.
 
     `unless` names a source; if that is stored, the row is not used ("lm_head.weight", for a row of the embedding).
+    `also`: further sources of the same shape, which the first of `ops` takes together with `source`, in this order.
 
     `f32`: the tensor stays F32 in every outtype, as in llama.cpp; with `or_f16`, it is F16 in an F16 file.
     `no_adapter`: why no adapter can change it although it is a matrix, such as "it is a table of positions".
@@ -84,6 +85,12 @@ class Tensor:
     or_f16: bool = False
     no_adapter: str = ""
     unless: str = ""
+    also: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of all that the row is made of."""
+        return (self.source, *self.also)
 
 
 @dataclass(frozen=True, slots=True)

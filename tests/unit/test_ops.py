@@ -12,11 +12,14 @@ from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from streamconv.lazy.leaves import Resident
-from streamconv.lazy.node import description
+from streamconv.lazy.node import Workspace, description, peak_nbytes, read
+from streamconv.lazy.scratch import Scratch
 from streamconv.recipe import (
     Columns,
     Config,
     Dim,
+    FoldedScale,
+    FoldedShift,
     Interleaved,
     MinusExp,
     Model,
@@ -29,6 +32,7 @@ from streamconv.recipe import (
     Scale,
     Split,
     Squeeze,
+    Tensor,
     Transpose,
 )
 from streamconv.recipe.operation import CannotAdapt, applied, factors_through, first_fault, loss, total_factor
@@ -188,6 +192,46 @@ def test_there_is_no_block_beyond_the_last(made: Callable[[], Op]) -> None:
 @EACH
 def test_a_shape_that_suits_is_none(case: Case) -> None:
     assert first_fault(case.ops, case.shape, model()) is None
+
+
+def norm(n: int = 300) -> dict[str, Array]:
+    """A batch norm's vectors, by their names; one channel has no variance."""
+    made = {part: noise(part, n) for part in ("weight", "bias", "mean", "variance")}
+    made["variance"] = np.abs(made["variance"])
+    made["variance"][7] = 0
+    return made
+
+
+SCALE = Tensor("weight", "t", "H", (FoldedScale(1e-3),), also=("variance",))
+SHIFT = Tensor("bias", "t", "H", (FoldedShift(1e-3),), also=("mean", "weight", "variance"))
+
+
+def test_a_batch_norm_is_folded_in_f32() -> None:
+    """A few rows as all at once, within the scratch that is derived for them."""
+    vectors = norm()
+    scale = vectors["weight"] / np.sqrt(vectors["variance"] + np.float32(1e-3))
+    for row, expected in ((SCALE, scale), (SHIFT, vectors["bias"] - vectors["mean"] * scale)):
+        made = model().made(row, [Resident(vectors[name]) for name in row.sources])
+        np.testing.assert_array_equal(inmemory.values(made), expected)
+        for rows in (range(1), range(7, 8), range(100, 300)):
+            out = np.empty(4 * len(rows), np.uint8)
+            read(made, rows, out, Workspace(Scratch(peak_nbytes(made, len(rows)))))
+            np.testing.assert_array_equal(out.view(np.float32), expected[rows.start : rows.stop])
+
+
+def test_a_folded_norm_is_a_single_chain() -> None:
+    """What is described has every source and the epsilon; only F32 holds the result; no factors go through."""
+    stored = {name: Resident(values) for name, values in norm().items()}
+    rows = [SCALE, SHIFT, Tensor("weight", "t", "H", (FoldedScale(1e-5),), also=("variance",))]
+    found = [description(model().made(row, [stored[name] for name in row.sources])) for row in rows]
+    assert len(set(found)) == 3
+    for row in rows:
+        assert [loss(row.ops, type_, model()) is None for type_ in (F32, F16, BF16, Q8_0)] == [True] + [False] * 3
+        assert first_fault(row.ops, (300,), model()) is None
+        with pytest.raises(CannotAdapt):
+            factors_through(row.ops, Resident(noise("a", 3, 8)), Resident(noise("b", 12, 3)), model())
+    with pytest.raises(ValueError, match="not of one shape"):
+        model().made(SCALE, [stored["weight"], Resident(noise("v", 299))])
 
 
 @pytest.mark.parametrize("type_", [F32, F16, BF16, Q8_0])

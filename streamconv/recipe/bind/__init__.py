@@ -114,4 +114,4 @@ def _made(model: Model, choice: Choice, stored: Mapping[str, Stored]) -> Target 
         if len({tensor.spec.dtype for tensor in lazy}) > 1:
             lazy = [widened(tensor) for tensor in lazy]
         lazy = [Stack(lazy)]
-    return Target(choice.name, model.made(row, lazy[0]), row)
+    return Target(choice.name, model.made(row, lazy), row)

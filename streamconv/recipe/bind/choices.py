@@ -66,6 +66,10 @@ def _choose(model: Model, sources: Sources, rows: Sequence[Row], i: int | None) 
     if stored:
         row, names = stored[0]
         taken, missing = _in_order(model, row, i, names)
+        if row.also:
+            beside = {source: sources.of_layer(source, NONE if i is None else i).get(NONE) for source in row.also}
+            missing = missing or next((fill(source, i) for source, name in beside.items() if name is None), None)
+            taken = (*taken, *(name for name in beside.values() if name is not None))
         rivals = tuple(next(iter(names.values())) for _, names in stored) if len(stored) > 1 else ()
         yield Choice(fill(row.target, i), row, taken, missing, rivals)
         return
@@ -104,7 +108,7 @@ def check_choices(model: Model, sources: Sources, choices: Sequence[Choice]) -> 
         for one in choices
         if one.rivals
     ]
-    missing = [one.missing for one in choices if one.missing is not None]
+    missing = [*dict.fromkeys(one.missing for one in choices if one.missing is not None)]
     if sources.unknown:
         known = [match_name(name)[0] for name in missing] or [row.source for row in model.recipe.tensors]
         shown = listed(sources.unknown, closest(sources.unknown, known))

@@ -45,8 +45,9 @@ def match_names(recipe: Output, config: Config, stored: Mapping[str, Stored]) ->
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for row in recipe.tensors:
         if not callable(row.required) or row.required(config):
-            rows[row.source].append(row)
-    ruled_out = {row.source for row in recipe.tensors} - rows.keys()
+            for source in row.sources:
+                rows[source].append(row)
+    ruled_out = {source for row in recipe.tensors for source in row.sources} - rows.keys()
     stated = stated_dims(recipe, config)
     depths = {stack: stated[dim] for stack, dim in recipe.stacks.items() if dim in stated}
     found: dict[str, dict[int, dict[int, str]]] = {}
