@@ -298,7 +298,8 @@ def obey(order: Order, progress: Progress | None = None) -> Report:
     except SourceError as error:
         name = "/".join(Path(error.file or "").parts[-2:])  # an absolute path keeps the name of a repo as its end
         is_missing = error.file in (order.job.source, order.job.base) and not os.path.lexists(error.file or "")
-        if is_missing and is_repo_id(name):
+        # The folder of a mistyped path is there; that of a repo's owner is not.
+        if is_missing and is_repo_id(name) and not Path(error.file or "").parent.exists():
             error.hint = f"if you mean the repo {name}, run: hf download {name} (streamconv does not download)"
         raise
 

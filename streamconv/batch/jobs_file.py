@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -148,7 +149,14 @@ def read_jobs(path: Path) -> list[JobSpec]:
             raise UsageError(
                 f"{other} and {job.name} would both write {job.output}", file=path, hint=hint, code="jobs-same-output"
             )
-    return sorted(jobs, key=lambda job: (job.output, job.command))
+    return sorted(_told_apart(jobs), key=lambda job: (job.output, job.command))
+
+
+def _told_apart(jobs: Sequence[JobSpec]) -> Iterator[JobSpec]:
+    """The jobs; where several outputs would be made under one name, each job is named after its own."""
+    n_outputs = Counter(name for name, _ in {(job.name, job.output) for job in jobs})
+    for job in jobs:
+        yield job if n_outputs[job.name] == 1 else replace(job, name=Path(job.output).stem)
 
 
 def _toml_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,6 +7,7 @@ done only after its file is sealed.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 from streamconv.batch.child import (
@@ -112,6 +114,18 @@ def verification(job: JobSpec) -> JobSpec:
     return replace(job, command="verify")
 
 
+def completion(job: JobSpec) -> JobSpec:
+    """What makes all outputs of `job` again, of which some are gone: those that are there get the same bytes.
+
+    Its Modelfile stays, which may have been edited.
+    """
+    from streamconv.output.modelfile import modelfile_path
+
+    modelfile = modelfile_path(Path(job.output))
+    options = dict(job.options) | ({"modelfile": False} if os.path.lexists(modelfile) else {})
+    return replace(job, force=True, options=tuple(options.items()))
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """A job, what is run in order that it is done, and how often that was begun."""
@@ -145,6 +159,8 @@ class _Run:
                 yield JobResult(job, "skipped", 0, 0)
             elif standing == "unverified":  # what is remembered of it stays true
                 self.submit(job, verification(job))
+            elif standing == "incomplete":  # as is this, until all are there
+                self.submit(job, completion(job))
             else:
                 state.begin(job)
                 self.submit(job, job)
@@ -234,7 +250,8 @@ def forecast(jobs: Sequence[JobSpec], state: State, *, n_parallel: int = 1) -> I
             return Forecast(job, "skip", 0)
         if job.command == "verify" or standing == "unverified":
             return Forecast(job, "run", 0)
-        code, answer = run_process(Order(job, dry_run=True))
+        work = completion(job) if standing == "incomplete" else job
+        code, answer = run_process(Order(work, dry_run=True))
         if "error" in answer:
             return Forecast(job, "fail", 0, in_words(answer["error"]))
         if code != 0 or "outputs" not in answer:

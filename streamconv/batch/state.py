@@ -25,8 +25,9 @@ MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
 _WITHOUT_EFFECT = {"name", *(key for key, one in OPTIONS.items() if not one.option.changes_bytes)}  # on an output
 _SUBFOLDER = "additional_chat_templates"
 
-# A job whose output is there and nobody has compared: it was not asked for then, or the batch was killed too early.
-Standing = Literal["due", "done", "unverified"]
+# Unverified: the output is there and nobody has compared it: it was not asked for then, or the batch was killed too
+# early. Incomplete: some of the outputs are as the job wrote them, and the others are gone.
+Standing = Literal["due", "done", "unverified", "incomplete"]
 
 
 class State:
@@ -48,8 +49,11 @@ class State:
             if entry.get("digest") != _digest(job):
                 return "due"
             if "outputs" in entry:
-                if entry["outputs"] != _stamps(output[0] for output in entry["outputs"]):
+                there = [output for output in entry["outputs"] if os.path.lexists(output[0])]
+                if there != _stamps(output[0] for output in there):
                     return "due"
+                if len(there) < len(entry["outputs"]):
+                    return "incomplete" if there else "due"
                 if not job.verify or entry.get("verified"):
                     return "done"
             elif _stamps([job.output]) == entry["before"]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from streamconv.cli.batch_progress import MAX_NAME_CHARS, shown_batch
 from streamconv.cli.options import add_command, add_report_options, add_resume_options, dst_path, positive, src_path
-from streamconv.cli.output import progress_of, say, tell
+from streamconv.cli.output import from_here, progress_of, say, tell
 from streamconv.errors import StreamconvError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class _Lines:
             if is_needed or not self._options.quiet:
                 tell(line)
         else:
-            say(line, flush=True)
+            say(from_here(line), flush=True)
 
 
 def _outcome(result: JobResult) -> str:

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
-from streamconv.cli.output import STDERR, Lines, bar, tell
+from streamconv.cli.output import BAR, STDERR, Lines, bar, tell
 
 if TYPE_CHECKING:
     from streamconv.batch.child import JobResult
     from streamconv.batch.jobs_file import JobSpec
 
 MAX_NAME_CHARS = 24  # of a job, so that its bar fits 80 columns
+BEGINS = "{desc}: begins"  # until its size is known
 ALL = "{l_bar}{bar}| {n_fmt} of {total_fmt} jobs [{elapsed}]"
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= MAX_NAME_CHARS else f"{name[: MAX_NAME_CHARS - 3]}..."
+    """The name, or its two ends: a type at the end is what tells some apart."""
+    half = (MAX_NAME_CHARS - 3) // 2
+    return name if len(name) <= MAX_NAME_CHARS else f"{name[:half]}...{name[-half:]}"
 
 
 class BatchProgress(Protocol):
@@ -92,16 +95,19 @@ class _Bars:
             if job not in self._running:
                 taken = set(self._places.values())
                 self._places[job] = next(n for n in range(1, len(taken) + 2) if n not in taken)
-                self._running[job] = self._bar(job, total)
+                self._running[job] = self._bar(job)
             shown = self._running[job]
+            if total == 0:
+                return
+            shown.bar_format = BAR
             if done < shown.n:  # a job that is verified starts its second phase
                 shown.set_description(f"{_short(job.name)} (verifying)", refresh=False)
                 shown.reset(total)
             shown.total = total
             shown.update(done - shown.n)
 
-    def _bar(self, job: JobSpec, total: int) -> Any:
-        return bar(_short(job.name), total, position=self._places[job], dynamic_ncols=True)
+    def _bar(self, job: JobSpec) -> Any:
+        return bar(_short(job.name), 0, position=self._places[job], dynamic_ncols=True, bar_format=BEGINS)
 
     def ended(self, result: JobResult) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from streamconv.batch.state import State
 from streamconv.cli import main
 from streamconv.errors import UsageError
 from streamconv.options import SplitOptions
-from tests import terminal, tiny
+from tests import families, terminal, tiny
 from tests.holding import await_end, held_processes, hold
 from tests.raising import raises
 
@@ -144,10 +145,45 @@ def test_a_live_line_for_each_job_and_one_for_all(folder: Path) -> None:
     """On a terminal: bars that are wiped where a line is printed, and at the end."""
     code, text = terminal.run([sys.executable, "-m", "streamconv", "batch", "jobs.toml", "--jobs", "2"], folder)
     assert code == 0
-    assert "of 2 jobs [" in text and "one:" in text and "two:" in text
+    assert "of 2 jobs [" in text and "one: begins" in text and "two: begins" in text
+    assert "of 0 bytes" not in text and re.search(r"one: .* bytes of [\d,]+ bytes", text)
     lines = terminal.rendered(text)
     assert [line.split()[0] for line in lines if line.strip()] == ["done", "done", "2"]
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("gone", ["out.gguf", "mmproj-out.gguf"])
+def test_one_of_two_outputs_that_is_gone_is_made_again(tmp_path: Path, gone: str) -> None:
+    families.checkpoint("lfm2-vl", tmp_path / "model")
+    jobs, state = tmp_path / "jobs.toml", tmp_path / "jobs.toml.state.jsonl"
+    jobs.write_text('[[job]]\nsource = "model"\noutput = "out.gguf"\nmodelfile = true\n')
+    assert batch(tmp_path)[0] == 0
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path != state}
+    (tmp_path / "out.Modelfile").write_text("edited")
+    (tmp_path / gone).unlink()
+    _, (planned,), _ = batch(tmp_path, "--dry-run")
+    assert [job["action"] for job in planned["jobs"]] == ["run"]
+    code, lines, _ = batch(tmp_path)
+    assert (code, outcome(lines)) == (0, {"model": ("done", 0, 1)})
+    assert {path: path.read_bytes() for path in whole} == whole | {tmp_path / "out.Modelfile": b"edited"}
+    assert outcome(batch(tmp_path)[1]) == {"model": ("skipped", 0, 0)}
+    (tmp_path / gone).unlink()
+    (tmp_path / ({"out.gguf", "mmproj-out.gguf"} - {gone}).pop()).write_bytes(b"another's")
+    code, (line,), _ = batch(tmp_path)
+    assert (code, line["error"]["code"]) == (EXIT_NONE_SUCCEEDED, "exists")
+
+
+def test_jobs_of_one_name_are_named_after_their_outputs(folder: Path) -> None:
+    (folder / "jobs.toml").write_text('[[job]]\nsource = "models/one"\nouttype = ["q8_0", "q4_0"]\n')
+    assert [job.name for job in read_jobs(folder / "jobs.toml")] == ["one-q4_0", "one-q8_0"]
+
+
+def test_only_what_may_be_a_repo_is_taken_for_one(folder: Path) -> None:
+    (folder / "jobs.toml").write_text(
+        '[[job]]\nsource = "models/three"\noutput = "a.gguf"\n[[job]]\nsource = "Nobody/Model"\noutput = "b.gguf"\n'
+    )
+    hints = {line["name"]: line["error"]["hint"] for line in batch(folder)[1]}
+    assert hints["three"] is None and "hf download Nobody/Model" in hints["Model"]
 
 
 def test_what_is_up_to_date_is_skipped(folder: Path) -> None:
