@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from streamconv import __version__
@@ -38,7 +38,12 @@ def commands() -> dict[str, tuple[str, argparse.ArgumentParser]]:
 
 
 def _options(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    return [one for one in parser._actions if one.option_strings]
+    return [one for one in parser._actions if one.option_strings and one.help != argparse.SUPPRESS]
+
+
+def _places(parser: argparse.ArgumentParser) -> list[str]:
+    """The words, if they are known, that a command takes without an option before them."""
+    return [value for one in parser._actions if not one.option_strings for value in _values(one)]
 
 
 def _values(action: argparse.Action) -> list[str]:
@@ -70,7 +75,7 @@ def _bash() -> Iterator[str]:
     for name, (_, parser) in known.items():
         flags = " ".join(flag for action in _options(parser) for flag in action.option_strings)
         yield f"            '{name} -') words={shlex.quote(flags)};;"
-        if shown := [value for one in parser._actions if not one.option_strings for value in _values(one)]:
+        if shown := _places(parser):
             yield f"            '{name} '*) words={shlex.quote(' '.join(shown))};;"
     yield "        esac"
     yield "    fi"
@@ -86,6 +91,13 @@ def _zsh() -> Iterator[str]:
     known = commands()
     yield "#compdef streamconv"
     yield "_streamconv() {"
+    yield "  if (( CURRENT == 2 )) && [[ $PREFIX == -* ]]; then"
+    yield "    _arguments \\"
+    root = [_zsh_option(action, flag) for action in _options(build_parser()) for flag in action.option_strings]
+    yield from (f"      {option} \\" for option in root[:-1])
+    yield f"      {root[-1]}"
+    yield "    return"
+    yield "  fi"
     yield "  if (( CURRENT == 2 )); then"
     yield "    local -a commands=("
     yield from (f"      {_zsh_quoted(f'{name}:{help}')}" for name, (help, _) in known.items())
@@ -101,7 +113,7 @@ def _zsh() -> Iterator[str]:
         yield "      _arguments \\"
         for action in _options(parser):
             yield from (f"        {_zsh_option(action, flag)} \\" for flag in action.option_strings)
-        places = [value for one in parser._actions if not one.option_strings for value in _values(one)]
+        places = _places(parser)
         rest = f"({' '.join(places)})" if places else "_files"
         yield f"        {_zsh_quoted(f'*:file:{rest}')};;"
     yield "  esac"
@@ -128,17 +140,27 @@ def _zsh_quoted(text: str) -> str:
 def _fish() -> Iterator[str]:
     known = commands()
     yield "# fish completion of streamconv"
+    for action in _options(build_parser()):
+        yield f"complete -c streamconv -n __fish_use_subcommand {_fish_option(action)}"
     for name, (help, _) in known.items():
         yield f"complete -c streamconv -f -n __fish_use_subcommand -a {name} -d {_fish_quoted(help)}"
     for name, (_, parser) in known.items():
         start = f"complete -c streamconv -n '__fish_seen_subcommand_from {name}'"
-        for action in _options(parser):
-            flags = " ".join(
-                f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in action.option_strings
-            )
-            values = _values(action)
-            needs = "" if action.nargs == 0 else f" -x -a '{' '.join(values)}'" if values else " -r"
-            yield f"{start} {flags}{needs} -d {_fish_quoted(str(action.help))}"
+        yield from (f"{start} {_fish_option(action)}" for action in _options(parser))
+        if places := _places(parser):
+            yield f"{start} -f -a {_fish_words(places)}"
+
+
+def _fish_option(action: argparse.Action) -> str:
+    flags = " ".join(f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in action.option_strings)
+    values = _values(action)
+    needs = "" if action.nargs == 0 else f" -x -a {_fish_words(values)}" if values else " -r"
+    return f"{flags}{needs} -d {_fish_quoted(str(action.help))}"
+
+
+def _fish_words(words: Sequence[str]) -> str:
+    """Words to offer, without a description, which would follow the tab; without the tab it would be the option's."""
+    return "'" + " ".join(rf"{word}\t" for word in words) + "'"
 
 
 def _fish_quoted(text: str) -> str:

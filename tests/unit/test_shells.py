@@ -53,6 +53,15 @@ def test_every_option_is_in_every_text(shell: str, command: str) -> None:
             assert spelled in text, f"{command} {flag}"
 
 
+def test_zsh_and_fish_know_the_options_before_a_command_and_the_words_without_one() -> None:
+    """As tried by hand in both; here their texts alone, so that the shells need not be installed."""
+    zsh, fish = shells.text_for("zsh"), shells.text_for("fish")
+    assert "'*--version[" in zsh.partition("local -a commands")[0]
+    assert "-n __fish_use_subcommand -s V -l version " in fish
+    assert r"__fish_seen_subcommand_from completion' -f -a 'bash\t zsh\t fish\t'" in fish
+    assert r"-l io -x -a 'mapped\t positioned\t' -d " in fish  # a tab: none has its option's description
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_that_is_here_takes_the_text(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell):
