@@ -183,7 +183,8 @@ def _naming_what_is_left(sinks: Sequence[Sink], places: Sequence[Place], sizes: 
         kept = [sink.recorded_nbytes for sink in sinks]
         where = next((n for n, size in enumerate(sizes) if kept[n] < size), len(sizes) - 1)
         of = in_words(sum(sizes))
-        error.add_note(f"{places[where].part} ({in_words(sizes[where])}): {in_words(sum(kept))} of {of} are kept")
+        path = sinks[where].readable_path
+        error.add_note(f"{path} ({in_words(sizes[where])}): {in_words(sum(kept))} of {of} are kept")
         raise
 
 

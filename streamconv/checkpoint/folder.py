@@ -74,7 +74,8 @@ class Checkpoint:
         if not directory.is_dir():
             if src.exists():
                 raise magic.misplaced(src, "a checkpoint directory or a .safetensors file", CONFIG)
-            raise SourceError("no such checkpoint directory", file=src, code="source-missing")
+            hint = None if "/" in str(src) else f"a repo id names the owner, too: OWNER/{src.name}"
+            raise SourceError("no such checkpoint directory", file=src, hint=hint, code="source-missing")
         if not (directory / CONFIG).is_file():
             raise _without_config(directory)
         named = Choice(named_set(src)) if directory != src and not is_index else None

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from streamconv.cli.output import say, tell
@@ -28,8 +29,9 @@ RESUMED = frozenset({"convert", "lora", "quantize", "batch"})  # commands that c
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    started = time.monotonic() - (_age_seconds() if arguments is None else 0)  # with arguments, the process is older
     arguments = _asked(list(sys.argv[1:] if arguments is None else arguments))
-    as_json, started = "--json" in arguments, time.monotonic()
+    as_json = "--json" in arguments
     os.environ.setdefault(
         "OPENBLAS_NUM_THREADS", "1"
     )  # numpy's products are small; starting threads for them takes 40 ms
@@ -75,7 +77,19 @@ def _asked(words: list[str]) -> list[str]:
         return ["--help"]
     if {*words} <= {"-v", "--verbose", "-V", "--version"}:
         return sorted(words, key=lambda word: word in ("-V", "--version"))  # which prints and exits
-    return [*words[1:2], "--help", *words[2:]] if words[0] == "help" else words
+    if words[0] == "help":
+        return [word for word in words[1:2] if word != "help"] + ["--help", *words[2:]]
+    return words
+
+
+def _age_seconds() -> float:
+    """Return the time since this process started: the interpreter's and its imports'. 0 without Linux's /proc."""
+    try:
+        status = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+        ticks = int(status.rpartition(")")[2].split()[19])  # proc(5): starttime, field 22, since the boot
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:

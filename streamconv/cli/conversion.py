@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_options, src_path
-from streamconv.cli.output import MIB, error_lines, progress_of, say, show_report, shown_progress, tell_warnings
+from streamconv.cli.output import (
+    MIB,
+    error_lines,
+    from_here,
+    progress_of,
+    say,
+    show_report,
+    shown_progress,
+    tell_warnings,
+)
 from streamconv.errors import DestinationError
 from streamconv.options import arguments
 
@@ -130,7 +139,7 @@ def _verify(options: argparse.Namespace) -> int:
         for line in error_lines(report.output, report.errors):
             say(line)
         for path in report.beside:
-            say(f"wrote {path}")
+            say(from_here(f"wrote {path}"))
     else:
         n = f"{report.n_tensors} of {report.n_tensors}"
         told = f", {len(report.warnings)} warnings" if report.warnings else ""

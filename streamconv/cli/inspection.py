@@ -15,6 +15,7 @@ from shutil import get_terminal_size
 from typing import Any, Final
 
 from streamconv.api.inspect_file import Inspection, Total
+from streamconv.budget import in_words
 from streamconv.errors import printable
 from streamconv.files.hub import is_repo_id
 from streamconv.lora.config import stated_base
@@ -54,7 +55,7 @@ def _lines(found: Inspection, width: int, tensors: bool, head: int | None) -> It
     arch = f", architecture {printable(found.architecture)}" if found.architecture else ""
     yield f"{found.kind}: {found.form}{arch}"
     nbytes = sum(row.nbytes or 0 for row in found.tensors)
-    yield f"{_tensors_of(len(found.tensors))}, {_short(found.n_parameters)} parameters, {_nbytes(nbytes)}"
+    yield f"{_tensors_of(len(found.tensors))}, {_short(found.n_parameters)} parameters, {in_words(nbytes)}"
     yield from _section("metadata" if found.kind == "gguf" else "config", list(_keys(found, width)), head)
     yield from _section("types", list(_totals(found.totals)))
     if tensors:
@@ -140,16 +141,17 @@ def _json(value: Any) -> str:
 def _totals(totals: Mapping[str, Total]) -> Iterator[str]:
     for name, total in totals.items():
         count, parameters = _tensors_of(total.n_tensors), f"{_short(total.n_parameters)} parameters"
-        yield f"  {name:<8}{count:>16}{parameters:>20}{_nbytes(total.nbytes):>11}"
+        yield f"  {name:<8}{count:>16}{parameters:>20}{in_words(total.nbytes):>17}"
 
 
 def _tensors(found: Inspection, width: int) -> Iterator[str]:
     shapes = ["x".join(map(str, row.shape)) or "scalar" for row in found.tensors]
     shape_width = max(map(len, shapes), default=0)
     type_width = max((len(row.type) for row in found.tensors), default=0)
-    for row, shape in zip(found.tensors, shapes, strict=True):
-        nbytes = "?" if row.nbytes is None else _nbytes(row.nbytes)
-        start = f"  {row.type:<{type_width}}  {nbytes:>8}  {shape:>{shape_width}}  "
+    sizes = ["?" if row.nbytes is None else in_words(row.nbytes) for row in found.tensors]
+    size_width = max(map(len, sizes), default=0)
+    for row, shape, size in zip(found.tensors, shapes, sizes, strict=True):
+        start = f"  {row.type:<{type_width}}  {size:>{size_width}}  {shape:>{shape_width}}  "
         name = printable(row.name)
         yield start + _cut(name, max(width - len(start), 16), tail=True)
 
@@ -173,10 +175,6 @@ def _short(n: int) -> str:
 
 def _tensors_of(n: int) -> str:
     return "1 tensor" if n == 1 else f"{n:,} tensors"
-
-
-def _nbytes(n: int) -> str:
-    return f"{_short(n)}B" if n >= _UNITS[-1][0] else f"{n} B"
 
 
 def _columns(text: str) -> int:

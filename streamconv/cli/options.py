@@ -44,25 +44,36 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, hint=f"{self.prog} --help", code="command-line")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._subparsers is None:
-            self._refuse_unknown(args)
-        return super().parse_known_args(args, namespace)
+        self._refuse_unknown(args)
+        known, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return known, left
 
     def _refuse_unknown(self, args: Sequence[str]) -> None:
-        """Raise UsageError for the first option that this command does not have."""
+        """Raise UsageError for the first option that this parser does not have, before a command if it has some."""
         for word in args:
-            if word == "--":
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
                 return
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                raise UsageError(f"no option {name}", hint=self._nearest(name, known), code="option-unknown")
+                hint = self._place_of(name) or self._nearest(name, known)
+                raise UsageError(f"no option {name}", hint=hint, code="option-unknown")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             shown = [row.dest for row in action._choices_actions]
             raise UsageError(f"no command {value!r}", hint=self._nearest(str(value), shown), code="command-unknown")
         super()._check_value(action, value)
+
+    def _place_of(self, name: str) -> str | None:
+        """Where an option belongs that was given before the command."""
+        found = [one for one in self._actions if isinstance(one, argparse._SubParsersAction)]
+        for command, parser in found[0].choices.items() if found else ():
+            if name in parser._option_string_actions:
+                return f"options follow the command: streamconv {command} {name}"
+        return None
 
     def _nearest(self, word: str, known: Sequence[str]) -> str:
         near = difflib.get_close_matches(word, known, n=1, cutoff=SUGGESTION_CUTOFF)

@@ -73,8 +73,17 @@ STDERR: Final = _Stderr()
 
 def tell(line: str) -> None:
     """Print `line` to stderr for people. A failure to write is ignored."""
-    STDERR.write(line + "\n")
+    STDERR.write(from_here(line) + "\n")
     STDERR.flush()
+
+
+def from_here(line: str) -> str:
+    """Return `line` with each path below the current folder made relative to it, as it was most likely given."""
+    try:
+        here = str(Path.cwd())
+    except OSError:  # the folder was removed
+        return line
+    return line if here == "/" else re.sub(rf"(?<![^\s:='\"(]){re.escape(here)}/(?=[^\s/])", "", line)
 
 
 @contextmanager
@@ -224,7 +233,7 @@ def _say_summary(report: Report, options: argparse.Namespace) -> None:
         if output.sha256:
             say(f"sha256 {output.sha256}  {output.path}")
     for path in report.beside:
-        say(f"wrote {path}")
+        say(from_here(f"wrote {path}"))
     if report.resumed_nbytes:
         say(f"resumed after {in_words(report.resumed_nbytes)} of {in_words(report.nbytes)} written by an earlier run")
     if options.verbose:
@@ -236,7 +245,7 @@ def _say_summary(report: Report, options: argparse.Namespace) -> None:
     speed = report.nbytes / max(report.seconds, 1e-9) / MIB
     say(f"{report.seconds:.1f} s ({speed:,.0f} MiB/s), peak resident memory {report.peak_rss_nbytes / MIB:.1f} MiB")
     if command := next_command(report, getattr(options, "base", None)):
-        say(f"next: {command}")
+        say(from_here(f"next: {command}"))
 
 
 _RUN_WITH: dict[Gives, str] = {

@@ -74,7 +74,7 @@ def find_path(source: str | Path) -> Path:
         raise SourceError(
             "no such folder; looking up a repo id in the local cache needs huggingface_hub",
             file=path,
-            hint="pip install '.[hub]' in streamconv's folder",
+            hint=f"pip install huggingface_hub, then hf download {source}; nothing is downloaded here",
             code="source-missing",
         ) from None
     if found is None:
@@ -91,7 +91,12 @@ def _remote(url: str, rest: str) -> SourceError:
     repo_id = "/".join(rest.split("/")[:2])
     is_of_hub = is_repo_id(repo_id) and (url.startswith("hf:") or "huggingface.co/" in url or "hf.co/" in url)
     hint = f"hf download {repo_id}, then give {repo_id}" if is_of_hub else "download it first, then give the folder"
-    return SourceError("is a URL, and streamconv downloads nothing", file=url, hint=hint, code="source-remote")
+    return SourceError(
+        "is a URL, and streamconv downloads nothing",
+        file=re.sub(":/+", "://", url, count=1),
+        hint=hint,
+        code="source-remote",
+    )
 
 
 def find_cached(repo_id: str) -> Path | None:

@@ -301,6 +301,7 @@ def test_verbose_says_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("inspect . --tensor=3", "option-unknown", "--tensors", "streamconv inspect"),
         ("convrt .", "command-unknown", "convert", "streamconv"),
         ("help inspct", "command-unknown", "inspect", "streamconv"),
+        ("--verison", "option-unknown", "--version", "streamconv"),
     ],
 )
 def test_what_is_not_known_is_told_with_the_nearest_that_is(
@@ -312,6 +313,53 @@ def test_what_is_not_known_is_told_with_the_nearest_that_is(
     assert f"{meant}? {command} --help" in error["hint"]
 
 
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        ("--outtype q8_0 convert .", "streamconv convert --outtype"),
+        ("convert . other", "streamconv convert --help"),
+        ("lora a -q", "streamconv lora --help"),
+    ],
+)
+def test_a_word_out_of_place_is_told_where_to_look(
+    capsys: pytest.CaptureFixture[str], words: str, way_out: str
+) -> None:
+    assert cli.main([*words.split()]) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"{way_out})")
+
+
+def test_paths_below_the_current_folder_are_shown_as_from_there(tmp_path: Path) -> None:
+    """In what people read; the JSON of a program has them whole."""
+    tiny.llama(tmp_path / "src")
+    words = ("convert", "src", "-o", "m.gguf", "--sha256", "--modelfile")
+    first, again = run(*words, cwd=tmp_path), run(*words, "--json", cwd=tmp_path)
+    assert (first.returncode, again.returncode) == (0, 5)
+    said = (first.stdout + first.stderr + again.stderr).decode()
+    assert str(tmp_path) not in said
+    assert "wrote m.gguf.manifest.json\n" in said and "wrote m.Modelfile\n" in said
+    assert "create NAME -f m.Modelfile\n" in said and "streamconv: m.gguf: exists" in said
+    assert json.loads(again.stdout)["error"]["file"] == str(tmp_path / "m.gguf")
+    elsewhere = tmp_path / "x" / tmp_path.relative_to("/") / "m.gguf"  # with the folder's path in its own
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.touch()
+    done = run("convert", tmp_path / "src", "-o", elsewhere, cwd=tmp_path)
+    assert f"streamconv: {elsewhere.relative_to(tmp_path)}: " in done.stderr.decode()
+
+
+def test_the_seconds_count_from_the_start_of_the_process(tmp_path: Path) -> None:
+    """A second before the interpreter's first line of ours counts."""
+    (tmp_path / "late.py").write_text(
+        "import sys, time; time.sleep(1); from streamconv.cli import main; sys.exit(main())"
+    )
+    source = tiny.llama(tmp_path / "src")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "late.py", "convert", source, "-o", tmp_path / "m.gguf", "--json"],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["seconds"] > 1
+
+
 def test_options_after_two_dashes_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.llama(tmp_path / "--odd")
@@ -319,7 +367,9 @@ def test_options_after_two_dashes_are_names(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "x.gguf").exists()
 
 
-@pytest.mark.parametrize(("words", "same"), [("", "--help"), ("help", "--help"), ("help convert", "convert --help")])
+@pytest.mark.parametrize(
+    ("words", "same"), [("", "--help"), ("help", "--help"), ("help help", "--help"), ("help convert", "convert --help")]
+)
 def test_help_however_it_is_asked_for(words: str, same: str) -> None:
     done = run(*words.split(), COLUMNS="80")
     assert (done.returncode, done.stderr) == (0, b"")

@@ -377,7 +377,7 @@ class TestText:
         lines = list(render(inspect(path), width=72, tensors=True, head=3))
         assert lines[1:] == [
             "gguf: GGUF version 3, architecture llama",
-            "2 tensors, 96.1 k parameters, 102.3 kB",
+            "2 tensors, 96.1 k parameters, 102,256 bytes",
             "",
             "metadata (4)",
             "  general.architecture   string         llama",
@@ -386,12 +386,12 @@ class TestText:
             "  ... 1 more",
             "",
             "types (2)",
-            "  Q8_0            1 tensor   96.0 k parameters   102.0 kB",
-            "  F32             1 tensor       64 parameters      256 B",
+            "  Q8_0            1 tensor   96.0 k parameters    102,000 bytes",
+            "  F32             1 tensor       64 parameters        256 bytes",
             "",
             "tensors (2)",
-            "  Q8_0  102.0 kB  1500x64  token_embd.weight",
-            "  F32      256 B       64  output_norm.weight",
+            "  Q8_0  102,000 bytes  1500x64  token_embd.weight",
+            "  F32       256 bytes       64  output_norm.weight",
         ]
         row = "  tokenizer.ggml.tokens  array[string]  2,000: "
         cut, whole = (next(line for line in render(inspect(path), width=w) if "Ġ" in line) for w in (72, 1000))
@@ -425,8 +425,8 @@ class TestText:
         name = "base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight"
         path = write(tmp_path / "x.gguf", raw.gguf(tensors=[raw.tensor(name, (2048, 16))], data=bytes(131_072)))
         cut, whole = (list(render(inspect(path), width=width, tensors=True)) for width in (80, 1000))
-        assert cut[-1] == "  F32  131.1 kB  16x2048  base_model.model.model.lay...attn.q_proj.lora_A.weight"
-        assert whole[-1] == f"  F32  131.1 kB  16x2048  {name}"
+        assert cut[-1] == "  F32  131,072 bytes  16x2048  base_model.model.model....tn.q_proj.lora_A.weight"
+        assert whole[-1] == f"  F32  131,072 bytes  16x2048  {name}"
 
     def test_every_width_is_kept(self) -> None:
         for name in ("llama-given.base.gguf", "lfm2-given", "lora-given"):

@@ -49,8 +49,8 @@ def chat_template_keys(
     if not templates and companions.config.get("model_type") in _OWN_FORMAT:
         message = (
             "no chat template: llama.cpp falls back to ChatML, which Mistral models were not trained on; put the "
-            f"model's {TEMPLATE} beside the tokenizer, or run with --chat-template mistral-v1, -v3, -v3-tekken, -v7, "
-            "-v7-tekken"
+            f"model's {TEMPLATE} beside the tokenizer, or run llama.cpp with --chat-template mistral-v1, -v3, "
+            "-v3-tekken, -v7, -v7-tekken"
         )
         warnings.append(RunWarning("chat-template-missing", message))
     named = sorted(name for name in templates if name != DEFAULT)
