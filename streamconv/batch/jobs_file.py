@@ -13,6 +13,7 @@ in the order of their names; an existing path with exactly that name is not trea
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -315,9 +316,9 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
         return
     for key, value in entry.items():
         if key not in KEYS:
-            raise UsageError(
-                f"{where}: unknown key {key!r}", file=path, hint=f"known: {', '.join(KEYS)}", code="jobs-key"
-            )
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KEYS)}"
+            raise UsageError(f"{where}: unknown key {key!r}", file=path, hint=hint, code="jobs-key")
         kind = OPTIONS[key].option.kind if key in OPTIONS else Kind.TEXT
         types = _TYPES.get(kind, (str,))
         if (

@@ -65,7 +65,11 @@ class Parser(argparse.ArgumentParser):
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             shown = [row.dest for row in action._choices_actions]
             raise UsageError(f"no command {value!r}", hint=self._nearest(str(value), shown), code="command-unknown")
-        super()._check_value(action, value)
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:  # a value that is not one of the choices
+            known = [str(choice) for choice in action.choices or ()]
+            raise UsageError(str(error), hint=self._nearest(str(value), known), code="command-line") from None
 
     def _place_of(self, name: str) -> str | None:
         """Where an option belongs that was given before the command."""

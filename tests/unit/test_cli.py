@@ -302,6 +302,8 @@ def test_verbose_says_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("convrt .", "command-unknown", "convert", "streamconv"),
         ("help inspct", "command-unknown", "inspect", "streamconv"),
         ("--verison", "option-unknown", "--version", "streamconv"),
+        ("convert . --outtype q4km", "command-line", "q4_k_m", "streamconv convert"),
+        ("convert . --io maped", "command-line", "mapped", "streamconv convert"),
     ],
 )
 def test_what_is_not_known_is_told_with_the_nearest_that_is(
