@@ -217,7 +217,7 @@ def too_small(allowed: int, needed: int, file: object = None, why: str | None = 
     """
     bound = mib(needed + RUN_TO_RUN_NBYTES)
     return BudgetError(
-        f"a memory bound of {in_words(allowed)} is too small: {why or f'this conversion needs {bound} MiB'}",
+        f"a memory limit of {in_words(allowed)} is too small: {why or f'this conversion needs {bound} MiB'}",
         file=file,
         hint=f"--max-memory {bound}MiB",
         code="memory-bound",

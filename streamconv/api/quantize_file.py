@@ -207,7 +207,7 @@ def _requantised(one: MixedTensor, file: GGUFFile) -> SourceError:
 
 def _not_numbers(one: MixedTensor, file: GGUFFile) -> SourceError:
     """The error for a matrix of a type that only stays as it is, such as integers."""
-    message = f"is {one.type.name}, of which no other type is made"
+    message = f"is {one.type.name}, which cannot be converted to another type"
     hint = "only floating-point and quantised weights can be quantised"
     return SourceError(message, file=file.path, tensor=one.name, hint=hint, code="type-unreadable")
 

@@ -220,7 +220,7 @@ RECIPE = replace(
     folders={"detokenizer": "audio_detokenizer"},
     caveats=(
         Caveat(
-            "no file is written of the vocoder (the depthformer, which chooses the codes of speech, and LFM2-Audio's "
+            "no file is written for the vocoder (the depthformer, which chooses the codes of speech, and LFM2-Audio's "
             "codec): no converter makes one",
             lambda model: True,
             code="vocoder-left-out",

@@ -277,7 +277,7 @@ def read_order(stdin: IO[str]) -> Order:
     """The order on `stdin`; from then on the end of `stdin` ends this process as SIGTERM does."""
     line = stdin.readline()
     if not line:
-        raise InterruptedByTerm("nobody waits for this job", code="interrupted")
+        raise InterruptedByTerm("the batch that started this job has ended", code="interrupted")
     order = json.loads(line)
 
     def watch() -> None:

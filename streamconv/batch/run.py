@@ -73,8 +73,8 @@ def run_batch(
 ) -> list[JobResult]:
     """The result of every job, in the jobs' order.
 
-    KeyboardInterrupt and SIGTERM stop the processes; what was not done is then cancelled, and the next batch goes on
-    with it.
+    KeyboardInterrupt and SIGTERM stop the processes; jobs that are not done are then cancelled, and the next batch
+    continues with them.
 
     Args:
         executor: by default `n_parallel` threads, each of which watches one process.

@@ -300,9 +300,9 @@ class OutputOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class RunOptions(Options):
-    """How a call goes; nothing here changes a byte of an output.
+    """How a call runs; nothing here changes a byte of an output.
 
-    A run goes on with what an earlier one of the same conversion left unfinished; `restart` discards that.
+    A run continues an unfinished one of the same conversion; `restart` discards its work instead.
 
     Attributes:
         progress: called as progress(done, total) from the calling thread, both in bytes: `done` grows up to `total`,

@@ -1,7 +1,8 @@
 """The border between the program and the operating system, watched: every call that changes a file, in order.
 
-The package makes these calls through `os`, `fcntl` and the C library; they are replaced there, so nothing of ours is
-mocked. A handler sees a call before it is made, and may let it through, change it, make it fail, or end the process.
+The package makes these calls through `os`, `fcntl` and the C library; they are replaced there, so no code of the
+package is mocked. A handler sees a call before it is made, and may let it through, change it, make it fail, or end the
+process.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def fail_with(code: int) -> Callable[[int], int]:
 def test_a_disk_that_cannot_be_read(
     source: Path, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """File and offset are named; what was written before stays, and is gone on with once the disk is back."""
+    """File and offset are named; what was written before stays, and is continued from once the disk is back."""
     program = Program(source, empty(tmp_path / "out") / "out.gguf")
     arguments = ["convert", str(source), "-o", str(program.dst), "--outtype", "bf16", "--quiet", "--threads", "1"]
     arguments += ["--io", "positioned"]

@@ -1,4 +1,4 @@
-"""Disks that fill up, fail, or give up at any call: one error of ours, the old file, and a run that can go on."""
+"""Disks that fill up, fail, or give up at any call: one StreamconvError, the old file, and a run that can resume."""
 
 from __future__ import annotations
 

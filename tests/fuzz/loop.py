@@ -82,7 +82,7 @@ def lay_out(directory: Path, files: Files) -> None:
 
 
 def judge(call: Call, directory: Path) -> tuple[bool, float, str | None]:
-    """(an error of ours?, seconds of processor time, what is wrong with how the call ended)."""
+    """(a StreamconvError?, seconds of processor time, what is wrong with how the call ended)."""
     before = _forget_peak()
     started = time.process_time()
     refused, wrong = False, None

@@ -2,7 +2,7 @@
 
 A router that finds two experts equal to the last bits may choose another one here than there. The cases have no such
 tie: over all layers and positions the chosen and the first left-out expert differ by 4e-4 in score or more, and float32
-errs by 1e-7, so a flip would be a mistake of ours, and would show as a KL of 1e-3 or more.
+errs by 1e-7, so a flip would be a mistake in streamconv, and would show as a KL of 1e-3 or more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters of strangers: whatever a configuration or a table of tensors holds, there is a file or one error of ours."""
+"""Untrusted adapters: any configuration and any table of tensors gives a file or one StreamconvError."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def result_or_error(adapter: Path, base: Path, **options: Any) -> ggufs.Gguf | None:
-    """The file; None where the conversion ended in an error of ours, on one line, with nothing written."""
+    """The file; None where the conversion ended in a StreamconvError, on one line, with nothing written."""
     dst = adapter / "out.gguf"
     dst.unlink(missing_ok=True)
     try:

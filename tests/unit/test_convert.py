@@ -226,7 +226,7 @@ def test_too_small_a_bound_names_the_one_that_suffices(source: Path, tmp_path: P
 def test_a_bound_that_nobody_gave_is_not_told_as_an_option(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It follows from the cgroup, of which --max-memory is the way out."""
     monkeypatch.setattr(memory, "cgroup_limit_nbytes", lambda: 20 * MIB)
-    expected = r"a memory bound of 16 MiB is too small: this conversion needs (\d+) MiB \(--max-memory \1MiB\)$"
+    expected = r"a memory limit of 16 MiB is too small: this conversion needs (\d+) MiB \(--max-memory \1MiB\)$"
     with pytest.raises(BudgetError, match=expected):
         streamconv.convert(source, dry_run=True)
 
@@ -243,7 +243,7 @@ def test_a_bound_that_nobody_gave_is_not_told_as_an_option(source: Path, monkeyp
     ],
 )
 def test_a_bound_is_told_as_it_is(source: Path, bound: int, said: str) -> None:
-    with pytest.raises(BudgetError, match=f": a memory bound of {said} is too small"):
+    with pytest.raises(BudgetError, match=f": a memory limit of {said} is too small"):
         streamconv.convert(source, dry_run=True, max_memory=bound)
 
 

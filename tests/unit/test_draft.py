@@ -1,4 +1,4 @@
-"""Drafted recipes: they run, bind to what they were drafted from, and mark what names and shapes do not tell."""
+"""Drafted recipes: they run, bind to what they were drafted from, and mark what names and shapes do not show."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ STRAIGHT, TURNED, A_TURNED, B_TURNED = (False, False), (True, True), (True, Fals
         ((64, 8), (32, 8), (32, 64), [A_TURNED]),
         ((8, 64), (8, 32), (32, 64), [B_TURNED]),
         ((48, 64), (32, 48), (32, 64), [STRAIGHT]),  # a rank above out
-        ((72, 64), (32, 72), (32, 64), [STRAIGHT]),  # and above in: shapes tell, whatever the rank
+        ((72, 64), (32, 72), (32, 64), [STRAIGHT]),  # and above in: shapes decide, for any rank
         ((64, 72), (72, 32), (32, 64), [TURNED]),
         ((64, 64), (32, 64), (32, 64), [STRAIGHT]),  # the rank is in: B tells for both
         ((64, 64), (64, 32), (32, 64), [TURNED]),

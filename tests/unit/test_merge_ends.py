@@ -100,7 +100,7 @@ def test_on_an_untied_base_the_head_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("maker", ["mlx", "peft"])
 def test_a_copied_head_of_a_tied_model_goes_with_the_embedding(tmp_path: Path, maker: str) -> None:
-    """A tied model may have both names in its files; whoever ties them reads the embedding for both."""
+    """A tied model may have both names in its files; a tool that ties them reads the embedding for both."""
     base = tiny.llama(tmp_path / "base")
     if maker == "mlx":
         adapter = tiny.mlx_adapter(tmp_path / "adapter", base, targets=("embed_tokens",))

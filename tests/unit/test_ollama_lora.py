@@ -124,7 +124,7 @@ def test_keys(tmp_path: Path, llama: Path, settings: dict[str, Any], alpha: floa
 
 
 def distances(report: Report) -> dict[str, float]:
-    """The relative distances that the warnings tell, by tensor."""
+    """The relative distances that the warnings give, by tensor."""
     told = {w.tensor: re.search(r"by (\S+) of its", w.message) for w in report.warnings if w.code == "legacy-distance"}
     return {str(name): float(match[1]) for name, match in told.items() if match}
 

@@ -121,7 +121,7 @@ def test_memory_tells_anonymous_from_file_mapped(tmp_path: Path) -> None:
 def test_where_the_system_does_not_tell_all_of_it_counts_as_anonymous(
     status: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No /proc, or one of a kernel that does not tell anonymous memory from files."""
+    """No /proc, or one of a kernel that does not separate anonymous memory from files."""
     monkeypatch.setattr(profile_module, "_STATUS", tmp_path / "status")
     if status is not None:
         (tmp_path / "status").write_text(status)

@@ -42,7 +42,7 @@ def keys(checkpoint: Checkpoint, **overrides: Any) -> dict[str, Any]:
         {"layer_types": None, "full_attn_idxs": ATTENDING},
         {"layer_types": TYPES, "full_attn_idxs": None},
         {"layer_types": TYPES, "full_attn_idxs": ATTENDING},
-        {"layer_types": ABSENT, "full_attn_idxs": ABSENT},  # the tensors tell
+        {"layer_types": ABSENT, "full_attn_idxs": ABSENT},  # the tensors show it
     ],
 )
 def test_layers_that_attend_have_heads(lfm2: Checkpoint, said: dict[str, Any]) -> None:

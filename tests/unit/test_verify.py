@@ -1,4 +1,4 @@
-"""Verify: files of ours and of others pass, in whatever order and type; each way of being wrong is named, exit 6."""
+"""Verify: files of streamconv and of other tools pass, in any order and type; each difference is named, exit 6."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tokenizer.json read in batches against a reference that loads it whole: the same content, or an error of ours."""
+"""tokenizer.json read in batches against a reference that loads it whole: the same content, or a StreamconvError."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ print("alive")
 
 
 @pytest.mark.parametrize("how", ["foreign", "after"])
-def test_a_fault_elsewhere_goes_to_whoever_handled_it_before(tmp_path: Path, how: str) -> None:
+def test_a_fault_elsewhere_goes_to_the_previous_handler(tmp_path: Path, how: str) -> None:
     """Python's faulthandler, which says where it was and ends the process by the signal."""
     command = [sys.executable, "-X", "faulthandler", "-c", PROGRAM, str(tmp_path / "blob"), how]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

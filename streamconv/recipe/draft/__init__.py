@@ -1,8 +1,8 @@
 """A starting recipe for a checkpoint that has none, from its tensor names, its shapes and its config.
 
-Nothing here can tell how rows are permuted, what the runtime computes, or what a config's flags mean: whatever a person
-must settle is marked TODO. The text is a Python module whose RECIPE binds to the checkpoint that it was drafted from,
-where all tensors of one name have one shape and no name has braces or a third number, which recipes cannot express.
+How rows are permuted, what the runtime computes, and what a config's flags mean cannot be determined here; these places
+are marked TODO. The text is a Python module whose RECIPE binds to the checkpoint that it was drafted from, where all
+tensors of one name have one shape and no name has braces or a third number, which recipes cannot express.
 """
 
 from __future__ import annotations
