@@ -159,6 +159,9 @@ def inspect(source: Source, *, recipes: Sequence[RecipeSource] = ()) -> Inspecti
             .safetensors file.
         recipes: recipes, or Python files that define them (their code is run).
 
+    Returns:
+        The metadata, the tensors (shape row-major, size in bytes) and the problems that were found.
+
     Raises:
         SourceError: nothing can be read.
     """

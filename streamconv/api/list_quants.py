@@ -86,12 +86,15 @@ class Quants:
 @noting_files()
 @memory_failures()
 def quants(src: Source, *, adapters: Sequence[AdapterSpec] = (), recipes: Sequence[RecipeSource] = ()) -> Quants:
-    """Return the size of a model's file in every outtype. No weights are read.
+    """The size of a model's file in every outtype. No weights are read.
 
     Args:
         src: as for `convert`; or a GGUF file, or the first part of a split, as for `quantize`.
         adapters: the adapters that would be merged.
         recipes: recipes, or Python files that define them (their code is run).
+
+    Returns:
+        One entry for each outtype, the most precise first, with the size in bytes and the bits per weight.
 
     Raises:
         StreamconvError: the checkpoint cannot be converted at all, or the file cannot be quantised.

@@ -221,7 +221,7 @@ RECIPE = replace(
     caveats=(
         Caveat(
             "no file is written for the vocoder (the depthformer, which chooses the codes of speech, and LFM2-Audio's "
-            "codec): no converter makes one",
+            "codec): no converter supports it",
             lambda model: True,
             code="vocoder-left-out",
         ),

@@ -168,7 +168,7 @@ def run_process(order: Order, progress: Progress | None = None) -> tuple[int, di
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps(asdict(order) | {"job": order.job.to_json()}) + "\n")
             child.stdin.flush()
-        _children.add(child)  # its stdin stays open: the end of it tells the job that nobody waits for it
+        _children.add(child)  # its stdin stays open: its end is the job's sign that the batch has ended
     answer: dict[str, Any] = {}
     try:
         for line in child.stdout:

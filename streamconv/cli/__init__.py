@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from streamconv.cli.output import say, tell
+from streamconv.cli.output import print_stderr, say
 from streamconv.cli.parser import build_parser
 from streamconv.errors import Interrupted, InterruptedByTerm, StreamconvError, no_memory, with_notes
 
@@ -93,7 +93,7 @@ def _age_seconds() -> float:
 
 
 def _fail(error: StreamconvError, as_json: bool) -> int:
-    tell(f"streamconv: {error}")
+    print_stderr(f"streamconv: {error}")
     if as_json:
         from streamconv.report import error_to_json
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from streamconv.cli.batch_progress import MAX_NAME_CHARS, shown_batch
 from streamconv.cli.options import add_command, add_report_options, add_resume_options, dst_path, positive, src_path
-from streamconv.cli.output import from_here, progress_of, say, tell
+from streamconv.cli.output import from_here, print_stderr, progress_of, say
 from streamconv.errors import StreamconvError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class _Lines:
         self._print(line.rstrip(), is_needed=result.is_failed)
         for warning in (result.report or {}).get("warnings", ()):
             where = f"{warning['tensor']}: " if warning["tensor"] else ""
-            tell(printable(f"streamconv: warning: {result.job.name}: {where}{warning['message']}"))
+            print_stderr(printable(f"streamconv: warning: {result.job.name}: {where}{warning['message']}"))
 
     def sum_up(self, results: Sequence[JobResult]) -> None:
         counts = Counter(result.status for result in results)
@@ -199,7 +199,7 @@ class _Lines:
     def _print(self, line: str, *, is_needed: bool = False) -> None:
         if self._options.json or self._options.quiet:
             if is_needed or not self._options.quiet:
-                tell(line)
+                print_stderr(line)
         else:
             say(from_here(line), flush=True)
 

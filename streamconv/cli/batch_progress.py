@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
-from streamconv.cli.output import BAR, STDERR, Lines, bar, tell
+from streamconv.cli.output import BAR, STDERR, Lines, bar, print_stderr
 
 if TYPE_CHECKING:
     from streamconv.batch.child import JobResult
@@ -19,7 +19,7 @@ ALL = "{l_bar}{bar}| {n_fmt} of {total_fmt} jobs [{elapsed}]"
 
 
 def _short(name: str) -> str:
-    """The name, or its two ends: a type at the end is what tells some apart."""
+    """The name, or its two ends: a type at the end is what distinguishes some."""
     half = (MAX_NAME_CHARS - 3) // 2
     return name if len(name) <= MAX_NAME_CHARS else f"{name[:half]}...{name[-half:]}"
 
@@ -64,7 +64,7 @@ class _Log:
 
     def progress(self, job: JobSpec, done: int, total: int) -> None:
         if total == 0:
-            tell(f"{job.name}: begins")
+            print_stderr(f"{job.name}: begins")
             return
         lines = self._lines.get(job)
         if lines is None or done < lines.n:  # a job that is verified starts its second phase

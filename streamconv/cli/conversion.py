@@ -13,11 +13,11 @@ from streamconv.cli.output import (
     MIB,
     error_lines,
     from_here,
+    print_warnings,
     progress_of,
     say,
     show_report,
     shown_progress,
-    tell_warnings,
 )
 from streamconv.errors import DestinationError
 from streamconv.options import arguments
@@ -130,7 +130,7 @@ def _verify(options: argparse.Namespace) -> int:
     with shown_progress(progress_of(options), VERIFYING) as progress:
         report = verify(options.out, options.source, **arguments("verify", vars(options) | {"progress": progress}))
     report.seconds = time.monotonic() - options.started
-    tell_warnings(report)
+    print_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
     elif options.quiet:

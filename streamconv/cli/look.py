@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.cli.options import EXIT_CODES, add_command, add_recipes, add_verbose, positive, src_path
-from streamconv.cli.output import say, tell
+from streamconv.cli.output import print_stderr, say
 from streamconv.errors import SourceError, printable
 
 SCHEMA = 1  # of `architectures --json`
@@ -160,7 +160,7 @@ def _architectures(options: argparse.Namespace) -> int:
             for recipe in all_recipes()
         ]
     for broken in installed_recipes().broken:
-        tell(printable(f"streamconv: warning: could not be loaded: {broken}"))
+        print_stderr(printable(f"streamconv: warning: could not be loaded: {broken}"))
     if options.json:
         say(json.dumps({"schema": SCHEMA, "architectures": rows}))
         return 0

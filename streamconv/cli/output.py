@@ -71,7 +71,7 @@ class _Stderr:
 STDERR: Final = _Stderr()
 
 
-def tell(line: str) -> None:
+def print_stderr(line: str) -> None:
     """Print `line` to stderr for people. A failure to write is ignored."""
     STDERR.write(from_here(line) + "\n")
     STDERR.flush()
@@ -136,7 +136,7 @@ class Lines:
         tenth = 10 * self.n // self.total if self.total else 10
         if tenth > self._told:
             self._told = tenth
-            tell(f"{self.label}: {10 * tenth}% ({in_words(self.n)} of {in_words(self.total)})")
+            print_stderr(f"{self.label}: {10 * tenth}% ({in_words(self.n)} of {in_words(self.total)})")
 
     def close(self) -> None:
         """Nothing to do: every line was complete."""
@@ -177,7 +177,7 @@ def _is_ascii(environment: Mapping[str, str], encoding: str | None) -> bool:
 
 def show_report(report: Report, options: argparse.Namespace) -> None:
     """Print warnings to stderr, then JSON, the plan of a dry run, or a summary to stdout."""
-    tell_warnings(report)
+    print_warnings(report)
     if options.json:
         say(json.dumps(report.to_json()))
     elif report.plan is not None:
@@ -189,11 +189,11 @@ def show_report(report: Report, options: argparse.Namespace) -> None:
         _say_summary(report, options)
 
 
-def tell_warnings(report: Report) -> None:
+def print_warnings(report: Report) -> None:
     """Print each warning of a complete result on a line of stderr."""
     for warning in report.warnings:
         where = f"{warning.tensor}: " if warning.tensor else ""
-        tell(printable(f"streamconv: warning: {where}{warning.message}"))
+        print_stderr(printable(f"streamconv: warning: {where}{warning.message}"))
 
 
 def _say_plan(report: Report) -> None:

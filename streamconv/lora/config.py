@@ -154,7 +154,7 @@ class PeftConfig(LoraConfig):
     """PEFT: s = alpha / r, or alpha / sqrt(r) for rsLoRA, both by the module's name."""
 
     is_rslora: bool = False
-    tells_ranks: bool = False
+    has_ranks: bool = False
     default_rank: int = DEFAULT_RANK
     default_alpha: float = DEFAULT_ALPHA
     _ranks: list[_Pattern] = field(default_factory=list)
@@ -167,7 +167,7 @@ class PeftConfig(LoraConfig):
         config = self.config
         self.default_rank = self._read(config.integer, "r") or DEFAULT_RANK
         self._ranks = list(self._patterns("rank_pattern"))
-        self.tells_ranks = self.fixed_scale is None and not self.problems
+        self.has_ranks = self.fixed_scale is None and not self.problems
         self.is_dora = self._read(config.flag, "use_dora") or False
         self.is_rslora = self._read(config.flag, "use_rslora") or False
         self.token_rows = self._read(self._token_rows, "trainable_token_indices") or {}
@@ -196,7 +196,7 @@ class PeftConfig(LoraConfig):
         return _first(self._alphas, module, self.default_alpha) / (math.sqrt(rank) if self.is_rslora else rank)
 
     def rank(self, module: str) -> int | None:
-        return int(_first(self._ranks, module, self.default_rank)) if self.tells_ranks else None
+        return int(_first(self._ranks, module, self.default_rank)) if self.has_ranks else None
 
     def module_problems(self, module: str) -> Iterator[Problem]:
         if any(part in module for part in self._block_diagonal):

@@ -349,8 +349,8 @@ def _fitting(a: Shape, b: Shape, slot: Slot) -> frozenset[Orientation]:
 
 def _longer(a: Shape, b: Shape, slot: Slot) -> frozenset[Orientation]:
     """The orientations in which factors with an unknown extent, unless square, are longer than wide."""
-    tells = None in slot.shape and a[0] != a[1] and b[0] != b[1]
-    return frozenset({(a[0] > a[1], b[0] < b[1])}) if tells else EVERY
+    decided = None in slot.shape and a[0] != a[1] and b[0] != b[1]
+    return frozenset({(a[0] > a[1], b[0] < b[1])}) if decided else EVERY
 
 
 def _fit(a: Shape, b: Shape, slot: Slot) -> bool:
