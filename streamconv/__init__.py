@@ -11,6 +11,7 @@ KeyboardInterrupt and exceptions of the caller's own functions pass through.
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import (
@@ -86,5 +87,6 @@ if not TYPE_CHECKING:  # type checkers would else accept any name
 
 
 def __dir__() -> list[str]:
-    """The public names, including those not loaded yet: for dir(), help() and Tab."""
-    return sorted({*globals(), *__all__})
+    """The public names, including those not loaded yet, and the modules: for dir(), help() and Tab."""
+    shown = {name for name, value in globals().items() if name.startswith("__") or isinstance(value, ModuleType)}
+    return sorted({*shown, *__all__})

@@ -483,7 +483,7 @@ def test_a_batch_that_is_stopped_leaves_what_can_be_resumed(folder: Path, number
     assert outcome(lines) == {"one": ("cancelled", code, 1), "two": ("cancelled", code, 0)}
     assert error.splitlines()[-2:] == ["2 cancelled", "run the same command again to continue; --restart starts over"]
     (held,) = (line for line in error.splitlines() if line.startswith(f"cancelled  {code}  one"))
-    part = folder / "out" / "one-q8_0.gguf.part"
+    part = Path("out", "one-q8_0.gguf.part")  # below the current folder
     assert f"{part} (130,464 bytes): 130,464 bytes of 130,464 bytes are kept" in held
     assert {path.name for path in (folder / "out").iterdir()} == {
         "one-q8_0.gguf.part",
