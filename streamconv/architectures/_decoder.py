@@ -1,7 +1,7 @@
-"""Rows, dims, keys and refusals that decoders have in common: what an architecture's file is put together from.
+"""Rows, dims, keys and refusals that decoders have in common, from which the architectures' files are assembled.
 
-No architecture itself: a file whose name begins with an underscore has no RECIPE. Names are those of transformers'
-Llama and what follows it, and of llama.cpp's gguf-py (constants.py, tensor_mapping.py).
+Not an architecture itself: a file whose name begins with an underscore has no RECIPE. Names are those of transformers'
+Llama and its successors, and of llama.cpp's gguf-py (constants.py, tensor_mapping.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from streamconv.recipe import BOOL, F32, Caveat, Config, Dim, Drop, Key, Model, 
 
 LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 
-Bias = str | bool | None  # a flag of the config; True: always; False: where it is stored; None: the runtime has none
+Bias = str | bool | None  # a flag of the config; True: always; False: if it is stored; None: the runtime has none
 
 SOFTMAX, SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_*
 
@@ -21,7 +21,12 @@ SOFTMAX, SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_*
 
 
 def dims(head: int | str = "H/A", **more: Dim) -> dict[str, Dim]:
-    """The dims of a decoder. head: the size of a head where neither config nor tensors say it."""
+    """The dims of a decoder.
+
+    Args:
+        head: The size of a head if neither the config nor the tensors determine it.
+        more: Dims to add or replace.
+    """
     return {
         "L": Dim("num_hidden_layers"),
         "V": Dim("vocab_size"),
@@ -34,7 +39,13 @@ def dims(head: int | str = "H/A", **more: Dim) -> dict[str, Dim]:
 
 
 def expert_dims(count: str | tuple[str, ...], used: int | None = None, width: str | None = None) -> dict[str, Dim]:
-    """The number of experts and of those used, and their width where it is not F. used: transformers' default."""
+    """The dims of a mixture of experts: how many there are, how many are used, and their width.
+
+    Args:
+        count: The config's key or keys for the number of experts.
+        used: transformers' default for the number of experts used for each token.
+        width: The config's key for the width of an expert; None if it is F.
+    """
     found = {"E": Dim(count), "U": Dim("num_experts_per_tok", used)}
     return found | ({"M": Dim(width)} if width else {})
 
@@ -45,7 +56,7 @@ def expert_dims(count: str | tuple[str, ...], used: int | None = None, width: st
 def linear(
     source: str, target: str, shape: str, *ops: Op, bias: Bias = None, only: str = "", f32: bool = False
 ) -> tuple[Tensor, ...]:
-    """A layer's weight, and its bias where there is one."""
+    """A layer's weight, and its bias unless `bias` is None."""
     source, target = LAYER + source, BLOCK + target
     rows = [Tensor(f"{source}.weight", f"{target}.weight", shape, ops, only, f32=f32)]
     if bias is not None:
@@ -56,7 +67,7 @@ def linear(
 def norm(
     source: str, target: str, extent: str = "H", *ops: Op, bias: bool = False, required: bool | str = True
 ) -> tuple[Tensor, ...]:
-    """A layer's norm; with `bias`, a LayerNorm's."""
+    """The weight of a layer's norm; with `bias`, the weight and bias of a LayerNorm."""
     parts = ("weight", "bias") if bias else ("weight",)
     return tuple(
         Tensor(f"{LAYER}{source}.{part}", f"{BLOCK}{target}.{part}", extent, ops, required=required) for part in parts
@@ -64,7 +75,13 @@ def norm(
 
 
 def attention(*, permuted: bool = False, bias: Bias = None, out_bias: Bias = None) -> tuple[Tensor, ...]:
-    """Q, K, V and the output. permuted: the runtime wants RoPE's pairs side by side (LLAMA_ROPE_TYPE_NORM)."""
+    """Q, K, V and the output projection.
+
+    Args:
+        permuted: Whether Q and K are permuted, for a runtime that rotates adjacent pairs (LLAMA_ROPE_TYPE_NORM).
+        bias: The bias of Q, K and V.
+        out_bias: The bias of the output projection.
+    """
     q, k = ((Permute("A"),), (Permute("K"),)) if permuted else ((), ())
     return (
         *linear("self_attn.q_proj", "attn_q", "A*D H", *q, bias=bias),
@@ -77,7 +94,7 @@ def attention(*, permuted: bool = False, bias: Bias = None, out_bias: Bias = Non
 def gated(
     prefix: str = "mlp.", suffix: str = "", width: str = "F", *, bias: Bias = None, only: str = ""
 ) -> tuple[Tensor, ...]:
-    """A gated network; `suffix` of the target is "_shexp" for shared experts."""
+    """A gated feed-forward network. The targets of shared experts have the suffix "_shexp"."""
     return (
         *linear(f"{prefix}gate_proj", f"ffn_gate{suffix}", f"{width} H", bias=bias, only=only),
         *linear(f"{prefix}down_proj", f"ffn_down{suffix}", f"H {width}", bias=bias, only=only),
@@ -86,16 +103,17 @@ def gated(
 
 
 def router(source: str, *, bias: Bias = None, only: str = "") -> tuple[Tensor, ...]:
-    """What scores the experts; llama.cpp keeps it F32."""
+    """The router, which scores the experts; llama.cpp keeps it in F32."""
     return linear(source, "ffn_gate_inp", "E H", bias=bias, only=only, f32=True)
 
 
 def experts(
     prefix: str = "mlp.", width: str = "M", *, names: str = "gate_proj down_proj up_proj", only: str = ""
 ) -> tuple[Tensor, ...]:
-    """A stack of experts: one by one, as transformers saves them; stacked, gate and up fused, as it holds them; or
+    """The experts of a layer, in each of the three forms in which they are stored.
 
-    stacked one by one, as mlx-lm names them (models/switch_layers.py).
+    These are: one tensor for each expert, as transformers saves them; stacked, with gate and up fused, as transformers
+    holds them in memory; and stacked, with gate and up separate, as in mlx-lm (models/switch_layers.py).
     """
     targets = [f"{BLOCK}ffn_{part}_exps.weight" for part in ("gate", "down", "up")]
     shapes = (f"{width} H", f"H {width}", f"{width} H")
@@ -107,7 +125,7 @@ def experts(
 
 
 def stacked_experts(prefix: str = "mlp.", width: str = "M", *, only: str = "") -> tuple[Tensor, ...]:
-    """A stack of experts as `experts`, in its two forms that are stacked already."""
+    """The two forms of `experts` that are already stacked."""
     source, gate, down, up = LAYER + prefix, *(f"{BLOCK}ffn_{part}_exps.weight" for part in ("gate", "down", "up"))
     return (
         Tensor(source + "experts.gate_up_proj", gate, f"E 2*{width} H", (Split(0, 2),), only),
@@ -119,13 +137,13 @@ def stacked_experts(prefix: str = "mlp.", width: str = "M", *, only: str = "") -
     )
 
 
-WINDOW_OF_QWEN = 4096  # where the config is silent
+WINDOW_OF_QWEN = 4096  # transformers' default
 
 EMBEDDING = Tensor("model.embed_tokens.weight", "token_embd.weight", "V H")
 OUTPUT_NORM = Tensor("model.norm.weight", "output_norm.weight", "H")
 OUTPUT_NORM_BIAS = Tensor("model.norm.bias", "output_norm.bias", "H")
 HEAD = Tensor("lm_head.weight", "output.weight", "V H", required=False)
-OWN_HEAD = Tensor("lm_head.weight", "output.weight", "V H")  # for runtimes that do not take the embedding instead
+OWN_HEAD = Tensor("lm_head.weight", "output.weight", "V H")  # if the runtime does not fall back to the embedding
 
 DROPS = (
     Drop("model.layers.{i}.self_attn.rotary_emb.inv_freq", "follows from the config"),
@@ -138,9 +156,13 @@ DROPS = (
 def keys(
     rope: Rope, epsilon: float, *, epsilon_keys: tuple[str, ...] = ("rms_norm_eps",), layer_norm: bool = False
 ) -> tuple[Key, ...]:
-    """The keys of any decoder. epsilon: transformers' where the config has none of `epsilon_keys`; layer_norm: it is a
+    """The keys of any decoder.
 
-    LayerNorm's.
+    Args:
+        rope: The architecture's RoPE.
+        epsilon: transformers' default for the norms' epsilon.
+        epsilon_keys: The config's keys for the epsilon; the first one that is set counts.
+        layer_norm: Whether the norms are LayerNorms rather than RMSNorms.
     """
 
     def stated(model: Model) -> float:
@@ -163,12 +185,12 @@ def keys(
 
 
 def sees_both_sides(model: Model) -> bool:
-    """Whether there is no causal mask: any decoder of transformers 5 without one is an encoder."""
+    """Whether there is no causal mask: with `is_causal` false, transformers 5 uses any decoder as an encoder."""
     return model.config.flag("is_causal") is False
 
 
 def expert_keys(width: str | None = "M") -> tuple[Key, ...]:
-    """The keys of a mixture of experts; `width` None where the runtime takes feed_forward_length for it."""
+    """The keys of a mixture of experts. width: their width; None if the runtime uses feed_forward_length for it."""
     found = (Key("{arch}.expert_count", "E"), Key("{arch}.expert_used_count", "U"))
     return (*found, Key("{arch}.expert_feed_forward_length", width)) if width else found
 
@@ -180,7 +202,13 @@ def constant(name: str, value: int) -> Key:
 def window_keys(
     window: Callable[[Config], int | None], pattern: Callable[[Config, int], list[bool] | None], fixed: int
 ) -> tuple[Key, ...]:
-    """The sliding window, and which layers have it where that is not the runtime's own: all but each `fixed`-th."""
+    """The keys of a sliding window.
+
+    Args:
+        window: Returns the size of the window, in tokens.
+        pattern: Returns which layers have the window, or None for the runtime's default.
+        fixed: The runtime's default: all layers but every `fixed`-th have the window. It is not written to the file.
+    """
 
     def own(model: Model) -> list[int] | None:
         slides = pattern(model.config, model.n_layers)
@@ -194,7 +222,7 @@ def window_keys(
 
 
 def sliding(config: Config, n_layers: int) -> list[bool] | None:
-    """Which layers have a sliding window, as `layer_types` says; None where it says nothing."""
+    """Which layers have a sliding window according to `layer_types`; None if the config has no such list."""
     types = config.list_of("layer_types", str)
     if types is None:
         return None
@@ -207,7 +235,13 @@ def sliding(config: Config, n_layers: int) -> list[bool] | None:
 
 
 def activation(*names: str, key: str = "hidden_act", silent: str = "silu") -> Refusal:
-    """Any other activation than those that the runtime computes. silent: transformers' where the config says none."""
+    """Refuses any activation that the runtime does not compute.
+
+    Args:
+        names: The names in configs of the activation that the runtime computes.
+        key: The config's key.
+        silent: transformers' default.
+    """
     return Refusal(
         f"{key} is {{{key}!r}}, but the runtime computes {names[0]}",
         lambda m: (m.config.text(key) or silent) not in names,
@@ -224,7 +258,14 @@ USED_EXPERTS = Refusal("the config uses {U} experts of {E}", lambda m: m.dims["U
 
 
 def flag(key: str, *, only: bool, silent: bool, why: str) -> Refusal:
-    """Any other value of a flag than `only`. silent: transformers' where the config does not say."""
+    """Refuses any value of a flag other than `only`.
+
+    Args:
+        key: The config's key.
+        only: The value that is supported.
+        silent: transformers' default.
+        why: The reason, for the message.
+    """
     shown = "false" if only else "true"
 
     def applies(model: Model) -> bool:
@@ -235,7 +276,7 @@ def flag(key: str, *, only: bool, silent: bool, why: str) -> Refusal:
 
 
 def has_window(model: Model) -> bool:
-    """Whether a Qwen says that it uses a sliding window, and that is shorter than the context."""
+    """Whether the config of a Qwen enables a sliding window that is shorter than the context."""
     config = model.config
     window = WINDOW_OF_QWEN if "sliding_window" not in config.raw else config.integer("sliding_window", minimum=0)
     context = config.integer("max_position_embeddings")
@@ -243,7 +284,7 @@ def has_window(model: Model) -> bool:
 
 
 def slides(model: Model) -> bool:
-    """Whether layers of a dense Qwen, by its several keys, have such a window."""
+    """Whether any layer of a dense Qwen has such a window, by `layer_types` or else by `max_window_layers`."""
     if not has_window(model):
         return False
     by_type = sliding(model.config, model.n_layers)
@@ -254,7 +295,12 @@ def slides(model: Model) -> bool:
 
 
 def window_caveat(family: str, silent: int | None) -> Caveat:
-    """What llama.cpp does beyond a sliding window that it lacks. silent: transformers' where the config says none."""
+    """Warns that the model has a sliding window, which llama.cpp does not support for this family.
+
+    Args:
+        family: The models' name, for the message.
+        silent: transformers' default for the size of the window, in tokens; None if there is no window by default.
+    """
 
     def applies(model: Model) -> bool:
         config = model.config
@@ -281,12 +327,15 @@ SILENT_ROPE = Refusal(
 
 USES_WINDOW = "use_sliding_window is true, but the runtime has no sliding window for this architecture"
 NO_WINDOW = Refusal(USES_WINDOW, slides)
-# transformers' Qwens with experts have it in each second layer up to max_window_layers, or in all of them.
+# In transformers, Qwens with experts have it in every second layer up to max_window_layers, or in all layers.
 NO_WINDOW_AT_ALL = Refusal(USES_WINDOW, has_window)
 
 
 def has_one_sided_window(model: Model) -> bool:
-    """Whether texts may be longer than a window that the runtime ends at earlier tokens alone."""
+    """Whether a model without a causal mask has a window that is shorter than the context.
+
+    The runtime limits the window only towards earlier tokens.
+    """
     if not sees_both_sides(model):
         return False
     rules = [key.value for key in model.recipe.keys if key.name.endswith(".attention.sliding_window")]

@@ -1,7 +1,7 @@
-"""RoPE as configs say it and as llama.cpp's keys do: shared by the files of architectures, and no architecture itself.
+"""RoPE's settings in config.json and llama.cpp's keys for them: shared by architectures, not an architecture itself.
 
 Sources: transformers' modeling_rope_utils.py; llama_model_base::load_hparams in llama.cpp's src/llama-model.cpp, and
-llama-context.cpp, for what the runtime makes of the keys.
+llama-context.cpp, for how the runtime interprets the keys.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from streamconv.recipe import F32, STRING, Caveat, Config, Key, Model, Refusal, Scalar
 
-YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # the runtime's, which reads no key for them
+YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # fixed in the runtime, unless it reads keys for them
 LLAMA3_FACTORS = "rope_freqs.weight"
-DYNAMIC = "dynamic"  # modeling_rope_utils.py: _compute_dynamic_ntk_parameters, whose base is theta up to that length
+DYNAMIC = "dynamic"  # modeling_rope_utils.py: _compute_dynamic_ntk_parameters; its base is theta up to the context
 PLAIN_UP_TO_CONTEXT = (
     "RoPE scaling 'dynamic' was written as plain RoPE, which it is up to the trained context; beyond that, the runtime "
     "computes something else"
@@ -31,12 +31,12 @@ class Rope:
     """RoPE of one architecture.
 
     Attributes:
-        theta: The base that transformers takes where the config is silent.
-        context: The context length that it takes then, in tokens.
-        scalings: The kinds of scaling that the runtime can do for this architecture, beside none.
-        partial: The share of each head that is rotated where the config is silent; None: it is all, and must be.
-        kind: The kind of layers whose RoPE this is, where configs say it by kind.
-        rounded: Whether a YaRN that must not round its range is refused; the runtime always rounds it.
+        theta: transformers' default for the base.
+        context: transformers' default for the context length, in tokens.
+        scalings: The kinds of scaling that the runtime supports for this architecture, besides none.
+        partial: transformers' default for the rotated share of each head; None: the runtime rotates whole heads.
+        kind: The kind of layers that use this RoPE, if configs have settings for each kind.
+        rounded: Whether configs with YaRN and `truncate` false are refused: the runtime always rounds YaRN's range.
         betas: Whether the runtime reads YaRN's betas for this architecture.
     """
 
@@ -48,22 +48,22 @@ class Rope:
     rounded: bool = True
     betas: bool = False
 
-    # -- what a config says
+    # -- settings in the config
 
     def of(self, config: Config) -> Config:
-        """The part of a config that says it."""
+        """The section of a config with these settings."""
         return config.rope if self.kind is None else config.rope_of(self.kind)
 
     def stated_type(self, config: Config) -> str:
-        """The kind of scaling that a config says, "default" for none."""
+        """The kind of scaling that a config sets, "default" for none."""
         return self.of(config).text("rope_type") or self.of(config).text("type") or "default"
 
     def type(self, config: Config) -> str:
-        """The kind of scaling up to the trained context, "default" for none: there "dynamic" scales nothing."""
+        """The kind of scaling up to the trained context, "default" for none or "dynamic", which has no effect there."""
         return "default" if self.is_dynamic(config) else self.stated_type(config)
 
     def is_dynamic(self, config: Config) -> bool:
-        """Whether positions are scaled beyond the trained context alone, by the length of the text."""
+        """Whether positions are scaled only beyond the trained context, by the length of the text."""
         return self.stated_type(config) == DYNAMIC and DYNAMIC not in self.scalings
 
     def base(self, config: Config) -> float:
@@ -78,11 +78,11 @@ class Rope:
         return config.integer(name) or self.of(config).integer(name) or self.context_length(config)
 
     def factor(self, config: Config) -> float:
-        """By how much linear scaling and YaRN stretch positions; what YaRN does not state is the context's growth."""
+        """The factor by which linear scaling and YaRN stretch positions; by default, the ratio of context lengths."""
         return self.of(config).positive("factor") or self.context_length(config) / self.trained_context(config)
 
     def yarn_attention(self, config: Config) -> float | None:
-        """What the runtime multiplies its own attention factor, 1 + ln(factor) / 10, by to reach the config's.
+        """The config's attention factor divided by the runtime's own, 1 + ln(factor) / 10; None if not set.
 
         llama.cpp's converter writes `yarn_attn_factor`, which llama-context.cpp reads and then overwrites.
         """
@@ -94,17 +94,17 @@ class Rope:
         return None if wanted is None else wanted / yarn_magnitude(factor, 1.0)
 
     def rotated(self, model: Model) -> int:
-        """The elements of each head that are rotated."""
+        """The number of elements of each head that are rotated."""
         config = model.config
         share = self.of(config).positive("partial_rotary_factor") or config.positive("partial_rotary_factor")
-        share = share or config.positive("rope_pct")  # its name before transformers had these models
+        share = share or config.positive("rope_pct")  # its name before transformers supported these models
         return int(model.dims["D"] * (share or self.partial or 1.0))
 
     def llama3_factors(self, model: Model) -> NDArray[np.float32] | None:
-        """[head size / 2]: by how much each frequency of RoPE is slowed down; None where it is not Llama 3's scaling.
+        """The divisor of each RoPE frequency, [head size / 2]; None if the scaling is not Llama 3's.
 
-        In llama.cpp's order of float32 operations; only the power is rounded from float64, since torch's own differs
-        between machines. Equal to llama.cpp's bits for the published models.
+        Computed in llama.cpp's order of float32 operations. Only the power is computed in float64 and then rounded,
+        since torch's float32 power differs between machines. Bit-identical to llama.cpp for the published models.
         """
         config = model.config
         if self.type(config) != "llama3":
@@ -114,7 +114,7 @@ class Rope:
         low, high = self.llama3_range(config)
         context = self.trained_context(config)
         exponents = np.arange(0, model.dims["D"], 2, dtype=f32) / f32(model.dims["D"])
-        with np.errstate(all="ignore"):  # of a hostile config; the factors that models have are far from any limit
+        with np.errstate(all="ignore"):  # for malicious configs; the factors of real models are far from any limit
             frequencies = 1 / np.power(self.base(config), exponents.astype(np.float64)).astype(f32)
             wavelengths = 1 / frequencies * f32(2 * math.pi)
             smooth = (1 / wavelengths * f32(context) - f32(low)) / f32(high - low)
@@ -132,17 +132,17 @@ class Rope:
         return self.type(model.config) == "llama3" and low >= high
 
     def is_not(self, key: str, fixed: float) -> Callable[[Model], bool]:
-        """Whether a model's YaRN has another `key` than the runtime."""
+        """A function that returns whether a model's YaRN sets `key` to a value other than `fixed`, the runtime's."""
         return lambda m: self.type(m.config) == "yarn" and self.of(m.config).positive(key) not in (None, fixed)
 
     def for_scaling(self, *types: str, value: Callable[[Config], Scalar | None]) -> ModelKey:
-        """A key's value that only models with one of these RoPE scalings have."""
+        """A function that returns the value of a key for models with one of these kinds of scaling, else None."""
         return lambda model: value(model.config) if self.type(model.config) in types else None
 
-    # -- what a file says
+    # -- keys of the GGUF file
 
     def keys(self) -> tuple[Key, ...]:
-        """The context length, the dimension count, the base, and what scaling adds to them."""
+        """The keys for the context length, the number of rotated elements, the base and the scaling."""
         scaling, beta = "{arch}.rope.scaling.", "{arch}.rope.scaling.yarn_"
         return (
             Key("{arch}.context_length", lambda model: self.context_length(model.config)),
@@ -159,7 +159,7 @@ class Rope:
         )
 
     def refusals(self) -> tuple[Refusal, ...]:
-        """What of a config's RoPE the runtime cannot do."""
+        """The RoPE settings that the runtime does not support."""
         named = "{rope_type!r}" if self.kind is None else f"of {self.kind}"
         return (
             Refusal(
@@ -168,7 +168,7 @@ class Rope:
             ),
             Caveat(PLAIN_UP_TO_CONTEXT, lambda m: self.is_dynamic(m.config), code="rope-dynamic"),
             Refusal("low_freq_factor of RoPE must be below high_freq_factor", self.is_llama3_empty),
-            # What llama.cpp has keys for, and reads in other architectures alone.
+            # llama.cpp has keys for these, but reads them only for other architectures.
             *(
                 Refusal(f"{key} of YaRN is not {fixed:g}, which is fixed in the runtime", self.is_not(key, fixed))
                 for key, fixed in (() if self.betas else YARN_BETAS.items())

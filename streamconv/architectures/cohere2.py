@@ -1,8 +1,8 @@
-"""Command R7B and others of Cohere 2: attention and network side by side, windows and RoPE in most layers.
+"""Command R7B and others of Cohere 2: parallel attention and feed-forward network, windows and RoPE in most layers.
 
-Sources: transformers' Cohere2Config and modeling_cohere2.py, whose RoPE turns neighbours, as llama.cpp does;
-Cohere2Model in llama.cpp's conversion/command_r.py, and cohere2.cpp, which reads the layers with a window where a file
-lists them.
+Sources: transformers' Cohere2Config and modeling_cohere2.py, whose RoPE rotates adjacent pairs, as llama.cpp's does;
+Cohere2Model in llama.cpp's conversion/command_r.py, and cohere2.cpp, which reads the list of layers with a window if
+the file has one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WINDOW, EVERY, LOGIT_SCALE = 4096, 4, 0.0625
 
 
 def pattern(model: Model) -> list[int] | None:
-    """1 for each layer with a window, where it is not all but each fourth, as the runtime takes it."""
+    """1 for each layer with a window; None if that is all but every fourth, the runtime's default."""
     slides = decoder.sliding(model.config, model.n_layers)
     if slides is None:
         every = model.config.integer("sliding_window_pattern") or EVERY

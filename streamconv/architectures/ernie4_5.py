@@ -1,7 +1,7 @@
-"""ERNIE 4.5 (dense): RoPE turns neighbours, in transformers as in the runtime; two names, two programs.
+"""ERNIE 4.5 (dense): RoPE rotates adjacent pairs, both in transformers and in the runtime.
 
 Sources: transformers' Ernie4_5Config and modeling_ernie4_5.py; Ernie4_5Model in llama.cpp's conversion/ernie.py, which
-knows the fused matrices of the publisher's own program too, and ernie4-5.cpp.
+also handles the class name and the fused matrices of the publisher's own code, and ernie4-5.cpp.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREFIXES = {"ernie.": "model."}
 
 
 def fused_network(only: str = "") -> tuple[Tensor, ...]:
-    """Gate and up of a dense layer, stored as one."""
+    """Gate and up of a dense layer, stored as one tensor."""
     return tuple(
         Tensor(LAYER + "mlp.up_gate_proj.weight", f"{BLOCK}ffn_{part}.weight", "2*F H", (Split(i, 2),), only)
         for i, part in enumerate(("gate", "up"))

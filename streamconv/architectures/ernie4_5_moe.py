@@ -1,7 +1,7 @@
-"""ERNIE 4.5 MoE: dense layers first, then layers with experts, beside which some are shared.
+"""ERNIE 4.5 MoE: dense layers first, then layers with routed and shared experts.
 
 Sources: transformers' Ernie4_5_MoeConfig and modeling_ernie4_5_moe.py; Ernie4_5MoeModel in llama.cpp's
-conversion/ernie.py, which takes another width for the shared experts than their tensors have, and ernie4-5-moe.cpp.
+conversion/ernie.py, whose width for the shared experts differs from that of their tensors, and ernie4-5-moe.cpp.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from streamconv.recipe import Claim, Config, Dim, Drop, Key, Model, Recipe, Refu
 ROPE = ernie4_5.ROPE
 DENSE, MOE = "ffn=dense", "ffn=moe"
 
-# What predicts a token further, which transformers does not read either.
+# The modules for multi-token prediction, which transformers does not read either.
 NEXT = ("mtp_block", "mtp_emb_norm", "mtp_hidden_norm", "mtp_linear_proj")
 
 
 def kinds(config: Config, n_layers: int) -> Sequence[str] | None:
-    """Which layers have experts, as the config says; None where it says none of it."""
+    """The kind of each layer, "moe" or "dense"; None if the config sets none of the three keys."""
     first, last = (config.integer(f"moe_layer_{end}_index", minimum=-1) for end in ("start", "end"))
     every = config.integer("moe_layer_interval")
     if first is last is every is None:
@@ -36,7 +36,7 @@ def n_leading_dense(model: Model) -> int:
 
 
 def has_least_sum(model: Model) -> bool:
-    """Whether the weights of the chosen experts may sum to less than what transformers divides them by at least.
+    """Whether the weights of the chosen experts may sum to less than moe_norm_min, the least divisor in transformers.
 
     The best k of E probabilities sum to k / E or more.
     """
@@ -67,7 +67,7 @@ RECIPE = Recipe(
         *decoder.gated(only=DENSE),
         *ernie4_5.fused_network(DENSE),
         *decoder.router("mlp.gate", only=MOE),
-        Tensor(  # as llama.cpp's converter leaves it: [1, E]
+        Tensor(  # [1, E], as llama.cpp's converter writes it
             LAYER + "mlp.moe_statics.e_score_correction_bias", BLOCK + "exp_probs_b.bias", "1 E", (), MOE, f32=True
         ),
         *decoder.experts(only=MOE),

@@ -1,7 +1,7 @@
-"""EXAONE 4.0: norms behind attention and network, norms of Q and K, windows in the 32B.
+"""EXAONE 4.0: norms after attention and feed-forward network, norms of Q and K, windows in the 32B.
 
 Sources: transformers' Exaone4Config and modeling_exaone4.py; Exaone4Model in llama.cpp's conversion/exaone.py, and
-exaone4.cpp, which has windows in models of 64 layers alone.
+exaone4.cpp, which has windows only in models of 64 layers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from streamconv.recipe import BOOL, Computed, Key, Model, Recipe, Refusal
 
 ROPE = Rope(theta=10_000.0, context=2048, scalings=("linear", "yarn", "llama3"))
 
-WINDOW = 4096  # Exaone4Config, where the config is silent; null means none
+WINDOW = 4096  # Exaone4Config's default; null means no window
 LAYERS_WITH_WINDOW = 64
 EVERY = 4
 
@@ -23,7 +23,7 @@ def window(model: Model) -> int | None:
 
 
 def pattern(model: Model) -> list[int] | None:
-    """1 for each layer with a window: as `layer_types` says, or as sliding_window_pattern, "LLLG" or 4, does."""
+    """1 for each layer with a window, by `layer_types` or else by sliding_window_pattern, such as "LLLG" or 4."""
     if window(model) is None:
         return None
     config, layers = model.config, range(model.n_layers)

@@ -1,4 +1,4 @@
-"""Gemma and CodeGemma: norms stored as their distance from one, the embedding as the head.
+"""Gemma and CodeGemma: norms stored as the weight minus one, the embedding used as the head.
 
 Sources: transformers' GemmaConfig and modeling_gemma.py; GemmaModel in llama.cpp's conversion/gemma.py, which leaves
 out the base of RoPE, and gemma.cpp.
@@ -16,7 +16,7 @@ OUTPUT_NORM = Tensor("model.norm.weight", "output_norm.weight", "H", (PlusOne(),
 SAME_HEAD = Alias("lm_head.weight", "model.embed_tokens.weight")  # some programs store it twice
 TIED = decoder.flag("tie_word_embeddings", only=True, silent=True, why="the runtime uses the embedding as the head")
 
-# "gelu" of older configs is meant so, as transformers takes it.
+# In older configs "gelu" means the tanh form, and transformers reads it that way.
 GELU = tuple(
     decoder.activation("gelu_pytorch_tanh", "gelu", "gelu_new", key=key, silent="gelu")
     for key in ("hidden_act", "hidden_activation")

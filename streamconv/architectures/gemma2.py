@@ -1,4 +1,4 @@
-"""Gemma 2: norms on both sides of attention and network, windows in every second layer, logits held by tanh.
+"""Gemma 2: norms before and after attention and network, windows in every second layer, logits capped by tanh.
 
 Sources: transformers' Gemma2Config and modeling_gemma2.py; Gemma2Model in llama.cpp's conversion/gemma.py, which leaves
 out the base of RoPE, and gemma2.cpp, which scales the queries of the 27B by its hidden size.
@@ -29,7 +29,12 @@ def normed(*ops: PlusOne) -> tuple[Tensor, ...]:
 
 
 def query_scale(layers_of_27b: int, silent: int) -> Refusal:
-    """Queries scaled otherwise than the runtime does. silent: transformers' scalar where the config says none."""
+    """Refuses models that scale queries differently from the runtime.
+
+    Args:
+        layers_of_27b: The number of layers by which the runtime recognises the 27B, whose scale is different.
+        silent: transformers' default for query_pre_attn_scalar.
+    """
 
     def own(model: Model) -> int:
         dims = model.dims

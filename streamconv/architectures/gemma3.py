@@ -1,7 +1,9 @@
-"""Gemma 3: Gemma 2's norms, norms of Q and K, windows with a RoPE of their own in all but each sixth layer.
+"""Gemma 3: Gemma 2's norms, norms of Q and K, windows with their own RoPE in all but every sixth layer.
 
-The text half, alone or in its wrapper. Sources: transformers' Gemma3TextConfig and modeling_gemma3.py; Gemma3Model in
-llama.cpp's conversion/gemma.py, and gemma3.cpp, which scales the queries of the 27B by its hidden size.
+The text model, by itself or in the multimodal one.
+
+Sources: transformers' Gemma3TextConfig and modeling_gemma3.py; Gemma3Model in llama.cpp's
+conversion/gemma.py, and gemma3.cpp, which scales the queries of the 27B by its hidden size.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ WINDOW, EVERY, LAYERS_OF_27B = 4096, 6, 62
 
 
 def slides(config: Config, n_layers: int) -> list[bool]:
-    """Which layers have a window: as `layer_types` says, else all but each sixth, or as the pattern has it."""
+    """Which layers have a window: by `layer_types`, else all but every n-th, by the pattern or 6 by default."""
     every = config.integer("sliding_window_pattern") or config.integer("_sliding_window_pattern") or EVERY
     by_type = decoder.sliding(config, n_layers)
     return [(i + 1) % every != 0 for i in range(n_layers)] if by_type is None else by_type
@@ -33,7 +35,7 @@ def window(model: Model) -> int | None:
 
 
 def local(config: Config) -> Config | None:
-    """What is said of RoPE in the layers with a window; None where configs say it in the old way."""
+    """The RoPE settings of the layers with a window; None if the config uses the older keys."""
     section = config.section("rope_parameters")
     return section.section("sliding_attention") if section and not config.section("rope_scaling") else None
 
@@ -48,7 +50,7 @@ def local_base(model: Model) -> float | None:
 
 
 def pattern(config: Config, n_layers: int) -> list[bool] | None:
-    """As `slides`; None where no layer has a window."""
+    """As `slides`, but None if no layer has a window."""
     found = slides(config, n_layers)
     return found if any(found) else None
 

@@ -11,7 +11,7 @@ from streamconv.architectures import gemma, gemma2, gemma3
 from streamconv.recipe import F32, Dim, Key, Model, Recipe, Refusal, Tensor
 
 NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp does not apply adapters"
-N_LAYERS = 0  # there is no size whose queries the runtime scales otherwise
+N_LAYERS = 0  # no model's number: the runtime scales the queries of all sizes the same way
 
 
 def n_dense(model: Model) -> int:
@@ -19,7 +19,7 @@ def n_dense(model: Model) -> int:
 
 
 def features(name: str, dim: str, needs: int) -> Key:
-    """A side of a dense layer, where there are as many."""
+    """The key for one side of a dense layer, written if there are at least `needs` of these layers."""
     return Key(f"{{arch}}.{name}", lambda model: model.dims[dim] if n_dense(model) >= needs else None)
 
 
@@ -27,7 +27,7 @@ RECIPE = Recipe(
     arch="gemma-embedding",
     description="EmbeddingGemma",
     hf_names=("Gemma3TextModel",),
-    model_type="gemma_embedding",  # of no config: those say gemma3_text, as Gemma 3 does
+    model_type="gemma_embedding",  # in no config: there it is gemma3_text, as for Gemma 3
     dims=gemma3.DIMS
     | {
         "O": Dim(lambda config: None, "H", rule="the width of the first dense layer"),

@@ -1,7 +1,7 @@
-"""GLM-4 (0414), dense: norms before and behind attention and network, RoPE of half of each head.
+"""GLM-4 (0414), dense: norms before and after attention and feed-forward network, RoPE on half of each head.
 
-Sources: transformers' Glm4Config and modeling_glm4.py, whose RoPE turns neighbours, as llama.cpp does; Glm4Model in
-llama.cpp's conversion/glm.py, and glm4.cpp.
+Sources: transformers' Glm4Config and modeling_glm4.py, whose RoPE rotates adjacent pairs, as llama.cpp's does;
+Glm4Model in llama.cpp's conversion/glm.py, and glm4.cpp.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from streamconv.recipe import Recipe, SpecialTokens
 
 ROPE = Rope(theta=10_000.0, context=131_072, partial=0.5)
 
-# Of Glm4Model.set_vocab, for what the tokenizer's files leave out.
+# From Glm4Model.set_vocab, for special tokens that the tokenizer's files do not define.
 SPECIAL_TOKENS = SpecialTokens(
     {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"}
 )

@@ -1,4 +1,4 @@
-"""GLM-4.5, 4.6 and 4.7: experts behind some dense layers, and layers that predict a token further, where stored.
+"""GLM-4.5, 4.6 and 4.7: experts after some dense layers, and layers for multi-token prediction if they are stored.
 
 Sources: transformers' Glm4MoeConfig and modeling_glm4_moe.py; Glm4MoeModel in llama.cpp's conversion/glm.py, and
 glm4-moe.cpp.
@@ -17,7 +17,7 @@ ROPE = Rope(theta=10_000.0, context=131_072, partial=0.5)
 
 DENSE, MOE = "ffn=dense", "ffn=moe"
 
-# What follows the last layer of the model: each predicts a token further. transformers leaves it out when it saves.
+# Tensors of the layers for multi-token prediction, which follow the model's last layer; transformers omits them.
 NEXT = {
     "eh_proj": "H 2*H",
     "enorm": "H",
@@ -29,7 +29,7 @@ NEXT = {
 
 
 def n_next(model: Model) -> int:
-    """How many of the layers stored are such."""
+    """The number of stored layers for multi-token prediction."""
     return model.dims["L"] - model.dims["N"]
 
 

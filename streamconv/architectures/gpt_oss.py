@@ -1,8 +1,8 @@
-"""gpt-oss with experts in 16 bits, as fine-tunes have them: sinks, windows in each second layer, gate and up in turns.
+"""gpt-oss with 16-bit experts (fine-tunes): attention sinks, windows in every second layer, interleaved gate and up.
 
 Sources: transformers' GptOssConfig and modeling_gpt_oss.py; GptOssModel in llama.cpp's conversion/gpt_oss.py, and
-openai-moe.cpp, which reads the layers with a window where a file lists them. The runtime rounds the range of YaRN, and
-these models do not; all who run them there live with that.
+openai-moe.cpp, which reads the list of layers with a window if the file has one. The runtime rounds YaRN's range, which
+these models do not; every GGUF file of them has this difference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXPERTS = LAYER + "mlp.experts."
 
 
 def pattern(model: Model) -> list[int] | None:
-    """1 for each layer with a window, where it is not each second from the first on, as the runtime takes it."""
+    """1 for each layer with a window; None if that is every second from the first on, the runtime's default."""
     slides = decoder.sliding(model.config, model.n_layers)
     own = [(i + 1) % EVERY != 0 for i in range(model.n_layers)]
     return None if slides is None or slides == own else [int(one) for one in slides]

@@ -12,7 +12,7 @@ from streamconv.recipe import F32, Computed, Key, Model, Recipe
 
 ROPE = Rope(theta=10_000.0, context=2048, scalings=("linear", "yarn", "llama3"))
 
-# GGUF's name and the config's; transformers takes 1 where the config is silent.
+# The names in GGUF and in the config; transformers' default is 1.
 SCALES = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",

@@ -1,4 +1,4 @@
-"""Granite-MoE: Granite's attention, and experts in each layer; a shared one beside them in GraniteMoeShared.
+"""Granite-MoE: Granite's attention, and experts in every layer; GraniteMoeShared adds a shared expert.
 
 Sources: transformers' GraniteMoeConfig, GraniteMoeSharedConfig and their modeling files; GraniteMoeModel in llama.cpp's
 conversion/granite.py, and granite-moe.cpp.
@@ -37,7 +37,7 @@ RECIPE = Recipe(
         Tensor(MOE + "input_linear.weight", BLOCK + "ffn_gate_exps.weight", "E 2*F H", (Split(0, 2),)),
         Tensor(MOE + "output_linear.weight", BLOCK + "ffn_down_exps.weight", "E H F"),
         Tensor(MOE + "input_linear.weight", BLOCK + "ffn_up_exps.weight", "E 2*F H", (Split(1, 2),)),
-        *decoder.stacked_experts("block_sparse_moe.", "F"),  # as transformers 5 names them in memory, and adapters so
+        *decoder.stacked_experts("block_sparse_moe.", "F"),  # transformers 5's names in memory, also used by adapters
         shared("input_linear.weight", "ffn_gate_shexp.weight", "2*S H", Split(0, 2)),
         shared("output_linear.weight", "ffn_down_shexp.weight", "H S"),
         shared("input_linear.weight", "ffn_up_shexp.weight", "2*S H", Split(1, 2)),

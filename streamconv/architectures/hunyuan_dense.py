@@ -1,4 +1,4 @@
-"""HunYuan, dense (0.5B to 7B): norms of Q and K behind RoPE.
+"""HunYuan, dense (0.5B to 7B): norms of Q and K after RoPE.
 
 Sources: transformers' HunYuanDenseV1Config and modeling_hunyuan_v1_dense.py; HunYuanModel in llama.cpp's
 conversion/hunyuan.py, and hunyuan-dense.cpp.
@@ -10,12 +10,12 @@ from streamconv.architectures import _decoder as decoder
 from streamconv.architectures._rope import Rope
 from streamconv.recipe import F32, STRING, Config, Key, Recipe, Refusal, SpecialTokens
 
-# What llama.cpp's converter takes for the context of models with an alpha, whose configs say an eighth of it or it.
+# The context that llama.cpp's converter writes for models with an alpha; their configs have this or an eighth of it.
 ALPHA_CONTEXT = 262_144
 
 
 class Dynamic(Rope):
-    """RoPE whose "dynamic" scaling by `alpha` is another base, and the same at each length."""
+    """RoPE whose "dynamic" scaling by `alpha` only changes the base, which is the same for texts of any length."""
 
     def context_length(self, config: Config) -> int:
         stated = super().context_length(config)

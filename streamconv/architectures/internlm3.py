@@ -1,7 +1,7 @@
-"""InternLM3: Llama's layers, with flags of their own for the biases.
+"""InternLM3: Llama's layers, with different config flags for the biases.
 
-Sources: modeling_internlm3.py of its publisher (InternLM3Attention and InternLM3MLP); InternLM3Model in llama.cpp's
-conversion/internlm.py, which gives it the architecture of Llama.
+Sources: the publisher's modeling_internlm3.py (InternLM3Attention and InternLM3MLP); InternLM3Model in llama.cpp's
+conversion/internlm.py, which writes it with the architecture llama.
 """
 
 from __future__ import annotations

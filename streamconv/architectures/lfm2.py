@@ -1,7 +1,7 @@
 """LFM2 and LFM2.5, dense: layers of short convolution or of attention, mixed.
 
 Sources: transformers' Lfm2Config and modeling_lfm2.py; LFM2Model in llama.cpp's conversion/lfm2.py, and lfm2.cpp.
-What is said to be beyond the runtime was tried: it aborts, or makes no context (tests/unit/test_refusals.py).
+The limits of the runtime were tested: beyond them it aborts or fails to create a context (tests/unit/test_refusals.py).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 ATTENTION, CONV = "mixer=attention", "mixer=conv"
 
 NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp does not apply adapters"
-BIDIRECTIONAL = "Lfm2BidirectionalModel"  # Liquid's own class: attention and convolutions see both sides
+BIDIRECTIONAL = "Lfm2BidirectionalModel"  # Liquid's own class: attention and convolutions work in both directions
 
 
 def ffn_width(config: Config) -> int | None:
-    """The width of w1 as Lfm2MLP works it out; None where the config leaves a part of that to defaults."""
+    """The width of w1 as Lfm2MLP computes it; None if the config lacks one of the keys needed for that."""
     width = config.integer("block_ff_dim") or config.integer("intermediate_size")
     adjust = config.flag("block_auto_adjust_ff_dim")
     if width is None or not adjust:
@@ -50,7 +50,7 @@ def ffn_width(config: Config) -> int | None:
 
 
 def mixers_by_type(config: Config, n_layers: int) -> Sequence[str] | None:
-    names = {"full_attention": "attention", "sliding_attention": "attention"}  # the latter of LFM2.5-Audio's codec
+    names = {"full_attention": "attention", "sliding_attention": "attention"}  # the latter: LFM2.5-Audio's detokenizer
     types = config.list_of("layer_types", str)
     return None if types is None else [names.get(kind, kind) for kind in types]
 
@@ -100,7 +100,7 @@ OUTPUT = (
     # Logically the output norm; llama.cpp and Ollama look for it under this name (dialects.py has the older one).
     Tensor("model.embedding_norm.weight", "token_embd_norm.weight", "H"),
     Tensor("lm_head.weight", "output.weight", "V H", required=False),
-    # Of a retrieval model, after the pooling: the width of the vectors.
+    # The dense layer of a retrieval model, after the pooling; O is the width of its vectors.
     Tensor("dense.0.linear.weight", "dense_2.weight", "O H", required=False, no_adapter=NO_ADAPTER),
     Tensor("dense.0.linear.bias", "dense_2.bias", "O", required=False),
 )
@@ -158,7 +158,7 @@ REFUSALS = (
 
 
 def mlx_kernel(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """[H, 1, L] of the kernel [H, L, 1] that mlx-lm stores; H > L > 1, so it can mean nothing else."""
+    """The shape [H, 1, L] of a kernel that mlx-lm stores as [H, L, 1], else None. H > L > 1 makes this unambiguous."""
     is_mlx = len(shape) == 3 and shape[2] == 1 and shape[0] > shape[1] > 1
     return (shape[0], 1, shape[1]) if is_mlx else None
 

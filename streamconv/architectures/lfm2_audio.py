@@ -1,7 +1,7 @@
-"""LFM2-Audio and LFM2.5-Audio: an LFM2 that hears, and the projector file with its ears (FastConformer, an adapter).
+"""LFM2-Audio and LFM2.5-Audio: an LFM2 with audio input, and its projector file (FastConformer and adapter).
 
-What makes the codes of speech (the depthformer) is left out, as no converter makes a file of it; what makes sound of
-the codes comes with 2.5 in a folder of its own, and is in lfm2_audio_detokenizer.py.
+The depthformer, which generates the codes of speech, is left out, since no converter supports it. The detokenizer,
+which turns these codes into sound, has its own folder in LFM2.5-Audio and its own recipe, lfm2_audio_detokenizer.py.
 Sources: LFM2AudioModel in llama.cpp's conversion/lfm2.py, ConformerAudioModel in conversion/gemma.py, MmprojModel in
 conversion/base.py; tools/mtmd/clip.cpp, mtmd-audio.cpp and models/conformer.cpp of the runtime; liquid-audio's
 lfm2_audio.py and NeMo's ConformerEncoder.
@@ -37,11 +37,11 @@ ADAPTER, CODES = "audio_adapter.model.", "audio_embedding."
 NORM = f"{LAYER}conv.batch_norm."
 VOCODER = ("depthformer.", "depth_embeddings.", "depth_linear.", "codebook_offsets", "audio_loss_weight")
 
-WIDTH: Final = 512  # of the positions that clip.cpp computes (PROJECTOR_TYPE_LFM2A)
+WIDTH: Final = 512  # of the positional embeddings that clip.cpp computes (PROJECTOR_TYPE_LFM2A)
 KERNEL: Final = 9  # models/conformer.cpp pads four frames on both sides
-EPSILON: Final = 1e-5  # of every norm of NeMo's, and of the runtime's
+EPSILON: Final = 1e-5  # of every norm in NeMo and in the runtime
 
-# What NeMo's encoder can be, and conformer.cpp is not.
+# Options of NeMo's encoder, each with the values that conformer.cpp supports.
 ENCODER: Final[Mapping[str, tuple[Any, ...]]] = {
     "subsampling": (None, "dw_striding"),
     "subsampling_factor": (None, 8),
@@ -53,7 +53,7 @@ ENCODER: Final[Mapping[str, tuple[Any, ...]]] = {
     "conv_norm_type": (None, "batch_norm"),
     "conv_context_size": (None, [(KERNEL - 1) // 2] * 2),
 }
-# How mtmd_audio_preprocessor_conformer hears: what no key decides.
+# Settings of mtmd_audio_preprocessor_conformer for which GGUF has no keys.
 PREPROCESSOR: Final[Mapping[str, Any]] = {
     "sample_rate": 16000,
     "n_fft": 512,
@@ -67,7 +67,7 @@ PREPROCESSOR: Final[Mapping[str, Any]] = {
 
 
 def heard_bins(config: Config) -> int | None:
-    """The mel bins that are left after three convolutions of stride two."""
+    """The number of mel bins after three convolutions of stride two."""
     bins = config.integer("feat_in")
     return None if bins is None else -(-bins // 8)
 
@@ -85,7 +85,7 @@ def _hears_otherwise(key: str, value: object) -> Any:
 
 
 def both(source: str, target: str, shape: str, **words: Any) -> tuple[Tensor, Tensor]:
-    """A module with its bias; the runtime demands one of each."""
+    """The weight and bias of a module; the runtime requires both."""
     return (
         Tensor(f"{source}.weight", f"{target}.weight", shape, **words),
         Tensor(f"{source}.bias", f"{target}.bias", shape.split()[0]),
@@ -93,12 +93,12 @@ def both(source: str, target: str, shape: str, **words: Any) -> tuple[Tensor, Te
 
 
 def convolution(source: str, target: str, shape: str) -> tuple[Tensor, Tensor]:
-    """One over time, [out, in, frames], as a matrix."""
+    """A convolution over time, [out, in, frames], written as a matrix."""
     return both(source, target, shape, ops=(Squeeze(),), f32=True)
 
 
 def stem(number: int, shape: str) -> tuple[Tensor, Tensor]:
-    """One of the convolutions over time and bins; the runtime adds its bias to [channels, time, bins]."""
+    """A convolution of the stem, over time and bins; the runtime adds its bias to [channels, time, bins]."""
     source, target = f"{STEM}conv.{number}", f"a.conv1d.{number}"
     return (
         Tensor(f"{source}.weight", f"{target}.weight", shape, f32=True, no_adapter="it is a convolution"),
@@ -167,7 +167,7 @@ PROJECTOR_FILE = Output(
         *both(f"{ADAPTER}0", "mm.a.mlp.0", "H"),
         *both(f"{ADAPTER}1", "mm.a.mlp.1", "P H"),
         *both(f"{ADAPTER}3", "mm.a.mlp.3", "T P"),
-        # Of what speaks, but the runtime wants the first of them to hear, too, and llama.cpp's converter writes all.
+        # For speech output, but the runtime requires the first for input too; llama.cpp's converter writes all three.
         Tensor(f"{CODES}embedding.weight", "a.position_embd.weight", "N T", f32=True, no_adapter="it is a table"),
         Tensor(f"{CODES}embedding_norm.weight", "a.position_embd_norm.weight", "T"),
         Tensor(f"{CODES}to_logits.weight", "a.embd_to_logits.weight", "N T"),
@@ -178,7 +178,7 @@ PROJECTOR_FILE = Output(
         Key("clip.projector_type", lambda model: "lfm2a", STRING),
         Key("clip.audio.projection_dim", "T"),
         Key("clip.audio.embedding_length", "H"),
-        Key("clip.audio.feed_forward_length", "H"),  # as llama.cpp has it; no runtime reads it
+        Key("clip.audio.feed_forward_length", "H"),  # as in llama.cpp's converter; no runtime reads it
         Key("clip.audio.block_count", "L"),
         Key("clip.audio.attention.head_count", "A"),
         Key("clip.audio.num_mel_bins", "M"),

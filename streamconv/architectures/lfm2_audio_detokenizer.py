@@ -1,6 +1,6 @@
-"""The detokenizer of LFM2.5-Audio: an LFM2 with windows that turns codes of speech into spectra; it has no tokenizer.
+"""The detokenizer of LFM2.5-Audio: an LFM2 with windows that turns codes of speech into spectra, without a tokenizer.
 
-The table of its codes' embeddings and the window of the transform that follows it are not in GGUF.
+The embeddings of the codes and the window of the inverse STFT that follows are not written to the GGUF file.
 Sources: LFM25AudioTokenizer in llama.cpp's conversion/lfm2.py, and lfm2.cpp.
 """
 

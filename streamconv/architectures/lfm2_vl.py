@@ -1,4 +1,4 @@
-"""LFM2-VL and LFM2.5-VL: an LFM2 that sees, and the projector file with its eyes (SigLIP 2, two linear layers).
+"""LFM2-VL and LFM2.5-VL: an LFM2 with image input, and its projector file (SigLIP 2 and two linear layers).
 
 Sources: transformers' Lfm2VlConfig, Siglip2VisionConfig, modeling_lfm2_vl.py and modeling_siglip2.py; LFM2VLModel in
 llama.cpp's conversion/lfm2.py, MmprojModel in conversion/base.py; tools/mtmd/clip.cpp, mtmd-image.h and
@@ -37,7 +37,7 @@ from streamconv.recipe import (
 TOWER, LAYER, BLOCK = "vision_tower.", "vision_tower.encoder.layers.{i}.", "v.blk.{i}."
 PROJECTOR = "multi_modal_projector."
 
-# Liquid's files have a `vision_model.` in their names, transformers 5's do not, and mlx-vlm's lack the `model.`, too.
+# Names in Liquid's files contain `vision_model.`; those of transformers 5 do not; those of mlx-vlm also lack `model.`.
 PREFIXES = {
     "model.vision_tower.vision_model.": TOWER,
     "model.vision_tower.": TOWER,
@@ -48,7 +48,7 @@ PREFIXES = {
 GELU: Final = (None, "gelu", "gelu_pytorch_tanh", "gelu_new")  # all of them the tanh form in the runtime
 IMAGE: Final = 0.5  # mean and standard deviation of a channel: IMAGENET_STANDARD_MEAN and _STD of transformers
 
-# mtmd_image_preprocessor_lfm2 in mtmd-image.h, and set_limit_image_tokens in clip.cpp: what no key decides.
+# mtmd_image_preprocessor_lfm2 in mtmd-image.h, and set_limit_image_tokens in clip.cpp: settings without GGUF keys.
 BUILT_IN: Final[Mapping[str, Any]] = {
     "tile_size": 512,
     "min_tiles": 2,
@@ -62,7 +62,7 @@ BUILT_IN: Final[Mapping[str, Any]] = {
 
 
 def patch_size(config: Config) -> int | None:
-    """Of a square patch: a number, or two that are the same."""
+    """The side of a square patch, in pixels; configs have one number or two equal ones."""
     value = config.raw.get("patch_size")
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         return Config({"patch_size": value[0]}, config.file).integer("patch_size")
@@ -82,7 +82,7 @@ def has_bias(config: Config) -> bool:
 
 
 def no_bias(dim: str) -> Any:
-    """Zeros where the projector has no bias; the runtime demands one."""
+    """Zeros if the projector has no bias, since the runtime requires one."""
 
     def zeros(model: Model) -> NDArray[np.float32] | None:
         return None if has_bias(model.config) else np.zeros(model.dims[dim], dtype=np.float32)
@@ -97,7 +97,7 @@ def channels_first(model: Model) -> NDArray[np.int64]:
 
 
 def n_blocks(model: Model) -> int:
-    """The layers up to the one whose output counts: -1 is the last one's, -2 the one's before."""
+    """The number of layers up to `vision_feature_layer`, whose output is used: -1 is the last, -2 the one before."""
     layer = model.config.whole.raw.get("vision_feature_layer")
     if layer is None:
         return model.n_layers
@@ -107,7 +107,7 @@ def n_blocks(model: Model) -> int:
 
 
 def processor(model: Model) -> Config:
-    """What is said of preparing images: in either file, and in the section that newer transformers write."""
+    """The image processor's settings, from both files and the section that newer versions of transformers write."""
     config = model.config
     older, newer = config.beside("preprocessor_config.json"), config.beside("processor_config.json")
     section = newer.section("image_processor")
@@ -116,7 +116,7 @@ def processor(model: Model) -> Config:
 
 
 def of_channels(key: str, without: float) -> Any:
-    """A number for each channel; `without`, where images are not normalised."""
+    """The values of `key` for the three channels; `without` for each if images are not normalised."""
 
     def values(model: Model) -> list[float]:
         said = processor(model)
@@ -132,7 +132,7 @@ def _is_other(key: str, value: object) -> Any:
 
 
 def both(source: str, target: str, shape: str, **words: Any) -> tuple[Tensor, Tensor]:
-    """A module with its bias."""
+    """The weight and bias of a module."""
     return (
         Tensor(f"{source}.weight", f"{target}.weight", shape, **words),
         Tensor(f"{source}.bias", f"{target}.bias", shape.split()[0], **words),

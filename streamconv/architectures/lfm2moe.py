@@ -1,7 +1,7 @@
 """LFM2-MoE (8B-A1B, 24B-A2B): LFM2's layers, most of them with a mixture of experts instead of the dense network.
 
 Experts are stored one by one (as published) or stacked, gate and up fused (as transformers 5 holds them); either way
-they become one tensor [E, rows, columns] whose rows are read where they lie. Everything beside them is in lfm2.py.
+they become one tensor [E, rows, columns] whose rows are read directly from the file. The rest is in lfm2.py.
 Sources: transformers' Lfm2MoeConfig and modeling_lfm2_moe.py; LFM2MoeModel in llama.cpp's conversion/lfm2.py, and
 lfm2moe.cpp.
 """
@@ -33,7 +33,7 @@ def n_leading_dense(model: Model) -> int:
 
 
 def routed_scale(model: Model) -> float:
-    """What the experts' sum is multiplied by; the runtime has no key for it, and the sum is linear in w2."""
+    """The factor of the experts' sum. The runtime has no key for it, so w2 is scaled, in which the sum is linear."""
     scale = model.config.number("routed_scaling_factor")
     return 1.0 if scale is None else scale
 
@@ -42,7 +42,7 @@ ROUTED = (Scale(routed_scale),)
 
 
 def no_bias(model: Model) -> NDArray[np.float32]:
-    """The runtime demands a bias of the router's choice; zeros change nothing."""
+    """Zeros: the runtime requires a bias for the choice of experts, and zeros do not change that choice."""
     return np.zeros(model.dims["E"], dtype=np.float32)
 
 

@@ -1,4 +1,4 @@
-"""LFM2-VL whose text model is an LFM2-MoE: the layers of lfm2moe.py, the names and the projector of lfm2_vl.py."""
+"""LFM2-VL whose text model is an LFM2-MoE: layers as in lfm2moe.py, names and projector as in lfm2_vl.py."""
 
 from __future__ import annotations
 

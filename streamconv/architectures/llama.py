@@ -1,4 +1,4 @@
-"""Llama base models, and what uses their architecture under this name (SmolLM2, TinyLlama) or another (IQuest-Coder).
+"""Llama, and other models of its architecture under the same name (SmolLM2, TinyLlama) or their own (IQuest-Coder).
 
 Sources: transformers' LlamaConfig and modeling_llama.py; LlamaModel in llama.cpp's conversion/llama.py, and llama.cpp.
 """
@@ -9,7 +9,7 @@ from streamconv.architectures import _decoder as decoder
 from streamconv.architectures._rope import LLAMA3_FACTORS, Rope
 from streamconv.recipe import Computed, Recipe, Refusal
 
-# transformers' defaults; 10000 is also what llama.cpp takes where the key is missing.
+# transformers' defaults; 10000 is also llama.cpp's default if the key is missing.
 ROPE = Rope(theta=10_000.0, context=2048, scalings=("linear", "yarn", "llama3"))
 
 RECIPE = Recipe(

@@ -1,4 +1,4 @@
-"""MiniMax-M2: experts chosen by sigmoids in each layer, norms of Q and K over all heads, RoPE of a part of each.
+"""MiniMax-M2: experts chosen by sigmoids in every layer, norms of Q and K over all heads, RoPE on a part of each head.
 
 Sources: transformers' MiniMaxM2Config and modeling_minimax_m2.py; MiniMaxM2Model in llama.cpp's conversion/minimax.py,
 and minimax-m2.cpp.
@@ -13,7 +13,7 @@ from streamconv.recipe import Model, Recipe, Refusal, Tensor
 
 
 class Rotary(Rope):
-    """RoPE whose size published configs state as `rotary_dim`."""
+    """RoPE on `rotary_dim` elements of each head, as published configs have it."""
 
     def rotated(self, model: Model) -> int:
         return model.config.integer("rotary_dim") or super().rotated(model)
@@ -38,7 +38,7 @@ RECIPE = Recipe(
         *decoder.router("block_sparse_moe.gate"),
         Tensor(LAYER + "block_sparse_moe.e_score_correction_bias", BLOCK + "exp_probs_b.bias", "E"),
         *decoder.experts("block_sparse_moe.", "F", names="w1 w2 w3"),
-        *decoder.stacked_experts("mlp.", "F"),  # as transformers 5 names them in memory, and so in adapters
+        *decoder.stacked_experts("mlp.", "F"),  # transformers 5's names in memory, also used by adapters
         decoder.OUTPUT_NORM,
         decoder.OWN_HEAD,
     ),

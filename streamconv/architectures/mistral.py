@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo, Small (2409, 2501), Codestral and others of the name: Llama's layers, and a window in the first.
+"""Mistral 7B, Nemo, Small (2409, 2501), Codestral and others: Llama's layers, with a window in the earliest models.
 
 Sources: transformers' MistralConfig and modeling_mistral.py; LlamaModel in llama.cpp's conversion/llama.py, and
 llama.cpp, which has no sliding window.
@@ -12,7 +12,7 @@ from streamconv.recipe import Computed, Recipe
 
 ROPE = Rope(theta=10_000.0, context=131_072, scalings=("linear", "yarn", "llama3"))
 
-WINDOW = 4096  # MistralConfig, where the config is silent; null means none
+WINDOW = 4096  # MistralConfig's default; null means no window
 
 RECIPE = Recipe(
     arch="llama",

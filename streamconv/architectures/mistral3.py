@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and 3.2, Magistral, Devstral, Ministral 3: the text half, alone or in its wrapper.
+"""Mistral Small 3.1 and 3.2, Magistral, Devstral, Ministral 3: the text model, by itself or in the multimodal one.
 
 Sources: transformers' Mistral3Config, Ministral3Config and modeling_ministral3.py; Mistral3Model in llama.cpp's
 conversion/mistral3.py, mistral3.cpp, and llama-context.cpp for the attention factor.
@@ -14,13 +14,13 @@ from streamconv.recipe import F32, Config, Drop, Key, Model, Recipe, Refusal
 
 
 class YarnRope(Rope):
-    """RoPE of a runtime that divides YaRN's attention factor by that of `mscale_all_dim`."""
+    """RoPE for a runtime that divides YaRN's attention factor by the factor that follows from `mscale_all_dim`."""
 
     def log_multiplier(self, config: Config) -> float | None:
         return self.of(config).number("mscale_all_dim") if self.type(config) == "yarn" else None
 
     def yarn_attention(self, config: Config) -> float | None:
-        """As in Rope; None also where the runtime comes to the config's by itself."""
+        """As in Rope, with the runtime's factor for this architecture; None also if that is already the config's."""
         factor = self.factor(config)
         said = super().yarn_attention(config)
         wanted = yarn_magnitude(factor, 1.0) * (1.0 if said is None else said)
@@ -32,7 +32,7 @@ ROPE = YarnRope(theta=10_000.0, context=262_144, betas=True)
 
 
 def temperature(model: Model) -> float | None:
-    """By how much the logarithm of a position sharpens attention, in steps of the original context."""
+    """beta in the scale of queries, 1 + beta * ln(1 + floor(position / original context)); None if 0 or not set."""
     return ROPE.of(model.config).number("llama_4_scaling_beta") or None
 
 

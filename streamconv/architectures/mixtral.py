@@ -1,7 +1,7 @@
-"""Mixtral 8x7B and 8x22B: Mistral's attention, and experts in each layer.
+"""Mixtral 8x7B and 8x22B: Mistral's attention, and experts in every layer.
 
 Sources: transformers' MixtralConfig and modeling_mixtral.py; LlamaModel in llama.cpp's conversion/llama.py, and
-llama.cpp, which normalises the weights of the experts that are used, as Mixtral does.
+llama.cpp, which normalises the weights of the chosen experts, as Mixtral does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECIPE = Recipe(
         *decoder.norm("post_attention_layernorm", "ffn_norm"),
         *decoder.router("block_sparse_moe.gate"),
         *decoder.experts("block_sparse_moe.", "F", names="w1 w2 w3"),
-        *decoder.stacked_experts("mlp.", "F"),  # as transformers 5 names them in memory, and so in adapters
+        *decoder.stacked_experts("mlp.", "F"),  # transformers 5's names in memory, also used by adapters
         decoder.OUTPUT_NORM,
         decoder.HEAD,
     ),

@@ -1,4 +1,4 @@
-"""Nemotron (Minitron, Nemotron 3 8B, Nemotron 4): LayerNorms stored as their distance from one, squared ReLU, no gate.
+"""Nemotron (Minitron, Nemotron 3 8B, Nemotron 4): LayerNorms stored as the weight minus one, squared ReLU, no gate.
 
 Sources: transformers' NemotronConfig and modeling_nemotron.py; NemotronModel in llama.cpp's conversion/nemotron.py, and
 nemotron.cpp.
@@ -20,7 +20,7 @@ def normed(source: str, target: str) -> tuple[Tensor, ...]:
 
 
 def unscaled(model: Model) -> str | None:
-    """ "none" where RoPE is not scaled, as llama.cpp's converter says it."""
+    """ "none" if RoPE is not scaled, as llama.cpp's converter writes it."""
     return "none" if ROPE.type(model.config) == "default" else None
 
 

@@ -1,7 +1,7 @@
-"""OLMo 2 and OLMo 3: norms behind attention and network instead of before them; OLMo 3 has windows in most layers.
+"""OLMo 2 and OLMo 3: norms after attention and network instead of before them; OLMo 3 has windows in most layers.
 
 Sources: transformers' Olmo2Config, Olmo3Config and their modeling files; Olmo2Model in llama.cpp's conversion/olmo.py,
-and olmo2.cpp, which scales RoPE in the layers without a window alone, as OLMo 3 does.
+and olmo2.cpp, which scales RoPE only in the layers without a window, as OLMo 3 does.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from streamconv.architectures import _decoder as decoder
 from streamconv.architectures._rope import Rope
 from streamconv.recipe import BOOL, F32, Config, Key, Model, Recipe, Refusal
 
-BASE_OF_OLMO3 = 500_000.0  # Olmo3Config, where the config is silent
+BASE_OF_OLMO3 = 500_000.0  # Olmo3Config's default
 
 
 class Olmo(Rope):
-    """Whose base is another for OLMo 3 where the config is silent."""
+    """RoPE with a different default base for OLMo 3."""
 
     def base(self, config: Config) -> float:
         stated = self.of(config).positive("rope_theta") or config.positive("rope_theta")
@@ -24,7 +24,7 @@ class Olmo(Rope):
 ROPE = Olmo(theta=10_000.0, context=2048, kind="full_attention")
 SLIDING = Olmo(theta=10_000.0, context=2048, kind="sliding_attention")
 
-WINDOW, EVERY = 4096, 4  # Olmo3Config: all but each fourth layer
+WINDOW, EVERY = 4096, 4  # Olmo3Config's defaults: all but every fourth layer
 
 
 def is_olmo3(config: Config) -> bool:
@@ -48,7 +48,7 @@ def pattern(model: Model) -> list[int] | None:
 
 
 def window_base(model: Model) -> float | None:
-    """The base of RoPE in the layers with a window; llama.cpp's converter writes it where configs say it by kind."""
+    """The base of RoPE in the layers with a window; llama.cpp's converter writes it if configs set RoPE by kind."""
     return None if window(model) is None else SLIDING.base(model.config)
 
 

@@ -1,4 +1,4 @@
-"""OLMoE: experts in each layer, norms of Q and K over all heads.
+"""OLMoE: experts in every layer, norms of Q and K over all heads.
 
 Sources: transformers' OlmoeConfig and modeling_olmoe.py; OlmoeModel in llama.cpp's conversion/olmo.py, and olmoe.cpp.
 """

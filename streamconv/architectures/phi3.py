@@ -1,7 +1,7 @@
-"""Phi-3, Phi-3.5, Phi-4 and their minis: fused Q, K and V, fused gate and up, two sets of RoPE factors for long texts.
+"""Phi-3, Phi-3.5, Phi-4 and their minis: fused Q, K and V, fused gate and up, RoPE factors for short and long texts.
 
 Sources: transformers' Phi3Config and modeling_phi3.py, modeling_rope_utils.py (longrope); Phi3MiniModel in llama.cpp's
-conversion/phi.py, and phi3.cpp, which has no sliding window and keeps what is fused.
+conversion/phi.py, and phi3.cpp, which has no sliding window and keeps the fused matrices.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class LongRope(Rope):
     """RoPE with a factor for each frequency: short ones up to the original context, long ones beyond it."""
 
     def type(self, config: Config) -> str:
-        """As in Rope; "su" and "yarn" of older configs are this kind too, as transformers takes them."""
+        """As in Rope, but "su" and "yarn" in older configs also mean this kind, as they do in transformers."""
         said = super().type(config)
         return LONG if said in ("su", "yarn") else said
 
     def trained_context(self, config: Config) -> int:
-        """As Phi3Config has it: what stands beside RoPE's settings, or its default, replaces what stands in them."""
+        """As in Phi3Config: the key outside of RoPE's settings, or its default, overrides the one inside."""
         return config.integer("original_max_position_embeddings") or ORIGINAL_CONTEXT
 
     def factors(self, config: Config, name: str) -> list[float] | None:
@@ -41,7 +41,7 @@ class LongRope(Rope):
         return [float(one) for one in values]
 
     def attention(self, config: Config) -> float | None:
-        """What longer texts multiply queries and keys by."""
+        """The factor by which queries and keys are multiplied for a longer context; None without such scaling."""
         if self.type(config) != LONG:
             return None
         said, original = self.of(config).positive("attention_factor"), self.trained_context(config)
@@ -55,7 +55,7 @@ ROPE = LongRope(theta=10_000.0, context=4096, scalings=(LONG,), partial=1.0)
 
 
 def table(name: str) -> Computed:
-    """The tensor of `name`_factor."""
+    """The tensor of the factors in the config's `{name}_factor`."""
 
     def made(model: Model) -> NDArray[np.float32] | None:
         values = ROPE.factors(model.config, f"{name}_factor")
@@ -65,7 +65,7 @@ def table(name: str) -> Computed:
 
 
 def is_odd(model: Model) -> bool:
-    """Whether the factors are not one for each frequency that is rotated."""
+    """Whether either list of factors does not have one factor for each rotated frequency."""
     if ROPE.type(model.config) != LONG:
         return False
     sizes = {len(ROPE.factors(model.config, name) or ()) for name in ("long_factor", "short_factor")}
@@ -96,7 +96,7 @@ RECIPE = Recipe(
         *decoder.keys(ROPE, epsilon=1e-5),
         Key("{arch}.rope.scaling.original_context_length", lambda model: ROPE.trained_context(model.config)),
         Key("{arch}.rope.scaling.attn_factor", lambda model: ROPE.attention(model.config), F32),
-        # 0 is how the runtime knows a Phi-4, which has no window.
+        # The runtime recognises a Phi-4, which has no window, by the value 0.
         Key("{arch}.attention.sliding_window", lambda model: model.config.integer("sliding_window", 0) or 0),
     ),
     refusals=decoder.refusals(

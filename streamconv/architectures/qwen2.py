@@ -1,4 +1,4 @@
-"""Qwen2, dense: Qwen2, Qwen2.5, and distillations into them.
+"""Qwen2, dense: Qwen2, Qwen2.5, and models distilled into them.
 
 Sources: transformers' Qwen2Config and modeling_qwen2.py; Qwen2Model in llama.cpp's conversion/qwen.py, and qwen2.cpp.
 """

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: each layer with experts of which a few are chosen, and one that all tokens share.
+"""Qwen1.5-MoE and Qwen2-MoE: routed experts and one shared expert in every layer.
 
 Sources: transformers' Qwen2MoeConfig and modeling_qwen2_moe.py; Qwen2MoeModel in llama.cpp's conversion/qwen.py, and
 qwen2moe.cpp.
@@ -13,7 +13,7 @@ from streamconv.recipe import Dim, Key, Recipe, Refusal, Tensor
 
 ROPE = Rope(theta=10_000.0, context=32_768)
 
-# Layers without experts are stored as others are, but the runtime has none.
+# Configs may also define layers without experts, which the runtime does not support.
 ALL_EXPERTS = (
     Refusal(
         "decoder_sparse_step is {decoder_sparse_step}, but the runtime has experts in all layers",

@@ -1,4 +1,4 @@
-"""Qwen3, dense: as Qwen2, with norms of Q and K and without biases.
+"""Qwen3, dense: like Qwen2, but with norms of Q and K and without biases.
 
 Sources: transformers' Qwen3Config and modeling_qwen3.py; Qwen3Model in llama.cpp's conversion/qwen.py, and qwen3.cpp.
 """
@@ -26,7 +26,7 @@ ATTENTION = (
     *decoder.norm("post_attention_layernorm", "ffn_norm"),
 )
 
-# What a reranker is asked, which the runtime looks for in the file; of Qwen3-Reranker's model card.
+# The prompt of a reranker, which the runtime reads from the file; from Qwen3-Reranker's model card.
 QUESTION = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
@@ -37,7 +37,7 @@ QUESTION = (
 
 
 def answers(model: Model) -> NDArray[np.int64]:
-    """The rows of the head that a reranker needs: of the answers for and against."""
+    """The rows of the head that a reranker needs: those of its two answers, yes and no."""
     return np.array(model.modules.answers, dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, and experts in each layer.
+"""Qwen3-MoE: Qwen3's attention, and experts in every layer.
 
 Sources: transformers' Qwen3MoeConfig and modeling_qwen3_moe.py; Qwen3MoeModel in llama.cpp's conversion/qwen.py, and
 qwen3moe.cpp.

@@ -1,7 +1,7 @@
-"""SmolLM3: Llama's layers, every fourth of them without RoPE.
+"""SmolLM3: Llama's layers, every fourth one without RoPE.
 
 Sources: transformers' SmolLM3Config and modeling_smollm3.py; SmolLM3Model in llama.cpp's conversion/llama.py, and
-smollm3.cpp, which knows the layers without RoPE by their number and has no key for them.
+smollm3.cpp, which determines the layers without RoPE by their index and has no key for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ INTERVAL = 4  # n_no_rope_layer_step
 
 
 def other_layers_turn(model: Model) -> bool:
-    """Whether other layers have RoPE than all but each fourth. `no_rope_layers` has 1 for a layer that has it."""
+    """Whether the layers with RoPE are not all but every fourth. `no_rope_layers` has 1 for a layer with RoPE."""
     turns = model.config.list_of("no_rope_layers", int)
     if turns is None:
         return model.config.integer("no_rope_layer_interval") not in (None, INTERVAL)
@@ -24,7 +24,7 @@ def other_layers_turn(model: Model) -> bool:
 
 
 def has_window_by_type(model: Model) -> bool:
-    """transformers masks these layers whatever `use_sliding_window` says."""
+    """Whether layers have a window by `layer_types`, which transformers applies whatever `use_sliding_window` is."""
     window, context = model.config.integer("sliding_window", 0), model.config.integer("max_position_embeddings")
     slides = any(decoder.sliding(model.config, model.n_layers) or ())
     return slides and bool(window) and (context is None or (window or 0) < context)

@@ -1,7 +1,7 @@
-"""StableLM 2 (1.6B, Zephyr) and StableLM 3B: LayerNorms, RoPE of a part of each head.
+"""StableLM 2 (1.6B, Zephyr) and StableLM 3B: LayerNorms, RoPE on a part of each head.
 
-The first of them call themselves StableLMEpoch, with `norm_eps` and `rope_pct` for what is `layer_norm_eps` and
-`partial_rotary_factor` now.
+The first of them are called StableLMEpoch and have `norm_eps` and `rope_pct` instead of `layer_norm_eps` and
+`partial_rotary_factor`.
 
 Sources: transformers' StableLmConfig and modeling_stablelm.py; StableLMModel in llama.cpp's conversion/stablelm.py,
 which leaves out the base of RoPE, and stablelm.cpp, which reads it.
@@ -41,7 +41,7 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.FULL_WIDTH,
-        # Of StableLM 2 12B, whose norms are stored head by head.
+        # Set in StableLM 2 12B, whose norms are stored separately for each head.
         *(
             decoder.flag(key, only=False, silent=False, why="such models are not supported")
             for key in ("qk_layernorm", "use_parallel_residual")

@@ -1,7 +1,7 @@
-"""StarCoder2: LayerNorms and biases everywhere, a network without a gate.
+"""StarCoder2: LayerNorms and biases everywhere, a feed-forward network without a gate.
 
 Sources: transformers' Starcoder2Config and modeling_starcoder2.py; StarCoder2Model in llama.cpp's
-conversion/starcoder.py, and starcoder2.cpp, which has no windows.
+conversion/starcoder.py, and starcoder2.cpp, which has no sliding window.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Adds the man page and the shells' completion to what is installed; `tool.setuptools.cmdclass` names the class here.
+"""Adds the man page and the shell completions to what is installed; `tool.setuptools.cmdclass` names this class.
 
-They are made of the command's parser, which needs only the standard library, so that any build environment can do it.
+They are generated from the command's parser, which needs only the standard library, so any build environment will do.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Final
 from setuptools.command.build_py import build_py
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-MADE: Final = Path("build") / "share"  # below ROOT, where a build runs
+MADE: Final = Path("build") / "share"  # relative to ROOT, where a build runs
 
 
 class BuildPy(build_py):  # type: ignore[misc]
-    """setuptools' own command, which also makes the shared files."""
+    """setuptools' build_py, which also generates the shared files."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -24,8 +24,8 @@ class BuildPy(build_py):  # type: ignore[misc]
 
 
 def shared_files() -> list[tuple[str, list[str]]]:
-    """(folder below the prefix, files) of each file made, in the form that setuptools takes as data_files."""
-    sys.path.insert(0, str(ROOT))  # setuptools loads this module by its path, so that the package is not importable
+    """Generate the files and return (folder below the prefix, [path]) for each, as setuptools expects in data_files."""
+    sys.path.insert(0, str(ROOT))  # setuptools loads this module by its path, so the package is not importable
     try:
         from streamconv.cli.shells import PLACES, text_for
     finally:
