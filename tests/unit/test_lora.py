@@ -299,7 +299,8 @@ def test_a_dtype_that_is_none_of_ours(tmp_path: Path, llama: Path) -> None:
 def test_heads_that_do_not_divide(tmp_path: Path) -> None:
     gguf(tmp_path / "base.gguf", LLAMA | {"llama.attention.head_count": 3}, {"blk.0.attn_q.weight": (64, 64)})
     adapter = loras.write(tmp_path / "adapter", PAIR)
-    assert "64 rows are not 3 heads" in problems(adapter, tmp_path / "base.gguf")["heads"].message
+    message = problems(adapter, tmp_path / "base.gguf")["heads"].message
+    assert "64 rows" in message and "3 heads" in message
 
 
 def test_all_problems_are_told_at_once_alike_ones_together(tmp_path: Path, llama: Path) -> None:
