@@ -1,1 +1,1 @@
-"""Many conversions: their description (jobs_file), finished jobs (state), one job (child), all jobs (run)."""
+"""Batches of conversions: the jobs file (jobs_file), the state file (state), one job (child), all jobs (run)."""

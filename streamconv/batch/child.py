@@ -1,7 +1,7 @@
-"""One job of a batch in its own process: started, watched, retried and stopped, on whichever machine runs it.
+"""Run one job of a batch in a separate process on the current machine: start, watch, retry and stop it.
 
-The process ends when its parent does or closes its stdin, so a lost machine leaves a part file and a journal but no
-writer. An attempt starts only when no earlier attempt of the same job is alive.
+The process exits when its parent exits or closes the process's stdin. A killed batch leaves a part file and a journal
+but no process that writes to them. An attempt starts only after earlier attempts of the same job have exited.
 """
 
 from __future__ import annotations
@@ -31,18 +31,27 @@ if TYPE_CHECKING:
     from streamconv.report import Report
 
 SCHEMA = 1
-MAX_ATTEMPTS = 3  # of a job whose process, or machine, died; an error that streamconv reports is final at once
+MAX_ATTEMPTS = 3  # if the process or its machine dies; an error that streamconv reports is not retried
 PATIENCE_SECONDS = 60
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # bytes done, bytes in total
 Status = Literal["done", "skipped", "failed", "cancelled"]
-Leftover = tuple[str, int, int]  # a journal's path, inode and time of the last change
+Leftover = tuple[str, int, int]  # a journal's path, inode and modification time in ns
 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """The result of one job. `report` or `error` is the same as with `--json` for its conversion."""
+    """The result of one job.
+
+    Attributes:
+        job: The job.
+        status: How it ended; "skipped" if it was done already.
+        exit_code: The exit code of its process, or the one that its command would have.
+        attempts: The number of attempts, 0 if it was not started.
+        report: The report as with `--json`, if the job is done.
+        error: The error as with `--json`, if there is one.
+    """
 
     job: JobSpec
     status: Status
@@ -94,7 +103,10 @@ class Order:
     """The instructions for a job's process, sent to its stdin.
 
     Attributes:
-        progress: whether it prints its progress, as `{"progress": [done, total]}`, before its report.
+        job: The job.
+        restart: Whether to discard the unfinished work of an earlier run.
+        dry_run: Whether only to plan.
+        progress: Whether to print progress, as `{"progress": [done, total]}` in bytes, before the report.
     """
 
     job: JobSpec
@@ -103,10 +115,10 @@ class Order:
     progress: bool = False
 
 
-# ---------------------------------------------------------------- the process that watches
+# ---------------------------------------------------------------- the parent process
 
-# -P and no -m, which would import what lies in the current folder, perhaps a stranger's model, before all else. The
-# package is taken from where this one was, wherever that is.
+# -P and -c instead of -m, which would import modules from the current folder, perhaps one with an untrusted model. The
+# package is imported from the same place as in this process.
 _JOB = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); import streamconv; del sys.path[0];"
     " from streamconv.cli import main; sys.exit(main())"
@@ -122,10 +134,10 @@ def run_job(
     """Run `job` in a separate process and return its result. If the process is killed, it is started again.
 
     Args:
-        job: what to do.
-        stale: journals of an earlier batch, which are discarded.
-        n_before: number of earlier attempts.
-        progress: called from this thread: (0, 0) at the start, then (bytes done, bytes in total).
+        job: The job.
+        stale: The journals of an earlier batch, which are discarded.
+        n_before: The number of earlier attempts.
+        progress: Called from this thread: (0, 0) at the start, then (bytes done, bytes in total).
     """
     if progress is not None:
         progress(0, 0)
@@ -153,7 +165,16 @@ def run_job(
 
 
 def run_process(order: Order, progress: Progress | None = None) -> tuple[int, dict[str, Any]]:
-    """(exit code, or minus the signal; the JSON object that it printed last, else {}) of one try."""
+    """Run one attempt of a job in a separate process.
+
+    Args:
+        order: The instructions.
+        progress: Called from this thread with (bytes done, bytes in total).
+
+    Returns:
+        The exit code, or minus the number of the signal that killed the process; and the last JSON object that it
+        printed, or {}.
+    """
     with _lock:
         if _is_stopping.is_set():
             return 128 + signal.SIGINT, {}
@@ -162,13 +183,13 @@ def run_process(order: Order, progress: Progress | None = None) -> tuple[int, di
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C reaches the batch alone, which stops its jobs
+            start_new_session=True,  # Ctrl-C then reaches only the batch, which stops its jobs
         )
         assert child.stdin is not None and child.stdout is not None
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps(asdict(order) | {"job": order.job.to_json()}) + "\n")
             child.stdin.flush()
-        _children.add(child)  # its stdin stays open: its end is the job's sign that the batch has ended
+        _children.add(child)  # stdin stays open: when it is closed, the job knows that the batch has exited
     answer: dict[str, Any] = {}
     try:
         for line in child.stdout:
@@ -189,7 +210,7 @@ def run_process(order: Order, progress: Progress | None = None) -> tuple[int, di
 
 
 def _object(line: str) -> dict[str, Any]:
-    """The JSON object on a line; {} where there is none."""
+    """Return the JSON object on a line, or {} if there is none."""
     with suppress(ValueError):
         value = json.loads(line)
         return value if isinstance(value, dict) else {}
@@ -197,14 +218,14 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def stop_jobs() -> None:
-    """End the jobs of this process, and start no more until `allow_jobs`."""
+    """Stop the jobs of this process, and start no others until `allow_jobs` is called."""
     with _lock:
         _is_stopping.set()
     end_jobs()
 
 
 def end_jobs() -> None:
-    """End the jobs of this process. Their part files can be resumed."""
+    """Stop the jobs of this process. Their part files can be resumed."""
     with _lock:
         for child in _children:
             if child.stdin is not None:
@@ -213,12 +234,12 @@ def end_jobs() -> None:
 
 
 def allow_jobs() -> None:
-    """Allow jobs to start (again) in this process."""
+    """Allow jobs to start in this process, also after `stop_jobs`."""
     _is_stopping.clear()
 
 
 def journals(job: JobSpec) -> Iterator[Leftover]:
-    """The journals of the job's unfinished outputs."""
+    """Yield the journals of the job's unfinished outputs."""
     for place in _unfinished(job):
         with suppress(OSError):
             status = place.journal.stat()
@@ -230,9 +251,9 @@ def _has_journal(job: JobSpec, stale: frozenset[Leftover]) -> bool:
 
 
 def _await_earlier_try(job: JobSpec) -> None:
-    """Returns once nobody has a lock on the job's journals: a job whose starter was killed takes a moment to go.
+    """Wait until no process has locked the job's journals: a job whose parent was killed needs a moment to exit.
 
-    Whoever still has one after PATIENCE_SECONDS is another program; the job will then fail.
+    If a journal is still locked after PATIENCE_SECONDS, another program is writing the output, and the job will fail.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     for place in _unfinished(job):
@@ -246,13 +267,13 @@ def _is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # it is gone, or its filesystem has no locks
+    except OSError:  # the journal no longer exists, or its filesystem has no locks
         return False
     return False
 
 
 def _unfinished(job: JobSpec) -> list[Place]:
-    """The outputs of the job that something was left of, or may be: those that have a part file or a journal."""
+    """Return the outputs of the job that may be unfinished: its output, and each part of a split with a part file."""
     output = Path(job.output)
     places = [Place(output)]
     if job.split_max_size is not None:
@@ -270,11 +291,15 @@ def _death(code: int) -> str:
     return f"its process ended with exit code {code} without a report"
 
 
-# ---------------------------------------------------------------- the process that works
+# ---------------------------------------------------------------- the process of a job
 
 
 def read_order(stdin: IO[str]) -> Order:
-    """The order on `stdin`; from then on the end of `stdin` ends this process as SIGTERM does."""
+    """Read the order from `stdin`. When `stdin` is closed later, this process sends itself SIGTERM.
+
+    Raises:
+        InterruptedByTerm: `stdin` was closed before the order arrived.
+    """
     line = stdin.readline()
     if not line:
         raise InterruptedByTerm("the batch that started this job has ended", code="interrupted")
@@ -290,15 +315,19 @@ def read_order(stdin: IO[str]) -> Order:
 
 
 def obey(order: Order, progress: Progress | None = None) -> Report:
-    """The report of the order's job. StreamconvError where it fails, with a hint where its source may be a repo."""
+    """Run the job of an order in this process, and return its report.
+
+    Raises:
+        StreamconvError: The job failed. If its source does not exist and looks like a repo id, the error has a hint.
+    """
     try:
         return perform(order.job, restart=order.restart, dry_run=order.dry_run, progress=progress)
-    except (Interrupted, KeyboardInterrupt) as error:  # with what is kept of its work
+    except (Interrupted, KeyboardInterrupt) as error:  # keep the notes on the part files
         raise with_notes(InterruptedByTerm("stopped", code="interrupted"), error) from None
     except SourceError as error:
-        name = "/".join(Path(error.file or "").parts[-2:])  # an absolute path keeps the name of a repo as its end
+        name = "/".join(Path(error.file or "").parts[-2:])  # a repo id becomes the end of an absolute path
         is_missing = error.file in (order.job.source, order.job.base) and not os.path.lexists(error.file or "")
-        # The folder of a mistyped path is there; that of a repo's owner is not.
+        # The parent folder of a mistyped path exists; a folder with the name of a repo's owner does not.
         if is_missing and is_repo_id(name) and not Path(error.file or "").parent.exists():
             error.hint = f"if you mean the repo {name}, run: hf download {name} (streamconv does not download)"
         raise
@@ -312,7 +341,18 @@ def perform(
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """The report of the job, done in this process. StreamconvError where it fails. max_memory: instead of the job's."""
+    """Run a job in this process, and return its report.
+
+    Args:
+        job: The job.
+        dry_run: Only plan; write nothing.
+        restart: Discard the unfinished work of an earlier run.
+        max_memory: A limit in bytes that replaces that of the job.
+        progress: Called with (bytes done, bytes in total).
+
+    Raises:
+        StreamconvError: The job failed.
+    """
     from streamconv.api.convert_lora import convert_adapter
     from streamconv.api.convert_model import convert
     from streamconv.api.verify_file import verify

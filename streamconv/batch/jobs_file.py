@@ -1,7 +1,7 @@
 """JOBS files: many conversions described in TOML or JSON lines.
 
-The whole file is checked before anything runs. Paths are relative to it. A glob as source makes one job for each match,
-in the order of their names; an existing path with exactly that name is not treated as a glob.
+The whole file is checked before anything runs. Paths are relative to its folder. A glob as source creates one job for
+each match, in the order of their names; an existing path with exactly that name is not treated as a glob.
 
     [defaults]
     outtype = "q8_0"
@@ -39,10 +39,13 @@ _FIELD = re.compile(r"\{(\w+)\}")  # of an output template
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """One job, complete: absolute paths, every default filled in.
+    """One job, with absolute paths and with all defaults.
+
+    The attributes are the keys of a jobs file with the same names.
 
     Attributes:
-        options: the other values given, by the keys of streamconv/options.py, in their order.
+        only_part: The number of the only part to write, from 1, for a job of a split; None: all parts.
+        options: The other values, as (key, value) in the order of `OPTIONS`.
     """
 
     name: str
@@ -74,7 +77,7 @@ class JobSpec:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> JobSpec:
-        """A job from values by key."""
+        """Return a job from values by key."""
         own = {one.name for one in fields(cls)}
         others = tuple((key, _frozen(values[key])) for key in OPTIONS if key in values and key not in own)
         mine = {key: value for key, value in values.items() if key in own}
@@ -91,8 +94,8 @@ KEYS: Final = (*_FIXED, *OPTIONS)
 _TYPES: Final[Mapping[Kind, tuple[type, ...]]] = {Kind.FLAG: (bool,), Kind.COUNT: (int,), Kind.NUMBER: (int, float)}
 _TYPE_NAMES: Final = {str: "a string", bool: "true or false", int: "a number"}
 
-# Keys that a kind of job must have, and the kinds that a key is for; as a default the others pass it by. The outtype
-# may stand in the name of any output.
+# Keys that a command requires, and the commands to which a key applies; in [defaults], the others ignore the key.
+# outtype applies to all commands, because it may be part of the name of any output.
 _NEEDED: Final = {"verify": ("output",)}
 _ONLY_FOR: Final[Mapping[str, tuple[str, ...]]] = {
     "base": ("lora", "verify"),
@@ -105,7 +108,7 @@ _FLAG: Final = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)(?:[ =]([A-Z0-9][\w.]*|[a-
 
 
 def in_jobs_file(hint: str) -> str:
-    """A hint with options as a jobs file has them: `force = true` for --force, `max_memory = "96MiB"`."""
+    """Return a hint with options in the syntax of a jobs file: `force = true` for --force, `max_memory = "96MiB"`."""
 
     def key(match: re.Match[str]) -> str:
         one = _OF_COMMAND_LINE.get(match[1])
@@ -117,7 +120,7 @@ def in_jobs_file(hint: str) -> str:
             return str(one.option.key)
         return f"{one.option.key} = {match[2]}" if one.option.kind is Kind.COUNT else f'{one.option.key} = "{match[2]}"'
 
-    return hint if "streamconv " in hint else _FLAG.sub(key, hint)  # a command stays one
+    return hint if "streamconv " in hint else _FLAG.sub(key, hint)  # do not change a command
 
 
 def read_jobs(path: Path) -> list[JobSpec]:
@@ -154,7 +157,7 @@ def read_jobs(path: Path) -> list[JobSpec]:
 
 
 def _told_apart(jobs: Sequence[JobSpec]) -> Iterator[JobSpec]:
-    """The jobs; where several outputs would be made under one name, each job is named after its own."""
+    """Yield the jobs; if several outputs share a job name, each job is renamed after its output."""
     n_outputs = Counter(name for name, _ in {(job.name, job.output) for job in jobs})
     for job in jobs:
         yield job if n_outputs[job.name] == 1 else replace(job, name=Path(job.output).stem)
@@ -199,7 +202,7 @@ def _json_entries(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpec]:
-    """The jobs of one entry: one for each match of its source."""
+    """Yield the jobs of one entry, one for each match of its source and each outtype."""
     if isinstance(entry.get("outtype"), list):
         for outtype in entry["outtype"]:
             yield from _expand({**entry, "outtype": outtype}, where, path)
@@ -226,7 +229,7 @@ def _expand(entry: Mapping[str, Any], where: str, path: Path) -> Iterator[JobSpe
 
 
 def _stated_base(adapter: str) -> str | None:
-    """The folder of the base that an adapter's configuration names; None where there is none, as its job will say."""
+    """Return the base in an adapter's configuration; None if it cannot be found, which the job will report."""
     from streamconv.errors import StreamconvError
     from streamconv.lora.open_base import stated_source_of
 
@@ -236,7 +239,11 @@ def _stated_base(adapter: str) -> str | None:
 
 
 def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:
-    """The sources that one entry means; UsageError where it is a glob that nothing matches."""
+    """Return the sources of one entry.
+
+    Raises:
+        UsageError: The source is an invalid glob, or a glob without a match.
+    """
     if not _GLOB & set(source) or os.path.lexists(folder / source):
         return [_absolute(source, folder)]
     root, pattern = (Path("/"), source.lstrip("/")) if source.startswith("/") else (folder, source)
@@ -255,13 +262,13 @@ def _matches(source: str, folder: Path, where: str, path: Path) -> list[str]:
 
 
 def _is_model(match: Path, pattern: str) -> bool:
-    """Whether a match may be a source: what lies beside models, outputs among it, is none."""
+    """Whether a match may be a source: a folder or a .safetensors file, and not an output or other file."""
     is_hidden = match.name.startswith(".") and not PurePath(pattern).name.startswith(".")
     return not is_hidden and (match.is_dir() or match.suffix == ".safetensors")
 
 
 def _absolute(source: str, folder: Path) -> str:
-    """The path that `source` is from `folder`; where there is none, a repo id's folder in the Hugging Face cache."""
+    """Return `source` relative to `folder`; if that does not exist, the repo's folder in the Hugging Face cache."""
     if is_repo_id(source) and not os.path.lexists(folder / source):
         with suppress(ImportError):
             if found := find_cached(source):
@@ -270,7 +277,11 @@ def _absolute(source: str, folder: Path) -> str:
 
 
 def _output(template: str, job: JobSpec, where: str, path: Path) -> str:
-    """The template with its fields filled in; a field is a name in braces and nothing more."""
+    """Return the output template with its fields replaced. A field is a plain name in braces, without a format.
+
+    Raises:
+        UsageError: The template has another field or brace (`jobs-output`).
+    """
     names = _FIELD.findall(template)
     if set(names) - {"name", "outtype", "ftype"} or set("{}") & set(_FIELD.sub("", template)):
         raise UsageError(
@@ -288,7 +299,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _resolved(source: Path, recipes: Sequence[str]) -> str:
-    """What auto means for a checkpoint; "auto" where it cannot be read, which its job will report."""
+    """Return the outtype that "auto" selects for a checkpoint; "auto" if it cannot be read (its job will report it)."""
     from streamconv.api.convert_model import auto_outtype
     from streamconv.budget import Budget, default_limit_nbytes
     from streamconv.checkpoint.folder import Checkpoint
@@ -343,14 +354,14 @@ def _check(entry: Mapping[str, Any], where: str, path: Path) -> None:
 
 
 def _size(text: str) -> int:
-    """In bytes; 0 where it is none."""
+    """Return a size in bytes, or 0 if the text is not a size."""
     with suppress(UsageError):
         return parse_size(text)
     return 0
 
 
 def _check_whole(entry: Mapping[str, Any], where: str, path: Path) -> None:
-    """What keys there must be, and which go together."""
+    """Raise UsageError if a required key is missing, or if a key does not apply to the command."""
     command = entry.get("command", "convert")
     missing = [key for key in ("source", *_NEEDED.get(command, ())) if key not in entry]
     if missing:

@@ -1,8 +1,8 @@
 """Run many conversions, each in its own process with its own memory limit, on any Executor.
 
-An Executor does the scheduling: threads here, or a Dask cluster through `Client.get_executor()`. However a batch ends,
-none of its jobs keeps running; a job may continue what an earlier attempt of the same batch left; a job is recorded as
-done only after its file is sealed.
+An Executor does the scheduling: threads here, or a Dask cluster through `Client.get_executor()`. When a batch ends, for
+any reason, none of its jobs keeps running. A job continues the unfinished work of an earlier attempt; it is recorded as
+done only after its files are sealed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EXIT_SOME_FAILED, EXIT_NONE_SUCCEEDED = 7, 8
 
 
 def exit_code(results: Sequence[JobResult | Forecast]) -> int:
-    """0: all done or up to date; 7: some failed, or would; 8: none succeeded; 130 or 143: cancelled."""
+    """Return 0 if all are done or up to date, 7 if some failed or would fail, 8 if all did, 130 or 143 if cancelled."""
     for result in results:
         if isinstance(result, JobResult) and result.status == "cancelled":
             return result.exit_code
@@ -51,7 +51,15 @@ def exit_code(results: Sequence[JobResult | Forecast]) -> int:
 
 
 def select_array(jobs: Sequence[JobSpec], array: str) -> list[JobSpec]:
-    """The share I of N of the sorted jobs, of "I/N" with I from 1: for Slurm arrays and Kubernetes indexed jobs."""
+    """Return every N-th job from the I-th on, for Slurm arrays and Kubernetes indexed jobs.
+
+    Args:
+        jobs: The jobs, in the same order on every machine.
+        array: "I/N", with I from 1.
+
+    Raises:
+        UsageError: `array` is malformed, or I is out of range (`array-range`).
+    """
     index, _, count = array.partition("/")
     if not (index.isascii() and count.isascii() and index.isdigit() and count.isdigit()):
         raise UsageError(f"--array {array!r} is not I/N", code="array-range")
@@ -71,18 +79,27 @@ def run_batch(
     finished: Callable[[JobResult], None] = lambda result: None,
     progress: Callable[[JobSpec, int, int], None] | None = None,
 ) -> list[JobResult]:
-    """The result of every job, in the jobs' order.
+    """Run all jobs.
 
-    KeyboardInterrupt and SIGTERM stop the processes; jobs that are not done are then cancelled, and the next batch
-    continues with them.
+    KeyboardInterrupt and SIGTERM stop the processes; unfinished jobs are then cancelled, and the next batch continues
+    them.
 
     Args:
-        executor: by default `n_parallel` threads, each of which watches one process.
-        stop: what ends the jobs that have begun, wherever the executor's workers are (`end_jobs`, called there).
-        restart: discard what an earlier batch left unfinished; what a try of this batch left is always taken up.
-        finished: called with each result as it comes, in this thread.
-        progress: called as progress(job, done, total), in bytes, from the threads that watch: (job, 0, 0) as one
-            begins. Not of an executor's own, whose workers may be on other machines.
+        jobs: The jobs.
+        state: The state file; jobs that are done according to it are skipped.
+        executor: Where the jobs run; by default `n_parallel` threads, each of which watches one process.
+        stop: Stops the jobs that have started. For an executor with workers elsewhere, it must call `end_jobs` there.
+        n_parallel: The number of jobs that run at the same time without an executor.
+        restart: Discard the unfinished work of an earlier batch. That of an earlier attempt in this batch is kept.
+        finished: Called with each result when it is available, in this thread.
+        progress: Called as progress(job, done, total), in bytes, from the threads that watch processes; with
+            (job, 0, 0) when a job starts. Not called with an executor, whose workers may be on other machines.
+
+    Returns:
+        The result of every job, in the order of `jobs`.
+
+    Raises:
+        DestinationError: The state file cannot be written.
     """
     allow_jobs()
     pool = executor or ThreadPoolExecutor(n_parallel)
@@ -110,14 +127,14 @@ def run_batch(
 
 
 def verification(job: JobSpec) -> JobSpec:
-    """What compares the output of `job`, which is there, with its source."""
+    """Return a job that compares the existing output of `job` with its source."""
     return replace(job, command="verify")
 
 
 def completion(job: JobSpec) -> JobSpec:
-    """What makes all outputs of `job` again, of which some are gone: those that are there get the same bytes.
+    """Return a job that writes all outputs of `job` again, because some no longer exist.
 
-    Its Modelfile stays, which may have been edited.
+    The existing outputs are replaced by the same bytes. An existing Modelfile is kept, because it may have been edited.
     """
     from streamconv.output.modelfile import modelfile_path
 
@@ -128,7 +145,13 @@ def completion(job: JobSpec) -> JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A job, what is run in order that it is done, and how often that was begun."""
+    """A job that an executor has.
+
+    Attributes:
+        job: The job.
+        work: The job that is actually run: `job`, its verification or its completion.
+        attempts: The number of attempts, including this one.
+    """
 
     job: JobSpec
     work: JobSpec
@@ -136,7 +159,7 @@ class _Task:
 
 
 class _Run:
-    """The jobs that an executor has. A job whose worker was lost is given to it again."""
+    """The jobs that an executor has. A job whose worker was lost is submitted again."""
 
     def __init__(
         self,
@@ -153,13 +176,13 @@ class _Run:
         self._waiting: dict[Future[JobResult], _Task] = {}
 
     def begin(self, jobs: Sequence[JobSpec], state: State) -> Iterator[JobResult]:
-        """Each job that is done already; the others are given to the executor."""
+        """Yield the result of each job that is done already, and submit the others to the executor."""
         for job in jobs:
             if (standing := state.standing(job)) == "done":
                 yield JobResult(job, "skipped", 0, 0)
-            elif standing == "unverified":  # what is remembered of it stays true
+            elif standing == "unverified":  # its line in the state file stays valid
                 self.submit(job, verification(job))
-            elif standing == "incomplete":  # as is this, until all are there
+            elif standing == "incomplete":  # as above, until all outputs exist
                 self.submit(job, completion(job))
             else:
                 state.begin(job)
@@ -171,13 +194,13 @@ class _Run:
         self._waiting[future] = _Task(job, work, n_before + 1)
 
     def results(self) -> Iterator[JobResult]:
-        """Each as it comes."""
+        """Yield each result when it is available."""
         while self._waiting:
             for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
                 task = self._waiting.pop(future)
                 try:
                     yield replace(future.result(), job=task.job)
-                except (Exception, CancelledError) as error:  # whatever an executor raises for a worker that is gone
+                except (Exception, CancelledError) as error:  # any error by which an executor reports a lost worker
                     if isinstance(error, StreamconvError):
                         raise
                     if task.attempts < MAX_ATTEMPTS:
@@ -187,7 +210,7 @@ class _Run:
                         yield JobResult.failed(task.job, StreamconvError(what, code="worker-lost"), task.attempts)
 
     def stop(self) -> None:
-        """No job begins any more, and those that run are told to end."""
+        """Cancel jobs that have not started, and stop those that run."""
         for future in self._waiting:
             future.cancel()
         if self._waiting and not self._is_stopped:
@@ -202,7 +225,14 @@ class _Run:
         *,
         own: bool,
     ) -> Iterator[JobResult]:
-        """What becomes of the jobs that have not ended, after `stop`. Of those begun elsewhere (`own`) nobody waits."""
+        """Stop the batch, and yield a result for each job that has none.
+
+        Args:
+            order: The interrupt that ended the batch.
+            jobs: All jobs of the batch.
+            ended: The results so far.
+            own: Whether the jobs run in this process's threads, and so are waited for. Others are not.
+        """
         code = order.exit_code if isinstance(order, Interrupted) else 128 + signal.SIGINT
         self.stop()
         begun = [(future, task) for future, task in self._waiting.items() if own and not future.cancelled()]
@@ -214,12 +244,19 @@ class _Run:
                 yield JobResult.cancelled(job, code)
 
 
-# ---------------------------------------------------------------- before anything runs
+# ---------------------------------------------------------------- planning
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a job would do: "run", "skip" (up to date) or "fail"; the bytes it would write, 0 where it would not."""
+    """The plan of one job.
+
+    Attributes:
+        job: The job.
+        action: "run", "skip" (up to date) or "fail".
+        nbytes: The bytes that it would write; 0 if it would write nothing.
+        error: Why it would fail.
+    """
 
     job: JobSpec
     action: Literal["run", "skip", "fail"]
@@ -241,7 +278,13 @@ class Forecast:
 
 
 def forecast(jobs: Sequence[JobSpec], state: State, *, n_parallel: int = 1) -> Iterator[Forecast]:
-    """Each job planned in full, in a process of its own as it would run in, and nothing written."""
+    """Plan each job completely, in a separate process like the one in which it would run; nothing is written.
+
+    Args:
+        jobs: The jobs.
+        state: The state file.
+        n_parallel: The number of jobs that are planned at the same time.
+    """
     allow_jobs()
 
     def plan(job: JobSpec) -> Forecast:
@@ -271,12 +314,12 @@ def forecast(jobs: Sequence[JobSpec], state: State, *, n_parallel: int = 1) -> I
 
 
 def expand_splits(jobs: Iterable[JobSpec]) -> Iterator[JobSpec]:
-    """Every split conversion as one job for each of its parts, which may then run on different machines."""
+    """Replace each split conversion by one job for each of its parts, which may run on different machines."""
     for job in jobs:
         n_parts = 1
         if job.command == "convert" and job.split_max_size is not None:
-            with suppress(Exception):  # its own run will say what is wrong
-                # The job's bound is not this process's: only the number of parts is asked for.
+            with suppress(Exception):  # the job itself will report the error
+                # The job's memory limit does not apply here: only the number of parts is determined.
                 n_parts = sum(one.role == "model" for one in perform(job, dry_run=True, max_memory=sys.maxsize).outputs)
         if n_parts == 1:
             yield job

@@ -1,7 +1,7 @@
 """JOBS.state.jsonl: the inputs of each job that started, and the outputs of each that finished.
 
-A line is appended as a whole, one before a job starts and one after its files are sealed. The last line of a job
-counts. A line that was torn by a crash affects only its own job.
+Two lines are appended for a job, one before it starts and one after its files are sealed. The last line of a job is
+the valid one. A line that is incomplete after a crash affects only its own job.
 """
 
 from __future__ import annotations
@@ -25,16 +25,24 @@ MAX_FILE_NBYTES: Final = 256 << 20  # some 500,000 lines
 _WITHOUT_EFFECT = {"name", *(key for key, one in OPTIONS.items() if not one.option.changes_bytes)}  # on an output
 _SUBFOLDER = "additional_chat_templates"
 
-# Unverified: the output is there and nobody has compared it: it was not asked for then, or the batch was killed too
-# early. Incomplete: some of the outputs are as the job wrote them, and the others are gone.
+# due: to be run. done: inputs and outputs are unchanged. unverified: the output exists but has not been compared with
+# its source, because the earlier batch did not request it or was killed before it. incomplete: some outputs are
+# unchanged and the others no longer exist.
 Standing = Literal["due", "done", "unverified", "incomplete"]
 
 
 class State:
-    """The file at `path`, which need not exist. Several batches may append to it at once (--array)."""
+    """The state file of a batch. Several batches may append to it at the same time (--array).
+
+    Args:
+        path: The file, which need not exist.
+
+    Raises:
+        DestinationError: The file exists and cannot be read, or is not a state file (`state-file`).
+    """
 
     def __init__(self, path: Path) -> None:
-        """DestinationError where there is a file that cannot be read."""
+        """Read the file; see the class."""
         self.path = path
         self._entries: dict[str, dict[str, Any]] = {}
         for line in _read(path).split(b"\n"):
@@ -43,7 +51,7 @@ class State:
                 self._entries[entry["key"]] = entry
 
     def standing(self, job: JobSpec) -> Standing:
-        """Return "done" if inputs and output are unchanged, "unverified" if the output must be checked, else "due"."""
+        """Return the state of a job from the last line of it and its files as they are now."""
         entry = self._entries.get(_key(job), {})
         try:
             if entry.get("digest") != _digest(job):
@@ -58,24 +66,36 @@ class State:
                     return "done"
             elif _stamps([job.output]) == entry["before"]:
                 return "due"
-            # Parts cannot be compared alone, and who may replace a file need not look at it.
+            # A single part cannot be compared; a job with force = true can simply replace its output.
             return "due" if job.force or job.split_max_size is not None else "unverified"
         except (OSError, SourceError, LookupError, TypeError):
             return "due"
 
     def begin(self, job: JobSpec) -> None:
-        """Remember what the job is made of, as it is before the job reads it. DestinationError."""
+        """Record the inputs of a job before the job reads them.
+
+        Raises:
+            DestinationError: The state file cannot be written.
+        """
         entry: dict[str, Any] = {"key": _key(job), "digest": None, "before": None}
-        with suppress(OSError, SourceError):  # the job will say so
+        with suppress(OSError, SourceError):  # the job will report it
             entry["digest"] = _digest(job)
         with suppress(OSError):
             entry["before"] = _stamps([job.output])
         self._append(entry)
 
     def record(self, job: JobSpec, report: Mapping[str, Any]) -> None:
-        """Remember a job that has begun and is done, and the files that its report names. DestinationError."""
+        """Record that a job is done, and the files in its report.
+
+        Args:
+            job: A job for which `begin` was called.
+            report: Its report, as with `--json`.
+
+        Raises:
+            DestinationError: The state file cannot be written.
+        """
         digest = self._entries[_key(job)]["digest"]
-        with suppress(OSError):  # an output that is gone already is not done
+        with suppress(OSError):  # an output no longer exists: the job is not done
             outputs = _stamps(output["path"] for output in report["outputs"])
             verified, finished = report["verified"] is True, int(time.time())
             self._append(
@@ -86,7 +106,7 @@ class State:
         self._entries[entry["key"]] = entry
         try:
             with self.path.open("a+b") as file:
-                # A line of its own even behind one that a crash tore.
+                # Start a new line if a crash left an incomplete one.
                 is_torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
                 file.write(b"\n" * is_torn + json.dumps(entry).encode() + b"\n")
                 file.flush()
@@ -127,7 +147,7 @@ def _key(job: JobSpec) -> str:
 
 
 def _digest(job: JobSpec) -> str:
-    """Of everything that decides a job's result: its options, and size and time of every file that it reads."""
+    """Return a digest of a job's inputs: its options, and size and modification time of every file that it reads."""
     options = {key: value for key, value in job.given().items() if key not in _WITHOUT_EFFECT}
     adapter = parse_adapter(job.adapter)[0] if job.adapter else None
     others = (job.given().get("imatrix"), *(job.given().get("recipe") or ()))
@@ -137,9 +157,9 @@ def _digest(job: JobSpec) -> str:
 
 
 def _files(source: Path) -> list[Path]:
-    """What a job may read of `source`; outputs that were put beside it are none of it."""
+    """Return the files of `source` that a job may read, without GGUF outputs in the same folder."""
     if source.suffix == ".safetensors" and not source.is_dir():
-        source = source.parent  # its config and tokenizer lie beside it
+        source = source.parent  # the config and the tokenizer are in the same folder
     if not source.is_dir():
         return [source]
     found = [*source.iterdir(), *(source / _SUBFOLDER).glob("*")]
@@ -147,5 +167,5 @@ def _files(source: Path) -> list[Path]:
 
 
 def _stamps(paths: Iterable[str]) -> list[list[Any]]:
-    """[path, size, time of the last change] of each."""
+    """Return [path, size in bytes, modification time in ns] of each path."""
     return [[path, status.st_size, status.st_mtime_ns] for path in paths for status in (Path(path).stat(),)]

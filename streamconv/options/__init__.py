@@ -1,12 +1,11 @@
 """Every option that a user can give, declared once: a field of one of the classes in groups.py.
 
 The field's name, type and default are those of the library's keyword parameter; what `option` adds is its flag and help
-on the command line, its key in a jobs file, and the commands that take it. The command line, jobs files, the check of a
-caller's values and the pages made of them follow from that. What Python cannot derive is the parameter in the signature
-of each public function (type checkers and `help` read it there): tests/unit/test_options.py names the function that
-lacks one.
+on the command line, its key in a jobs file, and the commands that take it. The command line, jobs files, the checks of
+a caller's values and the generated docs are derived from that. Only the parameters in the signatures of the public
+functions are written out, for type checkers and `help`; tests/unit/test_options.py checks that none is missing.
 
-Imports nothing heavy, since `streamconv --help` reads it.
+The imports are light, because `streamconv --help` needs this package.
 """
 
 from streamconv.options.commands import arguments, declared, find, parameters, public, taken_by

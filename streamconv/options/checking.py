@@ -1,4 +1,4 @@
-"""Values that a caller gives, checked against the annotations of the parameters that take them."""
+"""Check the arguments of a caller against the annotations of the parameters."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def checked(function: F) -> F:
-    """`function`, raising UsageError for an argument of another type than its parameter's annotation.
+    """Return `function` with a check that raises UsageError for an argument of the wrong type.
 
-    A wrong keyword, or a wrong number of arguments, stays Python's own TypeError.
+    An unknown keyword or a wrong number of arguments still raises Python's TypeError.
     """
 
     @wraps(function)
@@ -31,11 +31,14 @@ def checked(function: F) -> F:
 
 
 def check_types(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """UsageError, naming the parameter and its type, for the first value that `owner` does not declare.
+    """Check values against annotations.
 
     Args:
-        owner: a function or a class with annotations.
-        values: by name; those that `owner` does not have are passed by.
+        owner: A function or a class with annotations.
+        values: The values by name; names that `owner` does not have are ignored.
+
+    Raises:
+        UsageError: A value does not have the annotated type; the error names the parameter and the type.
     """
     hints = _hints(owner)
     for name, value in values.items():
@@ -48,12 +51,12 @@ def check_types(owner: Callable[..., Any], values: Mapping[str, Any]) -> None:
 
 @cache
 def _hints(owner: Callable[..., Any]) -> dict[str, Any]:
-    """The types of parameters or fields, in order."""
+    """Return the types of parameters or fields, in order."""
     return {name: hint for name, hint in get_type_hints(owner).items() if name != "return"}
 
 
 def _members(hint: Any) -> Iterator[Any]:
-    """The types of a union, or the one type."""
+    """Yield the types of a union, or a single type."""
     if get_origin(hint) in (Union, UnionType):
         for one in get_args(hint):
             yield from _members(one)
@@ -78,7 +81,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _phrase(hint: Any) -> str:
-    """A type in words: int, str or None."""
+    """Return a type in words, such as "int, str or None"."""
     words = list(dict.fromkeys(map(_word, _members(hint))))
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 

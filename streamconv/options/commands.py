@@ -1,4 +1,4 @@
-"""The options of each command: what its function, its command line and its jobs take, and how they pass it on."""
+"""The options of each command, and their conversion to the keyword arguments of its function."""
 
 from __future__ import annotations
 
@@ -15,32 +15,37 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def declared() -> list[Declared]:
-    """All options, in order."""
+    """Return all options, in order."""
     return list(language.declared(*GROUPS))
 
 
 def find(name: str) -> Declared:
-    """The option of this name."""
+    """Return the option with this name."""
     (one,) = (one for one in declared() if one.name == name)
     return one
 
 
 def taken_by(command: str) -> list[Declared]:
-    """The options that a command takes."""
+    """Return the options that a command takes."""
     return [one for one in declared() if command in one.option.commands]
 
 
 def parameters(command: str) -> dict[str, Any]:
-    """The keyword parameters of the command's function with their defaults; the parts of a split are one."""
+    """Return the keyword parameters of the command's function with their defaults; `split` has all SplitOptions."""
     found = {one.name: one.default for one in taken_by(command) if one.of is not SplitOptions}
     return found | ({"split": None} if any(one.of is SplitOptions for one in taken_by(command)) else {})
 
 
 def arguments(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments for the command's function.
+    """Return the keyword arguments for the command's function.
 
     Args:
-        given: values by the options' names, texts of sizes and of adapters included, None where one was not given.
+        command: The command.
+        given: Values by the names of the options; sizes and adapters may be text. None means that a value was not
+            given.
+
+    Raises:
+        UsageError: A value is invalid.
     """
     values: dict[str, Any] = {}
     for one in taken_by(command):
@@ -61,14 +66,15 @@ def arguments(command: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public(command: str | None = None) -> Callable[[F], F]:
-    """A function of the library: its arguments are checked against its annotations before it begins.
+    """Return a decorator for public functions, which checks arguments against the annotations.
 
     Args:
-        command: the command that it is. {options} in its docstring becomes the help of the command's options.
+        command: The command that the function implements; {options} in its docstring is replaced by the help of the
+            command's options. None if there is no such command.
     """
 
     def decorate(function: F) -> F:
-        if command is not None and function.__doc__:  # which python -OO leaves out
+        if command is not None and function.__doc__:  # python -OO removes it
             rows = [
                 f"{one.name}: {one.option.help_for(command)}" for one in taken_by(command) if one.of is not SplitOptions
             ]

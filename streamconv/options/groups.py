@@ -1,4 +1,4 @@
-"""The options that a user can give, one entry each: a field of one of the classes below."""
+"""The options that a user can give; each is a field of one of the classes below."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_DEFAULT_WORKERS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions(Options):
-    """What a call converts, or compares with, beside its source."""
+    """The inputs of a call besides its source."""
 
     adapters: Sequence[AdapterSpec] = option(
         (),
@@ -51,7 +51,7 @@ class SourceOptions(Options):
         kind=Kind.SOURCE,
         commands=("verify",),
         metavar="BASE",
-        key=None,  # a key of its own, of lora jobs as well
+        key=None,  # jobs files have their own key for it, also for lora jobs
     )
     scale: float | None = option(
         None,
@@ -76,12 +76,15 @@ class SourceOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class SplitOptions(Options):
-    """One model as several files.
+    """Split a model into several files.
 
     Attributes:
-        max_nbytes: of tensor data in a part; None: no limit.
-        max_tensors: in a part; None: no limit.
-        only_part: the one part that is made, counted from 1; None: all.
+        max_nbytes: The maximum number of bytes of tensor data in a part; None: no limit.
+        max_tensors: The maximum number of tensors in a part; None: no limit.
+        only_part: The only part to write, counted from 1; None: all parts.
+
+    Raises:
+        UsageError: A value is less than 1, or `only_part` is given without a limit.
     """
 
     max_nbytes: int | None = option(
@@ -102,7 +105,7 @@ class SplitOptions(Options):
         flag="--split-max-tensors",
         group="split",
         metavar="N",
-        key=None,  # a batch makes a job of each part, and needs to know their number by size
+        key=None,  # a batch creates a job for each part, and supports only splits by size
     )
     only_part: int | None = option(
         None,
@@ -130,7 +133,11 @@ class SplitOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions(Options):
-    """What decides the bytes of an output. UsageError where a word is not among the choices."""
+    """The options that determine the bytes of an output.
+
+    Raises:
+        UsageError: A word is not among the choices of its option, a text is not UTF-8, or options conflict.
+    """
 
     pre: str | None = option(
         None,
@@ -239,7 +246,7 @@ class OutputOptions(Options):
         "also quantise tensors that are quantised already, which loses more",
         commands=("quantize",),
         group="types",
-        key=None,  # a batch has no such jobs
+        key=None,  # jobs files have no quantize jobs
     )
     mmproj: str | Path | None = option(
         None,
@@ -248,7 +255,7 @@ class OutputOptions(Options):
         commands=("convert",),
         group="projector",
         metavar="PATH",
-        key=None,  # a batch names it after each output
+        key=None,  # a batch derives its name from each output
     )
     mmproj_outtype: str | None = option(
         None,
@@ -274,17 +281,21 @@ class OutputOptions(Options):
 
     @property
     def asks_for_mmproj(self) -> bool:
-        """Whether an option is about a projector that is written."""
+        """Whether an option for the projector is given."""
         return self.mmproj is not None or self.mmproj_outtype is not None
 
     @property
     def writes_others(self) -> bool:
-        """Whether files beside the text model's are written: not with a later part of a split alone."""
+        """Whether files other than the text model are written: not if only a later part of a split is written."""
         return not self.no_mmproj and self.parts.only_part in (None, 1)
 
     @property
     def mix(self) -> MixOptions:
-        """What is asked beyond the outtype. UsageError where it is not a type or a pattern."""
+        """The types of individual tensors that are requested in addition to the outtype.
+
+        Raises:
+            UsageError: A type or a pattern is invalid.
+        """
         from streamconv.ggml.mixes import MixOptions, parse_override, parse_type
 
         output, embedding = (
@@ -300,18 +311,20 @@ class OutputOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class RunOptions(Options):
-    """How a call runs; nothing here changes a byte of an output.
+    """How a call runs; these options do not change the bytes of an output.
 
-    A run continues an unfinished one of the same conversion; `restart` discards its work instead.
+    A run continues an unfinished run of the same conversion, unless `restart` discards its work.
 
     Attributes:
-        progress: called as progress(done, total) from the calling thread, both in bytes: `done` grows up to `total`,
-            and in a run that verifies what it wrote a second time, from 0 to the size of what is compared.
-        cancel: asked between chunks; true stops the work as an interrupt does.
-        profile: collects memory over time and seconds by phase.
+        progress: Called as progress(done, total) from the calling thread, both in bytes. `done` increases from 0 to
+            `total`; in a run that also verifies its output it does so a second time, with the size of the compared
+            data as `total`.
+        cancel: Called between chunks; if it returns true, the run stops as after an interrupt.
+        profile: Collects memory over time and the seconds of each phase.
 
     Raises:
-        UsageError: a bound that is not a size, or a number of threads that is not one.
+        UsageError: A size or a number of threads is invalid, a word is not among the choices of its option, or options
+            conflict.
     """
 
     force: bool = option(
@@ -425,7 +438,7 @@ class RunOptions(Options):
     def __post_init__(self) -> None:
         self.check_words()
         limit = self.max_memory
-        if limit is None:  # settled now: it follows from what is resident before the run
+        if limit is None:  # determined now, because it depends on the resident memory before the run
             limit = default_limit_nbytes()
         elif isinstance(limit, str):
             limit = parse_size(limit)
@@ -452,7 +465,7 @@ class RunOptions(Options):
         return self.profile or Stopwatch()
 
     def cancelled(self) -> Interrupted | None:
-        """What to raise, where the caller wants the run to stop."""
+        """Return the error to raise if the caller requests that the run stops, else None."""
         if self.cancel is not None and self.cancel():
             return Interrupted("cancelled", hint="run it again to continue", code="cancelled")
         return None
@@ -462,5 +475,5 @@ GROUPS: Final = (SourceOptions, OutputOptions, SplitOptions, RunOptions)
 
 
 def _n_cores() -> int:
-    """The cores that this process may run on; all of the machine's where the system, as macOS, does not say."""
+    """Return the number of cores that this process may use; all cores on systems without affinity, such as macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What an option is: a field of a group of options, with its flag, its key, its help and the commands that take it."""
+"""The declaration of options: each is a field of a group, with a flag, a key, help and the commands that take it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Option:
-    """What a field does not say of itself.
+    """The properties of an option in addition to the name, type and default of its field.
 
     Attributes:
-        kind: how it is written.
-        help: for `--help` and docs/cli.md, by command where it differs.
-        commands: those that take it.
-        flag: on the command line; None where it exists in the library alone.
-        aliases: further flags, by which other tools have it.
-        group: the heading of `--help` that it is under.
-        metavar: what stands for its value there.
-        choices: of a WORD, by command where they differ.
-        hidden: choices that the command line does not name.
-        key: in a jobs file; None where it has no place there.
-        changes_bytes: whether it decides what an output holds.
+        kind: How the value is written.
+        help: The help for `--help` and docs/cli.md, by command if it differs.
+        commands: The commands that take it.
+        flag: The flag on the command line; None if it exists only in the library.
+        aliases: Further flags, which other tools use for it.
+        group: The heading in `--help` under which it is listed.
+        metavar: The placeholder for its value in `--help`.
+        choices: The choices of a WORD, by command if they differ.
+        hidden: Choices that the help does not list.
+        key: The key in a jobs file; None if jobs files do not have it.
+        changes_bytes: Whether it affects the bytes of an output.
     """
 
     kind: Kind
@@ -65,7 +65,7 @@ class Option:
         return self.help if isinstance(self.help, str) else self.help[command]
 
     def choices_for(self, command: str | None) -> tuple[str, ...]:
-        """The choices of a command; of all together for None."""
+        """Return the choices for a command; those of all commands for None."""
         if isinstance(self.choices, tuple):
             return self.choices
         if command is not None:
@@ -75,7 +75,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Declared:
-    """An option with the name and default of its field. `of` is the class that has the field."""
+    """An option together with its field.
+
+    Attributes:
+        name: The name of the field.
+        default: The default of the field.
+        option: The other properties, with flag and key filled in.
+        of: The class that has the field.
+    """
 
     name: str
     default: Any
@@ -98,13 +105,20 @@ def option(
     key: str | None = "",
     changes_bytes: bool = True,
 ) -> Any:
-    """A field that is an option. flag, key: by default the field's name, in the spelling of either."""
+    """Return a dataclass field that is an option.
+
+    Args:
+        default: The default of the field.
+        help: See `Option`, also for the other arguments.
+        flag: By default "--" and the field's name with hyphens.
+        key: By default the field's name.
+    """
     declared = Option(kind, help, commands, flag, aliases, group, metavar, choices, hidden, key, changes_bytes)
     return field(default=default, metadata={"option": declared})
 
 
 def declared(*groups: type) -> Iterator[Declared]:
-    """The options of these classes, in order."""
+    """Yield the options of these classes, in order."""
     for group in groups:
         for one in dataclasses.fields(group):
             if found := one.metadata.get("option"):
@@ -116,10 +130,13 @@ def declared(*groups: type) -> Iterator[Declared]:
 
 
 def not_a_choice(one: Declared, value: object, start: str | None = None, command: str | None = None) -> UsageError:
-    """The error for a word that is not among an option's choices, with the way to the one that was meant.
+    """Return the error for a word that is not among an option's choices, with a hint if there is one.
 
     Args:
-        start: what the message begins with; by default the option's name.
+        one: The option.
+        value: The word.
+        start: The beginning of the message; by default the option's name.
+        command: The command whose choices apply; None: those of all commands.
     """
     hint, choices = None, one.option.choices_for(command)
     if one.name == "outtype":
@@ -135,12 +152,12 @@ class Options:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """The options that are among `values`, which may hold other things as well."""
+        """Return the group with those of its options that are in `values`, which may have other keys too."""
         names = [one.name for one in dataclasses.fields(cls)]  # type: ignore[arg-type]
         return cls(**{name: values[name] for name in names if name in values})
 
     def check_words(self) -> None:
-        """UsageError where a word is not among its option's choices."""
+        """Raise UsageError if a word is not among the choices of its option."""
         for one in declared(type(self)):
             value = getattr(self, one.name)
             choices = one.option.choices_for(None)

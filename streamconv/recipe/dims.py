@@ -1,7 +1,9 @@
-"""Shapes in dims: an extent is a sum of products of dims and numbers, evaluated, solved for a dim, and checked.
+"""Symbolic shapes: evaluate extents such as "(A+2*K)*D", solve them for a dim, and check them.
 
-"(A+2*K)*D H" is a matrix of (A + 2 * K) * D rows and H columns. Dims come from the config, else from stored shapes,
-else from defaults; one that the config states is never changed, and one that follows from nothing is left out.
+A dim is a size of a model, such as H for the hidden size; an extent is one size of a shape, an expression of dims and
+whole numbers. "(A+2*K)*D H" is a matrix of (A + 2 * K) * D rows and H columns. The value of a dim comes from the
+config, otherwise from stored shapes, otherwise from its default. Values from the config are never changed; a dim whose
+value cannot be determined is left out.
 """
 
 from __future__ import annotations
@@ -22,21 +24,26 @@ if TYPE_CHECKING:
 
     from streamconv.recipe.language import Output
 
-MAX_LAYERS = 10_000  # no checkpoint has more; bounds what a hostile config can make us list
-_PRIMES = (10_007, 20_011, 30_011, 40_009, 50_021, 60_013, 70_001, 80_021)  # by which extents are told apart
-_NOT_WHOLE = 0  # the extent of a quotient that does not come out whole: no tensor has it
+MAX_LAYERS = 10_000  # more than any checkpoint has; bounds the work that a hostile config can cause
+_PRIMES = (10_007, 20_011, 30_011, 40_009, 50_021, 60_013, 70_001, 80_021)  # test values of dims
+_NOT_WHOLE = 0  # the value of a quotient that is not a whole number: no tensor has this extent
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """One extent of a shape, as "(A+2*K)*D"; `names` are its dims."""
+    """One extent of a shape.
+
+    Attributes:
+        text: The expression, such as "(A+2*K)*D".
+        names: The dims in it, in order of appearance.
+    """
 
     text: str
     names: tuple[str, ...]
     _tree: ast.expr
 
     def value(self, dims: Mapping[str, int]) -> int | None:
-        """The extent in numbers; None where a dim is not known, 0 where a quotient does not come out whole."""
+        """Return the extent as a number: None if a dim is unknown, 0 if a quotient is not a whole number."""
         if any(name not in dims for name in self.names):
             return None
         try:
@@ -46,7 +53,16 @@ class Extent:
         return int(value) if value.denominator == 1 else _NOT_WHOLE
 
     def solve(self, extent: int, dims: Mapping[str, int]) -> tuple[str, int] | None:
-        """The one dim that is not known and its value, where this is `extent`, linear in it, and it comes out whole."""
+        """Solve for the only unknown dim, given the extent as a number.
+
+        Args:
+            extent: The number that this extent must equal.
+            dims: The known dims.
+
+        Returns:
+            The dim and its value. None if there is not exactly one unknown dim, if the extent is not linear in it, or
+            if the value is not a positive whole number.
+        """
         unknown = [name for name in self.names if name not in dims]
         if len(unknown) != 1:
             return None
@@ -65,7 +81,7 @@ class Extent:
 def _quotient(dividend: int | Fraction, divisor: int | Fraction) -> int | Fraction:
     if isinstance(dividend, int) and isinstance(divisor, int) and not dividend % divisor:
         return dividend // divisor
-    from fractions import Fraction  # several ms, and the dims of most models divide
+    from fractions import Fraction  # takes several ms to import; most models divide without a remainder
 
     return Fraction(dividend) / divisor
 
@@ -89,14 +105,18 @@ def _evaluate(node: ast.expr, dims: Mapping[str, int]) -> int | Fraction:
 
 @cache
 def parse_extent(text: str) -> Extent:
-    """ValueError where `text` is not a sum of products."""
+    """Parse one extent.
+
+    Raises:
+        ValueError: `text` has something other than +, -, *, / of dims and whole numbers.
+    """
     try:
         tree = ast.parse(text, mode="eval").body
         found = sorted(
             (node for node in ast.walk(tree) if isinstance(node, ast.Name)), key=lambda node: node.col_offset
         )
         names = tuple(dict.fromkeys(node.id for node in found))
-        with suppress(ZeroDivisionError):  # of A/(A-B) at ones; what it is of real dims is seen then
+        with suppress(ZeroDivisionError):  # A/(A-B) with every dim 1; real dims may be valid
             _evaluate(tree, dict.fromkeys(names, 1))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} cannot be read: {error}") from None
@@ -105,20 +125,24 @@ def parse_extent(text: str) -> Extent:
 
 @cache
 def parse_shape(shape: str) -> tuple[Extent, ...]:
-    """The extents of "A*D H", row-major. ValueError where one cannot be read."""
+    """Parse the extents of a row-major shape such as "A*D H".
+
+    Raises:
+        ValueError: An extent cannot be parsed.
+    """
     return tuple(parse_extent(extent) for extent in shape.split())
 
 
 def extents(shape: str, dims: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The row-major shape in numbers; None where a dim is not known."""
+    """Return the row-major shape in numbers, or None if a dim is unknown."""
     values = [extent.value(dims) for extent in parse_shape(shape)]
     return None if None in values else tuple(value for value in values if value is not None)
 
 
 def differ(one: Iterable[str], other: Iterable[str]) -> bool:
-    """Whether two products of extents, in the same dims, are different numbers whatever the dims are.
+    """Whether two products of extents are different expressions of the same dims, evaluated at distinct primes.
 
-    Extents in other dims may be equal for a model, and those that are not known ("?") as well.
+    False if they use different dims, or if an extent is unknown ("?"), because they may then be equal for a model.
     """
     extents = [list(texts) for texts in (one, other)]
     if any(text == "?" for texts in extents for text in texts):
@@ -136,14 +160,20 @@ def differ(one: Iterable[str], other: Iterable[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """An extent found on disk: `left` (in dims) is `extent`."""
+    """`left` (in dims) must equal `extent`, which was found in a stored shape."""
 
     left: Extent
     extent: int
 
 
 def solve_dims(recipe: Output, stated: Mapping[str, int], equations: Iterable[Equation] = ()) -> dict[str, int]:
-    """Every dim that follows: those stated, then those that the equations settle, then the defaults."""
+    """Return all dims that can be determined.
+
+    Args:
+        recipe: The architecture, for its defaults.
+        stated: The dims that the config gives; they are not changed.
+        equations: The extents of stored tensors, solved before defaults are used.
+    """
     dims = dict(stated)
     pending = list(dict.fromkeys(equations))
     while solved := [one for one in pending if _solve(one, dims)]:
@@ -164,7 +194,11 @@ def _solve(equation: Equation, dims: dict[str, int]) -> bool:
 
 
 def stated_dims(recipe: Output, config: Config) -> dict[str, int]:
-    """The dims that the config states; SourceError where one is not a size."""
+    """Return the dims that the config gives.
+
+    Raises:
+        SourceError: A value is smaller than the minimum of its dim (`config-value`).
+    """
     stated = {name: value for name, dim in recipe.dims.items() if (value := dim.stated(config)) is not None}
     for name, value in stated.items():
         if value < recipe.dims[name].minimum:

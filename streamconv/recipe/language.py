@@ -1,7 +1,7 @@
-"""An architecture as a value (`Recipe`, and an `Output` for each further file), and what it becomes with a checkpoint.
+"""An architecture as data (`Recipe`, with an `Output` for each further file), and a recipe bound to a checkpoint.
 
-A recipe is data: all that it says of a tensor stands in one row, in the words of words.py and ops.py, and is checked
-when it is loaded. bind makes a `Model` of it and a checkpoint; registry finds the recipe of a checkpoint.
+Each tensor is described by one row, made of the classes in words.py and ops.py; the recipe is checked when it is
+loaded. registry.py finds the recipe for a checkpoint; bind combines the two into a `Model`.
 """
 
 from __future__ import annotations
@@ -33,28 +33,37 @@ EMBEDDING = "token_embd.weight"  # GGUF's name of the token embedding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One file that a checkpoint becomes: its dims, tensors and keys, as one row each.
+    """One GGUF file made from a checkpoint: its dims, tensors and keys.
 
     Attributes:
-        role: What the file is to the model: "model", "mmproj".
-        general_type: general.type, by which loaders tell them apart.
-        axes: The ways in which layers differ, each with its kinds.
-        claims: What the config says of the kinds; the tensors must agree.
-        flags: Those that rows name in `required`, with the value that transformers gives them where the config is
-            silent.
-        stacks: The dims that count layers: of "{i}" that of "", of "{i:vision}" that of "vision".
-        prefixes: How names begin in other checkpoints of the architecture, each with the beginning that rows have:
-            {"model.language_model.": "model."}.
-        config_root: The section of the config that is about this file: "vision_config". A Recipe's, "text_config" of a
-            wrapper, is read together with what stands beside it.
-        refusals: What the runtime cannot do for a model.
-        caveats: What it does otherwise in some uses, said as warnings.
-        tie_keys: The config's flags for a head that is the embedding; the first that is stated counts.
-        head: The head's source; "" where there is none.
-        aliases: What other programs call its sources, or in which shape they store them.
-        tokens: What the runtime looks for, beside this file, as single tokens of the model's vocabulary.
-        is_required: Whether a checkpoint without any of its tensors is incomplete. (A fine-tune of a model's text half
-            may have been saved alone.)
+        role: The purpose of the file: "model", "mmproj". File names are derived from it.
+        arch: The value of general.architecture.
+        general_type: The value of general.type, by which loaders distinguish models from projectors.
+        dims: The sizes of a model by their names, such as "H" for the hidden size.
+        tensors: A row for each tensor of the file that is made from stored tensors.
+        keys: The metadata keys of the architecture.
+        computed: Tensors that are computed from the config.
+        drops: Stored tensors that are known and not needed.
+        aliases: Names and shapes that other programs use for the sources of rows.
+        stacks: The dim that counts the layers of each stack: "" is the stack of "{i}", "vision" that of "{i:vision}".
+        prefixes: Prefixes of names in other checkpoints of the architecture, each with the prefix that rows use
+            instead: {"model.language_model.": "model."}.
+        config_root: The section of the config that describes this file, such as "vision_config". For a Recipe it is
+            the text section of a wrapper, such as "text_config", which is read together with the keys outside it.
+        axes: The properties in which layers differ, each with its kinds: {"ffn": ("dense", "moe")}.
+        claims: The config keys that list the kinds of layers; the tensors must agree with them.
+        refusals: Features of a model that the runtime does not support; such a model is not converted.
+        caveats: Differences of the runtime in some uses of a model, reported as warnings.
+        flags: The config flags that rows name in `required`, with the value that transformers uses if the config does
+            not set them.
+        tie_keys: The config flags for a head that is tied to the embedding; the first one that is set is used.
+        tied_by_default: Whether the head is tied if the config sets none of them.
+        head: The source of the head; "" if the architecture has none.
+        tokens: Texts that the runtime, when it uses this file, must find as single tokens in the model's vocabulary.
+        is_required: Whether a checkpoint is incomplete without the tensors of this file. (It need not be: a fine-tune
+            may have saved only the text model.)
+        names: The names of all sources and of drops.
+        alias_names: The names of all aliases.
     """
 
     role: str = "model"
@@ -79,11 +88,11 @@ class Output:
     head: str = ""
     tokens: tuple[str, ...] = ()
     is_required: bool = False
-    names: NameTable = field(init=False, repr=False, compare=False)  # of all sources
+    names: NameTable = field(init=False, repr=False, compare=False)
     alias_names: NameTable = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """ValueError, naming the recipe, with all that it cannot mean."""
+        """Check the recipe, and raise ValueError with its name and every error in it."""
         if found := list(faults(self)):
             raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
         sources = [name for row in self.tensors for name in row.sources] + [
@@ -94,11 +103,11 @@ class Output:
 
     @property
     def embedding(self) -> str:
-        """The source of the token embedding."""
+        """The source of the token embedding, or ""."""
         return next((row.source for row in self.tensors if row.target == EMBEDDING), "")
 
     def config_of(self, config: Config) -> Config:
-        """What a checkpoint's config says of this file; its parent is the whole one."""
+        """Return the section of a checkpoint's config that describes this file; its parent is the whole config."""
         return config.whole.alone(self.config_root)
 
     def is_of_another(self, name: str) -> bool:
@@ -106,33 +115,38 @@ class Output:
         return False
 
     def canonical(self, name: str) -> str:
-        """A checkpoint's name as rows are written."""
-        if not self.prefixes:  # of most architectures, whose names may be tens of thousands
+        """Return the name of a stored tensor with the prefix that rows use."""
+        if not self.prefixes:  # most architectures; a checkpoint may have tens of thousands of names
             return name
         found = max((prefix for prefix in self.prefixes if name.startswith(prefix)), key=len, default=None)
         return name if found is None else self.prefixes[found] + name.removeprefix(found)
 
     def find(self, name: str) -> Found | None:
-        """Which template a checkpoint's name is of; None where it is of none."""
+        """Return the template, layer and expert of the name of a stored tensor; None if no source matches."""
         return self.names.find(self.canonical(name))
 
     def drop_of(self, name: str, depths: Mapping[str, int]) -> Drop | None:
-        """Why the tensor `name` is not needed, where that is known; `depths`: of the stacks, as the config states."""
+        """Return the open-ended drop that matches the tensor `name`, or None.
+
+        Args:
+            name: The name of a stored tensor.
+            depths: The number of layers of each stack that the config gives.
+        """
         drops = [drop for drop in self.drops if drop.is_open]
         name = self.canonical(name) if drops else name
         return next((drop for drop in drops if _covers(drop, name, depths)), None)
 
     def stated_tie(self, config: Config) -> bool | None:
-        """Whether the config says that the head is the embedding; None where it says nothing.
+        """Whether the config says that the head is tied to the embedding; None if it sets no such flag.
 
-        Of a wrapper and its section either may: transformers 4 read the one and 5 reads the other.
+        Either a wrapper or its text section may set it: transformers 4 read one of them, version 5 reads the other.
         """
         of_each = (config,) if config.parent is None else (config, config.parent)
         said = [next((flag for key in self.tie_keys if (flag := one.flag(key)) is not None), None) for one in of_each]
         return any(said) if any(flag is not None for flag in said) else None
 
     def stack_of_axis(self, axis: str) -> str:
-        """The stack whose layers differ on `axis`."""
+        """Return the stack whose layers differ on `axis`."""
         rows: tuple[Tensor | Computed, ...] = (*self.tensors, *self.computed)
         rows = tuple(row for row in rows if row.only.startswith(f"{axis}="))
         return next((stack for row in rows if (stack := stack_of(row.target)) is not None), MAIN_STACK)
@@ -140,28 +154,29 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe(Output):
-    """An architecture: the file of its model, under which names it is known, and the files that come with it.
+    """An architecture: the GGUF file of its model, the names by which a config identifies it, and its further files.
 
     Attributes:
-        hf_names: As "architectures" of a config.json has them.
-        model_type: As a config.json without them has it.
-        bodies: What transformers calls the models without their head, as AutoModel saves them.
-        text_types: Of a wrapper, the model types of its text section, which is what `config_root` names; "" is that of
-            a section that does not say. Several recipes may be for one class, with other text models.
-        outputs: Further files, as a projector; the tensors of each are its own.
-        unrunnable: Related classes, or model types, that llama.cpp cannot run, each a regular expression, and why.
-        default_pre: The pre-tokenizer of a model whose byte-level tokenizer has an unknown structure; None: there is
-            no such guess.
-        special_tokens: What the models mean by special tokens, beside the tokenizer's files.
-        description: For `streamconv architectures`.
-        origin: Where it comes from, for the identity of a run: "" of architectures/, else file and digest, or package
-            and version; set by what loads it.
-        templates: Chat templates that the runtime looks for by name and no file has.
-        has_tokenizer: Whether it takes tokens of text. (A codec's decoder takes codes.)
-        folders: Models of their own in folders of the checkpoint, by role; each has a recipe, and becomes a file that
-            is written and sealed together with this one.
-        reranker: The same architecture where it scores texts by the logits of two tokens (`Modules.answers`); None
-            where the runtime does not rank with it.
+        hf_names: The class names in "architectures" of config.json.
+        model_type: The "model_type" of config.json, used if it has no "architectures".
+        bodies: The class names of the model without its head, as AutoModel saves it.
+        text_types: For a wrapper, the model types of its text section (`config_root`); "" matches a section without a
+            model type. Several recipes may share a wrapper class and differ in these. Empty if any type matches.
+        outputs: Further files, such as a projector; none shares a source tensor with another.
+        unrunnable: Regular expressions for related class names or model types that llama.cpp cannot run, each with
+            the reason.
+        default_pre: The pre-tokenizer to use if the structure of a byte-level tokenizer is unknown; None if there is
+            no default.
+        special_tokens: Special tokens that the architecture defines besides the tokenizer files.
+        description: A description for `streamconv architectures`.
+        origin: The origin of the recipe, which is part of the identity of a run: "" for architectures/, otherwise file
+            and digest, or package and version. It is set when the recipe is loaded.
+        templates: Chat templates, by name, that the runtime looks for but no file of a checkpoint has.
+        has_tokenizer: Whether the input is text tokens. (A codec's decoder takes codes.)
+        folders: Subfolders of the checkpoint that have separate models, by role. Each model has its own recipe, and
+            becomes a file that is completed together with this one.
+        reranker: The recipe for a model of this architecture that scores texts by the logits of two tokens
+            (`Modules.answers`); None if the runtime cannot rank with it.
     """
 
     hf_names: tuple[str, ...]
@@ -181,7 +196,7 @@ class Recipe(Output):
     head: str = "lm_head.weight"
 
     def __post_init__(self) -> None:
-        """ValueError, naming the recipe, with all that it cannot mean."""
+        """Check the recipe, and raise ValueError with its name and every error in it."""
         Output.__post_init__(self)
         if found := list(faults_of_all(self)):
             raise ValueError(f"the recipe of {self.arch}: {'; '.join(found)}")
@@ -190,7 +205,7 @@ class Recipe(Output):
         return config.within(self.config_root)
 
     def is_for(self, config: Config) -> bool:
-        """Whether this is the recipe of a config.json."""
+        """Whether this recipe is for the model of a config.json."""
         names = config.list_of("architectures", str) or []
         model_type = (config.text("model_type") or "").replace("-", "_")  # mlx-vlm has lfm2-vl
         is_named = not set(names).isdisjoint((*self.hf_names, *self.bodies))
@@ -199,7 +214,7 @@ class Recipe(Output):
         )
 
     def text_type(self, config: Config) -> str:
-        """The model type of the config's section of this recipe; "" where it has none."""
+        """Return the model type of the text section (`config_root`) of a config; "" if it has none."""
         section = config.section(self.config_root)
         return (section.text("model_type") if section else None) or ""
 
@@ -207,11 +222,11 @@ class Recipe(Output):
         return any(output.find(name) or output.drop_of(name, {}) for output in self.outputs)
 
 
-# ---------------------------------------------------------------- a recipe that has met its checkpoint
+# ---------------------------------------------------------------- a recipe bound to a checkpoint
 
 
 class Stored(Protocol):
-    """What is needed to know of a tensor on disk."""
+    """A tensor on disk: its shape, and a lazy tensor that reads it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -229,7 +244,13 @@ def _covers(drop: Drop, name: str, depths: Mapping[str, int]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor of the output, before its type is chosen: its logical name and how its rows are made."""
+    """A tensor of an output, before its type is chosen.
+
+    Attributes:
+        name: The name in the GGUF file.
+        tensor: The lazy tensor that makes its rows.
+        row: The row of the recipe that defines it.
+    """
 
     name: str
     tensor: LazyTensor
@@ -238,10 +259,20 @@ class Target:
 
 @dataclass(slots=True)
 class Model:
-    """A recipe bound to a checkpoint: every dim known, every layer of one kind on each axis, every target made.
+    """A recipe bound to a checkpoint, with the values of its dims and the tensors of the output.
 
-    `has_config`: whether `config` is the model's; a base that is a GGUF file has none, and not all of its dims. `main`:
-    of a further output, the model that it comes with. `modules`: what sentence-transformers puts after it.
+    Attributes:
+        recipe: The architecture, or one of its further outputs.
+        config: The config, or the section of it, that describes the file.
+        dims: The values of the dims; all of them, unless `has_config` is false.
+        kinds: For each axis, the kind of each layer.
+        targets: The tensors of the output, in the recipe's order.
+        warnings: Warnings from binding.
+        has_config: Whether `config` is that of the model. A base that is a GGUF file has no config, and may not define
+            all dims.
+        main: For a further output, the model that it belongs to.
+        stored: The checkpoint's tensors by the recipe's names.
+        modules: The sentence-transformers modules after the model.
     """
 
     recipe: Output
@@ -252,7 +283,7 @@ class Model:
     warnings: list[RunWarning] = field(default_factory=list)
     has_config: bool = True
     main: Model | None = None
-    stored: Mapping[str, Stored] = field(default_factory=dict, repr=False)  # by the recipe's names
+    stored: Mapping[str, Stored] = field(default_factory=dict, repr=False)
     modules: Modules = NO_MODULES
 
     @property
@@ -261,35 +292,39 @@ class Model:
 
     @property
     def is_tied(self) -> bool:
-        """Whether there is no head of its own."""
+        """Whether the head is tied to the embedding: no target is made from a separate head."""
         return all(target.row.source != self.recipe.head for target in self.targets if isinstance(target.row, Tensor))
 
     def depth(self, stack: str) -> int:
-        """How many layers a stack has."""
+        """Return the number of layers of a stack."""
         return self.dims[self.recipe.stacks[stack]]
 
     def layers(self, row: Tensor | Computed) -> list[int]:
-        """The layers that a row of a stack applies to."""
+        """Return the layers that a row with "{i}" applies to."""
         if not row.only:
             return list(range(self.depth(stack_of(row.target) or MAIN_STACK)))
         axis, kind = row.only.split("=")
         return [i for i, found in enumerate(self.kinds[axis]) if found == kind]
 
     def value(self, extent: str) -> int:
-        """An extent in dims ("A*D") in numbers. KeyError where a dim is not known."""
+        """Return the value of an extent in dims, such as "A*D".
+
+        Raises:
+            KeyError: A dim is unknown.
+        """
         value = parse_extent(extent).value(self.dims)
         if value is None:
             raise KeyError(extent)
         return value
 
     def made(self, row: Tensor, sources: Sequence[LazyTensor]) -> LazyTensor:
-        """The target of a row, of its sources or its stack of experts."""
+        """Return the lazy tensor that a row makes from its sources, or from its stack of experts."""
         if len(sources) == 1:
             return applied(row.ops, sources[0], self)
         return applied(row.ops[1:], row.ops[0].join(sources, self), self)
 
     def role(self, target: Target) -> TensorRole:
-        """A target as a type policy sees it."""
+        """Return the properties of a target by which a type policy chooses its type."""
 
         def lost(type_: GGMLQuantizationType) -> str | None:
             return loss(target.row.ops, type_, self)
@@ -297,7 +332,7 @@ class Model:
         return TensorRole(target.name, target.tensor.spec.shape, target.row.f32, target.row.or_f16, lost)
 
     def defaults(self) -> dict[str, tuple[Scalar, ...]]:
-        """By key, the values that mean the same as its absence does to llama.cpp, its default first."""
+        """Return, by key, the values that llama.cpp treats like a missing key; the first one is its default."""
         arch = self.recipe.arch
         found = common_defaults(arch, {entry.key: entry.value for entry in self.keys()}, self.dims.get("V"))
         for key in self.recipe.keys:
@@ -307,7 +342,7 @@ class Model:
         return found
 
     def keys(self) -> list[KeyValue]:
-        """The architecture's own keys, in the recipe's order."""
+        """Return the metadata keys of the architecture with their values, in the recipe's order."""
         result = []
         for key in self.recipe.keys:
             value = self.value(key.value) if isinstance(key.value, str) else key.value(self) if key.value else None
@@ -320,6 +355,6 @@ class Model:
                 result.append(KeyValue.array(name, PackedArray.of_strings([str(one) for one in value])))
             else:
                 result.append(KeyValue.array(name, PackedArray.of_numbers(key.type, cast(Sequence[float], value))))
-        if self.modules.pooling_type is not None:  # which llama.cpp reads of every architecture
+        if self.modules.pooling_type is not None:  # llama.cpp reads it for every architecture
             result.append(KeyValue.u32(f"{self.recipe.arch}.pooling_type", self.modules.pooling_type))
         return result

@@ -1,11 +1,13 @@
-"""What an operation of a recipe is, and how several in a row are asked.
+"""The interface of the operations in recipes, and functions that apply a sequence of them.
 
-An `Op` answers for the model (`node`), for the two factors of a LoRA (`on_a`, `on_b`), for the numbers that a type can
-hold (`is_exact`) and for shapes (`check`); its node describes it to a run that is resumed. A row of an architecture
-lists its ops in the order in which they are applied; what reads rows asks the ops, and knows none of them.
+An `Op` defines its effect on a weight (`node`), on the two factors of a LoRA (`on_a`, `on_b`), on precision
+(`is_exact`) and on shapes (`check`, `extents`). The description of its node is part of the identity of a run, which
+decides whether the run can be resumed. A row of a recipe lists its ops in the order in which they are applied; code
+that reads rows uses only this interface and does not depend on individual ops.
 
-Conventions: a matrix is [rows, columns], row-major, [out, in] of a linear layer; a stack is [E, rows, columns]; the
-rows of a vector are its elements. W + scale * b @ a is the changed weight, with b [rows, r] and a [r, columns].
+Conventions: a matrix is [rows, columns], row-major, which is [out, in] for a linear layer; a stack of experts is
+[E, rows, columns]; each element of a vector is a row. An adapter changes a weight W to W + scale * b @ a, with b
+[rows, r] and a [r, columns].
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from streamconv.lazy.node import LazyTensor, TensorSpec
 if TYPE_CHECKING:
     from streamconv.recipe.language import Model
 
-Extents = tuple[str, ...]  # a shape as rows have it, in dims
-N_EXPERTS = "E"  # as the first extent of a row's shape: what follows is stacked
+Extents = tuple[str, ...]  # a shape in dims, as in a row of a recipe
+N_EXPERTS = "E"  # as the first extent of a shape: one matrix or vector for each expert
 
 
 class CannotAdapt(Exception):
-    """Why a pair of factors cannot carry a change through an op; `code` is that of the adapter's problem."""
+    """Raised if the change by an adapter cannot be expressed by a pair of factors after an op.
+
+    Attributes:
+        code: The code of the adapter's problem.
+        message: The reason.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -37,42 +44,63 @@ class CannotAdapt(Exception):
 
 
 class Op(ABC):
-    """One operation of a row. Ops are values: frozen dataclasses of dims, numbers and rules."""
+    """One operation of a row. Ops are values: frozen dataclasses of dims, numbers and rules.
+
+    Attributes:
+        keeps_shape: Whether the result has the shape of the source.
+        refuses: Why no pair of factors can express a change after this op, as the end of "it is ..."; "" if one can.
+        n_sources: The number of sources: that of the row, and those in the row's `also`.
+    """
 
     __slots__ = ()
     keeps_shape: ClassVar[bool] = False
-    refuses: ClassVar[str] = ""  # what a tensor is of which no pair of factors can carry a change through this
-    n_sources: ClassVar[int] = 1  # the source of its row, and those in the row's `also`
+    refuses: ClassVar[str] = ""
+    n_sources: ClassVar[int] = 1
 
     @abstractmethod
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
-        """The operation on `parent`. ValueError where its shape does not suit."""
+        """Return the node that applies the op to `parent`.
+
+        Raises:
+            ValueError: The op cannot be applied to the shape of `parent`.
+        """
 
     def join(self, sources: Sequence[LazyTensor], model: Model) -> LazyTensor:
-        """The operation on all sources of a row, of which there are `n_sources`, of one shape."""
+        """Return the node that applies the op to all `n_sources` sources of a row, which have the same shape."""
         (parent,) = sources
         return self.node(parent, model)
 
     def on_a(self, a: LazyTensor, model: Model) -> LazyTensor:
-        """What becomes of the factor a [r, columns]. CannotAdapt where no factor can carry a change through this."""
+        """Return the factor a [r, columns] of the change after the op.
+
+        Raises:
+            CannotAdapt: No pair of factors can express the change.
+        """
         if self.refuses:
             raise CannotAdapt("no-matrix", f"it is {self.refuses}")
         return a
 
     def on_b(self, b: LazyTensor, model: Model) -> LazyTensor:
-        """What becomes of the factor b [rows, r]. CannotAdapt where the base lacks what that takes."""
+        """Return the factor b [rows, r] of the change after the op.
+
+        Raises:
+            CannotAdapt: The base does not define a dim that the op needs.
+        """
         return b
 
     def on_factors(self, a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
-        """Both factors of the changed result, (a, b)."""
+        """Return both factors, (a, b), of the change after the op."""
         return self.on_a(a, model), self.on_b(b, model)
 
     def factor(self, model: Model) -> float:
-        """By which number the op multiplies a change, beside what it does to the factors."""
+        """Return the number by which the op multiplies a change, in addition to its effect on the factors."""
         return 1.0
 
     def check(self, shape: tuple[int, ...], model: Model) -> str | None:
-        """What is wrong with a source of `shape`, as "has no heads of two halves"; None where nothing is."""
+        """Return why the op cannot be applied to a source of `shape`, or None if it can.
+
+        The text continues a sentence that begins with the name of the source.
+        """
         try:
             self.node(Blank(shape), model)
         except ValueError as error:
@@ -80,28 +108,28 @@ class Op(ABC):
         return None
 
     def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
-        """Whether the result loses no more in `type_` than the source would."""
+        """Whether storing the result as `type_` loses no more precision than storing the source as `type_`."""
         return True
 
     def phrase(self, model: Model) -> str:
-        """What the op does to the weights, as "scales these weights by 2.5"."""
+        """Return a phrase for messages, such as "scales these weights by 2.5"."""
         return f"changes these weights ({type(self).__name__})"
 
     def dims(self) -> Iterable[str]:
-        """The dims that the op is written in."""
+        """Return the dims, or extents in dims, that the op uses."""
         return ()
 
     def extents(self, shape: Extents) -> Extents:
-        """The shape after the op, as far as a recipe alone gives it: extents that are not known are "?".
+        """Return the shape after the op, in dims; extents that a recipe does not determine are "?".
 
         Raises:
-            ValueError: The op is meaningless for a tensor of that shape, whatever the dims are.
+            ValueError: The op cannot be applied to this shape for any values of the dims.
         """
         return shape
 
 
 class Blank(Leaf):
-    """A tensor of some shape and without rows, to try operations on."""
+    """A tensor that has a shape but no data, used to check whether operations can be applied."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.spec = TensorSpec(shape, dtype.F32)
@@ -114,14 +142,14 @@ class Blank(Leaf):
 
 
 def applied(ops: Sequence[Op], tensor: LazyTensor, model: Model) -> LazyTensor:
-    """`tensor` after all of the ops."""
+    """Return the node that applies all of the ops to `tensor`, in order."""
     for op in ops:
         tensor = op.node(tensor, model)
     return tensor
 
 
 def first_fault(ops: Sequence[Op], shape: tuple[int, ...], model: Model) -> str | None:
-    """What is wrong with a source of `shape` for the first op that cannot take what comes to it."""
+    """Return why one of the ops, in order, cannot be applied to a source of `shape`; None if all can."""
     tensor: LazyTensor = Blank(shape)
     for op in ops:
         if (fault := op.check(tensor.spec.shape, model)) is not None:
@@ -131,17 +159,21 @@ def first_fault(ops: Sequence[Op], shape: tuple[int, ...], model: Model) -> str 
 
 
 def loss(ops: Sequence[Op], type_: GGMLQuantizationType, model: Model) -> str | None:
-    """What `type_` would round that the sources do not, as a phrase; None where it is nothing."""
+    """Return the phrase of the first op whose result loses precision in `type_`, or None."""
     return next((op.phrase(model) for op in ops if not op.is_exact(type_, model)), None)
 
 
 def factors_through(ops: Sequence[Op], a: LazyTensor, b: LazyTensor, model: Model) -> tuple[LazyTensor, LazyTensor]:
-    """The factors (a, b) of the change after all of the ops. CannotAdapt where one of them refuses."""
+    """Return the factors (a, b) of the change after all of the ops.
+
+    Raises:
+        CannotAdapt: One of the ops has no such factors.
+    """
     for op in ops:
         a, b = op.on_factors(a, b, model)
     return a, b
 
 
 def total_factor(ops: Sequence[Op], model: Model) -> float:
-    """By which number all of the ops together multiply a change."""
+    """Return the number by which all of the ops together multiply a change."""
     return math.prod(op.factor(model) for op in ops)

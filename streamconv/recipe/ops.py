@@ -1,4 +1,4 @@
-"""The operations between a stored tensor and the tensor of a GGUF file, in the conventions of operation.py."""
+"""The operations that turn a stored tensor into a tensor of a GGUF file; conventions are in operation.py."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ F16, F32, BF16, Q8_0 = (
     GGMLQuantizationType.Q8_0,
 )
 
-# Below it a block of 8 bits whose largest weight is 0.03 has a scale of less than 8 bits, and errs by that more than by
-# its quants (F16's subnormals are multiples of 2**-24).
+# With a smaller factor, the F16 scale of a Q8_0 block whose largest weight is 0.03 is subnormal (a multiple of 2**-24)
+# with fewer than 8 significant bits, so that its rounding error exceeds that of the quants.
 LEAST_F16_FACTOR = 2.0**-4
 
 Index = NDArray[np.int64]
 
 
 def _axis_of_rows(shape: Extents, what: str) -> int:
-    """Where the rows of each matrix are, or the elements of a vector. ValueError where experts are."""
+    """Return the axis of the rows of each matrix, or of the elements of a vector.
+
+    Raises:
+        ValueError: That axis counts experts.
+    """
     if len(shape) == 2 and shape[0] == N_EXPERTS:
         raise ValueError(f"the rows of {' '.join(shape)} are experts, which have no {what}")
     return max(0, len(shape) - 2)
@@ -55,7 +59,11 @@ def _with_part(shape: Extents, axis: int) -> Extents:
 
 @dataclass(frozen=True, slots=True)
 class Permute(Op):
-    """The rows of Q or K: each of `heads` (a dim) heads from half-split to interleaved RoPE."""
+    """Reorder the rows of Q or K, within each head, from half-split to interleaved RoPE.
+
+    Attributes:
+        heads: The number of heads, as an extent in dims: "A" or "K".
+    """
 
     keeps_shape = True
 
@@ -92,9 +100,11 @@ class Permute(Op):
 
 @dataclass(frozen=True, slots=True)
 class _Indexed(Op):
-    """Rows or columns by number: `index` is a rule, which gives for each of the result the source's number.
+    """Select rows or columns by index.
 
-    None of the rule means that the model's are in order already.
+    Attributes:
+        index: A rule that returns, for each row or column of the result, its number in the source; or None if a model
+            needs no reordering.
     """
 
     index: Callable[[Model], Index | None]
@@ -106,7 +116,7 @@ class _Indexed(Op):
 
 @dataclass(frozen=True, slots=True)
 class Rows(_Indexed):
-    """Rows of each matrix (or elements of a vector) in the order of an index; some may be left out."""
+    """Reorder the rows of each matrix, or the elements of a vector, by an index; some may be left out."""
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         index = self.index(model)
@@ -121,7 +131,7 @@ class Rows(_Indexed):
 
 @dataclass(frozen=True, slots=True)
 class Columns(_Indexed):
-    """Columns in the order of an index; some may be left out."""
+    """Reorder the columns by an index; some may be left out."""
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         index = self.index(model)
@@ -134,15 +144,17 @@ class Columns(_Indexed):
         return _with_part(shape, _axis_of_columns(shape))
 
 
-# ---------------------------------------------------------------- one tensor of a fused one
+# ---------------------------------------------------------------- a part of a fused tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Split(Op):
-    """Block `index` of the rows of each matrix of a fused tensor (or of the elements of a vector).
+    """Take one block of the rows of each matrix of a fused tensor, or of the elements of a vector.
 
-    `sizes`: the blocks in dims, as "A*D K*D K*D"; a number N means N equal blocks. `of_columns`: blocks of columns, as
-    in a stack of vectors [E, 2*M].
+    Attributes:
+        index: The number of the block, from 0.
+        sizes: The sizes of all blocks in dims, such as "A*D K*D K*D"; a number N means N equal blocks.
+        of_columns: Take a block of columns instead, as in a stack of vectors [E, 2*M].
     """
 
     index: int
@@ -157,7 +169,11 @@ class Split(Op):
             raise ValueError(f"the only block of {self.sizes!r} is the whole")
 
     def bounds(self, extent: int, model: Model) -> tuple[int, int]:
-        """(start, size) of the block. ValueError where the blocks do not make up `extent`."""
+        """Return (start, size) of the block.
+
+        Raises:
+            ValueError: The sizes of the blocks do not add up to `extent`.
+        """
         if isinstance(self.sizes, int):
             size, rest = divmod(extent, self.sizes)
             if rest:
@@ -198,9 +214,12 @@ class Split(Op):
 
 @dataclass(frozen=True, slots=True)
 class Interleaved(Op):
-    """Every `count`-th row of each matrix (or element of a vector) from `index` on: gate and up in turns.
+    """Take every `count`-th row of each matrix, or element of a vector: one of gate and up that are interleaved.
 
-    `of_columns`: columns instead, as in a stack of vectors [E, 2*M].
+    Attributes:
+        index: The first row to take, from 0.
+        count: The number of interleaved tensors.
+        of_columns: Take columns instead, as in a stack of vectors [E, 2*M].
     """
 
     index: int
@@ -234,7 +253,7 @@ class Interleaved(Op):
 
 
 def _check_divides(extent: str, count: int) -> None:
-    """ValueError where an extent that is a number does not divide by `count`."""
+    """Raise ValueError if an extent is a number that is not divisible by `count`."""
     if extent.isdecimal() and int(extent) % count:
         raise ValueError(f"{extent} does not divide by {count}")
 
@@ -250,7 +269,7 @@ def _axis_of_parts(shape: Extents, of_columns: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Squeeze(Op):
-    """Extents of one left out: a convolution [H, 1, C] as [H, C]."""
+    """Remove extents of 1: the kernel of a convolution [H, 1, C] becomes [H, C]."""
 
     refuses = "a convolution, for which LoRA is not supported"
 
@@ -265,7 +284,11 @@ class Squeeze(Op):
 
 @dataclass(frozen=True, slots=True)
 class Reshape(Op):
-    """The same elements in the same order under the shape `to`, in dims: "A D H"."""
+    """Change the shape; the order of the elements is the same.
+
+    Attributes:
+        to: The new shape in dims, such as "A D H".
+    """
 
     to: str
     refuses = "reshaped for llama.cpp"
@@ -287,7 +310,7 @@ class Reshape(Op):
 
 @dataclass(frozen=True, slots=True)
 class Transpose(Op):
-    """[rows, columns] as [columns, rows]; of a stack, each of its matrices."""
+    """Transpose a matrix, or each matrix of a stack."""
 
     def node(self, parent: LazyTensor, model: Model) -> LazyTensor:
         return views.transposed(parent)
@@ -300,12 +323,12 @@ class Transpose(Op):
         return (*shape[: last - 1], shape[last], shape[last - 1])
 
 
-# ---------------------------------------------------------------- other numbers
+# ---------------------------------------------------------------- changed values
 
 
 @dataclass(frozen=True, slots=True)
 class PlusOne(Op):
-    """Every element and one, in F32: a norm that is stored as its distance from one (Gemma)."""
+    """Add 1 to every element, in F32: Gemma stores the weight of a norm minus 1."""
 
     keeps_shape = True
 
@@ -318,7 +341,7 @@ class PlusOne(Op):
 
 @dataclass(frozen=True, slots=True)
 class MinusExp(Op):
-    """-exp(x) of every element, in F32: the A of a state space model, stored as log(-A)."""
+    """Compute -exp(x) of every element, in F32: the A of a state space model, stored as log(-A)."""
 
     keeps_shape = True
     refuses = "stored as a logarithm"
@@ -332,7 +355,11 @@ class MinusExp(Op):
 
 @dataclass(frozen=True, slots=True)
 class Scale(Op):
-    """Every element times a factor of the model, which `rule` gives."""
+    """Multiply every element by a factor.
+
+    Attributes:
+        rule: A function that returns the factor for a model.
+    """
 
     keeps_shape = True
     rule: Callable[[Model], float]
@@ -353,11 +380,11 @@ class Scale(Op):
         return self.rule(model)
 
     def is_exact(self, type_: GGMLQuantizationType, model: Model) -> bool:
-        """A power of two moves exponents alone; another factor costs F32 one rounding, as it does the runtime that
+        """Whether storing the scaled weights as `type_` loses no more precision than storing the source as `type_`.
 
-        multiplies by it, and Q8_0 nothing, whose scales are free; but 16-bit weights that were stored exactly would
-        all be rounded. F16, and Q8_0 whose scales are F16, have few exponents: a small factor leaves their numbers
-        subnormal.
+        A power of two changes only exponents. Any other factor rounds F32 once, as a runtime that multiplies by it
+        also does, and changes only the scales of Q8_0; but it would round every 16-bit weight that was stored exactly.
+        F16, and Q8_0 with its F16 scales, have a small range of exponents: a small factor makes values subnormal.
         """
         factor = self.rule(model)
         is_power = math.frexp(factor)[0] in (0.5, -0.5, 0.0)
@@ -371,7 +398,11 @@ class Scale(Op):
 
 @dataclass(frozen=True, slots=True)
 class _FoldedNorm(Op):
-    """A part of a batch norm that is folded, in F32, over `n_sources` vectors of one length."""
+    """A vector of a folded batch norm, computed in F32 from `n_sources` vectors of the same length.
+
+    Attributes:
+        epsilon: The number added to the variance.
+    """
 
     keeps_shape = True
     refuses = "a batch norm, which is folded"
@@ -387,7 +418,7 @@ class _FoldedNorm(Op):
 
 @dataclass(frozen=True, slots=True)
 class FoldedScale(_FoldedNorm):
-    """The scale of a batch norm: of its weight, and its running_var in the row's `also`."""
+    """The scale of a batch norm, from its weight; running_var is in the row's `also`."""
 
     n_sources = 2
 
@@ -398,7 +429,7 @@ class FoldedScale(_FoldedNorm):
 
 @dataclass(frozen=True, slots=True)
 class FoldedShift(_FoldedNorm):
-    """The shift of a batch norm: of its bias, and its running_mean, weight and running_var in the row's `also`."""
+    """The shift of a batch norm, from its bias; running_mean, weight and running_var are in the row's `also`."""
 
     n_sources = 4
 
@@ -412,7 +443,11 @@ def _names(shape: str) -> tuple[str, ...]:
 
 
 def reshaped(parent: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """The same elements in the same order under another shape. ValueError where their number differs."""
+    """Return a node with another shape and the same order of elements.
+
+    Raises:
+        ValueError: The numbers of elements differ.
+    """
     if math.prod(shape) != parent.spec.n_elements:
         raise ValueError(f"{list(parent.spec.shape)} cannot be reshaped to {list(shape)}")
     spec = TensorSpec(shape, parent.spec.dtype)

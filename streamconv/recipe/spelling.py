@@ -1,8 +1,8 @@
-"""How other programs spell a model's names and lay its tensors out, brought to the way in which recipes are written.
+"""Convert the tensor names and layouts of other programs to those that recipes use.
 
-Training wrappers stand before names or inside them, a model that was saved without its head has no `model.`, mlx-lm has
-names and shapes of its own, a tied model may have kept the other one of its two names. Models and adapters go through
-here, between the checkpoint and the recipe: what comes out is a mapping under the recipe's names, and warnings.
+Training wrappers add segments to names, a model that was saved without its head lacks the `model.` prefix, mlx-lm uses
+different names and shapes, and a tied embedding may be stored under the name of the head. The tensors of a model or an
+adapter are renamed here, after the checkpoint is opened and before a recipe is bound to it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from streamconv.recipe.language import Output, Stored
 from streamconv.recipe.names import fill
 from streamconv.recipe.ops import reshaped
 
-# What wrappers put before a name, or into it: torch.compile, DataParallel, FSDP and its activation checkpointing.
+# Segments that wrappers add to names: torch.compile, DataParallel, FSDP and its activation checkpointing.
 WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 PEFT_PREFIX = "base_model.model."
-BODY = "model."  # transformers' name of what a model is without its head
+BODY = "model."  # transformers' prefix for the model without its head
 
 COMPARED_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Reshaped:
-    """A stored tensor seen under another shape, its elements in the same order."""
+    """A stored tensor with another shape; the order of its elements is the same."""
 
     stored: Stored
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Reshaped:
 
 
 def unwrapped(name: str) -> str:
-    """`name` without the segments of training wrappers, and without PEFT's prefix, however often it stands there."""
+    """Return `name` without the segments of training wrappers and without PEFT's prefix, even if it is repeated."""
     name = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
     while name.startswith(PEFT_PREFIX):
         name = name.removeprefix(PEFT_PREFIX)
@@ -49,11 +49,13 @@ def unwrapped(name: str) -> str:
 
 
 class Speller:
-    """Finds the recipe's name for each of the names of one file set, which one program wrote.
+    """Maps the names in a set of files, all written by the same program, to the recipe's names.
 
     Attributes:
-        prefix: An unknown beginning that names have in common, without which they are the recipe's; "" for none.
-        is_bare: Whether names lack `model.`, as of a model that was saved without its head.
+        prefix: An unknown prefix that most names share; the recipe knows them without it. "" if there is none.
+        is_bare: Whether names lack `model.`, as in a model that was saved without its head.
+        is_prefixed: Whether names begin with `model.`.
+        warnings: Warnings about the prefix, and about names both with and without `model.`.
     """
 
     def __init__(self, recipe: Output, names: Iterable[str], depths: Mapping[str, int] | None = None) -> None:
@@ -64,22 +66,22 @@ class Speller:
         strange = [name for name in known if name not in self._found]
         prefix = self._common_prefix([unwrapped(name) for name in strange])
         more = {name: found for name in strange if (found := self._without(prefix, name)) is not None}
-        if prefix and len(more) > len(self._found):  # else it may be a tensor whose name ends as another's
+        if prefix and len(more) > len(self._found):  # else an unknown name may only end like a known one
             self.prefix = prefix
             self._found |= more
         for name, found in self._found.items():
             spelled = unwrapped(name).removeprefix(self.prefix)
-            # A head stands outside of the body, though a recipe without one has it as another name of the embedding.
+            # The head is not part of the body, although a recipe without a head lists it as an alias of the embedding.
             has_body = found.startswith(BODY) and recipe.canonical(spelled) != recipe.head
             self.is_bare |= has_body and not spelled.startswith(BODY)
             self.is_prefixed |= has_body and spelled.startswith(BODY)
 
     def spell(self, name: str) -> str | None:
-        """The recipe's name for `name`, None where it has none."""
+        """Return the recipe's name for one of the given names, or None."""
         return self._found.get(name)
 
     def find(self, name: str) -> str | None:
-        """The recipe's name for one more name of the same program's, None where it has none."""
+        """Return the recipe's name for any other name from the same program, or None."""
         return self._known(unwrapped(name)) or (self._without(self.prefix, name) if self.prefix else None)
 
     @cached_property
@@ -99,7 +101,7 @@ class Speller:
         return self._known(name.removeprefix(prefix)) if name.startswith(prefix) else None
 
     def _known(self, name: str) -> str | None:
-        """The recipe's name for one that may lack `model.`, or have it twice, or be mlx-lm's."""
+        """Return the recipe's name for a name that may lack `model.`, or may be one of mlx-lm's; None if unknown."""
         recipe = self.recipe
         for candidate in (name, BODY + name):
             if recipe.is_of_another(candidate):
@@ -113,7 +115,10 @@ class Speller:
         return None
 
     def _common_prefix(self, names: Sequence[str]) -> str:
-        """The shortest beginning that all of the names have, and without which all that ever fit are known."""
+        """Return the shortest prefix without which the recipe knows the names; "" if they have none in common.
+
+        Names that the recipe does not know without any of their prefixes are not considered.
+        """
         common: set[str] | None = None
         for name in names:
             prefixes = set(self._prefixes(name))
@@ -122,7 +127,7 @@ class Speller:
         return min(common or {""}, key=len)
 
     def _prefixes(self, name: str) -> Iterator[str]:
-        """The beginnings of `name` without which the recipe knows it."""
+        """Yield the prefixes of `name` without which the recipe knows it."""
         start = 0
         while (dot := name.find(".", start)) >= 0:
             start = dot + 1
@@ -132,7 +137,13 @@ class Speller:
 
 @dataclass(slots=True)
 class Spelled:
-    """The tensors of a checkpoint under the recipe's names; those that it has no name for keep theirs."""
+    """The tensors of a checkpoint, renamed.
+
+    Attributes:
+        tensors: By the recipe's names; tensors that the recipe does not know keep their names.
+        warnings: Warnings about the names.
+        is_bare: Whether the model was saved without its head (names lack `model.`).
+    """
 
     tensors: dict[str, Stored]
     warnings: list[RunWarning] = field(default_factory=list)
@@ -148,18 +159,19 @@ def spell(
     is_tied: bool = False,
     depths: Mapping[str, int] | None = None,
 ) -> Spelled:
-    """The tensors of a checkpoint under the names and in the shapes that the recipe has for them.
+    """Return the tensors of a checkpoint with the names and shapes that the recipe uses.
 
     Args:
         recipe: The architecture.
-        tensors: By stored name.
-        folder: What errors name.
-        shared: Names that stand for another tensor's numbers, as safetensors notes them in a file's metadata.
-        is_tied: Whether the config says that the head is the embedding.
-        depths: Of the recipe's stacks, as far as the config gives them.
+        tensors: The tensors by stored name.
+        folder: The folder of the checkpoint, for errors.
+        shared: Names of tensors that were not stored because they share the memory of another tensor, with the name of
+            that tensor; safetensors records them in a file's metadata.
+        is_tied: Whether the config says that the head is tied to the embedding.
+        depths: The number of layers of each of the recipe's stacks that the config gives.
 
     Raises:
-        SourceError: Two names mean one tensor, and have other numbers (`name-collision`).
+        SourceError: Two stored names mean the same tensor, but have different values (`name-collision`).
     """
     speller = Speller(recipe, tensors, depths)
     result = Spelled({}, speller.warnings, speller.is_bare)
@@ -179,7 +191,7 @@ def spell(
 
 
 def _in_shape(recipe: Output, name: str, stored: Stored) -> Stored:
-    """A tensor in the shape that the recipe has, where an alias knows the stored one."""
+    """Return a tensor in the recipe's shape if an alias converts the stored shape, else unchanged."""
     found = recipe.find(name)
     for alias in recipe.aliases:
         if found is not None and alias.name == found.template and alias.shape is not None:
@@ -192,7 +204,7 @@ def _in_shape(recipe: Output, name: str, stored: Stored) -> Stored:
 def _share(
     recipe: Output, speller: Speller, tensors: dict[str, Stored], shared: Mapping[str, str], is_tied: bool
 ) -> None:
-    """Give tensors that were stored once their other name: what the file says of them, and a tied embedding."""
+    """Add the other name of each tensor that was stored once: shared tensors, and a tied embedding."""
     spelled = {_either(speller, recipe, one): _either(speller, recipe, other) for one, other in shared.items()}
     embedding, head = recipe.embedding, recipe.head
     if is_tied and embedding not in tensors and head in tensors:
@@ -201,7 +213,7 @@ def _share(
         if missing in tensors or kept not in tensors or recipe.find(missing) is None:
             continue
         if missing == head and is_tied:
-            continue  # a tied model has no head of its own
+            continue  # a tied model has no separate head
         tensors[missing] = tensors.pop(kept) if (missing, kept) == (embedding, head) and is_tied else tensors[kept]
 
 
@@ -210,7 +222,7 @@ def _either(speller: Speller, recipe: Output, name: str) -> str:
 
 
 def has_same_numbers(one: Stored, other: Stored) -> bool:
-    """Whether two stored tensors are the same bytes under the same dtype and shape."""
+    """Whether two stored tensors have the same dtype, shape and bytes. Reads both."""
     ours, theirs = one.lazy(), other.lazy()
     if ours.spec != theirs.spec:
         return False

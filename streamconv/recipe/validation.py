@@ -1,4 +1,4 @@
-"""What is wrong with a recipe by itself, found when it is loaded: before any checkpoint, and whichever is converted."""
+"""Find errors in a recipe when it is loaded, independently of any checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_EXTENTS = 4  # GGML_MAX_DIMS
 
 
 def faults(recipe: Output) -> Iterator[str]:
-    """Every word of a recipe that means nothing: letters, axes, kinds, placeholders."""
+    """Yield every error in one output: undefined dims, axes, kinds and flags, invalid names, repetitions."""
     if not recipe.arch or not recipe.role:
         yield "it has no arch, or no role"
     if recipe.head and (missing := {"L", "V"} - recipe.dims.keys()):
@@ -64,7 +64,7 @@ def faults(recipe: Output) -> Iterator[str]:
 
 
 def _repetitions(recipe: Output) -> Iterator[str]:
-    """What is said twice, so that one of the two would count."""
+    """Yield entries that are given twice, of which only one would have an effect."""
     sources = {source for row in recipe.tensors for source in row.sources}
     aliases = Counter(alias.source for alias in recipe.aliases)
     drops = Counter(drop.source for drop in recipe.drops)
@@ -77,7 +77,7 @@ def _repetitions(recipe: Output) -> Iterator[str]:
 
 
 def _idle_words(recipe: Output) -> Iterator[str]:
-    """What no row refers to."""
+    """Yield flags, stacks and prefixes that no row uses."""
     sources = [source for row in recipe.tensors for source in row.sources]
     flags = {row.required for row in recipe.tensors if isinstance(row.required, str)}
     yield from (f"no row names the flag {flag!r}" for flag in recipe.flags if flag not in flags)
@@ -91,10 +91,10 @@ def _idle_words(recipe: Output) -> Iterator[str]:
 
 
 def faults_of_all(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with the files of a recipe together, and with what it refuses."""
+    """Yield errors in the combination of a recipe's outputs, and in its `unrunnable` patterns."""
     outputs = (recipe, *recipe.outputs)
     roles = Counter([*(output.role for output in outputs), *recipe.folders])
-    yield from (f"{n} outputs are {role}" for role, n in roles.items() if n > 1)  # files are named by it
+    yield from (f"{n} outputs are {role}" for role, n in roles.items() if n > 1)  # the role is part of the file name
     sources = Counter(source for output in outputs for source in {one for row in output.tensors for one in row.sources})
     yield from (f"{source} is of {n} outputs" for source, n in sources.items() if n > 1)
     for pattern in recipe.unrunnable:

@@ -1,11 +1,11 @@
 """Bind a recipe to a checkpoint: every source tensor is accounted for, or every disagreement is listed at once.
 
-In steps: names (sources.py), dims and shapes (shapes.py), kinds of layers (kinds.py), the tensors that make each target
-(choices.py). Each step returns a value for the next ones, and the problems that it found.
+The steps are: names (sources.py), dims and shapes (shapes.py), kinds of layers (kinds.py), the tensors of each target
+(choices.py). Each step returns a value for the next steps, and the problems that it found.
 
 Errors are: a source that no row uses, a row without a source, a second source for one target, a wrong shape, a gap in
-{i} or {e}. A value in the config must agree with the tensors; for one that is absent or null the tensors decide. Work
-is bounded by the number of stored tensors, not by numbers in the config.
+{i} or {e}. A value in the config must agree with the tensors; if it is absent or null, it is derived from the tensors.
+The work is bounded by the number of stored tensors, not by numbers in the config.
 """
 
 from __future__ import annotations
@@ -78,7 +78,19 @@ def bind(
 
 
 def bind_outputs(recipe: Recipe, model: Model, stored: Mapping[str, Stored]) -> list[Model]:
-    """The further outputs of a checkpoint whose `model` is bound: those that it has tensors of, or must have."""
+    """Bind the further outputs of a checkpoint, such as a projector.
+
+    Args:
+        recipe: The architecture.
+        model: The main model, already bound.
+        stored: The checkpoint's tensors by the recipe's names.
+
+    Returns:
+        A model for each output that is required or has stored tensors.
+
+    Raises:
+        SourceError: The checkpoint disagrees with the recipe.
+    """
     found = []
     for output in recipe.outputs:
         own = {name: tensor for name, tensor in stored.items() if output.find(name) or output.drop_of(name, {})}
@@ -88,7 +100,7 @@ def bind_outputs(recipe: Recipe, model: Model, stored: Mapping[str, Stored]) -> 
 
 
 def _limits(model: Model) -> tuple[list[Problem], list[RunWarning]]:
-    """What the runtime cannot do for a model, and what it does otherwise; nothing where dims are not known."""
+    """Return the refusals and the caveats that apply to a model; none if a dim is unknown."""
     refusals: list[Problem] = []
     caveats: list[RunWarning] = []
     if model.dims.keys() >= model.recipe.dims.keys():
@@ -102,7 +114,7 @@ def _limits(model: Model) -> tuple[list[Problem], list[RunWarning]]:
 
 
 def _made(model: Model, choice: Choice, stored: Mapping[str, Stored]) -> Target | None:
-    """The node chain of one target; None where there is none, or where a computed one has no value."""
+    """Return the target of a choice; None if the choice has no row, or if a computed target has no value."""
     row = choice.row
     if row is None:
         return None

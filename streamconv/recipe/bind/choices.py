@@ -1,4 +1,4 @@
-"""Which row and which tensors make each target, and whether every tensor of the checkpoint has its place."""
+"""Choose the row and the stored tensors for each target, and check that every stored tensor is used."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ Row = Tensor | Computed
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one target will be made: the row that gives it, and the sources it takes.
+    """The row and the sources of one target.
 
     Attributes:
-        sources: Experts by number.
-        missing: The source that a row should have found, or the first expert that is missing between others.
-        rivals: The first source of each row, where several rows give the target.
+        name: The name of the target.
+        row: The row that makes it; None if its source is missing.
+        sources: The names of the stored tensors; experts are in order of their numbers.
+        missing: The name of a required source, or of the first expert, that is missing.
+        rivals: The first source of each row, if several rows make the target.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Choice:
 
 
 def choose(model: Model, sources: Sources) -> list[Choice]:
-    """A choice for each target, in the recipe's order; targets of layers that stand together, layer by layer."""
+    """Return a choice for each target, in the recipe's order; adjacent targets of a stack are grouped by layer."""
     by_target: dict[str, list[Row]] = {}
     rows: tuple[Row, ...] = (*model.recipe.tensors, *model.recipe.computed)
     for row in rows:
@@ -60,7 +62,7 @@ def _choices_of_layers(
 
 
 def _choose(model: Model, sources: Sources, rows: Sequence[Row], i: int | None) -> Iterator[Choice]:
-    """The one row that gives a target (of layer `i`), and what is missing where one should."""
+    """Yield the choice for a target (of layer `i`): a stored row, or the missing source if one is required."""
     tensors = [row for row in rows if isinstance(row, Tensor) and row.unless not in sources.found]
     stored = [(row, names) for row in tensors if (names := sources.of_layer(row.source, NONE if i is None else i))]
     if stored:
@@ -89,7 +91,7 @@ def _is_due(model: Model, row: Tensor) -> bool:
 def _in_order(
     model: Model, row: Tensor, i: int | None, by_expert: Mapping[int, str]
 ) -> tuple[tuple[str, ...], str | None]:
-    """The sources of one target, experts by number, and the first that is missing between them."""
+    """Return the sources of one target, experts in order of their numbers, and the first missing expert."""
     n_experts = model.dims.get("E", 0) if has_experts(row.source) else 0
     present = {e: name for e, name in sorted(by_expert.items()) if e < n_experts or not n_experts}
     gap = None
@@ -98,11 +100,11 @@ def _in_order(
     return tuple(present.values()), gap
 
 
-# ---------------------------------------------------------------- all of them together
+# ---------------------------------------------------------------- all choices together
 
 
 def check_choices(model: Model, sources: Sources, choices: Sequence[Choice]) -> list[Problem]:
-    """Every tensor is taken by one target, and every tensor that must be there was found."""
+    """Return a problem for each kind of fault: tensors with rivals, and unknown, missing or unused tensors."""
     problems = [
         Problem("tensor-sources", f"{one.name} has {len(one.rivals)} sources: {first_few(one.rivals)}")
         for one in choices
@@ -134,7 +136,7 @@ def _misplaced(model: Model, sources: Sources, choices: Sequence[Choice]) -> lis
 
 
 def _by_flag(choices: Sequence[Choice]) -> dict[str, list[str]]:
-    """The tensors that are there, by the flag of the config that would ask for them."""
+    """Return the stored tensors of rows whose `required` is a flag of the config, by flag."""
     found: dict[str, list[str]] = {}
     for one in choices:
         if isinstance(one.row, Tensor) and isinstance(one.row.required, str):
@@ -143,14 +145,14 @@ def _by_flag(choices: Sequence[Choice]) -> dict[str, list[str]]:
 
 
 def ignored_tensors(sources: Sources) -> Iterator[RunWarning]:
-    """Tensors that are there, though the config says that the model has none."""
+    """Warn about stored tensors that the config says the model does not have."""
     if sources.ignored:
         what = f"the config says that the model has no {listed(sources.ignored)}; left out, as in transformers"
         yield RunWarning("tensors-ignored", what)
 
 
 def missing_flags(model: Model, choices: Sequence[Choice]) -> Iterator[RunWarning]:
-    """Tensors that transformers leaves out, since the config lacks their flag."""
+    """Warn about stored tensors that transformers ignores because the config does not set their flag."""
     for flag, names in _by_flag(choices).items():
         if model.config.flag(flag) is None and model.recipe.flags.get(flag) is False:
             what = f"config.json has no {flag}, but the checkpoint has {listed(names)}: written, unlike in transformers"
@@ -158,9 +160,17 @@ def missing_flags(model: Model, choices: Sequence[Choice]) -> Iterator[RunWarnin
 
 
 def check_head(model: Model, sources: Sources, *, is_body: bool) -> tuple[list[Problem], list[RunWarning]]:
-    """A head that is stored is always written; a config that says there is one must have it.
+    """Check that a head is stored if the config says that it is not tied. A stored head is always written.
 
-    A model that gives vectors needs none; one that ranks has rows of it.
+    A model that outputs embeddings needs no head; a reranker uses rows of it.
+
+    Args:
+        model: The model, without targets.
+        sources: The stored tensors.
+        is_body: Whether the model was saved without its head.
+
+    Returns:
+        Problems and warnings.
     """
     recipe = model.recipe
     if not recipe.head:

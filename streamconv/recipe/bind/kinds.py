@@ -1,4 +1,4 @@
-"""The kind of each layer, by the tensors that it has; what the config claims of them must agree."""
+"""Determine the kind of each layer from its tensors, and check that the config agrees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from streamconv.recipe.mismatch import Problem, first_few
 
 
 def settle_kinds(model: Model, sources: Sources) -> tuple[dict[str, list[str]], list[Problem]]:
-    """Each layer's kind by axis, "" where its tensors do not show one."""
+    """Determine the kinds of layers.
+
+    Returns:
+        For each axis the kind of each layer, "" if its tensors do not determine one; and the problems.
+    """
     recipe = model.recipe
     settled: dict[str, list[str]] = {}
     problems: list[Problem] = []
@@ -37,7 +41,7 @@ def _of_layers(layers: Sequence[int], what: str) -> Iterator[Problem]:
 
 
 def _contradictions(key: str, claimed: Sequence[str], settled: Sequence[str]) -> Iterator[Problem]:
-    """Where a key of the config says of layers what their tensors do not."""
+    """Yield a problem if a config key lists kinds of layers that differ from those of the tensors."""
     if len(claimed) != len(settled):
         what = f"{key} in config.json lists {len(claimed)} layers, but there are {len(settled)}"
         yield Problem("config-contradiction", what)

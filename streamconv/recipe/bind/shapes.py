@@ -25,7 +25,14 @@ from streamconv.recipe.words import Tensor
 
 
 def find_dims(recipe: Output, config: Config, sources: Sources) -> tuple[dict[str, int], list[Problem]]:
-    """All dims that follow, layers and experts counted. SourceError for a number of layers that no model has."""
+    """Determine the dims; the numbers of layers and experts are counted if the config does not give them.
+
+    Returns:
+        The dims, and a problem for each one that cannot be determined.
+
+    Raises:
+        SourceError: The number of layers is too small, or larger than MAX_LAYERS (`layer-count`).
+    """
     counted = stated_dims(recipe, config)
     for stack, count in recipe.stacks.items():
         if count not in recipe.dims:
@@ -58,10 +65,11 @@ def _equations(sources: Sources) -> Iterator[Equation]:
 
 
 class Misfit(NamedTuple):
-    """A disagreement of a row and its sources.
+    """A mismatch between a row and its sources.
 
     Attributes:
-        sizes: What the config says of dims against the shape, as "hidden_size=64, the tensors 96".
+        problem: The problem to report.
+        sizes: The dims for which the config and the shape differ, such as "hidden_size=64, the tensors 96".
     """
 
     problem: Problem
@@ -69,7 +77,7 @@ class Misfit(NamedTuple):
 
 
 def check_shapes(model: Model, sources: Sources) -> list[Misfit]:
-    """The rows of each source against all tensors of its name; the first that disagrees stands for all."""
+    """Check all tensors of each template against its rows, and return the first mismatch for each template."""
     stated = stated_dims(model.recipe, model.config)
     misfits = []
     for template in sources.found:
@@ -83,7 +91,7 @@ def check_shapes(model: Model, sources: Sources) -> list[Misfit]:
 def _misfit(
     model: Model, row: Tensor, shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, int]
 ) -> Misfit | None:
-    """What is wrong with a row's sources, whose `shapes` are by name."""
+    """Return the mismatch between a row and its sources, whose `shapes` are by name, or None."""
     expected = extents(row.shape, model.dims)
     if expected is None:
         return None
@@ -104,7 +112,7 @@ def _misfit(
 
 
 def _contradicted(recipe: Output, row: Tensor, shape: tuple[int, ...], stated: Mapping[str, int]) -> Iterator[str]:
-    """The dims of a row that the config states otherwise than a tensor of this shape."""
+    """Yield the dims of a row for which the config and a tensor of this shape differ."""
     extents_ = parse_shape(row.shape)
     if len(shape) == len(extents_):
         for extent, found in zip(extents_, shape, strict=True):
@@ -113,7 +121,7 @@ def _contradicted(recipe: Output, row: Tensor, shape: tuple[int, ...], stated: M
 
 
 def _op_fault(model: Model, row: Tensor, shape: tuple[int, ...], n_names: int) -> str | None:
-    """What is wrong with sources of `shape` for the row's operations, where all their dims are known."""
+    """Return why the row's operations cannot be applied to sources of `shape`; None if they can or a dim is unknown."""
     if any(name not in model.dims for op in row.ops for text in op.dims() for name in parse_extent(text).names):
         return None
     stacked = (min(model.dims.get("E", 1), n_names), *shape) if has_experts(row.source) else shape

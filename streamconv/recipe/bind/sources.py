@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by the templates of a recipe, each with its layer and expert."""
+"""Match the tensors of a checkpoint to the templates of a recipe."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from streamconv.recipe.words import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """A checkpoint's tensors as a recipe finds them.
+    """The tensors of a checkpoint, matched to the rows of a recipe.
 
     Attributes:
-        stored: All of them, by name.
-        found: The names by template, layer and expert; a name without such a number has NONE in its place.
-        unknown: Names that no row takes.
-        rows: The recipe's rows by their template, without those that the config rules out.
-        ignored: Names of those.
+        stored: All tensors by name.
+        found: The names by template, layer and expert; NONE if a template has no layer or no expert.
+        unknown: The names that match no template.
+        rows: The rows by the templates of their sources, without rows that the config excludes.
+        ignored: The names that match only excluded rows.
     """
 
     stored: Mapping[str, Stored]
@@ -32,16 +32,25 @@ class Sources:
     ignored: Sequence[str] = ()
 
     def names(self, template: str) -> Iterator[str]:
-        """The names of a template, in the order of the checkpoint."""
+        """Return the names of a template, in the order of the checkpoint."""
         return (name for by_expert in self.found[template].values() for name in by_expert.values())
 
     def of_layer(self, template: str, i: int) -> Mapping[int, str]:
-        """The names of a template in a layer, by expert."""
+        """Return the names of a template in a layer, by expert."""
         return self.found.get(template, {}).get(i, {})
 
 
 def match_names(recipe: Output, config: Config, stored: Mapping[str, Stored]) -> tuple[Sources, list[Problem]]:
-    """Every stored tensor under the template that it is of."""
+    """Match every stored tensor to a template.
+
+    Args:
+        recipe: The architecture.
+        config: The config that describes the output.
+        stored: The tensors by the recipe's names.
+
+    Returns:
+        The matches, and a problem for each tensor that is stored twice.
+    """
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for row in recipe.tensors:
         if not callable(row.required) or row.required(config):

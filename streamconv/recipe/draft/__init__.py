@@ -1,8 +1,9 @@
-"""A starting recipe for a checkpoint that has none, from its tensor names, its shapes and its config.
+"""Draft a recipe for an unsupported checkpoint from its tensor names, its shapes and its config.
 
-How rows are permuted, what the runtime computes, and what a config's flags mean cannot be determined here; these places
-are marked TODO. The text is a Python module whose RECIPE binds to the checkpoint that it was drafted from, where all
-tensors of one name have one shape and no name has braces or a third number, which recipes cannot express.
+Permutations of rows, the calculations of the runtime and the meaning of config flags cannot be determined
+automatically; they are marked TODO. The draft is a Python module. Its RECIPE binds to the checkpoint from which it was
+drafted, unless tensors with the same template have different shapes, or a name contains braces or a third number, which
+recipes cannot express.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from streamconv.recipe.draft.text import Draft, module_text
 
 
 def draft(directory: Place) -> str:
-    """The text of a recipe module for the checkpoint in `directory`. SourceError where that cannot be opened."""
+    """Return the text of a recipe module for the checkpoint in `directory`.
+
+    Raises:
+        SourceError: The checkpoint cannot be opened.
+    """
     with Checkpoint.open(directory, budget=Budget(default_limit_nbytes())) as checkpoint:
         config, shapes = checkpoint.config.raw, {name: one.shape for name, one in checkpoint.tensors.items()}
     names = config.get("architectures")

@@ -1,4 +1,4 @@
-"""The dims of a drafted recipe: a letter for every extent of a shape, and the config key that holds it."""
+"""The dims of a drafted recipe: a letter for every extent of a shape, and the config key with its value."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from streamconv.recipe.draft.sources import Source
 from streamconv.recipe.registry import all_recipes
 
 TODO = "TODO"
-FUSED = (2, 3, 4)  # parts that one tensor holds: gate and up, the three of a short convolution, and the like
-SPARE_LETTERS = "BCGIJNOPQRSTWXYZ"  # none that DIM_KEYS gives a meaning
+FUSED = (2, 3, 4)  # numbers of parts in a fused tensor: gate and up, the three parts of a short convolution
+SPARE_LETTERS = "BCGIJNOPQRSTWXYZ"  # letters that are not in DIM_KEYS
 
-# Where a dim is seen in a shape, if the config has no key of the usual name for it.
+# The tensor and the axis that give the value of a dim if the config does not have the usual key for it.
 LOCATED = {"V": (MODEL_TENSOR.TOKEN_EMBD, 0), "H": (MODEL_TENSOR.TOKEN_EMBD, 1), "F": (MODEL_TENSOR.FFN_UP, 0)}
 
-# Where a product of dims is meant although a single dim has the same value: the position in the shape, and the product.
+# Axes whose extent is a product of dims even if a single dim has the same value: the axis, and the product.
 PRODUCTS = {
     MODEL_TENSOR.ATTN_Q: (0, "A*D"),
     MODEL_TENSOR.ATTN_K: (0, "K*D"),
@@ -29,18 +29,18 @@ PRODUCTS = {
 
 @dataclass(frozen=True, slots=True)
 class DraftDims:
-    """Dims by letter.
+    """The dims of a draft, by letter.
 
     Attributes:
-        config_keys: The config key of each, TODO where there is none of its value.
-        values: Those that are known.
+        config_keys: The config key of each dim; TODO if no key has its value.
+        values: The values of the dims that are known.
     """
 
     config_keys: Mapping[str, str]
     values: Mapping[str, int]
 
     def spelled(self, source: Source) -> tuple[str, list[str]]:
-        """A source's shape in dims, and what is to be checked about it."""
+        """Return the shape of a source in dims, and the questions about it that a person must answer."""
         position, product = PRODUCTS.get(source.tensor, (-1, "")) if source.tensor else (-1, "")
         spelled, notes = [], []
         for i, extent in enumerate(source.shapes[0]):
@@ -54,7 +54,7 @@ class DraftDims:
 
 
 def guess_dims(config: Mapping[str, Any], sources: Sequence[Source], n_layers: int) -> DraftDims:
-    """Dims that other recipes have too, then a letter for every extent that none of them explains."""
+    """Return the dims that other recipes have too, and a new letter for every extent that they do not explain."""
     keys, values = _known_dims(config, sources, n_layers)
     for extent in sorted({n for source in sources for shape in source.shapes for n in shape if n > 1}):
         free = [letter for letter in SPARE_LETTERS if letter not in keys]
@@ -90,12 +90,12 @@ def _number(config: Mapping[str, Any], key: str) -> int:
 
 
 def _key_of(config: Mapping[str, Any], value: int, word: str = "") -> str:
-    """The config key that holds `value`, with `word` in its name; TODO where there is none."""
+    """Return the config key that has `value`, and `word` in its name; TODO if there is none."""
     return next((key for key in config if word in key and value > 1 and _number(config, key) == value), TODO)
 
 
 def _spellings(values: Mapping[str, int], extent: int, product: str = "") -> list[str]:
-    """How an extent may be written in dims; several where dims have the same value."""
+    """Return the possible expressions for an extent in dims; there are several if dims have the same value."""
     known = {letter: value for letter, value in values.items() if letter not in "LU"}
     products = [f"{a}*D" for a in "AK" if known.get(a, 0) * known.get("D", 0) == extent]
     if product in products:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by the templates of their names, and what gguf takes each for."""
+"""The tensors of a checkpoint by the templates of their names, each with gguf's identification of it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ class Source:
     """All tensors of one template.
 
     Attributes:
-        tensor: What gguf takes them for; None where it does not know the name.
-        shapes: All that occur, in the order of the checkpoint.
+        template: The name, with {i} for the layer and {e} for the expert.
+        tensor: The GGUF tensor that the gguf package maps the name to; None if it does not know the name.
+        shapes: The different shapes, in the order of the checkpoint.
+        layers: The layers that have such a tensor.
+        n_experts: The number of experts; 0 if the template has no {e}.
     """
 
     template: str
@@ -33,7 +36,15 @@ class Source:
 
 
 def collect(shapes: Mapping[str, tuple[int, ...]], arch: str) -> tuple[list[Source], list[str]]:
-    """The sources, embedding first, and the templates that no recipe can have: with braces or a third number."""
+    """Group the tensors of a checkpoint by template.
+
+    Args:
+        shapes: The shapes by name.
+        arch: gguf's name of the architecture.
+
+    Returns:
+        The sources, embedding first; and the templates that recipes cannot express, with braces or a third number.
+    """
     members: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)  # names with their numbers, by template
     unsayable: dict[str, None] = {}
     for name in shapes:
@@ -61,7 +72,11 @@ def count_layers(sources: Iterable[Source]) -> int:
 
 
 def kinds_of_layers(sources: Sequence[Source], n_layers: int) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
-    """Where two groups of tensors share the layers between them: the axes, and each template's kind on one."""
+    """Find the kinds of layers: two groups of templates, where each layer has the tensors of exactly one group.
+
+    Returns:
+        The two kinds of each axis; and by template the kind of the layers that have it, such as "axis1=conv".
+    """
     groups: dict[frozenset[int], list[str]] = defaultdict(list)
     for source in sources:
         if source.layers and len(source.layers) < n_layers:
@@ -69,7 +84,7 @@ def kinds_of_layers(sources: Sequence[Source], n_layers: int) -> tuple[dict[str,
     axes: dict[str, tuple[str, str]] = {}
     only: dict[str, str] = {}
     for layers, templates in groups.items():
-        rest = n_layers - len(layers)  # a count, no set of all layers: names may have an index of 999,999
+        rest = n_layers - len(layers)  # not a set of all layers: an index can be 999,999
         others = next((groups[one] for one in groups if len(one) == rest and one.isdisjoint(layers)), None)
         if others is None or templates[0] in only:
             continue
@@ -81,20 +96,20 @@ def kinds_of_layers(sources: Sequence[Source], n_layers: int) -> tuple[dict[str,
 
 
 def _telling_part(templates: Sequence[str], others: Iterable[str]) -> str:
-    """The first part of these names that none of the others has."""
+    """Return the first part of these names that does not occur in the others."""
     common = {part for other in others for part in other.split(".")}
     parts = (part for template in templates for part in template.split("."))
     return next((part for part in parts if part not in common and part.isidentifier()), "other")
 
 
 def gguf_arch(model_type: str) -> str:
-    """gguf's name for a model type, or the model type itself."""
+    """Return gguf's name for a model type, or the model type itself if gguf does not know it."""
     known = {name.replace("-", ""): name for name in MODEL_ARCH_NAMES.values()}
     return known.get(model_type.replace("_", "").replace("-", ""), model_type)
 
 
 def _name_tables(arch: str) -> Mapping[str, MODEL_TENSOR]:
-    """Source names without their endings, as gguf knows them in this architecture; else as in any."""
+    """Return gguf's tables of source names without their endings; the tensors of this architecture take precedence."""
     found = next((key for key, name in MODEL_ARCH_NAMES.items() if name == arch), None)
     own = set() if found is None else set(MODEL_TENSORS[found])
     tables: dict[str, MODEL_TENSOR] = {}
@@ -108,6 +123,6 @@ def _name_tables(arch: str) -> Mapping[str, MODEL_TENSOR]:
 
 
 def _meaning(template: str, tables: Mapping[str, MODEL_TENSOR]) -> MODEL_TENSOR | None:
-    """What gguf takes a source for; its tables have experts under the name that they get when stacked."""
+    """Return the GGUF tensor for a source; gguf's tables list experts by the name of their stack."""
     stem = template.removesuffix(".weight").removesuffix(".bias").replace("{e}.", "").replace("{i}", "{bid}")
     return tables.get(stem) or tables.get(stem.removeprefix("model."))

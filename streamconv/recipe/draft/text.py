@@ -16,7 +16,7 @@ from streamconv.recipe.registry import all_recipes
 
 ROTATED = (MODEL_TENSOR.ATTN_Q, MODEL_TENSOR.ATTN_K)
 
-# Keys of nearly every GGUF architecture, with the dim that they hold ...
+# Keys of nearly every GGUF architecture whose value is a dim ...
 DIM_KEYS = {
     "vocab_size": "V",
     "block_count": "L",
@@ -30,7 +30,7 @@ DIM_KEYS = {
     "expert_used_count": "U",
     "expert_feed_forward_length": "M",
 }
-# ... or, by the config's key, how they are read from it.
+# ... and, by config key, the keys whose value is read from the config by a rule.
 RULE_KEYS = {
     "max_position_embeddings": '"{arch}.context_length", lambda m: m.config.integer("max_position_embeddings")',
     "rms_norm_eps": '"{arch}.attention.layer_norm_rms_epsilon", lambda m: m.config.positive("rms_norm_eps"), F32',
@@ -41,7 +41,7 @@ RULE_KEYS = {
 }
 DEFAULTS = {"A": "H/D", "K": "A", "D": "H/A"}
 
-# What of a config is read for every architecture, or says nothing of how a model computes.
+# Config keys that are read for every architecture, or that do not affect the calculations of a model.
 COMMON = frozenset(
     """architectures model_type dtype torch_dtype transformers_version use_cache initializer_range tie_word_embeddings
     bos_token_id eos_token_id pad_token_id attention_dropout""".split()  # noqa: SIM905
@@ -50,12 +50,19 @@ COMMON = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What was found or guessed of an architecture.
+    """The facts and guesses about an architecture from which the module is written.
 
     Attributes:
-        unsayable: Templates that no recipe can have.
-        axes: The two kinds of layers on each.
-        only: By template, the kind of the layers that have it, as "axis1=conv".
+        config: The contents of config.json.
+        hf_name: The class name in "architectures" of the config, or TODO.
+        model_type: The model type in the config, or TODO.
+        arch: gguf's name of the architecture, or the model type.
+        sources: The tensors by template.
+        unsayable: The templates that recipes cannot express.
+        n_layers: The number of layers.
+        dims: The dims, with config keys and values.
+        axes: The two kinds of layers on each axis.
+        only: By template, the kind of the layers that have it, such as "axis1=conv".
     """
 
     config: Mapping[str, Any]
@@ -71,7 +78,7 @@ class Draft:
 
 
 def module_text(draft: Draft) -> str:
-    """A Python module with the recipe, and a TODO wherever a person must settle something."""
+    """Return a Python module with the recipe, and a TODO for everything that a person must decide."""
     supported = next((recipe.arch for recipe in all_recipes() if draft.hf_name in recipe.hf_names), None)
     squeezes = any(1 in source.shapes[0] for source in draft.sources)
     lines = [
@@ -124,7 +131,15 @@ def _tensor_lines(draft: Draft) -> Iterator[str]:
 
 
 def _row_lines(draft: Draft, source: Source, target: str, note: str, rivals: Sequence[Source]) -> Iterator[str]:
-    """The row of a source, after what is to be checked about it. `rivals`: sources of the same target before it."""
+    """Yield the questions about a source as TODO comments, then its row.
+
+    Args:
+        draft: The draft.
+        source: The source of the row.
+        target: Its target.
+        note: A question about the target, or "".
+        rivals: Earlier sources with the same target.
+    """
     shape, notes = draft.dims.spelled(source)
     if rivals:
         notes.append(f"looks like {target} as well: of {_plain(rivals[0].template)} or of this?")
@@ -143,7 +158,7 @@ def _row_lines(draft: Draft, source: Source, target: str, note: str, rivals: Seq
 
 
 def _target(source: Source) -> tuple[str, str]:
-    """A target's name, and what is to be checked about it."""
+    """Return the name of a source's target, and a question about it or ""."""
     ending = next((end for end in (".weight", ".bias") if source.template.endswith(end)), "")
     if source.tensor is None:
         return _unknown_target(source), "the target's name"
@@ -189,12 +204,12 @@ def _quoted(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text of an untrusted file for a comment or docstring: one line, and nothing that ends it."""
+    """Return text of an untrusted file for a comment or docstring: on one line, without quotes that would end it."""
     return _quoted(text)[1:-1].replace('"', "'").replace("\\", "/")
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """1-3, 5 for 1, 2, 3 and 5."""
+    """Return numbers as ranges: "1-3, 5" for 1, 2, 3 and 5."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
