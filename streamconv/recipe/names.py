@@ -1,7 +1,7 @@
-"""Names of tensors as architectures write them: templates with `{i}` for the layer and `{e}` for the expert.
+"""Templates of tensor names, as in recipes, with `{i}` for the layer and `{e}` for the expert.
 
-`{i}` counts the layers of the main stack, `{i:vision}` those of the stack named "vision". A number in a template stands
-for itself: "projector.0.weight" is the first of a sequential module, whatever its other members are.
+`{i}` counts the layers of the main stack, `{i:vision}` those of the stack named "vision". A number in a template
+matches only itself: "projector.0.weight" is the first layer of a sequential module.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Found:
 
 
 class NameTable:
-    """The templates of an architecture, for finding that of a name."""
+    """The templates of an architecture, by which names are parsed."""
 
     def __init__(self, templates: Iterable[str]) -> None:
-        # By the name with every number left open: templates, and what each number of theirs is.
+        # By the name with "#" for every number: templates, and the placeholder or number at each "#".
         self._by_form: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
         for template in dict.fromkeys(templates):
             slots: list[str] = []
@@ -94,7 +94,7 @@ class NameTable:
             self._by_form[form].append((template, tuple(slots)))
 
     def find(self, name: str) -> Found | None:
-        """The template of `name`; one with a number of its own comes before one that leaves it open."""
+        """Return the template of `name`, or None; a template with a fixed number precedes one with a placeholder."""
         numbers: list[int] = []
 
         def number(match: re.Match[str]) -> str:
@@ -112,5 +112,5 @@ class NameTable:
 
 
 def _takes(slot: str, number: int) -> bool:
-    """Whether `number` can stand at a place of a template: any for a placeholder, else its own."""
+    """Whether `number` matches a slot of a template: any number for a placeholder, otherwise only the fixed one."""
     return slot in ("{i}", "{e}") or int(slot) == number

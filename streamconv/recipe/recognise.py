@@ -29,7 +29,7 @@ from streamconv.recipe.names import match_name
 from streamconv.recipe.registry import PAGE, all_recipes, find_recipe
 from streamconv.recipe.spelling import Spelled, Speller, spell
 
-# Tensors that layers of PEFT and mlx-lm keep beside the weight that they change.
+# Tensors that PEFT and mlx-lm store in addition to the weight that they adapt.
 _ADAPTER = re.compile(
     r"\.(base_layer|original_module|modules_to_save|lora_([ABab]|embedding_[AB]|magnitude_vector)"
     r"|token_adapter|trainable_tokens_\w+|(vera|oft|boft|hada|lokr|ia3|ln_tuning|hra)_\w+)(\.|$)"
@@ -87,7 +87,11 @@ def recognise(checkpoint: Checkpoint, recipe: Recipe) -> Model:
 
 
 def bound(checkpoint: Checkpoint, recipe: Recipe) -> Model:
-    """The checkpoint bound to `recipe`, whatever its config says of quantisation."""
+    """Bind the checkpoint to `recipe` without checking whether it is quantised.
+
+    Raises:
+        SourceError: The checkpoint disagrees with the recipe.
+    """
     config, folder = checkpoint.config, checkpoint.directory
     _refuse_modules(recipe, checkpoint)
     spelled = spelled_tensors(checkpoint, recipe)
@@ -99,7 +103,7 @@ def bound(checkpoint: Checkpoint, recipe: Recipe) -> Model:
 
 
 def spelled_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Spelled:
-    """The checkpoint's tensors under the recipe's names."""
+    """Return the checkpoint's tensors with the recipe's names and shapes."""
     config = recipe.config_of(checkpoint.config)
     stated = stated_dims(recipe, config)
     tie = recipe.stated_tie(config)
@@ -114,11 +118,11 @@ def spelled_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Spelled:
 
 
 def recognise_architecture(config: Config, names: Collection[str] = ()) -> Recipe:
-    """The recipe of a config.
+    """Return the recipe for a config.
 
     Args:
         config: The model's config.json.
-        names: Its tensors' names, to say how near an unsupported architecture is.
+        names: The names of its tensors, for the error: it names the most similar supported architecture.
 
     Raises:
         SourceError: There is none (`architecture-unsupported`).
@@ -146,24 +150,24 @@ def _of_model_type(config: Config) -> list[Recipe]:
 
 
 def _refuse_heads_of_known(config: Config, names: Collection[str]) -> None:
-    """SourceError for a known kind of model, of an unknown class as another head than a text model's was put on it."""
+    """Raise SourceError for a known model type whose class is unknown because of a value or classification head."""
     if _of_model_type(config):
         _refuse_heads(list(names), config.file.parent)
 
 
 def _nearest(names: Collection[str], config: Config) -> str:
-    """How near tensors of these names are to an architecture that is supported; nothing where none is."""
+    """Return a phrase that names the supported architecture with the most similar tensor names; "" without names."""
     if not names:
         return ""
     said = {recipe.hf_names for recipe in _of_model_type(config)}
     found = []
-    for recipe in all_recipes():  # of which several may make files of one architecture
+    for recipe in all_recipes():  # several may have the same arch
         strange = [
             name for name, known in zip(names, map(Speller(recipe, names).spell, names), strict=True) if not known
         ]
         n_required = sum(row.required is True for row in recipe.tensors)
         found.append((len(strange), recipe.hf_names not in said, n_required, recipe.arch, strange))
-    # Of several that are as near, the one that the config names, then the one that has least beside them.
+    # If several are equally similar, prefer one for the model type in the config, then one with few other tensors.
     n_strange, _, _, arch, strange = min(found)
     if 2 * n_strange > len(names):
         return "; no supported one is similar"
@@ -174,7 +178,7 @@ def _nearest(names: Collection[str], config: Config) -> str:
 
 
 def _refuse_modules(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """SourceError where the runtime cannot do after the model what sentence-transformers does."""
+    """Raise SourceError if the runtime does not support the sentence-transformers modules after the model."""
     modules = checkpoint.modules
     if modules.fault is not None:
         raise modules.fault
@@ -186,7 +190,7 @@ def _refuse_modules(recipe: Recipe, checkpoint: Checkpoint) -> None:
 
 
 def _doubts(model: Model, recipe: Recipe, checkpoint: Checkpoint) -> Iterator[RunWarning]:
-    """What a retrieval model may be, and its files do not say."""
+    """Warn about properties of a retrieval model that its files do not define."""
     config, modules = checkpoint.config, checkpoint.modules
     own = config.section("auto_map") if modules.is_given and config.flag("is_causal") is None else None
     if own is not None and f"{recipe.arch}.attention.causal" not in [*map(attrgetter("key"), model.keys())]:
@@ -207,7 +211,7 @@ def _is_called_reranker(checkpoint: Checkpoint) -> bool:
 
 
 def _refuse_foreign(recipe: Recipe, spelled: Spelled, folder: Place) -> None:
-    """SourceError for tensors that are not part of a model, by what they are."""
+    """Raise SourceError for tensors that show that the checkpoint is not a plain model, with the reason."""
     unknown = [name for name in spelled.tensors if recipe.find(name) is None and not recipe.is_of_another(name)]
     if found := _some(_ADAPTER, unknown):
         what = f"the model has layers of an adapter (LoRA or similar) that were not merged: {found}"
@@ -238,7 +242,7 @@ def _is_known(recipe: Recipe, name: str) -> bool:
 
 
 def _refuse_heads(unknown: Sequence[str], folder: Place) -> None:
-    """SourceError for heads that a text model has no place for."""
+    """Raise SourceError for a value head or a classification head."""
     if found := _some(_VALUE_HEAD, unknown):
         what = f"the model has a value head, as trained by TRL, which a GGUF text model does not have: {found}"
         hint = "save the model inside it: model.pretrained_model.save_pretrained(folder)"
@@ -250,7 +254,7 @@ def _refuse_heads(unknown: Sequence[str], folder: Place) -> None:
 
 
 def _some(pattern: re.Pattern[str], names: Sequence[str]) -> str:
-    """The first of the names that have `pattern`, and how many more there are; nothing where there is none."""
+    """Return the first name that matches `pattern` and the number of others; "" if none matches."""
     found = [name for name in names if pattern.search(name)]
     return f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}" if found else ""
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 RecipeSource = str | Path | Recipe  # a Python file with RECIPE in it, or the recipe itself
 
-GROUP: Final = "streamconv.architectures"  # of a package's entry points, each of which is a Recipe
+GROUP: Final = "streamconv.architectures"  # the group of entry points, each of which is a Recipe
 PAGE: Final = "docs/adding-an-architecture.md"
 MAX_FILE_NBYTES: Final = 1 << 20
 N_SUGGESTED: Final = 3
@@ -43,11 +43,11 @@ N_SUGGESTED: Final = 3
 _of_call: ContextVar[tuple[Recipe, ...]] = ContextVar("_of_call", default=())
 
 
-# ---------------------------------------------------------------- where recipes are
+# ---------------------------------------------------------------- sources of recipes
 
 
 def _module_names() -> list[str]:
-    """Every file of architectures/; those that begin with an underscore are parts of others."""
+    """Return the modules of architectures/ that define a recipe; others begin with an underscore."""
     package = importlib.import_module("streamconv.architectures")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     return [name for name in names if not name.startswith("_")]
@@ -60,13 +60,18 @@ def _recipe_in(module_name: str) -> Recipe:
 
 @cache
 def own_recipes() -> tuple[Recipe, ...]:
-    """The recipes of all files of architectures/, by the files' names."""
+    """Return the recipes in architectures/, sorted by file name."""
     return tuple(map(_recipe_in, _module_names()))
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """The recipes of installed packages; `broken`: of each that could not be loaded, which and why."""
+    """The recipes of installed packages.
+
+    Attributes:
+        recipes: The recipes that could be loaded.
+        broken: A description of each entry point that could not be loaded, with the reason.
+    """
 
     recipes: tuple[Recipe, ...]
     broken: tuple[str, ...]
@@ -81,7 +86,7 @@ def installed_recipes() -> Installed:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         try:
             recipes.append(_recipe_of_package(entry))
-        except (Exception, SystemExit) as error:  # whatever its code does: other architectures do not depend on it
+        except (Exception, SystemExit) as error:  # any error of its code: it must not affect other architectures
             broken.append(f"{_package(entry)}'s {entry.name} ({entry.value}): {type(error).__name__}: {error}")
     return Installed(tuple(recipes), tuple(broken))
 
@@ -127,7 +132,7 @@ def load_recipe(file: str | Path) -> Recipe:
     digest = hashlib.sha256(code).hexdigest()
     module = ModuleType(f"streamconv_recipe_{digest[:16]}", "A recipe file.")
     module.__file__ = str(place)
-    sys.modules[module.__name__] = module  # where its classes look for their module
+    sys.modules[module.__name__] = module  # its classes look their module up there
     try:
         exec(compile(code, str(place), "exec", dont_inherit=True), vars(module))
         recipe = vars(module)["RECIPE"]
@@ -140,7 +145,7 @@ def load_recipe(file: str | Path) -> Recipe:
 
 
 def _broken(place: Place, error: Exception | SystemExit) -> SourceError:
-    """The error for a recipe file, with the line at fault."""
+    """Return the error for a recipe file, with the line that caused it."""
     line, trace = getattr(error, "lineno", None), error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(place):
@@ -158,17 +163,19 @@ def identity_of(recipe: Output) -> dict[str, str]:
     return {"recipe": recipe.origin} if isinstance(recipe, Recipe) and recipe.origin else {}
 
 
-# ---------------------------------------------------------------- which of them
+# ---------------------------------------------------------------- finding a recipe
 
 
 def all_recipes() -> tuple[Recipe, ...]:
-    """Every recipe: of the call, of architectures/, of installed packages."""
+    """Return all recipes: those of the call, of architectures/ and of installed packages."""
     return (*_of_call.get(), *own_recipes(), *installed_recipes().recipes)
 
 
 def _recipes(config: Config) -> Iterator[Recipe]:
-    """The recipes of the call and our own; of these first the one whose file has the name of the config's model type,
-    so that few others are loaded."""
+    """Yield the recipes of the call, then those of architectures/.
+
+    The file named after the config's model type comes first, so that the others usually need not be loaded.
+    """
     yield from _of_call.get()
     model_type = config.text("model_type") or ""
     names = (model_type, model_type.replace("_", "").replace("-", ""))

@@ -38,8 +38,11 @@ Value = Scalar | Sequence[int] | Sequence[float] | Sequence[str]  # of a key
 class Dim:
     """The source of a dim's value: config keys (or a rule over the config), else the shapes, else `default`.
 
-    The first key that the config has is used. `default` is a number or an extent in other dims ("A", "H/A"). `rule` is
-    the name of a rule in messages. `minimum` is 0 for the number of something that a model may not have.
+    Attributes:
+        config: A config key, several keys of which the first one in the config is used, or a rule.
+        default: A number, or an extent in other dims ("A", "H/A"); None if there is no default.
+        rule: The name of a rule in messages.
+        minimum: The smallest valid value; 0 for the number of an optional part, such as experts.
     """
 
     config: str | tuple[str, ...] | Callable[[Config], int | None]
@@ -62,17 +65,24 @@ class Dim:
 class Tensor:
     """A row of the table: source name, target name, shape of the source. {i} is the layer, {e} the expert.
 
-    `ops` are applied in order; for a source with {e}, to the stack of all experts [E, ...]. `only` ("axis=kind")
-    limits the row to layers of that kind. `required` may name a flag of the config: the tensor must be stored if the
-    flag is true and must not if it is false; if the config does not have it, both are fine (Recipe.flags). It may also
-    be a rule over the config: if that is false, the tensor is not part of the model, and is left out with a warning if
-    it is stored. Rows with the same target are alternatives; rows with the same source take parts of it.
+    Rows with the same target are alternatives; rows with the same source take parts of it.
 
-    `unless` names a source; if that is stored, the row is not used ("lm_head.weight", for a row of the embedding).
-    `also`: further sources of the same shape, which the first of `ops` takes together with `source`, in this order.
-
-    `f32`: the tensor stays F32 in every outtype, as in llama.cpp; with `or_f16`, it is F16 in an F16 file.
-    `no_adapter`: why no adapter can change it although it is a matrix, such as "it is a table of positions".
+    Attributes:
+        source: The name of the stored tensor, as a template.
+        target: The name in the GGUF file, as a template.
+        shape: The stored shape in dims, row-major; for a source with {e}, the shape of one expert.
+        ops: The operations, in order; for a source with {e}, they apply to the stack of all experts [E, ...].
+        only: "axis=kind" limits the row to layers of that kind.
+        required: Whether the tensor must be stored; or a flag of the config: the tensor must be stored if the flag is
+            true and must not be stored if it is false, and is optional if the config does not set it (Output.flags);
+            or a rule over the config: if it returns false, the tensor is not part of the model, and is left out with
+            a warning if it is stored.
+        f32: The tensor stays F32 in every outtype, as in llama.cpp.
+        or_f16: With `f32`, the tensor is F16 in an F16 file.
+        no_adapter: The reason why no adapter can change it although it is a matrix, such as "it is a table of
+            positions".
+        unless: A source; if it is stored, the row is not used ("lm_head.weight", for a row of the embedding).
+        also: Further sources of the same shape, which the first op takes together with `source`, in this order.
     """
 
     source: str
@@ -89,13 +99,21 @@ class Tensor:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of all that the row is made of."""
+        """The templates of all sources of the row."""
         return (self.source, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A target computed from the config, for each layer or once, not stored in any source. None: the model has none."""
+    """A target that is computed from the config and not stored, for each layer or once.
+
+    Attributes:
+        target: The name in the GGUF file, as a template.
+        value: A rule that returns the values; None if a model does not have the tensor.
+        only: "axis=kind" limits it to layers of that kind.
+        f32: The tensor stays F32 in every outtype.
+        or_f16: As in `Tensor`.
+    """
 
     target: str
     value: Callable[[Model], NDArray[np.float32] | None]
@@ -112,8 +130,11 @@ class Computed:
 class Alias:
     """The name, or the shape, that another program uses for a source.
 
-    `source` is its name there, `name` the one in the rows. `shape` maps a stored shape to that of the rows, with the
-    elements in the same order, or returns None for any other shape.
+    Attributes:
+        source: The name that the other program uses, as a template.
+        name: The source in the rows.
+        shape: A function that converts a stored shape to that of the row, with the same order of elements; it returns
+            None for any other shape.
     """
 
     source: str
@@ -125,7 +146,10 @@ class Alias:
 class Drop:
     """A known source that is not needed. One that ends in "*" matches every name with this prefix.
 
-    `beyond`: only layers beyond the depth of the stack that the config states: "model.layers.{i}.*".
+    Attributes:
+        source: The name, as a template: "model.layers.{i}.*".
+        reason: Why it is not needed.
+        beyond: Whether it applies only to layers beyond the number of layers in the config.
     """
 
     source: str
@@ -139,10 +163,14 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One metadata key. `value`: an extent in dims ("A", "D/2"), or a rule; None means that the key is not written.
+    """One metadata key.
 
-    `default`: the value that llama.cpp uses if the key is missing, or a rule for it; of several values, the first is
-    the default and the others are equivalent. Defaults common to all architectures are in defaults.py.
+    Attributes:
+        name: The key; {arch} stands for the name of the architecture.
+        value: An extent in dims ("A", "D/2"), or a rule; None means that the key is not written.
+        type: The GGUF type of the value, or of the elements of an array.
+        default: The value that llama.cpp uses if the key is missing, or a rule for it. Of several values, the first is
+            the default and the others are equivalent. Defaults common to all architectures are in defaults.py.
     """
 
     name: str
@@ -153,7 +181,12 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class PerLayer:
-    """A Key's value: a number for each layer, by its kind on `axis`; an extent in dims or a number for each kind."""
+    """The value of a Key that has a number for each layer.
+
+    Attributes:
+        axis: The axis whose kinds determine the numbers.
+        by_kind: For each kind, an extent in dims or a number.
+    """
 
     axis: str
     by_kind: Mapping[str, str | int]
@@ -165,7 +198,14 @@ class PerLayer:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The kinds of the layers on `axis` according to the config's `key`; None if the config does not have it."""
+    """The kinds of the layers according to a config key.
+
+    Attributes:
+        key: The config key.
+        axis: The axis of the kinds.
+        kinds: A rule that returns the kind of each layer for a config and a number of layers; None if the config does
+            not have the key.
+    """
 
     key: str
     axis: str
