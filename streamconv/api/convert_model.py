@@ -302,6 +302,7 @@ def _plan_companion(
     """The job of a further output, named after the file `beside` unless the caller gave a path."""
     output = model.recipe
     tensors = _place(model, wanted.dialect, policy)
+    roles, facts = [model.role(target) for target in model.targets], facts_of(output.arch, model.keys())
     specs = [(target.name, target.tensor.spec) for target in model.targets]
     general = read_general(
         checkpoint.directory,
@@ -326,7 +327,7 @@ def _plan_companion(
         configs=(checkpoint.config,),
         options={"outtype": policy.outtype, "dialect": wanted.dialect, **merged.options},
         defaults=model.defaults(),
-        warnings=model.warnings,
+        warnings=[*model.warnings, *policy.warnings(roles, facts)],
         role=output.role,
         changed_by={one.target: merged.changed_by(one.rows) for one in tensors}
         if output.role in merged.outputs

@@ -33,7 +33,8 @@ LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 ATTENTION, CONV = "mixer=attention", "mixer=conv"
 
 NO_ADAPTER = "it is a dense layer after the model, to which llama.cpp does not apply adapters"
-BIDIRECTIONAL = "Lfm2BidirectionalModel"  # Liquid's own class: attention and convolutions work in both directions
+BIDIRECTIONAL = "Lfm2BidirectionalModel"  # attention and convolutions work in both directions
+BIDIRECTIONAL_TYPE = "lfm2_bidirectional"  # its model type in transformers; with Liquid's own code, it is lfm2
 
 
 def ffn_width(config: Config) -> int | None:
@@ -65,7 +66,9 @@ def mixers_by_index(config: Config, n_layers: int) -> Sequence[str] | None:
 
 
 def is_bidirectional(model: Model) -> bool:
-    return BIDIRECTIONAL in (model.config.whole.list_of("architectures", str) or ())
+    config = model.config.whole
+    is_named = BIDIRECTIONAL in (config.list_of("architectures", str) or ())
+    return is_named or config.text("model_type") == BIDIRECTIONAL_TYPE
 
 
 DIMS = {

@@ -58,6 +58,8 @@ BUILT_IN: Final[Mapping[str, Any]] = {
     "max_pixels_tolerance": 2.0,
     "use_thumbnail": True,
     "do_image_splitting": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
 }
 
 
@@ -125,6 +127,14 @@ def of_channels(key: str, without: float) -> Any:
         return said.numbers(key, 3) or [IMAGE] * 3
 
     return values
+
+
+def deviations(model: Model) -> list[float]:
+    """By which the runtime divides each channel."""
+    values = of_channels("image_std", 1.0)(model)
+    if min(values) <= 0:
+        raise processor(model).wrong("image_std", "numbers above 0")
+    return list(values)
 
 
 def _is_other(key: str, value: object) -> Any:
@@ -209,7 +219,7 @@ PROJECTOR_FILE = Output(
             F32,
         ),
         Key("clip.vision.image_mean", of_channels("image_mean", 0.0), F32),
-        Key("clip.vision.image_std", of_channels("image_std", 1.0), F32),
+        Key("clip.vision.image_std", deviations, F32),
         Key("clip.vision.projector.scale_factor", "S", default=1),
     ),
     refusals=(

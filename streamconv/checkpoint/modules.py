@@ -119,9 +119,10 @@ class _Reader:
 
     def read(self) -> Modules:
         if not self.file.exists():
-            if any((self.directory / f"{number}_Dense").is_dir() for number in (1, 2, 3)):
+            folders = [f"{number}_{kind}" for kind in ("Pooling", "Dense") for number in (1, 2, 3)]
+            if any((self.directory / folder).is_dir() for folder in folders):
                 raise SourceError(
-                    f"has dense layers, but no {MODULES} to say how they are used",
+                    f"has pooling or dense layers, but no {MODULES} to say how they are used",
                     file=self.directory,
                     hint=f"download {MODULES} too, or remove their folders to convert the model without them",
                     code="modules-missing",

@@ -275,6 +275,13 @@ def test_modules_that_are_not_whole(tmp_path: Path, spoil: Callable[[Path], Any]
     assert not out.exists()
 
 
+def test_a_pooling_that_nothing_names_is_not_left_out(tmp_path: Path) -> None:
+    source = model(tmp_path, pooling("cls"))
+    (source / "modules.json").unlink()
+    with raises(SourceError, code="modules-missing"):
+        streamconv.convert(source, tmp_path / "out.gguf")
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -9,6 +9,7 @@ import pytest
 import streamconv
 from streamconv.errors import SourceError
 from tests import tiny
+from tests.oracles import ggufs
 from tests.raising import raises
 from tests.tiny.variants import configured
 
@@ -28,3 +29,10 @@ def test_what_no_runtime_runs_is_refused_with_the_reason(tmp_path: Path, name: s
         streamconv.convert(source, tmp_path / "out.gguf")
     assert caught.value.message.startswith(name) and "llama.cpp" in caught.value.message
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize("name", ["Lfm2Model", "Lfm2ForCausalLM"])
+def test_the_type_of_a_bidirectional_model_is_enough(tmp_path: Path, name: str) -> None:
+    source = configured(tiny.lfm2(tmp_path / "src"), architectures=[name], model_type="lfm2_bidirectional")
+    streamconv.convert(source, tmp_path / "out.gguf")
+    assert ggufs.read(tmp_path / "out.gguf")["lfm2.attention.causal"] is False

@@ -124,6 +124,13 @@ def test_the_command_line_has_the_options(made: Path, tmp_path: Path, capsys: py
     assert main(["convert", str(made), "-o", str(tmp_path / "b.gguf"), "--mmproj-outtype", "q4_0"]) == 2
 
 
+def test_rows_of_the_projector_without_whole_blocks_are_warned_of(made: Path, tmp_path: Path) -> None:
+    report = streamconv.convert(made, tmp_path / "out.gguf", outtype="f16", mmproj_outtype="q8_0")
+    types = {one.type for one in ggufs.read(tmp_path / "mmproj-out.gguf").tensors.values()}
+    assert types == {"F32", "F16", "Q8_0"}
+    assert "type-fallback" in {warning.code for warning in report.warnings}
+
+
 # ---------------------------------------------------------------- verification
 
 
@@ -267,8 +274,19 @@ def test_images_that_are_not_normalised(source: Path) -> None:
 
 
 def test_what_no_key_decides_is_warned_of(source: Path) -> None:
-    _, warned = convert(configured(source, "preprocessor_config.json", max_tiles=10, tile_size=384))
-    assert warned == {"processor-built-in"}
+    plain = {"max_tiles": 10, "tile_size": 512, "do_rescale": True, "rescale_factor": 0.00392156862745098}
+    assert convert(configured(source, "preprocessor_config.json", **plain))[1] == set()
+    for changed in ({"tile_size": 384}, {"do_rescale": False}, {"rescale_factor": 1 / 127.5}):
+        folder = configured(source, "preprocessor_config.json", **plain | changed)
+        assert {
+            one.code for one in streamconv.convert(folder, source / "out.gguf", dry_run=True, force=True).warnings
+        } == {"processor-built-in"}
+
+
+@pytest.mark.parametrize("std", [[0.5, 0, 0.5], [0.5, 0.5, -0.1]])
+def test_channels_are_not_divided_by_zero(source: Path, std: object) -> None:
+    with raises(SourceError, code="config-value"):
+        convert(configured(source, "preprocessor_config.json", image_std=std))
 
 
 @pytest.mark.parametrize("mean", [[0.5, 0.5], [0.5, 0.5, "x"], 0.5, [0.5, 0.5, 1e39]])
