@@ -76,7 +76,7 @@ def _is_other(key: str, values: tuple[Any, ...]) -> Any:
     return lambda model: model.config.raw.get(key) not in values
 
 
-def _hears_otherwise(key: str, value: object) -> Any:
+def _preprocessor_differs(key: str, value: object) -> Any:
     def differs(model: Any) -> bool:
         section = model.config.whole.section("preprocessor")
         return section is not None and section.raw.get(key, value) not in (None, value)
@@ -186,20 +186,20 @@ PROJECTOR_FILE = Output(
     ),
     refusals=(
         Refusal(
-            "its adapter makes vectors of {T}, and those of the text model are of another size",
+            "its audio adapter has an output width of {T}, which differs from the text model's hidden size",
             lambda m: m.main is not None and m.dims["T"] != m.main.dims["H"],
         ),
         Refusal("{A} heads do not share its width {H} evenly", lambda m: m.dims["H"] % m.dims["A"] != 0),
-        Refusal(f"d_model is {{H}}, and {WIDTH} is built into the runtime", lambda m: m.dims["H"] != WIDTH),
-        Refusal(f"conv_kernel_size is {{K}}, and {KERNEL} is built into the runtime", lambda m: m.dims["K"] != KERNEL),
+        Refusal(f"d_model is {{H}}, but the runtime supports only {WIDTH}", lambda m: m.dims["H"] != WIDTH),
+        Refusal(f"conv_kernel_size is {{K}}, but the runtime supports only {KERNEL}", lambda m: m.dims["K"] != KERNEL),
         *(
-            Refusal(f"{key} is {{{key}!r}}, and the runtime knows {values[-1]!r}", _is_other(key, values))
+            Refusal(f"{key} is {{{key}!r}}, but the runtime supports only {values[-1]!r}", _is_other(key, values))
             for key, values in ENCODER.items()
         ),
         *(
             Caveat(
-                f"the preprocessor's {key} is not {value}, which is built into the runtime",
-                _hears_otherwise(key, value),
+                f"the preprocessor's {key} is not {value}, which is fixed in the runtime",
+                _preprocessor_differs(key, value),
                 code="processor-built-in",
             )
             for key, value in PREPROCESSOR.items()

@@ -31,7 +31,7 @@ RECIPE = replace(
     prefixes={"lfm.": "model."},
     drops=(
         Drop("emb.emb*", "is the table of codes, which llama.cpp does not read"),
-        Drop("istft.window", "is of the transform after it"),
+        Drop("istft.window", "belongs to the inverse STFT that follows the model"),
     ),
     has_tokenizer=False,
 )

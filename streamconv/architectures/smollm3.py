@@ -57,7 +57,9 @@ RECIPE = Recipe(
         ROPE,
         decoder.SILU,
         decoder.NO_WINDOW,
-        Refusal("layer_types has layers with a window, which the runtime has not", has_window_by_type),
+        Refusal(
+            "layer_types has layers with a sliding window, but the runtime has none for this model", has_window_by_type
+        ),
         *NO_BIAS,
         Refusal(
             "the layers without RoPE are not every fourth one, and the runtime has no key for that", other_layers_turn
