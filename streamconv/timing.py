@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 from streamconv.threads import start_threads
 
 SCHEMA: Final = 1
+DECIMALS: Final = 4  # of the wall time and of the samples alike, so that no sample is later than the end
 Phase = Literal["read", "merge", "encode", "write", "wait", "sync"]
 PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
 
@@ -115,13 +116,13 @@ class Profile(Stopwatch):
         samples = self.timeline.samples
         return {
             "schema": SCHEMA,
-            "seconds": {"wall": self.wall_seconds, **self._seconds},
+            "seconds": {"wall": round(self.wall_seconds, DECIMALS), **self._seconds},
             "calls": self._calls,
             "memory": {
                 "interval_seconds": self.timeline.interval_seconds,
                 "highest_rss_nbytes": max((sample.memory.rss_nbytes for sample in samples), default=0),
                 "columns": ["seconds", *Memory._fields],
-                "samples": [[round(seconds, 4), *memory] for seconds, memory in samples],
+                "samples": [[round(seconds, DECIMALS), *memory] for seconds, memory in samples],
             },
         }
 

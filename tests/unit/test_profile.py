@@ -143,6 +143,13 @@ def test_a_run_is_told_with_its_first_and_last_sample() -> None:
     assert written["memory"]["highest_rss_nbytes"] == max(first[1], last[1])
 
 
+def test_no_sample_is_later_than_the_end(clock: list[float]) -> None:
+    with Profile(interval_seconds=3600) as profile:
+        clock[0] += 0.00026  # which four decimals round up
+    written = profile.as_json()
+    assert written["memory"]["samples"][-1][0] == written["seconds"]["wall"] == 0.0003
+
+
 def test_the_sampler_ends_with_a_failing_run() -> None:
     with pytest.raises(ValueError, match="boom"), Profile(interval_seconds=3600):
         raise ValueError("boom")
