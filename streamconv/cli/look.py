@@ -145,7 +145,7 @@ def _quants(options: argparse.Namespace) -> int:
 
 
 def _architectures(options: argparse.Namespace) -> int:
-    from streamconv.recipe.names import has_experts
+    from streamconv.recipe.operation import N_EXPERTS
     from streamconv.recipe.registry import all_recipes, installed_recipes, using_recipes
 
     with using_recipes(options.recipes or ()):
@@ -154,7 +154,7 @@ def _architectures(options: argparse.Namespace) -> int:
                 "architecture": recipe.arch,
                 "names": list(recipe.hf_names),
                 "description": recipe.description,
-                "group": EXPERTS if any(has_experts(row.source or "") for row in recipe.tensors) else DENSE,
+                "group": EXPERTS if N_EXPERTS in recipe.dims else DENSE,
                 "origin": recipe.origin,
             }
             for recipe in all_recipes()

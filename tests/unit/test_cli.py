@@ -491,6 +491,7 @@ def test_architectures_for_programs() -> None:
     assert found["schema"] == 1
     assert {row.arch for row in all_recipes()} == set(rows)
     assert rows["lfm2"]["group"] == "dense" and rows["lfm2moe"]["group"] == "mixture of experts"
+    assert rows["gpt-oss"]["group"] == rows["granitemoe"]["group"] == "mixture of experts"  # stored as stacks only
     assert "Lfm2ForCausalLM" in rows["lfm2"]["names"]
 
 
