@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from gguf.constants import Keys
+from gguf.constants import GGMLQuantizationType, Keys
 
 from streamconv.api.run import run
 from streamconv.budget import Budget, too_small
@@ -28,9 +28,17 @@ from streamconv.files.store import Place
 from streamconv.ggml.blocks import BLOCK_TYPES
 from streamconv.ggml.imatrix import ImportanceMatrix
 from streamconv.ggml.mix_rules import requires_importance
-from streamconv.ggml.mixes import MIXES, MixOptions
+from streamconv.ggml.mixes import MIXES, MixOptions, ModelFacts
 from streamconv.ggml.outtypes import OUTTYPES
-from streamconv.ggml.policy import MixPolicy, OuttypePolicy, StoredTypes, TypePolicy, facts_of, resolve_auto
+from streamconv.ggml.policy import (
+    MixPolicy,
+    OuttypePolicy,
+    StoredTypes,
+    TensorRole,
+    TypePolicy,
+    facts_of,
+    resolve_auto,
+)
 from streamconv.gguf.format import KeyValue, PackedArray
 from streamconv.gguf.names import written_name
 from streamconv.lazy import dtype
@@ -209,8 +217,8 @@ def plan_model(
     model = merged.model
     outtype = auto_outtype(checkpoint, bound) if wanted.outtype == "auto" else wanted.outtype
     policy = stored or policy_of(model, outtype, wanted.mix, has_importance=imatrix is not None)
-    tensors = _place(model, wanted.dialect, policy, imatrix)
-    roles, facts = [model.role(target) for target in model.targets], facts_of(model.recipe.arch, model.keys())
+    roles, facts = _roles_and_facts(model)
+    tensors = _place(model, wanted.dialect, policy.choose(roles, facts), imatrix)
     others = _further_outputs(checkpoint, prepared, wanted)
     budget.reserve("plan", TARGET_NBYTES * sum(len(other.targets) for other in others), file=checkpoint.directory)
     told = imatrix.check({target.name: target.tensor.spec.shape for target in model.targets}) if imatrix else []
@@ -301,8 +309,8 @@ def _plan_companion(
 ) -> Job:
     """The job of a further output, named after the file `beside` unless the caller gave a path."""
     output = model.recipe
-    tensors = _place(model, wanted.dialect, policy)
-    roles, facts = [model.role(target) for target in model.targets], facts_of(output.arch, model.keys())
+    roles, facts = _roles_and_facts(model)
+    tensors = _place(model, wanted.dialect, policy.choose(roles, facts))
     specs = [(target.name, target.tensor.spec) for target in model.targets]
     general = read_general(
         checkpoint.directory,
@@ -412,11 +420,15 @@ def open_imatrix(source: Source | None, budget: Budget) -> Iterator[ImportanceMa
         yield imatrix
 
 
+def _roles_and_facts(model: Model) -> tuple[list[TensorRole], ModelFacts]:
+    """What a policy chooses the types of a model's tensors by."""
+    return [model.role(target) for target in model.targets], facts_of(model.recipe.arch, model.keys())
+
+
 def _place(
-    model: Model, dialect: str, policy: TypePolicy, imatrix: ImportanceMatrix | None = None
+    model: Model, dialect: str, types: Sequence[GGMLQuantizationType], imatrix: ImportanceMatrix | None = None
 ) -> list[PlacedTensor]:
     """The model's tensors with their names and types in the file."""
-    types = policy.choose([model.role(target) for target in model.targets], facts_of(model.recipe.arch, model.keys()))
     return [
         PlacedTensor(
             written_name(target.name, dialect),
