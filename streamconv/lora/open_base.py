@@ -108,8 +108,7 @@ def _from_config(path: Place, recipe: Recipe, config: Config) -> BaseModel:
                 file=config.file,
                 code="config-contradiction",
             )
-    stated = recipe.stated_tie(config)
-    return _of_model(path, model, recipe.tied_by_default if stated is None else stated, None)
+    return _of_model(path, model, recipe.is_tied_by(config), None)
 
 
 def _of_model(path: Place, model: Model, is_tied: bool, targets: frozenset[str] | None) -> BaseModel:

@@ -145,6 +145,11 @@ class Output:
         said = [next((flag for key in self.tie_keys if (flag := one.flag(key)) is not None), None) for one in of_each]
         return any(said) if any(flag is not None for flag in said) else None
 
+    def is_tied_by(self, config: Config) -> bool:
+        """Whether the head is tied to the embedding: what the config says, else the architecture's default."""
+        stated = self.stated_tie(config)
+        return self.tied_by_default if stated is None else stated
+
     def stack_of_axis(self, axis: str) -> str:
         """Return the stack whose layers differ on `axis`."""
         rows: tuple[Tensor | Computed, ...] = (*self.tensors, *self.computed)

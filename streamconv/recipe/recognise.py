@@ -106,13 +106,12 @@ def spelled_tensors(checkpoint: Checkpoint, recipe: Recipe) -> Spelled:
     """Return the checkpoint's tensors with the recipe's names and shapes."""
     config = recipe.config_of(checkpoint.config)
     stated = stated_dims(recipe, config)
-    tie = recipe.stated_tie(config)
     return spell(
         recipe,
         checkpoint.tensors,
         folder=checkpoint.directory,
         shared={one: other for shard in checkpoint.shards for one, other in shard.metadata.items()},
-        is_tied=recipe.tied_by_default if tie is None else tie,
+        is_tied=recipe.is_tied_by(config),
         depths={stack: stated[dim] for stack, dim in recipe.stacks.items() if dim in stated},
     )
 

@@ -176,7 +176,7 @@ def check_head(model: Model, sources: Sources, *, is_body: bool) -> tuple[list[P
     if not recipe.head:
         return [], []
     has_head, stated = recipe.head in sources.found, recipe.stated_tie(model.config)
-    tied = recipe.tied_by_default if stated is None else stated
+    tied = recipe.is_tied_by(model.config)
     if not has_head and model.modules.is_given and model.modules.answers is None:
         return [], []
     if not has_head and not tied and (stated is not None or is_body):
