@@ -23,6 +23,7 @@ from streamconv.budget import Budget, unbounded
 from streamconv.errors import RunWarning, SourceError
 from streamconv.files.local import Cursor, open_blob
 from streamconv.files.store import Blob, Place
+from streamconv.ggml.mix_rules import EMBEDDINGS
 from streamconv.gguf.entries import Span, refuse
 from streamconv.gguf.format import MAGIC, MAX_NAME_NBYTES, KeyValue
 from streamconv.gguf.reader import GGUFFile
@@ -157,7 +158,7 @@ class ImportanceMatrix:
                 continue
             n_values, wanted = self._entries[name].n_values, _n_weights(shape)
             message = f"{self.path.name} has {n_values:,} importances for this tensor, which needs {wanted:,}"
-            if name not in _EMBEDDINGS:
+            if name not in EMBEDDINGS:
                 hint = "the importance matrix belongs to another model"
                 raise SourceError(message, file=self.path, tensor=name, hint=hint, code="imatrix-size")
             found.append(RunWarning("imatrix-embedding", f"{message}: they are not used", name))
@@ -258,9 +259,6 @@ class ColumnWeights(Leaf):
 
     def describe(self) -> str:
         return f"importance of {self._name!r}"
-
-
-_EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 def _n_weights(shape: tuple[int, ...]) -> int:

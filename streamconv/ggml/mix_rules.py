@@ -66,7 +66,7 @@ class Role(Enum):
 
 
 _OUTPUT: Final = "output.weight"
-_EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
+EMBEDDINGS: Final = ("token_embd.weight", "per_layer_token_embd.weight")
 # The first entry that is contained in a tensor's name decides.
 _ROLES: Final = (
     ("attn_qkv.weight", Role.VALUE),
@@ -85,7 +85,7 @@ def role_of(name: str) -> Role:
     """The role of a tensor by llama.cpp's name."""
     if name == _OUTPUT:
         return Role.OUTPUT
-    if name in _EMBEDDINGS:
+    if name in EMBEDDINGS:
         return Role.EMBEDDING
     return next((role for part, role in _ROLES if part in name), Role.OTHER)
 
@@ -246,7 +246,7 @@ def choice_warnings(choices: Mapping[str, Choice], options: MixOptions) -> Itera
         yield RunWarning("type-fallback", f"{what}: they are {made} instead")
     yield from _unused_overrides({name: choice.type for name, choice in choices.items()}, options)
     if options.leave_output and _OUTPUT not in choices:
-        what = f"the model has no {_OUTPUT}: its output is {_EMBEDDINGS[0]}, which is quantised"
+        what = f"the model has no {_OUTPUT}: its output is {EMBEDDINGS[0]}, which is quantised"
         yield RunWarning("leave-output-unused", f"--leave-output-tensor: {what}")
 
 
@@ -277,7 +277,7 @@ def _order(name: str) -> tuple[int, bytes]:
 def _asked(name: str, role: Role, options: MixOptions) -> GGMLQuantizationType | None:
     """The type that an option chooses for this very tensor; it is used without a fallback."""
     if options.embedding_type is not None and role is Role.EMBEDDING:
-        if name != _EMBEDDINGS[0] and _override(name, options) is not None:
+        if name != EMBEDDINGS[0] and _override(name, options) is not None:
             return None
         return options.embedding_type
     return options.output_type if role is Role.OUTPUT else None
@@ -285,7 +285,7 @@ def _asked(name: str, role: Role, options: MixOptions) -> GGMLQuantizationType |
 
 def asked(name: str, options: MixOptions) -> GGMLQuantizationType | None:
     """The type that an option chooses for a tensor, in a file that is not a mix; None if there is no such option."""
-    if name == _EMBEDDINGS[0] and options.embedding_type is not None:
+    if name == EMBEDDINGS[0] and options.embedding_type is not None:
         return options.embedding_type
     if name == _OUTPUT and options.output_type is not None:
         return options.output_type
