@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from streamconv.budget import MIB
 from streamconv.cli.options import EXIT_CODES, add_command, add_options, src_path
 from streamconv.cli.output import (
-    MIB,
     error_lines,
     from_here,
     print_warnings,

@@ -17,13 +17,12 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, Final
 
-from streamconv.budget import in_words
+from streamconv.budget import MIB, in_words
 from streamconv.errors import DestinationError, printable
 
 if TYPE_CHECKING:
     from streamconv.report import Gives, PlannedTensor, RelativeErrors, Report
 
-MIB = 1 << 20
 BAR: Final = "{l_bar}{bar}| {done} of {whole} [{elapsed}<{remaining}, {speed}/s]"
 
 
