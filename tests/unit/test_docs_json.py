@@ -91,6 +91,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
         *say("convert", source, "--dry-run", "--json", "--adapter", adapter),
         *say("convert", nan, "-o", folder / "nan.gguf", "--json", "--verify"),
         *say("lora", adapter, "--base", source, "-o", lora, "--json"),
+        *say("quantize", out, "-o", folder / "quantised.gguf", "--outtype", "q8_0", "--json"),
         *say("verify", out, "--source", source, "--json"),
         *say("verify", out, "--source", source, "--error", "--json"),
     ]
@@ -117,7 +118,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fields]:
             if part in line:
                 line[part] = {}
     return {
-        "convert, lora, verify": union(*runs),
+        "convert, lora, quantize, verify": union(*runs),
         "Profiles": union(json.loads((folder / "profile.json").read_text())),
         "Errors": union(*errors),
         "inspect": union(*shown),
