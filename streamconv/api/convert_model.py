@@ -367,7 +367,7 @@ def _missing_tokens(others: Sequence[Model], vocabulary: Vocabulary) -> Iterator
         ]
         if missing:
             what = f"the vocabulary lacks {', '.join(missing)}, which the runtime puts around"
-            yield RunWarning("tokens-missing", f"{what} the vectors of the {other.recipe.role}")
+            yield RunWarning("tokens-missing", f"{what} the embeddings from the {other.recipe.role}")
 
 
 def _small_parts(options: SplitOptions, count: int) -> Iterator[RunWarning]:

@@ -308,7 +308,7 @@ def window_caveat(family: str, silent: int | None) -> Caveat:
         return window is not None and window < (config.integer("max_position_embeddings") or window + 1)
 
     return Caveat(
-        f"beyond the sliding window llama.cpp computes something else: it has no such window for {family}",
+        f"llama.cpp processes texts longer than the sliding window differently: it has no such window for {family}",
         applies,
         code="window-ignored",
     )

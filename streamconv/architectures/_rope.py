@@ -19,8 +19,8 @@ YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # fixed in the runtime, unle
 LLAMA3_FACTORS = "rope_freqs.weight"
 DYNAMIC = "dynamic"  # modeling_rope_utils.py: _compute_dynamic_ntk_parameters; its base is theta up to the context
 PLAIN_UP_TO_CONTEXT = (
-    "RoPE scaling 'dynamic' was written as plain RoPE, which it is up to the trained context; beyond that, the runtime "
-    "computes something else"
+    "RoPE scaling 'dynamic' was written as plain RoPE, which it is up to the trained context; beyond that, the "
+    "runtime gives other results"
 )
 
 ModelKey = Callable[[Model], Scalar | None]

@@ -146,7 +146,8 @@ REFUSALS = (
     Refusal("heads of {D} cannot be split into the two halves that RoPE rotates", lambda m: m.dims["D"] % 2 != 0),
     Refusal("conv_L_cache is {C}, but the runtime needs 2 or more", lambda m: m.dims["C"] < 2),
     Refusal(
-        "is_causal is false, but the class is not Lfm2BidirectionalModel: the runtime changes convolutions, too",
+        "is_causal is false, but the class is not Lfm2BidirectionalModel: the runtime would make the convolutions "
+        "bidirectional, too",
         lambda m: m.config.flag("is_causal") is False and not is_bidirectional(m),
     ),
     Refusal(

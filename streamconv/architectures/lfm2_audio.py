@@ -1,6 +1,6 @@
 """LFM2-Audio and LFM2.5-Audio: an LFM2 with audio input, and its projector file (FastConformer and adapter).
 
-The depthformer, which generates the codes of speech, is left out, since no converter supports it. The detokenizer,
+The depthformer, which predicts the audio codes, is left out, since no converter supports it. The detokenizer,
 which turns these codes into sound, has its own folder in LFM2.5-Audio and its own recipe, lfm2_audio_detokenizer.py.
 Sources: LFM2AudioModel in llama.cpp's conversion/lfm2.py, ConformerAudioModel in conversion/gemma.py, MmprojModel in
 conversion/base.py; tools/mtmd/clip.cpp, mtmd-audio.cpp and models/conformer.cpp of the runtime; liquid-audio's
@@ -172,7 +172,7 @@ PROJECTOR_FILE = Output(
         Tensor(f"{CODES}embedding_norm.weight", "a.position_embd_norm.weight", "T"),
         Tensor(f"{CODES}to_logits.weight", "a.embd_to_logits.weight", "N T"),
     ),
-    drops=(Drop(f"{NORM}num_batches_tracked", "counts what training has seen"),),
+    drops=(Drop(f"{NORM}num_batches_tracked", "counts the batches seen in training"),),
     keys=(
         Key("clip.has_audio_encoder", lambda model: True, BOOL, default=False),
         Key("clip.projector_type", lambda model: "lfm2a", STRING),
@@ -220,7 +220,7 @@ RECIPE = replace(
     folders={"detokenizer": "audio_detokenizer"},
     caveats=(
         Caveat(
-            "no file is written for the vocoder (the depthformer, which chooses the codes of speech, and LFM2-Audio's "
+            "no file is written for the vocoder (the depthformer, which predicts the audio codes, and LFM2-Audio's "
             "codec): no converter supports it",
             lambda model: True,
             code="vocoder-left-out",

@@ -1,4 +1,4 @@
-"""The detokenizer of LFM2.5-Audio: an LFM2 with windows that turns codes of speech into spectra, without a tokenizer.
+"""The detokenizer of LFM2.5-Audio: an LFM2 with windows that turns audio codes into spectra, without a tokenizer.
 
 The embeddings of the codes and the window of the inverse STFT that follows are not written to the GGUF file.
 Sources: LFM25AudioTokenizer in llama.cpp's conversion/lfm2.py, and lfm2.cpp.

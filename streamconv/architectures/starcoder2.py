@@ -46,7 +46,8 @@ RECIPE = Recipe(
     ),
     caveats=(
         Caveat(
-            "beyond {sliding_window} tokens llama.cpp computes something else: it has no sliding window for StarCoder2",
+            "llama.cpp processes texts of more than {sliding_window} tokens differently: it has no sliding window for "
+            "StarCoder2",
             is_windowed,
             code="window-ignored",
         ),

@@ -40,7 +40,7 @@ def add_convert(commands: Any) -> None:
         "src",
         metavar="SRC",
         type=src_path,
-        help="the checkpoint: a folder with config.json and *.safetensors, one such file (of shards the first), "
+        help="the checkpoint: a folder with config.json and *.safetensors, one such file (if sharded, the first), "
         "an index, or a repo id in the cache",
     )
     add_options(parser, "convert", output="Name-1.2B-BF16.gguf")
@@ -59,7 +59,8 @@ def add_lora(commands: Any) -> None:
         "adapter",
         metavar="ADAPTER",
         type=src_path,
-        help="folder with adapter_config.json and the weights, or the file of weights, as 0000100_adapters.safetensors",
+        help="folder with adapter_config.json and the weights, or the file of weights, such as "
+        "0000100_adapters.safetensors",
     )
     parser.add_argument(
         "--base",

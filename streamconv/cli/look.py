@@ -97,7 +97,7 @@ def add_completion(commands: Any) -> None:
         commands,
         "completion",
         help="print a shell's completion script",
-        description="Print what makes a shell complete commands and options.",
+        description="Print the script that makes a shell complete commands and options.",
         epilog='examples:\n  eval "$(streamconv completion bash)"       # in ~/.bashrc, or zsh in ~/.zshrc\n'
         "  streamconv completion fish > ~/.config/fish/completions/streamconv.fish\n\n" + EXIT_CODES,
     )

@@ -18,7 +18,7 @@ from streamconv.options import Kind
 HEADINGS = {
     "output": "output",
     "types": "tensor types, as in llama-quantize",
-    "projector": "the projector of a model that sees or hears, a second file",
+    "projector": "the projector of a vision or audio model, a second file",
     "split": "several files, named OUT-00001-of-0000N.gguf; llama.cpp loads the first",
     "run": "run",
 }

@@ -89,7 +89,7 @@ class SplitOptions(Options):
 
     max_nbytes: int | None = option(
         None,
-        "at most this much tensor data in a file, as 4G",
+        "at most this much tensor data in a file, such as 4G",
         kind=Kind.SIZE,
         commands=("convert", "quantize"),
         flag="--split-max-size",
@@ -331,7 +331,7 @@ class RunOptions(Options):
         False,
         {
             **dict.fromkeys(MAKE, "replace an existing OUT, and files beside it, once the new file is complete"),
-            "verify": "replace an existing picture",
+            "verify": "replace an existing plot",
         },
         group="output",
         changes_bytes=False,
@@ -379,7 +379,7 @@ class RunOptions(Options):
     )
     plot: str | Path | None = option(
         None,
-        "a picture of these errors, a PNG; needs the plot extra",
+        "plot these errors to a PNG file; needs the plot extra",
         kind=Kind.DESTINATION,
         commands=("verify",),
         metavar="FILE",
@@ -405,7 +405,7 @@ class RunOptions(Options):
     )
     max_memory: int | str | None = option(
         None,
-        "limit on resident memory, as 96MiB or 1.5G; default: 256MiB",
+        "limit on resident memory, such as 96MiB or 1.5G; default: 256MiB",
         kind=Kind.SIZE,
         group="run",
         metavar="SIZE",
